@@ -1,0 +1,55 @@
+"""GradNAS for Hugging Face models: score once with gradients, prune to any budget, load anywhere.
+
+Names are imported when they are first used, so that importing the package imports neither torch
+nor transformers. Importing it lets ``from_pretrained`` load checkpoints with per-layer sizes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.install import install_when_imported
+
+if TYPE_CHECKING:
+    from .errors import GradNASError, GradNASWarning
+    from .pruner import GradNASPruner
+    from .types import Budget, Plan, Scores, Structure
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "GradNASError",
+    "GradNASPruner",
+    "GradNASWarning",
+    "Plan",
+    "Scores",
+    "Structure",
+    "__version__",
+]
+
+_HOME = {
+    "Budget": "types",
+    "GradNASError": "errors",
+    "GradNASPruner": "pruner",
+    "GradNASWarning": "errors",
+    "Plan": "types",
+    "Scores": "types",
+    "Structure": "types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install_when_imported()

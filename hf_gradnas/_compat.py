@@ -1,0 +1,35 @@
+"""Everything that depends on the version of Transformers, each with its removal condition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """Every config object that a module of `model` holds, each once."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Run the modules of `model` with the attention kernel `name`.
+
+    Cause: ``set_attn_implementation`` needs a whole ``PreTrainedModel`` and cannot be asked for
+    the value to go back to, config by config; modules read ``config._attn_implementation`` at every
+    forward. Remove when Transformers offers this as a context manager.
+    """
+    with ExitStack() as stack:
+        for config in configs_of(model):
+            previous = config._attn_implementation_internal
+            stack.callback(setattr, config, "_attn_implementation_internal", previous)
+            config._attn_implementation_internal = name
+        yield

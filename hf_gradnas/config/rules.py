@@ -1,0 +1,53 @@
+"""Rules: which axes may be pruned, and how far. Knows globs and numbers, not models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import PlanError
+
+
+class Rule(BaseModel):
+    """Limits on one axis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int = Field(default=0, ge=0, description="Fewest units that stay; 0 may remove them all.")
+    multiple: int | None = Field(
+        default=None,
+        ge=1,
+        description="Kept units are a multiple of this (or all); None: chosen from the cost.",
+    )
+
+
+Rules = Mapping[str, Rule | None]
+
+
+def parse_rules(rules: Mapping[str, object] | None) -> dict[str, Rule | None]:
+    """Check a user's mapping from glob to None (keep) or ``{min, multiple}``, keeping its order.
+
+    Raises:
+        PlanError: A value is neither None nor a mapping with the keys of `Rule`.
+    """
+    parsed: dict[str, Rule | None] = {}
+    for glob, rule in (rules or {}).items():
+        try:
+            parsed[glob] = None if rule is None else Rule.model_validate(rule)
+        except ValidationError as error:
+            raise PlanError(
+                f"rules[{glob!r}]: {error.errors()[0]['msg']} (found {rule!r}); give None to keep "
+                "the axis, or a mapping with 'min' and 'multiple'."
+            ) from error
+    return parsed
+
+
+def rule_for(module: str, rules: Rules) -> Rule | None:
+    """Rule of a module path: the last glob that matches wins; None means keep untouched."""
+    found: Rule | None = Rule()
+    for glob, rule in rules.items():
+        if fnmatchcase(module, glob):
+            found = rule
+    return found

@@ -1,0 +1,47 @@
+"""Errors and warnings of hf_gradnas.
+
+Every message has four parts: what went wrong, where (module path or file), what was found against
+what was needed, and what to do. Children also inherit the builtin that a caller would expect.
+"""
+
+from __future__ import annotations
+
+
+class GradNASError(Exception):
+    """Base of every error that hf_gradnas raises on purpose."""
+
+
+class StructureError(GradNASError, ValueError):
+    """The model holds no axis that was asked for, or one that cannot be proved."""
+
+
+class BudgetError(GradNASError, ValueError):
+    """A budget that cannot be read or cannot be reached."""
+
+
+class PlanError(GradNASError, ValueError):
+    """A plan or a rule that does not fit the model."""
+
+
+class ScoresError(GradNASError, ValueError):
+    """Scores that are damaged or belong to another model, data set or setting."""
+
+
+class RecipeError(GradNASError, ValueError):
+    """A recipe, flag or combination of flags that cannot be used."""
+
+
+class DataError(GradNASError, ValueError):
+    """Calibration data that the model cannot be scored with."""
+
+
+class CheckpointError(GradNASError, OSError):
+    """A checkpoint that cannot be written, or that does not load back as it was."""
+
+
+class OrderError(GradNASError, RuntimeError):
+    """A step was called before the one it needs; the message names the missing call."""
+
+
+class GradNASWarning(UserWarning):
+    """Something the user should know, which does not stop the run."""

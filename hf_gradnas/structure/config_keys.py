@@ -1,0 +1,325 @@
+"""What the unmodified class can express, measured: change a config value, build, compare shapes.
+
+Knows configs, classes and tensor shapes; never touches a weight (models are built on the meta
+device). A width counts as expressible when a config value resizes exactly the tensors of its axes,
+as their slices say, and no other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import PlanError
+from ..types import Axis, Kind, StockGroup, StockSpace, Structure
+from .config_trials import (
+    Counts,
+    Shapes,
+    Trial,
+    expected_shapes,
+    head_trials,
+    neuron_trials,
+    probe_counts,
+    shapes_of,
+    tensor_shapes,
+)
+from .config_values import scopes, set_value, stored
+
+LAYOUTS = ("auto", "stock", "per_layer")
+MULTIPLES = (2, 4, 8, 16, 32, 64, 128, 256)
+"""Steps tried for the neurons of a class that does not accept every number."""
+
+
+class _Rejected(Exception):
+    """A config value that the config class, the model class or the comparison refused."""
+
+
+def find_stock_space(model: PreTrainedModel, structure: Structure) -> StockSpace:
+    """Measure which widths the unmodified class can express through its config.
+
+    For each config value that may count the units of an axis, the class is built on the meta
+    device with another value: the axes whose tensors shrank exactly as their slices say, while no
+    other tensor changed, form a group. Then every smaller count is tried (FFNs: a few).
+
+    Args:
+        model: The model as it is, on any device; only names, shapes and the config are read.
+        structure: Its axes.
+
+    Returns:
+        The groups, and a one-line reason for every axis in none.
+    """
+    whole = _reason_for_all(model)
+    if whole is None:
+        try:
+            base = tensor_shapes(type(model), model.config)
+        except Exception as error:  # any class may refuse in its own way
+            whole = f"{type(model).__name__} cannot be rebuilt from its config: {_line(error)}"
+    if whole is not None:
+        return StockSpace((), {axis.name: whole for axis in structure.axes})
+    refused = _differing(structure, base, shapes_of(model))
+    fitting = tuple(axis for axis in structure.axes if axis.name not in refused)
+    search = _Search(type(model), model.config, base, {axis.name: axis for axis in fitting})
+    groups: list[StockGroup] = []
+    for path, config in scopes(model.config):
+        groups.extend(search.groups(path, config))
+    silent = f"{type(model.config).__name__} has no value that sets the width of this axis"
+    for name in search.pending:
+        refused[name] = search.reasons.get(name, silent)
+    return StockSpace(tuple(groups), refused)
+
+
+class _Search:
+    """State of one `find_stock_space`: what is measured, what is left, and why."""
+
+    def __init__(
+        self,
+        model_class: type[PreTrainedModel],
+        config: PreTrainedConfig,
+        base: Shapes,
+        axes: Mapping[str, Axis],
+    ) -> None:
+        self.model_class = model_class
+        self.config = config
+        self.base = base
+        self.pending = dict(axes)
+        self.reasons: dict[str, str] = {}
+
+    def groups(self, path: str, config: PreTrainedConfig) -> Iterator[StockGroup]:
+        """Groups of axes that values of one (sub-)config set."""
+        trials = (*head_trials(path, config, self.pending), *neuron_trials(path, config))
+        for template in trials:
+            for trial in self._sized(template):
+                concerned = self._concerned(trial)
+                if not concerned:
+                    continue
+                try:
+                    group = self._measure(trial, concerned)
+                except _Rejected as rejection:
+                    for axis in concerned:
+                        self.reasons.setdefault(axis.name, str(rejection))
+                    continue
+                for name in group.axes:
+                    del self.pending[name]
+                yield group
+
+    def _sized(self, trial: Trial) -> list[Trial]:
+        """The trial, or one per size of FFN where a default (None) hides the number."""
+        if trial.sizes:
+            return [trial]
+        sizes = {axis.size for axis in self.pending.values() if axis.kind == Kind.NEURONS}
+        return [replace(trial, sizes={"neurons": size}) for size in sorted(sizes, reverse=True)]
+
+    def _concerned(self, trial: Trial) -> list[Axis]:
+        """Axes left whose sizes fit the trial; groups of heads before the heads."""
+        found: dict[str, Axis] = {}
+        for axis in self.pending.values():
+            if trial.sizes.get(axis.kind) != axis.size or axis.kind == Kind.KV_GROUPS:
+                continue
+            parent = self.pending.get(axis.parent or "")
+            if (Kind.KV_GROUPS in trial.sizes) != (axis.parent is not None):
+                continue
+            if axis.parent is not None:
+                if parent is None or parent.size != trial.sizes[Kind.KV_GROUPS]:
+                    continue
+                found[parent.name] = parent
+            found[axis.name] = axis
+        return list(found.values())
+
+    def _measure(self, trial: Trial, concerned: list[Axis]) -> StockGroup:
+        """The group that the trial's values set, with the counts that the class accepts."""
+        if Kind.NEURONS in trial.sizes:
+            size = trial.sizes[Kind.NEURONS]
+            probes = [{"neurons": count} for count in probe_counts(size)]
+        else:
+            probes = trial.combinations()
+        reason = "it has one unit only, which the stock class cannot do without"
+        for counts in probes:
+            try:
+                shapes = self._build(trial, counts)
+            except _Rejected as rejection:
+                reason = str(rejection)
+                continue
+            axes = self._responding(shapes, counts, concerned, trial)
+            return StockGroup(
+                axes=tuple(axis.name for axis in axes),
+                keys=trial.keys,
+                allowed=self._allowed(trial, axes),
+                copies=trial.copies,
+                constants=trial.constants,
+            )
+        raise _Rejected(reason)
+
+    def _build(self, trial: Trial, counts: Counts) -> Shapes:
+        config = copy.deepcopy(self.config)
+        values = trial.values(counts)
+        try:
+            for key, value in values.items():
+                set_value(config, key, value)
+            return tensor_shapes(self.model_class, config)
+        except Exception as error:  # any class may refuse in its own way
+            told = ", ".join(f"{key}={value}" for key, value in values.items())
+            raise _Rejected(f"{self.model_class.__name__} refuses {told}: {_line(error)}") from None
+
+    def _responding(
+        self, shapes: Shapes, counts: Counts, concerned: list[Axis], trial: Trial
+    ) -> list[Axis]:
+        """Axes whose tensors all changed; refuses when anything else changed."""
+        axes = [
+            axis
+            for axis in concerned
+            if counts[axis.kind] != axis.size and self._changed(axis, shapes)
+        ]
+        held = {axis.name for axis in axes} | {axis.parent for axis in axes}
+        axes = [axis for axis in concerned if axis.name in held]
+        keys = " and ".join(trial.keys.values())
+        if not axes:
+            raise _Rejected(self._nothing(concerned[0], keys))
+        wanted = expected_shapes(self.base, axes, counts)
+        for tensor in (*wanted, *shapes):
+            if shapes.get(tensor) != wanted.get(tensor):
+                raise _Rejected(f"{keys} also resizes {tensor}, which is no part of this axis")
+        return axes
+
+    def _changed(self, axis: Axis, shapes: Shapes) -> bool:
+        return all(
+            s.tensor in shapes and shapes[s.tensor][s.dim] != self.base[s.tensor][s.dim]
+            for s in axis.slices
+        )
+
+    def _nothing(self, axis: Axis, keys: str) -> str:
+        name = type(self.config).__name__
+        if axis.kind == Kind.NEURONS:
+            return f"{keys} of {name} does not set the width of this axis"
+        return (
+            f"{name} derives the head size from the hidden size and the number of heads, so fewer "
+            "heads would change it"
+        )
+
+    def _accepts(self, trial: Trial, axes: list[Axis], counts: Counts) -> bool:
+        try:
+            return self._build(trial, counts) == expected_shapes(self.base, axes, counts)
+        except _Rejected:
+            return False
+
+    def _allowed(self, trial: Trial, axes: list[Axis]) -> tuple[Counts, ...] | None:
+        """Counts that the class accepts, ascending, the present one included; None: any."""
+        full = dict(trial.sizes)
+        if Kind.NEURONS in full:
+            return self._allowed_neurons(trial, axes)
+        tried = trial.combinations()
+        accepted = [counts for counts in tried if self._accepts(trial, axes, counts)]
+        if len(accepted) == len(tried) and Kind.KV_GROUPS not in full:
+            return None
+        accepted.append(full)
+        return tuple(sorted(accepted, key=lambda c: (c["heads"], c.get("kv_groups", 0))))
+
+    def _allowed_neurons(self, trial: Trial, axes: list[Axis]) -> tuple[Counts, ...] | None:
+        size = trial.sizes[Kind.NEURONS]
+        steps = [step for step in (1, *MULTIPLES) if size % step == 0 and step < size]
+        for step in steps:
+            if all(
+                self._accepts(trial, axes, {"neurons": count})
+                for count in {step, size - step, size // step // 2 * step or step}
+            ):
+                counts = tuple({"neurons": count} for count in range(step, size + 1, step))
+                return None if step == 1 else counts
+        good = [c for c in probe_counts(size) if self._accepts(trial, axes, {"neurons": c})]
+        return tuple({"neurons": count} for count in sorted({*good, size}))
+
+
+def layout_for(
+    space: StockSpace, axes_allowed: Iterable[Axis], *, requested: str = "auto"
+) -> tuple[str, str]:
+    """Decide how the result is written, before the search.
+
+    Args:
+        space: What the stock class can express.
+        axes_allowed: The axes that the rules let shrink.
+        requested: ``"auto"``, ``"stock"`` or ``"per_layer"``. ``auto`` drops no axis to reach
+            stock: one that the stock class cannot express decides for ``per_layer``.
+
+    Returns:
+        ``"stock"`` or ``"per_layer"``, and the reason as a sentence for the user.
+
+    Raises:
+        PlanError: An unknown layout, or ``"stock"`` where the stock class can express nothing.
+    """
+    if requested not in LAYOUTS:
+        raise PlanError(
+            f"layout: there is no layout {requested!r}; choose one of {', '.join(LAYOUTS)}."
+        )
+    if requested == "per_layer":
+        return "per_layer", "Layout per_layer, as asked for."
+    allowed = list(axes_allowed)
+    # The only unit of an axis goes with its whole module: no width can say that.
+    axes = [axis for axis in allowed if axis.size > 1]
+    stuck = _inexpressible(space, axes, allowed)
+    if not stuck:
+        kinds = _listed({axis.kind.value for axis in axes})
+        can = f"the unmodified class can express fewer {kinds}" if axes else "no axis may be pruned"
+        return "stock", f"Layout stock: {can}."
+    first = next(iter(stuck))
+    kinds = _listed({axis.kind.value for axis in axes if axis.name in stuck})
+    why = f"{kinds} ({len(stuck)} of {len(axes)} axes, the first {first}: {stuck[first]})"
+    if requested == "auto":
+        return "per_layer", f"Layout per_layer: the unmodified class cannot express fewer {why}."
+    if len(stuck) == len(axes):
+        raise PlanError(
+            "layout: 'stock' leaves nothing to prune: the unmodified class cannot express fewer "
+            f"{why}; choose layout='per_layer' or 'auto'."
+        )
+    return "stock", f"Layout stock, as asked for, keeps what the class cannot express whole: {why}."
+
+
+def _inexpressible(
+    space: StockSpace, axes: Collection[Axis], allowed: Collection[Axis]
+) -> dict[str, str]:
+    """Reason per allowed axis that a stock checkpoint would have to keep whole."""
+    names = {axis.name for axis in allowed}
+    stuck = {axis.name: space.refused[axis.name] for axis in axes if axis.name in space.refused}
+    for group in space.groups:
+        members = [axis.name for axis in axes if axis.name in group.axes]
+        kept = [name for name in group.axes if name not in names]
+        keys = _listed(group.keys.values())
+        if kept:
+            reason = f"{keys} also sets {kept[0]}, which the rules keep whole"
+            stuck.update(dict.fromkeys(members, reason))
+        elif group.allowed is not None and len(group.allowed) == 1:
+            stuck.update(dict.fromkeys(members, f"no smaller value of {keys} is accepted"))
+    return stuck
+
+
+def _differing(structure: Structure, base: Shapes, actual: Shapes) -> dict[str, str]:
+    """Axes with a tensor that is not the one which the class builds from the config."""
+    refused: dict[str, str] = {}
+    for axis in structure.axes:
+        for part in axis.slices:
+            if base.get(part.tensor) != actual.get(part.tensor):
+                refused[axis.name] = (
+                    f"{part.tensor} is {actual.get(part.tensor)} in the model, but its config "
+                    f"builds {base.get(part.tensor)}"
+                )
+                break
+    return refused
+
+
+def _reason_for_all(model: PreTrainedModel) -> str | None:
+    if "gradnas" in stored(model.config):
+        return "already pruned per layer"
+    if any(config.is_heterogeneous for _, config in scopes(model.config)):
+        return "its config already gives layers their own sizes"
+    return None
+
+
+def _line(error: Exception) -> str:
+    """First line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = sorted(words) or [""]
+    return f"{', '.join(first)} and {last}" if first else last

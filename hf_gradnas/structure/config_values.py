@@ -1,0 +1,228 @@
+"""Values of a config: names that may hold a count, and which axis and layer each speaks of.
+
+Knows names of config values as data, and configs; reads no weights. Whether a value really sets a
+width is measured in `hf_gradnas.structure.config_keys`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..types import Axis, Kind, StockSpace, Structure
+
+CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
+    Kind.HEADS: (
+        "num_attention_heads",
+        "num_heads",
+        "n_head",
+        "n_heads",
+        "num_encoder_heads",
+        "encoder_attention_heads",
+        "num_encoder_attention_heads",
+        "num_decoder_heads",
+        "decoder_attention_heads",
+        "num_decoder_attention_heads",
+    ),
+    Kind.KV_GROUPS: (
+        "num_key_value_heads",
+        "num_kv_heads",
+        "n_kv_heads",
+        "kv_n_heads",
+        "multi_query_group_num",
+        "decoder_num_key_value_heads",
+        "encoder_num_key_value_heads",
+    ),
+    Kind.NEURONS: (
+        "intermediate_size",
+        "ffn_dim",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "d_ff",
+        "n_inner",
+        "hidden_dim",
+        "mlp_dim",
+        "ffn_hidden_size",
+        "feed_forward_size",
+        "feedforward_dim",
+        "dim_feedforward",
+        "d_inner",
+        "dff",
+        "inner_dim",
+        "encoder_intermediate_size",
+        "decoder_intermediate_size",
+        "shared_expert_intermediate_size",
+    ),
+}
+"""Names of config values that may hold a count, per kind; aliases of one value do no harm."""
+
+HEAD_DIM = "head_dim"
+LAYERS = "num_hidden_layers"
+
+
+@dataclass(frozen=True, slots=True)
+class AxisKey:
+    """Where a config speaks of an axis.
+
+    Attributes:
+        config: Path of the sub-config, empty for the model's own config.
+        key: Real name of the value (``n_head``, not its alias ``num_attention_heads``).
+        layers: Indices below ``num_hidden_layers`` of the layers that run this module: one, all of
+            them for a shared module (ALBERT), none when the config has no such index for it.
+        copies: Real names of further values that repeat the count.
+    """
+
+    config: str
+    key: str
+    layers: tuple[int, ...] = ()
+    copies: tuple[str, ...] = ()
+
+
+def real_key(config: PreTrainedConfig, name: str) -> str:
+    """Name under which `config` stores the value called `name`."""
+    return type(config).attribute_map.get(name, name)
+
+
+def stored(config: PreTrainedConfig) -> Mapping[str, Any]:
+    """The values of `config` by real name.
+
+    Reading them here instead of through attributes keeps configs with per-layer values silent.
+    """
+    return vars(config)
+
+
+def dotted(path: str, key: str) -> str:
+    """Path of a value inside a config that may stand in a sub-config."""
+    return f"{path}.{key}" if path else key
+
+
+def sub_config(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
+    """The sub-config at a dotted path, or `config` itself for the empty path."""
+    for part in filter(None, path.split(".")):
+        config = stored(config)[part]
+    return config
+
+
+def set_value(config: PreTrainedConfig, key: str, value: int) -> None:
+    """Write the value at a dotted key in place."""
+    path, _, name = key.rpartition(".")
+    setattr(sub_config(config, path), name, value)
+
+
+def scopes(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    """A config and, depth first, its sub-configs, each with its dotted path."""
+    yield path, config
+    for name in type(config).sub_configs:
+        inner = stored(config).get(name)
+        if isinstance(inner, PreTrainedConfig):
+            yield from scopes(inner, dotted(path, name))
+
+
+def candidates(config: PreTrainedConfig, kind: Kind) -> dict[str, int | None]:
+    """Real names and values that may hold counts of `kind`; None where a default stands in."""
+    found: dict[str, int | None] = {}
+    values = stored(config)
+    # Whisper has no count of KV groups of its own: there the name is an alias of the heads'.
+    taken = candidates(config, Kind.HEADS) if kind == Kind.KV_GROUPS else {}
+    for name in CANDIDATES[kind]:
+        key = real_key(config, name)
+        value = values.get(key, "absent")
+        if key in taken:
+            continue
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            found[key] = value
+    return found
+
+
+def locate_axes(
+    model: PreTrainedModel, structure: Structure, space: StockSpace
+) -> dict[str, AxisKey]:
+    """Find for every axis the config value that counts its units, and the layers it belongs to.
+
+    Unlike `find_stock_space`, this also answers for axes that the stock class cannot express
+    (BERT's heads). Axes of which the config has no word are left out.
+
+    Args:
+        model: The model, cut or not; only its modules' names and configs are read.
+        structure: Its axes.
+        space: What `find_stock_space` measured; its keys win over names.
+    """
+    measured = {name: group for group in space.groups for name in group.axes}
+    modules = dict(model.named_modules())
+    located: dict[str, AxisKey] = {}
+    for axis in structure.axes:
+        if axis.name in measured and axis.kind in measured[axis.name].keys:
+            group = measured[axis.name]
+            path, _, key = group.keys[axis.kind].rpartition(".")
+            copies = tuple(
+                copy.rpartition(".")[2] for copy, kind in group.copies.items() if kind == axis.kind
+            )
+        else:
+            path = _scope_of(model, axis, modules)
+            named = _named_key(sub_config(model.config, path), axis)
+            if named is None:
+                continue
+            key, copies = named
+        layers = _layers(sub_config(model.config, path), axis, structure, modules)
+        located[axis.name] = AxisKey(path, key, layers, copies)
+    return located
+
+
+def _scope_of(model: PreTrainedModel, axis: Axis, modules: Mapping[str, nn.Module]) -> str:
+    """Path of the config that the nearest enclosing model was built from."""
+    known = list(scopes(model.config))
+    for path in _enclosing(axis.module):
+        config = vars(modules[path]).get("config") if path in modules else None
+        same = [place for place, scope in known if scope is config]
+        # Some classes hand their parts a copy of the config (T5's stacks).
+        same += [place for place, scope in known if type(scope) is type(config)]
+        if same:
+            return same[0]
+    return ""
+
+
+def _enclosing(path: str) -> Iterator[str]:
+    """A module path and those of the modules around it, innermost first, ending with the root."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield path
+
+
+def _named_key(config: PreTrainedConfig, axis: Axis) -> tuple[str, tuple[str, ...]] | None:
+    """The value that counts the axis's units by name and number, and values that repeat it."""
+    values = candidates(config, axis.kind)
+    exact = [key for key, value in values.items() if value == axis.size]
+    # After a cut the config keeps a maximum; a default (None) may stand for any number.
+    loose = [key for key, value in values.items() if value is None or value > axis.size]
+    words = set(axis.module.split("."))
+    keys = exact or loose
+    keys.sort(key=lambda key: key.partition("_")[0] not in words)  # stable: encoder_, decoder_
+    if not keys:
+        return None
+    copies: tuple[str, ...] = ()
+    if axis.kind == Kind.HEADS and axis.parent is None:
+        groups = candidates(config, Kind.KV_GROUPS)
+        copies = tuple(key for key, value in groups.items() if value == values[keys[0]])
+    return keys[0], copies
+
+
+def _layers(
+    config: PreTrainedConfig, axis: Axis, structure: Structure, modules: Mapping[str, nn.Module]
+) -> tuple[int, ...]:
+    """Layers of the stack counted by ``num_hidden_layers`` that run the axis's module."""
+    values = stored(config)
+    depth = values.get(real_key(config, LAYERS))
+    if not isinstance(depth, int) or values.get("is_encoder_decoder") is True:
+        return ()  # two stacks share one count there: an index would be ambiguous
+    for path in _enclosing(axis.module):
+        outer, _, index = path.rpartition(".")
+        stack = modules.get(outer)
+        if isinstance(stack, nn.ModuleList) and len(stack) == depth and index.isdigit():
+            return (int(index),)
+    alone = sum(other.kind == axis.kind for other in structure.axes) == 1
+    return tuple(range(depth)) if alone else ()

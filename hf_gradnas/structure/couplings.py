@@ -1,0 +1,49 @@
+"""What a probe cannot see, as data: names of attributes that repeat a size, and shared tables.
+
+A row is used only where its value fits (an attribute named here that holds another number is left
+alone), and the proof (`hf_gradnas.verification`) decides whether it was right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEAD_COUNTS = frozenset(
+    "num_heads num_attention_heads n_heads n_head nhead num_q_heads num_query_heads".split()
+)
+KV_COUNTS = frozenset("num_key_value_heads num_kv_heads n_kv_heads kv_heads".split())
+HEADS_PER_GROUP = frozenset("num_key_value_groups n_rep".split())
+WIDTHS = frozenset("all_head_size inner_dim attn_dim split_size q_dim attention_dim".split())
+"""Attributes that hold heads x head size."""
+MODEL_WIDTHS = frozenset("embed_dim hidden_size d_model dim embed_size".split())
+"""Attributes that may hold heads x head size or the width of the model; tried only when the proof
+fails without them."""
+CONFIG_COUNTS = {
+    "heads": ("num_attention_heads", "num_heads", "n_head", "n_heads"),
+    "kv_groups": ("num_key_value_heads", "num_kv_heads"),
+}
+"""Config values that some forwards read; overridden per module only when the proof needs it."""
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTable:
+    """A table of one module from which all attentions of a stack take a bias per head.
+
+    Attributes:
+        flag: Attribute that says whether a module owns the table.
+        table: Name of the module (an embedding) that holds it, as (buckets, heads).
+        argument: Keyword by which the bias travels from module to module.
+    """
+
+    flag: str
+    table: str
+    argument: str
+
+
+SHARED_TABLES = (
+    # T5 and its kin: layer 0 computes the relative position bias for all layers of its stack.
+    SharedTable("has_relative_attention_bias", "relative_attention_bias", "position_bias"),
+)

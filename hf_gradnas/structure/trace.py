@@ -1,0 +1,209 @@
+"""Record what one forward of a model does: matmuls with parameters, attentions, module calls.
+
+Knows torch functions and module paths. Knows no architecture and draws no conclusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+MATMULS = frozenset(
+    "linear addmm matmul bmm baddbmm mm einsum conv1d conv2d __matmul__ __rmatmul__".split()
+)
+ATTENTIONS = frozenset(["softmax", "scaled_dot_product_attention"])
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A matrix product. `parameter` is the weight's full name, None between activations.
+
+    `x` and `out` are kept with their graph only when the recorder was asked to.
+    """
+
+    module: str
+    function: str
+    parameter: str | None
+    x_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    macs: int
+    x: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A softmax over an attention matrix ``(batch, heads, queries, keys)``, or a fused kernel."""
+
+    module: str
+    function: str
+    shape: tuple[int, ...]
+    out: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return self.shape[1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of a module's first call and the shape of what it returned.
+
+    `returns` names each element of a tuple by the shape of its tensor; None stands for anything
+    else. Empty when the module returned a bare tensor.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    returns: tuple[tuple[int, ...] | None, ...]
+
+
+@dataclass
+class Trace:
+    """Events in the order in which they ran, and the first call of each module by path."""
+
+    events: list[Matmul | Attention] = field(default_factory=list)
+    calls: dict[str, Call] = field(default_factory=dict)
+
+
+class Recorder(TorchFunctionMode):
+    """Fills a `Trace` while active; with `keep_graph`, events keep their tensors.
+
+    Use through `record`, which also places the module hooks that say who is running.
+    """
+
+    def __init__(self, model: nn.Module, *, keep_graph: bool) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.keep_graph = keep_graph
+        self.running: list[str] = []
+        self.parameter_names = {
+            id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))
+        }
+
+    def _name_of(self, tensor: object) -> str | None:
+        while isinstance(tensor, Tensor):
+            if id(tensor) in self.parameter_names:
+                return self.parameter_names[id(tensor)]
+            tensor = tensor._base
+        return None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if not self.running or not isinstance(out, Tensor):
+            return out
+        if name in ATTENTIONS and out.ndim >= 4:  # noqa: PLR2004 - (batch, heads, queries, keys)
+            kept = out if self.keep_graph else None
+            self.trace.events.append(Attention(self.running[-1], name, tuple(out.shape), kept))
+        elif name in MATMULS:
+            self._record_matmul(name, out, args, kwargs)
+        return out
+
+    def _record_matmul(
+        self, name: str, out: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        named = [(self._name_of(a), a) for a in operands]
+        weights = [(n, a) for n, a in named if n is not None and a.ndim > 1]
+        plain = [a for n, a in named if n is None and a.is_floating_point()]
+        if not plain:
+            return
+        x = plain[0]
+        parameter, weight = weights[0] if weights else (None, plain[-1])
+        depth = weight[0].numel() if name.startswith("conv") else x.shape[-1]
+        self.trace.events.append(
+            Matmul(
+                module=self.running[-1],
+                function=name,
+                parameter=parameter,
+                x_shape=tuple(x.shape),
+                out_shape=tuple(out.shape),
+                macs=out.numel() * depth,
+                x=x if self.keep_graph else None,
+            )
+        )
+
+
+@contextmanager
+def record(model: nn.Module, *, keep_graph: bool = False) -> Iterator[Trace]:
+    """Record every forward of `model` inside the ``with``.
+
+    Args:
+        model: Any module; names in the trace are relative to it ("" is the model itself).
+        keep_graph: Keep the tensors of the events, for gradients.
+    """
+    recorder = Recorder(model, keep_graph=keep_graph)
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            recorder.running.append(path)
+            if path not in recorder.trace.calls:
+                recorder.trace.calls[path] = Call(args, dict(kwargs), ())
+
+        return hook
+
+    def leave(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if recorder.running:
+                recorder.running.pop()
+            call = recorder.trace.calls.get(path)
+            if call is not None and not call.returns and isinstance(output, tuple):
+                shapes = tuple(tuple(o.shape) if isinstance(o, Tensor) else None for o in output)
+                recorder.trace.calls[path] = Call(call.args, call.kwargs, shapes)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(enter(path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave(path), always_call=True).remove)
+        stack.enter_context(recorder)
+        yield recorder.trace
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `change` to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value
+
+
+def common_path(first: str, second: str) -> str:
+    """Longest module path that both paths start with."""
+    shared: list[str] = []
+    for left, right in zip(first.split("."), second.split("."), strict=False):
+        if left != right:
+            break
+        shared.append(left)
+    return ".".join(shared)
+
+
+def rows_of(event: Matmul, weight: Tensor) -> int:
+    """Number of row vectors that a recorded product multiplied with `weight`."""
+    return event.macs // weight.numel() if weight.numel() else 0
+
+
+@torch.no_grad()
+def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """Trace of ``model(**inputs)`` without a graph."""
+    with record(model) as trace:
+        model(**inputs)
+    return trace

@@ -1,0 +1,245 @@
+"""Cut a model: turn kept indices into new tensor sizes, and slice.
+
+Knows axes and tensors; does not know how the kept indices were chosen, nor how a model is saved.
+What is done to the modules stands in `structure.modeling_gradnas`, which also loads a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PlanError
+from .structure import couplings, modeling_gradnas
+from .types import Attribute, Axis, Kind
+
+Kept = Mapping[str, Sequence[int]]
+Record = dict[str, Any]
+
+
+def cut(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    kept: Kept,
+    *,
+    layout: str = "per_layer",
+    tables: Mapping[str, Tensor] | None = None,
+) -> Record:
+    """Cut `model` in place down to the kept units; everything is checked before the first write.
+
+    Args:
+        model: Root of the names in `axes`.
+        axes: All axes of the model, proved.
+        kept: Sorted kept indices per axis name; an axis that is not named stays whole.
+        layout: In ``"per_layer"``, modules that took a bias from a shared table get their own.
+        tables: Shared tables by name (`Axis.tied`), where `model` is only a part that lacks them.
+
+    Returns:
+        The record of new shapes (see `modeling_gradnas`), by which a checkpoint loads.
+
+    Raises:
+        PlanError: `kept` does not fit the axes.
+    """
+    check_kept(axes, kept)
+    counts = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in axes}
+    changed = [a for a in axes if _is_changed(a, axes, counts)]
+    rows = _kept_rows(model, changed, kept)
+    record = _record_of(model, axes, changed, counts, rows)
+    new_tensors: dict[str, Tensor] = {}
+    if layout == "per_layer":
+        own, new_tensors = _own_tables(model, axes, changed, kept, tables)
+        record["own_position_bias"] = own
+    modeling_gradnas.resize(model, record, rows=rows, new_tensors=new_tensors)
+    return record
+
+
+def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
+    """Check that kept indices fit the axes.
+
+    Raises:
+        PlanError: An unknown axis, an index outside it, an unsorted list, or heads that do not
+            stand in the kept KV groups in equal number.
+    """
+    by_name = {axis.name: axis for axis in axes}
+    for name, units in kept.items():
+        if name not in by_name:
+            raise PlanError(
+                f"{name}: the plan names an axis that this model lacks; it has "
+                f"{', '.join(by_name)}. Make the plan from this model's scores."
+            )
+        size = by_name[name].size
+        if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < size):
+            raise PlanError(
+                f"{name}: kept indices must be sorted, distinct and below {size}, found "
+                f"{list(units)[:8]}; make the plan again."
+            )
+    for axis in axes:
+        if axis.parent is not None:
+            _check_groups(axis, by_name[axis.parent], kept)
+
+
+def _check_groups(heads: Axis, groups: Axis, kept: Kept) -> None:
+    per_group = heads.size // groups.size
+    in_groups: dict[int, int] = dict.fromkeys(kept.get(groups.name, range(groups.size)), 0)
+    for head in kept.get(heads.name, range(heads.size)):
+        if head // per_group not in in_groups:
+            raise PlanError(
+                f"{heads.name}: head {head} stands in KV group {head // per_group}, which the plan "
+                f"removes; keep it in {groups.name} or drop the head."
+            )
+        in_groups[head // per_group] += 1
+    if len(set(in_groups.values())) > 1 or 0 in in_groups.values():
+        raise PlanError(
+            f"{heads.name}: every KV group must keep the same number of heads, found {in_groups}; "
+            "make the plan again."
+        )
+
+
+def _is_changed(axis: Axis, axes: Sequence[Axis], counts: Mapping[str, int]) -> bool:
+    """Whether the axis, or one nested with it, loses units."""
+    family = [axis.name, axis.parent] + [a.name for a in axes if a.parent == axis.name]
+    sizes = {a.name: a.size for a in axes}
+    return any(name is not None and counts[name] < sizes[name] for name in family)
+
+
+def _kept_rows(
+    model: nn.Module, changed: Sequence[Axis], kept: Kept
+) -> dict[str, dict[int, list[int]]]:
+    """Rows that stay, per tensor and dim."""
+    rows: dict[str, dict[int, list[int]]] = {}
+    for axis in changed:
+        stay = set(kept.get(axis.name, range(axis.size)))
+        gone = [unit for unit in range(axis.size) if unit not in stay]
+        for s in axis.slices:
+            size = _tensor(model, s.tensor).shape[s.dim]
+            before = rows.setdefault(s.tensor, {}).get(s.dim, range(size))
+            dropped = set(s.rows(gone))
+            rows[s.tensor][s.dim] = [row for row in before if row not in dropped]
+    return rows
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    assert isinstance(tensor, Tensor)  # noqa: S101 - a Slice names a tensor
+    return tensor
+
+
+def _record_of(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    changed: Sequence[Axis],
+    counts: Mapping[str, int],
+    rows: Mapping[str, Mapping[int, Sequence[int]]],
+) -> Record:
+    """New sizes, attributes and removals; what stands in a removed module is left out."""
+    removed = {
+        a.removal.module: {
+            "projection": a.removal.projection,
+            "features": a.removal.features,
+            "returns": list(a.removal.returns),
+            "cross": a.removal.cross,
+            **({"norm": a.removal.norm} if a.removal.norm else {}),
+        }
+        for a in changed
+        if a.removal is not None and counts[a.name] == 0
+    }
+    modules: dict[str, dict[str, Any]] = {}
+
+    def gone(path: str) -> bool:
+        return any(path == r or path.startswith(r + ".") for r in removed)
+
+    for name, dims in rows.items():
+        path, _, leaf = name.rpartition(".")
+        if not gone(path):
+            shape = list(_tensor(model, name).shape)
+            for dim, stay in dims.items():
+                shape[dim] = len(stay)
+            modules.setdefault(path, {})[leaf] = shape
+    names = {axis.name for axis in changed}
+    for axis in axes:
+        for attribute in axis.attributes:
+            if attribute.axis in names and not gone(attribute.module):
+                _set_attribute(modules.setdefault(attribute.module, {}), attribute, counts)
+    return {
+        "format_version": modeling_gradnas.FORMAT_VERSION,
+        "architecture": type(model).__name__,
+        "modules": modules,
+        "removed": removed,
+    }
+
+
+def _set_attribute(
+    entry: dict[str, Any], attribute: Attribute, counts: Mapping[str, int]
+) -> None:
+    value = attribute.factor * counts[attribute.axis]
+    if attribute.per is not None:
+        value //= counts[attribute.per]
+    if attribute.in_config:
+        entry.setdefault("config", {})[attribute.name] = value
+    else:
+        entry[attribute.name] = value
+
+
+def _own_tables(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    changed: Sequence[Axis],
+    kept: Kept,
+    tables: Mapping[str, Tensor] | None,
+) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+    """Tables for modules that shared one: its columns of the kept heads; [] for cross-attention.
+
+    Cross-attention has no table, but passes zeros of its own number of heads from layer to layer.
+    """
+    own: dict[str, list[int]] = {}
+    tensors: dict[str, Tensor] = {}
+    row = couplings.SHARED_TABLES[0]
+    groups = {axis.tied for axis in changed if axis.tied}
+    crossing = any(a.removal is not None and a.removal.cross for a in changed)
+    for axis in axes:
+        if axis.kind is not Kind.HEADS or axis.removal is None:
+            continue
+        module, units = axis.removal.module, list(kept.get(axis.name, range(axis.size)))
+        if row.flag not in vars(model.get_submodule(module)):
+            continue
+        if axis.removal.cross and crossing and units:
+            own[module] = []
+        name = f"{module}.{row.table}.weight"
+        if axis.tied in groups and axis.tied != name and units:
+            donor = _tensor(model, axis.tied) if tables is None else tables[axis.tied]
+            index = torch.tensor(units, device=donor.device)
+            tensors[name] = donor.detach().index_select(1, index).clone()
+            own[module] = list(tensors[name].shape)
+    return own, tensors
+
+
+def merge_records(old: Record | None, new: Record) -> Record:
+    """Record of a model that was cut before and is cut again: `new` wins where both speak."""
+    if old is None:
+        return new
+    removed = {**old.get("removed", {}), **new["removed"]}
+    own = {**old.get("own_position_bias", {}), **new.get("own_position_bias", {})}
+    modules = {path: dict(entry) for path, entry in old.get("modules", {}).items()}
+    for path, entry in new["modules"].items():
+        parent, _, leaf = path.rpartition(".")
+        if leaf == couplings.SHARED_TABLES[0].table and own.get(parent):
+            own[parent] = entry["weight"]
+            continue
+        merged = {**modules.get(path, {}), **entry}
+        if "config" in merged:
+            merged["config"] = {**modules.get(path, {}).get("config", {}), **entry.get("config", {})}
+        modules[path] = merged
+
+    def gone(path: str) -> bool:
+        return any(path == r or path.startswith(r + ".") for r in removed)
+
+    return {
+        **new,
+        "modules": {path: entry for path, entry in modules.items() if not gone(path)},
+        "removed": removed,
+        "own_position_bias": {path: size for path, size in own.items() if not gone(path)},
+    }

@@ -1,0 +1,128 @@
+"""What holds for every test: offline, seeded, two threads, and nothing left behind."""
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# New processes find the checkout from any folder.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+import numpy as np  # noqa: E402 - the environment is read while these are imported
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import zoo  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+import hf_gradnas  # noqa: E402, F401 - per-layer loading is installed in every test
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+transformers.utils.logging.disable_progress_bar()
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Whisper's own `generate` passes both (transformers 5.23); goes when upstream stops.
+KNOWN_DEPRECATIONS = ("Passing `generation_config` together with generation-related arguments",)
+FOREIGN = ("transformers.", "accelerate.", "torch.")
+
+
+class _Deprecations(logging.Handler):
+    """Collects what Transformers logs about deprecations; it logs most instead of warning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecat" in message.lower() and not message.startswith(KNOWN_DEPRECATIONS):
+            self.messages.append(message)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecations() -> Iterator[None]:
+    """Fail a test during which Transformers logged a deprecation."""
+    handler = _Deprecations()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    if handler.messages:
+        pytest.fail(f"Transformers logged a deprecation: {handler.messages}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_models() -> Iterator[None]:
+    """Drop the models of a test file when it is done."""
+    yield
+    zoo.BUILT.clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[None]:
+    """Fail a test that leaves a file in its working folder, or a trace on a model or on a class.
+
+    Seen are all models from `zoo.build`: hooks, training flags, gradients, frozen parameters. The
+    marker ``leaves_state`` excuses a test that changes its models on purpose.
+    """
+    folder = tmp_path_factory.mktemp("working-folder")
+    monkeypatch.chdir(folder)
+    patched = dict(vars(PreTrainedModel))
+    yield
+    traces = [f"file {path.name}" for path in folder.iterdir()]
+    traces += [
+        f"PreTrainedModel.{name}"
+        for name in patched.keys() | vars(PreTrainedModel).keys()
+        if patched.get(name) is not vars(PreTrainedModel).get(name)
+    ]
+    found = {index: _traces(built) for index, built in enumerate(zoo.BUILT)}
+    zoo.BUILT[:] = [zoo.BUILT[index] for index, seen in found.items() if not seen]
+    if request.node.get_closest_marker("leaves_state") is None:
+        traces += [trace for seen in found.values() for trace in seen]
+    if traces:
+        pytest.fail(f"left behind: {', '.join(traces[:10])} ({len(traces)} in all)")
+
+
+def _traces(built: zoo.Built) -> list[str]:
+    """Everything on a model that was not there when it was built, by name."""
+    traces = [
+        f"{kind} on {path or 'the model'}"
+        for path, module in built.model.named_modules()
+        for kind in HOOKS
+        if any(_is_ours(hook) for hook in getattr(module, kind).values())
+    ]
+    traces += [
+        f"training flag of {path or 'the model'}"
+        for path, module in built.model.named_modules()
+        if module.training
+    ]
+    for path, parameter in built.model.named_parameters():
+        if parameter.grad is not None:
+            traces.append(f"gradient of {path}")
+        if parameter.requires_grad is (path in built.frozen):
+            traces.append(f"requires_grad of {path}")
+    return traces
+
+
+def _is_ours(hook: object) -> bool:
+    """Whether a hook is not one that Transformers or Accelerate install for good."""
+    function = getattr(hook, "func", hook)
+    return not str(getattr(function, "__module__", "")).startswith(FOREIGN)

@@ -1,0 +1,132 @@
+"""The probe reads the layout of every family; what it cannot read is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from hf_gradnas.errors import StructureError
+from hf_gradnas.structure.discovery import discover, small_inputs
+from hf_gradnas.types import Kind, Slice
+from hf_gradnas.verification import find_structure
+
+ALL = sorted(zoo.FAMILIES)
+GROUPED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"}
+CROSS = {"t5", "bart", "whisper"}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_every_family_is_found_and_proved_whole(family: str) -> None:
+    model, inputs = zoo.build(family)
+    structure = find_structure(model, inputs)
+    kinds = [axis.kind for axis in structure.axes]
+    layers = 1 if family == "albert" else 6 if family in CROSS else 3
+    attentions = 9 if family in CROSS else layers
+    assert structure.refusals == ()
+    assert kinds.count(Kind.HEADS) == attentions
+    assert kinds.count(Kind.NEURONS) == layers
+    assert kinds.count(Kind.KV_GROUPS) == (3 if family in GROUPED else 0)
+    sizes = {axis.kind: axis.size for axis in structure.axes}
+    assert sizes[Kind.HEADS] == 4
+    assert sizes[Kind.NEURONS] == 96
+
+
+def test_names_and_slices_of_bert() -> None:
+    model, inputs = zoo.build("bert")
+    structure = find_structure(model, inputs)
+    heads = structure["bert.encoder.layer.0.attention:heads"]
+    neurons = structure["bert.encoder.layer.2:neurons"]
+    prefix = "bert.encoder.layer.0.attention."
+    assert Slice(prefix + "self.key.bias", 0, 16, 0, 16) in heads.slices
+    assert Slice(prefix + "output.dense.weight", 1, 16, 0, 16) in heads.slices
+    assert heads.read_at == prefix + "output.dense"
+    assert Slice("bert.encoder.layer.2.intermediate.dense.weight", 0, 1, 0, 1) in neurons.slices
+
+
+def test_fused_layouts() -> None:
+    for family, tensor, dim, blocks in (
+        ("gpt2", "transformer.h.1.attn.c_attn.weight", 1, [(16, 0, 16), (16, 64, 16), (16, 128, 16)]),
+        ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value.weight", 0, [(48, 0, 48)]),
+        ("phi3", "model.layers.1.self_attn.qkv_proj.weight", 0, [(16, 0, 16)]),
+        ("phi3", "model.layers.1.mlp.gate_up_proj.weight", 0, [(1, 0, 1), (1, 96, 1)]),
+    ):
+        model, inputs = zoo.build(family)
+        found = [
+            (s.width, s.offset, s.stride)
+            for axis in find_structure(model, inputs).axes
+            if axis.kind in (Kind.HEADS, Kind.NEURONS)
+            for s in axis.slices
+            if s.tensor == tensor and s.dim == dim
+        ]
+        assert found == blocks
+
+
+def test_a_shared_position_bias_ties_the_heads_of_a_stack() -> None:
+    model, inputs = zoo.build("t5")
+    tied = {a.name: a.tied for a in find_structure(model, inputs).axes}
+    encoder = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    decoder = encoder.replace("encoder", "decoder", 1)
+    assert tied["encoder.block.2.layer.0.SelfAttention:heads"] == encoder
+    assert tied["decoder.block.1.layer.0.SelfAttention:heads"] == decoder
+    assert tied["decoder.block.1.layer.1.EncDecAttention:heads"] == ""
+    assert tied["encoder.block.1.layer.1.DenseReluDense:neurons"] == ""
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, inputs = zoo.build("llama")
+    model.train()
+    model.model.layers[1].eval()
+    model.config._attn_implementation = "sdpa"
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    flags = [m.training for m in model.modules()]
+    find_structure(model, inputs)
+    assert [m.training for m in model.modules()] == flags
+    assert model.config._attn_implementation == "sdpa"
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    model.eval()
+
+
+def test_nothing_to_prune_is_an_error() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    with pytest.raises(StructureError, match="found nothing to prune"):
+        discover(Plain(), {"x": torch.ones(2, 4)})
+
+
+def test_heads_coupled_by_a_norm_are_refused_and_the_rest_is_pruned() -> None:
+    model, inputs = zoo.build("bert")
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.query = nn.Sequential(
+            nn.Linear(64, 64).double(), nn.LayerNorm(64).double()
+        ).eval()
+    structure = find_structure(model, inputs)
+    assert {a.kind for a in structure.axes} == {Kind.NEURONS}
+    assert {(r.module, r.kind) for r in structure.refusals} == {
+        (f"bert.encoder.layer.{i}.attention", "heads") for i in range(3)
+    }
+    assert all(r.reason for r in structure.refusals)
+
+
+def test_small_inputs_cut_text_but_not_images() -> None:
+    inputs = {
+        "input_ids": torch.zeros(5, 40, dtype=torch.long),
+        "attention_mask": torch.ones(5, 40, dtype=torch.long),
+        "pixel_values": torch.zeros(5, 3, 40, 40),
+        "labels": torch.zeros(5, 30, dtype=torch.long),
+        "return_dict": True,
+    }
+    small = small_inputs(inputs)
+    assert small["input_ids"].shape == small["attention_mask"].shape == (2, 16)
+    assert small["pixel_values"].shape == (2, 3, 40, 40)
+    assert small["labels"].shape == (2, 16)
+    assert small["return_dict"] is True

@@ -1,0 +1,121 @@
+"""Masked ≡ cut: for every family, kind of axis and kernel, in float64 on the whole model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+
+from hf_gradnas.masks import masked
+from hf_gradnas.surgery import cut
+from hf_gradnas.types import Attribute, Kind, Structure
+from hf_gradnas.verification import find_structure, masked_against_cut, prove, trial_plans
+
+ALL = sorted(zoo.FAMILIES)
+
+
+def logits_of(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def plans_of(structure: Structure) -> dict[str, dict[str, list[int]]]:
+    """One plan per kind of axis, one for everything, and one without the first layer's parts."""
+    by_parent = {a.parent: a for a in structure.axes if a.parent}
+    heads = {a.name: [0, 3] for a in structure.axes if a.kind is Kind.HEADS}
+    groups: dict[str, list[int]] = {}
+    for axis in structure.axes:
+        if axis.kind is Kind.KV_GROUPS:
+            groups |= {axis.name: [1], by_parent[axis.name].name: [2, 3]}
+    neurons = {
+        a.name: sorted({(7 * i + k) % 96 for i in range(40)})
+        for k, a in enumerate(structure.axes)
+        if a.kind is Kind.NEURONS
+    }
+    uneven = {name: [2] if i % 2 else [1, 2, 3] for i, name in enumerate(heads)}
+    grouped = bool(groups)
+    both = {**(groups if grouped else uneven), **neurons}
+    first = next(a for a in structure.axes if a.kind is Kind.HEADS)
+    gone = {first.name: [], **({first.parent: []} if first.parent else {})}
+    ffn = next(a for a in structure.axes if a.kind is Kind.NEURONS)
+    plans = {"heads": heads, "neurons": neurons, "both": both}
+    if grouped:
+        plans["groups"] = groups
+    plans["first attention gone"] = {**both, **gone}
+    plans["first FFN gone"] = {**both, ffn.name: []}
+    everything = {a.name: [] for a in structure.axes}
+    plans["everything gone"] = everything
+    return plans
+
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel"), [(f, k) for f in ALL for k in zoo.FAMILIES[f].kernels]
+)
+def test_masked_equals_cut(family: str, kernel: str) -> None:
+    model, inputs = zoo.build(family, attn=kernel)
+    structure = find_structure(model, inputs)
+    with zoo.float64_throughout():
+        check_masked_equals_cut(model, inputs, structure)
+
+
+def check_masked_equals_cut(
+    model: torch.nn.Module, inputs: dict, structure: Structure
+) -> None:
+    whole = logits_of(model, inputs)
+    scale = whole.abs().max()
+    for name, kept in plans_of(structure).items():
+        with masked(model, structure.axes, kept):
+            reference = logits_of(model, inputs)
+        smaller = copy.deepcopy(model)
+        cut(smaller, structure.axes, kept)
+        result = logits_of(smaller, inputs)
+        assert (reference - whole).abs().max() > 1e-4 * scale, name
+        assert (result - reference).abs().max() <= 1e-10 * scale, name
+        assert sum(p.numel() for p in smaller.parameters()) < sum(
+            p.numel() for p in model.parameters()
+        )
+        assert all(p.numel() for p in smaller.parameters())
+
+
+def test_a_wrong_attribute_fails_the_proof_and_is_refused() -> None:
+    model, inputs = zoo.build("opt")
+    from hf_gradnas.structure.discovery import discover
+
+    discovery = discover(model, inputs)
+    places = []
+    for place in discovery.places:
+        axis = place.template.versions[0][-1]
+        if axis.kind is Kind.HEADS:
+            wrong = tuple(Attribute(a.module, a.name, a.axis, factor=2) for a in axis.attributes)
+            versions = ((replace(axis, attributes=wrong),),)
+            place = replace(place, template=replace(place.template, versions=versions))
+        places.append(place)
+    structure = prove(model, replace(discovery, places=tuple(places)))
+    assert {a.kind for a in structure.axes} == {Kind.NEURONS}
+    assert all("does not run" in r.reason or "differs" in r.reason for r in structure.refusals)
+    assert len(structure.refusals) == 3
+
+
+def test_trial_plans_cover_groups_heads_and_nothing() -> None:
+    model, inputs = zoo.build("llama")
+    axes = tuple(a for a in find_structure(model, inputs).axes if "layers.0.self_attn" in a.name)
+    plans = list(trial_plans(axes))
+    counts = [[len(units) for units in plan.values()] for plan in plans]
+    assert counts == [[1, 2], [2, 2], [1, 1], [0, 0]]
+
+
+def test_difference_and_effect_are_relative() -> None:
+    from hf_gradnas.structure.discovery import discover
+
+    model, inputs = zoo.build("gpt2")
+    template = discover(model, inputs).places[1].template
+    kept = {":neurons": list(range(48))}
+    module = model.get_submodule(template.scope)
+    axes = template.versions[0]
+    difference, effect = masked_against_cut(module, template.call, axes, kept, kernel="eager")
+    assert difference < 1e-12
+    assert effect > 1e-3

@@ -1,0 +1,339 @@
+"""Tiny models of every supported family, built from configs: no downloads, milliseconds each.
+
+Every model has 3 layers, hidden size 64, 4 heads of 16, 2 key/value groups where the family has
+them, and 96 FFN neurons. All parameters are random, biases and norms too, so that a wrongly
+sliced bias shows; batches of text hold sequences of mixed length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+
+BATCH = 4
+LENGTHS = (12, 9, 5, 7)
+TARGET_LENGTHS = (6, 3, 7, 5)
+VOCAB = 160
+LABELS = 3
+SPREAD = 0.15
+IGNORED = -100
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+NO_DROPOUT = {"attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0}
+CLASSES = {"num_labels": LABELS, "problem_type": "single_label_classification"}
+ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    **CLASSES,
+}
+DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    **SPECIAL,
+}
+GROUPED = {**DECODER, "num_key_value_heads": 2}
+SEQ2SEQ = {
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+    **SPECIAL,
+    **NO_DROPOUT,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One supported model type: which classes make it, and how small.
+
+    Attributes:
+        config: Name of the config class in transformers.
+        model: Name of the model class in transformers.
+        inputs: Key of `INPUTS`: what a batch holds.
+        kwargs: Arguments of the config.
+        kernels: Attention kernels that the class accepts.
+    """
+
+    config: str
+    model: str
+    inputs: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ("eager", "sdpa")
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model has ``generate``."""
+        return self.inputs in {"causal", "seq2seq", "speech"}
+
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family("BertConfig", "BertForSequenceClassification", "classify", ENCODER),
+    "roberta": Family(
+        "RobertaConfig",
+        "RobertaForSequenceClassification",
+        "classify",
+        {**ENCODER, "pad_token_id": 0},
+    ),
+    "distilbert": Family(
+        "DistilBertConfig",
+        "DistilBertForSequenceClassification",
+        "classify",
+        {
+            "vocab_size": VOCAB,
+            "dim": 64,
+            "n_layers": 3,
+            "n_heads": 4,
+            "hidden_dim": 96,
+            "max_position_embeddings": 64,
+            "seq_classif_dropout": 0.0,
+            **CLASSES,
+        },
+    ),
+    "albert": Family(
+        "AlbertConfig",
+        "AlbertForSequenceClassification",
+        "classify",
+        {**ENCODER, "embedding_size": 32, "num_hidden_groups": 1, "inner_group_num": 1},
+    ),
+    "electra": Family(
+        "ElectraConfig",
+        "ElectraForSequenceClassification",
+        "classify",
+        {**ENCODER, "embedding_size": 32},
+    ),
+    "gpt2": Family(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        "causal",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 64,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_inner": 96,
+            "n_positions": 64,
+            **SPECIAL,
+        },
+    ),
+    "opt": Family(
+        "OPTConfig",
+        "OPTForCausalLM",
+        "causal",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "ffn_dim": 96,
+            "max_position_embeddings": 64,
+            **SPECIAL,
+        },
+    ),
+    "gpt_neox": Family("GPTNeoXConfig", "GPTNeoXForCausalLM", "causal", DECODER),
+    "llama": Family("LlamaConfig", "LlamaForCausalLM", "causal", GROUPED),
+    "mistral": Family(
+        "MistralConfig", "MistralForCausalLM", "causal", {**GROUPED, "sliding_window": None}
+    ),
+    "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", "causal", GROUPED),
+    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", "causal", {**GROUPED, "head_dim": 16}),
+    "gemma2": Family(
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        "causal",
+        {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6},
+        kernels=("eager",),  # its soft cap on attention scores has no sdpa form
+    ),
+    "phi3": Family("Phi3Config", "Phi3ForCausalLM", "causal", GROUPED),
+    "t5": Family(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        "seq2seq",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 96,
+            "num_layers": 3,
+            "num_decoder_layers": 3,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 16,
+            "decoder_start_token_id": 0,
+            **SPECIAL,
+        },
+    ),
+    "bart": Family(
+        "BartConfig",
+        "BartForConditionalGeneration",
+        "seq2seq",
+        {**SEQ2SEQ, "max_position_embeddings": 64},
+    ),
+    "vit": Family(
+        "ViTConfig",
+        "ViTForImageClassification",
+        "image",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 96,
+            "image_size": 16,
+            "patch_size": 4,
+            **CLASSES,
+        },
+    ),
+    "whisper": Family(
+        "WhisperConfig",
+        "WhisperForConditionalGeneration",
+        "speech",
+        {
+            **SEQ2SEQ,
+            "num_mel_bins": 8,
+            "max_source_positions": 24,
+            "max_target_positions": 32,
+            "begin_suppress_tokens": None,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that `build` made, and the parameters that its class freezes."""
+
+    model: transformers.PreTrainedModel
+    frozen: frozenset[str]
+
+
+BUILT: list[Built] = []  # what this test file has built: conftest looks for traces on it
+
+
+def build(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    attn: str = "eager",
+    **overrides: Any,
+) -> tuple[transformers.PreTrainedModel, dict[str, torch.Tensor]]:
+    """Make the family's tiny model, in eval mode, and one labelled batch for ``model(**inputs)``.
+
+    Args:
+        name: Key of `FAMILIES`.
+        dtype: Type of the parameters and of floating-point inputs.
+        seed: Decides parameters and batch.
+        attn: Attention kernel: ``"eager"`` or ``"sdpa"``.
+        **overrides: Replace arguments of the config.
+    """
+    family = FAMILIES[name]
+    config = getattr(transformers, family.config)(**{**family.kwargs, **overrides})
+    config._attn_implementation = attn
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, family.model)(config).to(dtype).eval()
+    _randomise(model, generator=generator)
+    frozen = frozenset(path for path, p in model.named_parameters() if not p.requires_grad)
+    BUILT.append(Built(model, frozen))
+    batch = INPUTS[family.inputs](config, generator)
+    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()}
+    return model, inputs
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Let forwards that cast to float32 inside (norms, softmax, losses) cast to float64 instead.
+
+    Without it a float64 Llama is exact to 1e-7 only, because RMSNorm and the eager softmax round
+    to float32; equations that hold to 1e-10 over a whole model are tested under it.
+    """
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+@torch.no_grad()
+def _randomise(model: transformers.PreTrainedModel, *, generator: torch.Generator) -> None:
+    """Draw every parameter anew: vectors keep their mean (norms 1, biases 0), matrices do not."""
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * SPREAD
+        if parameter.dim() == 1:
+            noise += parameter
+        parameter.copy_(noise)
+
+
+def _tokens(lengths: tuple[int, ...], *, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Ids and attention mask ``(batch, seq)``, padded on the right with 0."""
+    shape = (len(lengths), max(lengths))
+    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return torch.randint(3, VOCAB, shape, generator=generator) * mask, mask
+
+
+def _class_labels(generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, LABELS, (BATCH,), generator=generator)
+
+
+def _classify(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
+    ids, mask = _tokens(LENGTHS, generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": _class_labels(generator)}
+
+
+def _causal(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
+    ids, mask = _tokens(LENGTHS, generator=generator)
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _targets(generator: torch.Generator) -> torch.Tensor:
+    ids, mask = _tokens(TARGET_LENGTHS, generator=generator)
+    return ids.masked_fill(mask == 0, IGNORED)
+
+
+def _seq2seq(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
+    ids, mask = _tokens(LENGTHS, generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": _targets(generator)}
+
+
+def _image(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
+    shape = (BATCH, config.num_channels, config.image_size, config.image_size)
+    pixels = torch.randn(shape, generator=generator)
+    return {"pixel_values": pixels, "labels": _class_labels(generator)}
+
+
+def _speech(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
+    shape = (BATCH, config.num_mel_bins, 2 * config.max_source_positions)
+    features = torch.randn(shape, generator=generator)
+    return {"input_features": features, "labels": _targets(generator)}
+
+
+INPUTS = {
+    "classify": _classify,
+    "causal": _causal,
+    "seq2seq": _seq2seq,
+    "image": _image,
+    "speech": _speech,
+}
