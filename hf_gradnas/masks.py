@@ -49,7 +49,7 @@ def check_width(axis: Axis, features: int) -> None:
 @contextmanager
 def masked(
     model: nn.Module, axes: Iterable[Axis], kept: Mapping[str, Sequence[int]]
-) -> Iterator[nn.Module]:
+) -> Iterator[None]:
     """Run a model as if only the kept units were there, without cutting it.
 
     Encloses forward and backward; the hooks go when the block ends, also by an exception.
@@ -59,9 +59,6 @@ def masked(
         axes: Axes to mask. A removed KV group takes its heads along, since it spans their values.
         kept: Indices of the units that stay, per axis name; an axis that is not named keeps all.
 
-    Yields:
-        The same model.
-
     Raises:
         PlanError: `kept` names an unknown axis or unit.
         StructureError: An axis does not fit the model.
@@ -69,7 +66,7 @@ def masked(
     by_name = {axis.name: axis for axis in axes}
     masks = {name: _mask_of(by_name, name, units) for name, units in kept.items()}
     with _multiplied(model, [by_name[name] for name in masks], masks):
-        yield model
+        yield
 
 
 @contextmanager
@@ -131,8 +128,13 @@ def _multiplied(
 def add_pre_hook(stack: ExitStack, module: nn.Module, hook: Any) -> None:
     """Register a forward pre-hook that goes when `stack` closes, the undo being pushed first."""
     handles: list[RemovableHandle] = []
-    stack.callback(lambda: [handle.remove() for handle in handles])
+    stack.callback(_remove, handles)
     handles.append(module.register_forward_pre_hook(hook))
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class _Multiply:

@@ -17,7 +17,7 @@ from .structure import couplings, modeling_gradnas
 from .types import Attribute, Axis, Kind
 
 Kept = Mapping[str, Sequence[int]]
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 
 
 def cut(
@@ -47,11 +47,11 @@ def cut(
     counts = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in axes}
     changed = [a for a in axes if _is_changed(a, axes, counts)]
     rows = _kept_rows(model, changed, kept)
-    record = _record_of(model, axes, changed, counts, rows)
+    own: dict[str, list[int]] = {}
     new_tensors: dict[str, Tensor] = {}
     if layout == "per_layer":
         own, new_tensors = _own_tables(model, axes, changed, kept, tables)
-        record["own_position_bias"] = own
+    record = {**_record_of(model, axes, changed, counts, rows), "own_position_bias": own}
     modeling_gradnas.resize(model, record, rows=rows, new_tensors=new_tensors)
     return record
 
@@ -124,7 +124,7 @@ def _kept_rows(
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)  # noqa: S101 - a Slice names a tensor
+    assert isinstance(tensor, Tensor)
     return tensor
 
 
@@ -172,9 +172,7 @@ def _record_of(
     }
 
 
-def _set_attribute(
-    entry: dict[str, Any], attribute: Attribute, counts: Mapping[str, int]
-) -> None:
+def _set_attribute(entry: dict[str, Any], attribute: Attribute, counts: Mapping[str, int]) -> None:
     value = attribute.factor * counts[attribute.axis]
     if attribute.per is not None:
         value //= counts[attribute.per]
@@ -217,10 +215,8 @@ def _own_tables(
     return own, tensors
 
 
-def merge_records(old: Record | None, new: Record) -> Record:
+def merge_records(old: Record, new: Record) -> Record:
     """Record of a model that was cut before and is cut again: `new` wins where both speak."""
-    if old is None:
-        return new
     removed = {**old.get("removed", {}), **new["removed"]}
     own = {**old.get("own_position_bias", {}), **new.get("own_position_bias", {})}
     modules = {path: dict(entry) for path, entry in old.get("modules", {}).items()}
@@ -229,10 +225,9 @@ def merge_records(old: Record | None, new: Record) -> Record:
         if leaf == couplings.SHARED_TABLES[0].table and own.get(parent):
             own[parent] = entry["weight"]
             continue
-        merged = {**modules.get(path, {}), **entry}
-        if "config" in merged:
-            merged["config"] = {**modules.get(path, {}).get("config", {}), **entry.get("config", {})}
-        modules[path] = merged
+        before = modules.get(path, {})
+        config = {**before.get("config", {}), **entry.get("config", {})}
+        modules[path] = {**before, **entry, **({"config": config} if config else {})}
 
     def gone(path: str) -> bool:
         return any(path == r or path.startswith(r + ".") for r in removed)

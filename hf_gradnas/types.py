@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from .errors import PlanError
+from .errors import PlanError, ScoresError
 
 
 class Kind(str, Enum):
@@ -239,7 +241,7 @@ class Plan:
         loss_increase: Predicted loss increase in units of the score (0.5·Σ for `fisher`).
         search: Name of the strategy.
         score: Name of the score.
-        steps: Smallest step of each budgeted cost in this layout.
+        steps: Smallest step of each budgeted cost in this layout, upwards from this plan.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -315,3 +317,45 @@ class Scores:
 
     values: Mapping[str, np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    FORMAT_VERSION = 1
+
+    def save(self, file: str | Path) -> None:
+        """Write the scores as safetensors, one tensor per axis; the file is there whole or not."""
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sibling = file.with_name(f"{file.name}.tmp")
+        tensors = {
+            name: np.ascontiguousarray(v, dtype=np.float64) for name, v in self.values.items()
+        }
+        metadata = {**self.metadata, "format_version": str(self.FORMAT_VERSION)}
+        try:
+            save_file(tensors, sibling, metadata=metadata)
+            sibling.replace(file)
+        finally:
+            sibling.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, file: str | Path) -> Scores:
+        """Read scores written by `save`.
+
+        Raises:
+            ScoresError: The file is missing, damaged, or holds something else.
+        """
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                metadata = opened.metadata() or {}
+                version = metadata.pop("format_version", None)
+                if version != str(cls.FORMAT_VERSION):
+                    raise ScoresError(
+                        f"Scores: {file} has the format_version {version!r}, needed "
+                        f"'{cls.FORMAT_VERSION}'; upgrade hf_gradnas, or score again into "
+                        "another file."
+                    )
+                values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ScoresError(
+                f"Scores: {file} cannot be read ({error}); it is missing, damaged or no scores "
+                "file: remove it and score again."
+            ) from error
+        return cls(values, metadata)

@@ -167,7 +167,7 @@ def masked_against_cut(
 def _run(module: nn.Module, call: Call) -> Tensor:
     output = module(*call.args, **call.kwargs)
     first = output[0] if isinstance(output, tuple) else output
-    assert isinstance(first, Tensor)  # noqa: S101 - narrows the type
+    assert isinstance(first, Tensor)
     return first
 
 

@@ -47,7 +47,12 @@ def test_names_and_slices_of_bert() -> None:
 
 def test_fused_layouts() -> None:
     for family, tensor, dim, blocks in (
-        ("gpt2", "transformer.h.1.attn.c_attn.weight", 1, [(16, 0, 16), (16, 64, 16), (16, 128, 16)]),
+        (
+            "gpt2",
+            "transformer.h.1.attn.c_attn.weight",
+            1,
+            [(16, 0, 16), (16, 64, 16), (16, 128, 16)],
+        ),
         ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value.weight", 0, [(48, 0, 48)]),
         ("phi3", "model.layers.1.self_attn.qkv_proj.weight", 0, [(16, 0, 16)]),
         ("phi3", "model.layers.1.mlp.gate_up_proj.weight", 0, [(1, 0, 1), (1, 96, 1)]),

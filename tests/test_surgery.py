@@ -58,8 +58,7 @@ def test_cutting_twice_equals_cutting_once(family: str) -> None:
         second |= {a.name: [0, 2] for a in again.axes if a.kind == "heads"}
     record = merge_records(old, cut(twice, again.axes, second))
     composed = {
-        name: [first.get(name, range(96))[unit] for unit in units]
-        for name, units in second.items()
+        name: [first.get(name, range(96))[unit] for unit in units] for name, units in second.items()
     }
     direct = cut(once, structure.axes, composed)
     assert record == direct

@@ -10,6 +10,7 @@ import torch
 import zoo
 
 from hf_gradnas.masks import masked
+from hf_gradnas.structure.discovery import Place, discover
 from hf_gradnas.surgery import cut
 from hf_gradnas.types import Attribute, Kind, Structure
 from hf_gradnas.verification import find_structure, masked_against_cut, prove, trial_plans
@@ -51,7 +52,6 @@ def plans_of(structure: Structure) -> dict[str, dict[str, list[int]]]:
     return plans
 
 
-
 @pytest.mark.parametrize(
     ("family", "kernel"), [(f, k) for f in ALL for k in zoo.FAMILIES[f].kernels]
 )
@@ -62,9 +62,16 @@ def test_masked_equals_cut(family: str, kernel: str) -> None:
         check_masked_equals_cut(model, inputs, structure)
 
 
-def check_masked_equals_cut(
-    model: torch.nn.Module, inputs: dict, structure: Structure
-) -> None:
+def test_multi_query_attention() -> None:
+    model, inputs = zoo.build("mistral", num_key_value_heads=1)
+    structure = find_structure(model, inputs)
+    assert not structure.refusals
+    assert {a.kind for a in structure.axes} == {Kind.HEADS, Kind.NEURONS}
+    with zoo.float64_throughout():
+        check_masked_equals_cut(model, inputs, structure)
+
+
+def check_masked_equals_cut(model: torch.nn.Module, inputs: dict, structure: Structure) -> None:
     whole = logits_of(model, inputs)
     scale = whole.abs().max()
     for name, kept in plans_of(structure).items():
@@ -83,18 +90,16 @@ def check_masked_equals_cut(
 
 def test_a_wrong_attribute_fails_the_proof_and_is_refused() -> None:
     model, inputs = zoo.build("opt")
-    from hf_gradnas.structure.discovery import discover
-
     discovery = discover(model, inputs)
-    places = []
-    for place in discovery.places:
+
+    def spoil(place: Place) -> Place:
         axis = place.template.versions[0][-1]
-        if axis.kind is Kind.HEADS:
-            wrong = tuple(Attribute(a.module, a.name, a.axis, factor=2) for a in axis.attributes)
-            versions = ((replace(axis, attributes=wrong),),)
-            place = replace(place, template=replace(place.template, versions=versions))
-        places.append(place)
-    structure = prove(model, replace(discovery, places=tuple(places)))
+        wrong = tuple(Attribute(a.module, a.name, a.axis, factor=2) for a in axis.attributes)
+        versions = ((replace(axis, attributes=wrong),),)
+        return replace(place, template=replace(place.template, versions=versions))
+
+    places = tuple(spoil(p) if p.template.kind is Kind.HEADS else p for p in discovery.places)
+    structure = prove(model, replace(discovery, places=places))
     assert {a.kind for a in structure.axes} == {Kind.NEURONS}
     assert all("does not run" in r.reason or "differs" in r.reason for r in structure.refusals)
     assert len(structure.refusals) == 3
@@ -109,8 +114,6 @@ def test_trial_plans_cover_groups_heads_and_nothing() -> None:
 
 
 def test_difference_and_effect_are_relative() -> None:
-    from hf_gradnas.structure.discovery import discover
-
     model, inputs = zoo.build("gpt2")
     template = discover(model, inputs).places[1].template
     kept = {":neurons": list(range(48))}

@@ -41,7 +41,7 @@ def _new_of(base: Any) -> Callable[..., Any]:
         if isinstance(config, PreTrainedConfig) and "gradnas" in vars(config):
             from ..structure import modeling_gradnas  # noqa: PLC0415 - loading may not need it
 
-            if not modeling_gradnas.under_construction():
+            if not (modeling_gradnas.under_construction() or modeling_gradnas.is_per_layer(cls)):
                 cls = modeling_gradnas.per_layer_class(cls)
         new = own or super(base, cls).__new__
         return new(cls) if new is object.__new__ else new(cls, *args, **kwargs)

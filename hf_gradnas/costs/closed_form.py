@@ -47,6 +47,15 @@ def own_table_rows(axis: Axis, shapes: Shapes) -> int:
     return shapes[axis.tied][0]
 
 
+def unsplit_table_params(axes: Sequence[Axis], shapes: Shapes, kept: Mapping[str, int]) -> int:
+    """Parameters that `params_cost` counts for tables of their own, but that no layer gets.
+
+    A shared table stays shared as long as all attentions that read it stay whole.
+    """
+    split = {axis.tied for axis in axes if axis.tied and kept[axis.name] < axis.size}
+    return sum(own_table_rows(axis, shapes) * axis.size for axis in axes if axis.tied not in split)
+
+
 def flops_cost(
     axes: Sequence[Axis],
     shapes: Shapes,

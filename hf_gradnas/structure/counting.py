@@ -49,9 +49,7 @@ def count_costs(
             axes,
             shapes,
             rows=rows,
-            macs_per_head={
-                a.name: _macs_per_head(a, trace) for a in axes if a.kind is Kind.HEADS
-            },
+            macs_per_head={a.name: _macs_per_head(a, trace) for a in axes if a.kind is Kind.HEADS},
             total_flops=total_flops,
         ),
         "params": params_cost(axes, shapes, layout=layout),
@@ -69,7 +67,7 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, Tra
 
 def _macs_per_head(axis: Axis, trace: Trace) -> float:
     """MACs of queries x keys and of weights x values, per head, summed over calls."""
-    assert axis.removal is not None  # noqa: S101 - heads axes name their attention module
+    assert axis.removal is not None
     macs = sum(
         event.macs
         for event in trace.events

@@ -17,10 +17,20 @@ from torch import nn
 
 from .._compat import attention_implementation
 from ..errors import StructureError
-from ..types import Attribute, Axis, Kind, Refusal, Removal
+from ..types import Attribute, Axis, Kind, Refusal
 from . import couplings
-from .probe import HeadLayout, double_call, double_copy, probe_heads, probe_neurons
-from .trace import Attention, Call, Matmul, Trace, common_path, trace_forward
+from .attention import attention_versions
+from .probe import double_call, double_copy, probe_heads, probe_neurons
+from .trace import (
+    Attention,
+    Call,
+    Matmul,
+    Trace,
+    above,
+    below,
+    common_path,
+    trace_forward,
+)
 
 PROBE_EXAMPLES = 2
 PROBE_TOKENS = 16
@@ -205,14 +215,19 @@ def _following_weights(trace: Trace, index: int) -> Iterator[Matmul]:
 def _producers(trace: Trace, index: int, owned: set[str | None]) -> tuple[str, ...]:
     """Weights that ran shortly before and put out as many features as event `index` reads."""
     event = trace.events[index]
-    assert isinstance(event, Matmul)  # noqa: S101 - narrows the type, callers pass matmuls
+    if isinstance(event, Attention):
+        return ()
     features = event.x_shape[-1]
     found = []
     for earlier in reversed(trace.events[max(0, index - LOOK_BACK) : index]):
         if isinstance(earlier, Attention):
             break
         fits = earlier.out_shape[-1] in (features, 2 * features)
-        if fits and earlier.parameter not in (None, event.parameter) and earlier.parameter not in owned:
+        if (
+            fits
+            and earlier.parameter not in (None, event.parameter)
+            and earlier.parameter not in owned
+        ):
             found.append(earlier.parameter)
     return tuple(dict.fromkeys(name for name in found if name is not None))
 
@@ -235,21 +250,11 @@ def _called(path: str, trace: Trace) -> str:
 def _kind_of(site: _Site, module: nn.Module) -> tuple[Any, ...]:
     """Modules with the same key have the same layout: class, place in the layer, shapes."""
     relative = [
-        None if name is None else _below(name, site.scope) for name in (site.core, site.projection)
+        None if name is None else below(name, site.scope) for name in (site.core, site.projection)
     ]
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     template = re.sub(r"\.\d+(?=\.|$)", ".*", "." + site.scope)
     return (template, type(module), *relative, site.heads, shapes)
-
-
-def _below(path: str, scope: str) -> str:
-    """`path` relative to `scope`."""
-    return path[len(scope) + 1 :] if scope and path != scope else ("" if path == scope else path)
-
-
-def _above(path: str, scope: str) -> str:
-    """Inverse of `_below`."""
-    return ".".join(part for part in (scope, path) if part)
 
 
 def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refusal:
@@ -257,145 +262,34 @@ def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refu
     try:
         owner, _, leaf = site.projection.rpartition(".")
         if leaf != "weight" or owner not in trace.calls:
-            raise StructureError(
-                f"the out-projection {site.projection} is not a module of its own"
-            )
+            raise StructureError(f"the out-projection {site.projection} is not a module of its own")
         twin, call = double_copy(module), double_call(trace.calls[site.scope])
         if site.core is None:
             return _probe_ffn(site, twin, call)
-        projection, core = _below(site.projection, site.scope), _below(site.core, site.scope)
+        projection, core = below(site.projection, site.scope), below(site.core, site.scope)
         layout = probe_heads(twin, call, core=core, projection=projection)
-        removals = _removals(site, trace, module)
-        versions = _attention_versions(twin, layout, removals, core, projection)
+        versions = attention_versions(
+            twin, layout, core=core, projection=projection, call=trace.calls[site.core]
+        )
         return Template(site.scope, call, versions)
     except StructureError as error:
         return Refusal(site.scope, "neurons" if site.core is None else "heads", str(error))
 
 
 def _probe_ffn(site: _Site, twin: nn.Module, call: Call) -> Template:
-    projection = _below(site.projection, site.scope)
+    projection = below(site.projection, site.scope)
     inside = [n for n in site.producers if n.startswith(site.scope + ".")]
-    producers = [_below(n, site.scope) for n in inside]
+    producers = [below(n, site.scope) for n in inside]
     size, slices = probe_neurons(twin, call, producers=producers, projection=projection)
     read_at = projection.rpartition(".")[0]
     axis = Axis(":neurons", "", Kind.NEURONS, size, read_at, 1, slices)
     return Template(site.scope, call, ((axis,),))
 
 
-def _removals(site: _Site, trace: Trace, module: nn.Module) -> tuple[Removal, ...]:
-    """How the attention may be replaced when it keeps nothing: plainly, or with its own norm."""
-    assert site.core is not None
-    call = trace.calls[site.core]
-    core = module.get_submodule(_below(site.core, site.scope))
-    owner = site.projection.rpartition(".")[0]
-    inside = owner.startswith(site.core + ".")
-    features = 0
-    if inside:
-        weight = module.get_parameter(_below(site.projection, site.scope))
-        linear = isinstance(module.get_submodule(_below(owner, site.scope)), nn.Linear)
-        features = weight.shape[0 if linear else 1]
-    plain = Removal(
-        module=_below(site.core, site.scope),
-        projection=_below(owner, site.core) if inside else None,
-        features=features,
-        returns=tuple("output" if i == 0 else None for i, _ in enumerate(call.returns)),
-        cross=any(call.kwargs.get(name) is not None for name in couplings.CROSS_ARGUMENTS),
-    )
-    norms = [name for name, m in core.named_children() if isinstance(m, nn.LayerNorm)]
-    return (plain, *(replace(plain, norm=name) for name in norms if inside))
-
-
-def _attention_versions(
-    module: nn.Module,
-    layout: HeadLayout,
-    removals: tuple[Removal, ...],
-    core: str,
-    projection: str,
-) -> tuple[tuple[Axis, ...], ...]:
-    """Axes of one attention, with every choice of attributes and replacement to be tried."""
-    read_at = projection.rpartition(".")[0]
-    grouped = layout.is_grouped
-    heads = Axis(
-        name=":heads",
-        module="",
-        kind=Kind.HEADS,
-        size=layout.heads,
-        read_at=read_at,
-        width=layout.width,
-        slices=layout.head_slices,
-        attributes=_attributes(module, layout, couplings.WIDTHS),
-        parent=":kv_groups" if grouped else None,
-    )
-    groups = Axis(
-        name=":kv_groups",
-        module="",
-        kind=Kind.KV_GROUPS,
-        size=layout.groups,
-        read_at=read_at,
-        width=layout.width * layout.heads // layout.groups,
-        slices=layout.group_slices,
-    )
-    widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
-    extras = dict.fromkeys([(), widths, config, widths + config])
-    versions = [
-        replace(heads, attributes=heads.attributes + extra, removal=removal)
-        for extra in extras
-        for removal in removals
-    ]
-    return tuple((groups, version) if grouped else (version,) for version in versions)
-
-
-def _attributes(
-    module: nn.Module, layout: HeadLayout, widths: frozenset[str]
-) -> tuple[Attribute, ...]:
-    """Attributes below `module` that repeat a number of heads."""
-    grouped = layout.is_grouped
-    groups_axis = ":kv_groups" if grouped else ":heads"
-    found = []
-    for path, child in module.named_modules():
-        for name, value in vars(child).items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                continue
-            if name in couplings.HEAD_COUNTS and value == layout.heads:
-                found.append(Attribute(path, name, ":heads"))
-            elif name in couplings.KV_COUNTS and value == layout.groups != 1:
-                found.append(Attribute(path, name, groups_axis))
-            elif name in couplings.HEADS_PER_GROUP and value == layout.heads // layout.groups > 1:
-                per = ":kv_groups" if grouped else None
-                found.append(Attribute(path, name, ":heads", per=per))
-            elif name in widths and value == layout.heads * layout.width:
-                found.append(Attribute(path, name, ":heads", layout.width))
-    return tuple(found)
-
-
-def _model_widths(module: nn.Module, layout: HeadLayout) -> tuple[Attribute, ...]:
-    return tuple(
-        a
-        for a in _attributes(module, layout, couplings.MODEL_WIDTHS)
-        if a.name in couplings.MODEL_WIDTHS
-    )
-
-
-def _config_counts(module: nn.Module, layout: HeadLayout, core: str) -> tuple[Attribute, ...]:
-    """Values that the core module may read from its config while it runs."""
-    config = vars(module.get_submodule(core)).get("config")
-    if config is None:
-        return ()
-    grouped = layout.is_grouped
-    sizes = {"heads": layout.heads, "kv_groups": layout.groups}
-    known = {*vars(config), *type(config).attribute_map}
-    return tuple(
-        Attribute(core, name, f":{kind}" if grouped else ":heads", in_config=True)
-        for kind, names in couplings.CONFIG_COUNTS.items()
-        for name in names
-        if name in known and getattr(config, name) == sizes[kind]
-    )
-
-
 def _move_attribute(attribute: Attribute, scope: str) -> Attribute:
     return replace(
         attribute,
-        module=_above(attribute.module, scope),
+        module=above(attribute.module, scope),
         axis=scope + attribute.axis,
         per=None if attribute.per is None else scope + attribute.per,
     )
@@ -408,10 +302,10 @@ def move_axis(axis: Axis, scope: str, *, tied: str = "") -> Axis:
         axis,
         tied=tied,
         name=scope + axis.name,
-        module=_above(axis.module, scope),
-        read_at=_above(axis.read_at, scope),
-        slices=tuple(replace(s, tensor=_above(s.tensor, scope)) for s in axis.slices),
+        module=above(axis.module, scope),
+        read_at=above(axis.read_at, scope),
+        slices=tuple(replace(s, tensor=above(s.tensor, scope)) for s in axis.slices),
         attributes=tuple(_move_attribute(a, scope) for a in axis.attributes),
         parent=None if axis.parent is None else scope + axis.parent,
-        removal=None if removal is None else replace(removal, module=_above(removal.module, scope)),
+        removal=None if removal is None else replace(removal, module=above(removal.module, scope)),
     )

@@ -2,7 +2,7 @@
 
 hf_gradnas imports this file, and every per-layer checkpoint carries a verbatim copy of it, which
 ``trust_remote_code=True`` runs where hf_gradnas is not installed. It therefore imports the standard
-library, torch and transformers only.
+library, torch and transformers only, and stays one file however long it gets.
 
 All it knows of a model is the *record* under the key ``gradnas`` of its config::
 
@@ -90,13 +90,13 @@ class RemovedAttention(nn.Module):
         for name, value in vars(replaced).items():
             if not name.startswith("_") and isinstance(value, int | float | str | None):
                 setattr(self, name, value)
-        self.features, self.returns, self.cross = features, tuple(returns), cross
-        self.norm = norm
+        # Underscores keep clear of the names that the parts have in `replaced`.
+        self._features, self._returns, self._cross = features, tuple(returns), cross
+        self._norm, self._projection = norm, None
         if norm is not None:
             self.add_module(norm, replaced.get_submodule(norm))
-        self.projection: str | None = None
         if projection is not None and replaced.get_submodule(projection).bias is not None:
-            self.projection = projection
+            self._projection = projection
             *parents, leaf = projection.split(".")
             parent: nn.Module = self
             for name in parents:
@@ -108,16 +108,17 @@ class RemovedAttention(nn.Module):
         """Return the bias, as wide as the out-projection, in the structure of the original."""
         hidden_states = args[0] if args else kwargs["hidden_states"]
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Cache) and not self.cross:
+            if isinstance(value, Cache) and not self._cross:
                 self._grow(value, hidden_states)
-        output = _zeros(hidden_states, self.features)
-        if self.projection is not None:
-            output = output + self.get_submodule(self.projection).bias.to(output.dtype)
-        if self.norm is not None:
-            output = self.get_submodule(self.norm)(hidden_states + output)
-        if not self.returns:
+        output = _zeros(hidden_states, self._features)
+        if self._projection is not None:
+            bias = cast(torch.Tensor, self.get_submodule(self._projection).bias)
+            output = output + bias.to(output.dtype)
+        if self._norm is not None:
+            output = self.get_submodule(self._norm)(hidden_states + output)
+        if not self._returns:
             return output
-        return tuple(output if entry else None for entry in self.returns)
+        return tuple(output if entry else None for entry in self._returns)
 
     def _grow(self, cache: Cache, hidden_states: torch.Tensor) -> None:
         """Write keys and values of width 1: masks and positions ask this layer for its length."""
@@ -203,7 +204,7 @@ def resize(
     Raises:
         RecordError: The record is of a newer format or does not fit; the model is unchanged.
     """
-    record = _translated(_checked(record), model)
+    record = translated(_checked(record), model)
     modules: Modules = dict(model.named_modules(remove_duplicate=False))
     wanted = _wanted_shapes(modules, record, rows, new_tensors or {})
     _check_shapes(wanted, modules, record, rows)
@@ -227,7 +228,7 @@ def _checked(record: Record) -> Record:
     return {"modules": {}, "removed": {}, "own_position_bias": {}, **record}
 
 
-def _translated(record: Record, model: nn.Module) -> Record:
+def translated(record: Record, model: nn.Module) -> Record:
     """The record with the paths that `model` uses, if it is another class of the same family."""
     if type(model).__name__ == record["architecture"]:
         return record
@@ -513,12 +514,12 @@ def is_per_layer(model_class: type) -> bool:
 def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Subclass of a stock class that takes the shapes in ``config.gradnas`` once it is built.
 
-    It carries the stock class's name and this module's: Upstream's ``save_pretrained`` then copies
+    It carries the stock class's name and this module's: upstream's ``save_pretrained`` then copies
     this file beside the weights and names the class in ``auto_map``. A class that Transformers does
     not export (a user's own, remote code) keeps its module: this file alone could not find it.
     """
-    if is_per_layer(stock):
-        return stock
+    if is_per_layer(stock):  # perhaps that of an older copy of this file
+        stock = cast(Any, stock)._gradnas_stock_class
     if stock not in _CLASSES:
         bases: tuple[type, ...] = (_PerLayer, stock)
         if stock.can_generate() and issubclass(stock, GenerationMixin):
@@ -581,7 +582,9 @@ def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
 def auto_class_name(stock: type[PreTrainedModel]) -> str | None:
     """Name of the Auto class that builds a stock class; the most telling one if there are more."""
     names = [name for name, built in _auto_classes(stock.config_class) if stock in built]
-    return min(names, default=None, key=lambda n: (n != "AutoModel", n == "AutoModelForPreTraining"))
+    return min(
+        names, default=None, key=lambda n: (n != "AutoModel", n == "AutoModelForPreTraining")
+    )
 
 
 def _is_exported(stock: type) -> bool:

@@ -9,18 +9,18 @@ neurons likewise, three of them standing for all. What comes out is a guess unti
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from .._compat import configs_of
 from ..errors import StructureError
 from ..types import Slice
-from .._compat import configs_of
 from .trace import Attention, Call, Matmul, map_tensors, record
 
 MIN_NEURONS = 8
@@ -114,7 +114,7 @@ def probe_heads(module: nn.Module, call: Call, *, core: str, projection: str) ->
             group_slices += [_with_tensor(s, name, dim) for s in per_group]
     head_slices = _add_biases(head_slices, weights, skip=projection)
     group_slices = _add_biases(group_slices, weights, skip=projection)
-    if len(head_slices) == 1:
+    if len(head_slices) == 1 and heads > 1:  # all that a single head owns goes with the module
         raise StructureError("no parameter belongs to single heads")
     return HeadLayout(heads, groups or heads, width, tuple(head_slices), tuple(group_slices))
 
@@ -190,7 +190,10 @@ def _head_owners(
     touched: dict[str, list[list[set[int]]]] = {}
     for head in range(heads):
         grads = torch.autograd.grad(
-            weighted[..., head, :].sum(), [p for _, p in named], retain_graph=True, allow_unused=True
+            weighted[..., head, :].sum(),
+            [p for _, p in named],
+            retain_graph=True,
+            allow_unused=True,
         )
         for (name, _), grad in zip(named, grads, strict=True):
             if grad is None or not grad.any():
@@ -270,7 +273,7 @@ def _regular(
     for block in range(blocks):
         starts = [p[block][0] for p in per_owner]
         widths = {p[block][1] for p in per_owner}
-        strides = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+        strides = {b - a for a, b in itertools.pairwise(starts)}
         if len(widths) != 1 or len(strides) > 1:
             raise StructureError("rows of the heads have no common width and stride")
         width = widths.pop()
@@ -313,15 +316,13 @@ def _neuron_slices(
     return []
 
 
-def _add_biases(
-    slices: list[Slice], weights: Mapping[str, Tensor], *, skip: str
-) -> list[Slice]:
+def _add_biases(slices: list[Slice], weights: Mapping[str, Tensor], *, skip: str) -> list[Slice]:
     """A bias follows its weight's output rows, never its own gradient (a K bias has none)."""
     added = list(slices)
     for s in slices:
-        bias = s.tensor[: -len("weight")] + "bias" if s.tensor.endswith(".weight") else None
-        if s.tensor == skip or bias not in weights:
+        if s.tensor == skip or not s.tensor.endswith(".weight"):
             continue
-        if weights[bias].shape == (weights[s.tensor].shape[s.dim],):
+        bias = s.tensor.removesuffix("weight") + "bias"
+        if bias in weights and weights[bias].shape == (weights[s.tensor].shape[s.dim],):
             added.append(Slice(bias, 0, s.width, s.offset, s.stride))
     return added

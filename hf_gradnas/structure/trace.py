@@ -84,7 +84,8 @@ class Recorder(TorchFunctionMode):
         self.keep_graph = keep_graph
         self.running: list[str] = []
         self.parameter_names = {
-            id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))
+            id(p): name
+            for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))
         }
 
     def _name_of(self, tensor: object) -> str | None:
@@ -194,6 +195,16 @@ def common_path(first: str, second: str) -> str:
             break
         shared.append(left)
     return ".".join(shared)
+
+
+def below(path: str, scope: str) -> str:
+    """`path` relative to `scope`."""
+    return path[len(scope) + 1 :] if scope and path != scope else ("" if path == scope else path)
+
+
+def above(path: str, scope: str) -> str:
+    """Inverse of `below`."""
+    return ".".join(part for part in (scope, path) if part)
 
 
 def rows_of(event: Matmul, weight: Tensor) -> int:

@@ -1,0 +1,283 @@
+"""Write a plan's widths into a config: pure functions over the config, no weights.
+
+Knows upstream's words for per-layer widths (``per_layer_config``), which say what a layer has but
+build nothing by themselves; the record under ``config.gradnas`` does that (see
+`hf_gradnas.structure.modeling_gradnas`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from inspect import getattr_static
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+
+from ..errors import PlanError
+from ..structure.config_trials import silence
+from ..structure.config_values import (
+    HEAD_DIM,
+    AxisKey,
+    real_key,
+    set_value,
+    stored,
+    sub_config,
+)
+from ..types import Axis, Kind, Plan, StockGroup, StockSpace, Structure
+
+Overrides = dict[int, dict[str, int]]
+
+REMOVED = (0, 1)
+"""Widths to write for a removed sub-layer, the first that upstream can read."""
+
+
+def write_stock(
+    config: PreTrainedConfig, plan: Plan, structure: Structure, space: StockSpace
+) -> None:
+    """Set the plan's uniform widths on `config` in place.
+
+    Args:
+        config: Config of the model that `structure` and `space` were found on.
+        plan: A plan whose axes keep equally many units wherever they share a config value.
+        structure: The model's axes.
+        space: What its class can express.
+
+    Raises:
+        PlanError: The class cannot express the plan; nothing was written.
+    """
+    counts = _counts(plan, structure)
+    values: dict[str, int] = {}
+    for group in space.groups:
+        values.update(_values(group, _uniform_counts(group, counts, structure)))
+    for name, reason in space.refused.items():
+        size = structure[name].size
+        if counts[name] != size:
+            raise PlanError(
+                f"{name}: the plan keeps {counts[name]} of {size} units, but the stock class "
+                f"cannot express that ({reason}); make the plan with layout='per_layer'."
+            )
+    for key, value in values.items():
+        set_value(config, key, value)
+
+
+def write_per_layer(
+    config: PreTrainedConfig,
+    plan: Plan,
+    structure: Structure,
+    keys: Mapping[str, AxisKey],
+    *,
+    space: StockSpace,
+) -> None:
+    """Write the plan's widths into `config` in place, layer by layer, in upstream's words.
+
+    Each layer's counts go into ``per_layer_config`` under the class's own names. The global value
+    becomes the maximum over layers where the class still builds with it and with the same head
+    size (then every tensor it builds is at least as large as the cut model's), and stays what it
+    was otherwise. The head size is written out where upstream would derive it from a layer's head
+    count. What the vocabulary cannot say is left out: the two stacks of an encoder–decoder,
+    cross-attentions, two different counts for one value of one layer.
+
+    Args:
+        config: Config of the model that the others were found on.
+        plan: Kept units of any axis; an axis that it does not name stays whole.
+        structure: The model's axes.
+        keys: What `locate_axes` returned.
+        space: What `find_stock_space` returned.
+    """
+    counts = _counts(plan, structure)
+    for group in space.groups:
+        for key, value in _global_values(group, counts, structure).items():
+            set_value(config, key, value)
+    for path in sorted({key.config for key in keys.values()}):
+        scope = sub_config(config, path)
+        overrides = _differing(_overrides(path, structure, counts, keys), scope)
+        overrides = _merge(_written_before(scope), overrides)
+        if overrides:
+            _write_head_dim(scope, path, structure, keys)
+            _write_overrides(config, scope, overrides)
+
+
+def _counts(plan: Plan, structure: Structure) -> dict[str, int]:
+    kept = plan.counts()
+    return {axis.name: kept.get(axis.name, axis.size) for axis in structure.axes}
+
+
+def _members(group: StockGroup, structure: Structure) -> dict[str, list[Axis]]:
+    """Axes of a group by kind."""
+    members: dict[str, list[Axis]] = defaultdict(list)
+    for name in group.axes:
+        axis = structure[name]
+        members[axis.kind.value].append(axis)
+    return dict(members)
+
+
+def _uniform_counts(
+    group: StockGroup, counts: Mapping[str, int], structure: Structure
+) -> dict[str, int]:
+    """The one count per kind that all axes of a group keep.
+
+    Raises:
+        PlanError: They differ, or the class does not accept them.
+    """
+    found: dict[str, int] = {}
+    for kind, axes in _members(group, structure).items():
+        first = axes[0]
+        found[kind] = counts[first.name]
+        for axis in axes:
+            if counts[axis.name] != found[kind]:
+                raise PlanError(
+                    f"{axis.name}: keeps {counts[axis.name]} {kind}, but {first.name} keeps "
+                    f"{found[kind]} and the stock class has one number for both; make the plan "
+                    "with layout='stock', or apply it with layout='per_layer'."
+                )
+    if not _accepts(group, found):
+        told = ", ".join(f"{count} {kind}" for kind, count in found.items())
+        raise PlanError(
+            f"{group.axes[0]}: the plan keeps {told}, but the stock class accepts "
+            f"{_told(group)}; make the plan with layout='stock', or choose layout='per_layer'."
+        )
+    return found
+
+
+def _accepts(group: StockGroup, counts: Mapping[str, int]) -> bool:
+    if group.allowed is None:
+        return all(count > 0 for count in counts.values())
+    return dict(counts) in [dict(allowed) for allowed in group.allowed]
+
+
+def _told(group: StockGroup) -> str:
+    if group.allowed is None:
+        return "at least 1"
+    return " or ".join(
+        "/".join(f"{count} {kind}" for kind, count in allowed.items()) for allowed in group.allowed
+    )
+
+
+def _values(group: StockGroup, counts: Mapping[str, int]) -> dict[str, int]:
+    """Config values that set the group's widths."""
+    values = {key: counts[kind] for kind, key in group.keys.items()}
+    values.update({key: counts[kind] for key, kind in group.copies.items()})
+    return {**values, **group.constants}
+
+
+def _global_values(
+    group: StockGroup, counts: Mapping[str, int], structure: Structure
+) -> dict[str, int]:
+    """Values of the largest layer, or none when the class would not build with them."""
+    largest = {
+        kind: max(1, *(counts[axis.name] for axis in axes))
+        for kind, axes in _members(group, structure).items()
+    }
+    return _values(group, largest) if _accepts(group, largest) else {}
+
+
+def _overrides(
+    path: str, structure: Structure, counts: Mapping[str, int], keys: Mapping[str, AxisKey]
+) -> Overrides:
+    """Counts per layer and value of one (sub-)config; what contradicts itself is left out."""
+    said: dict[tuple[int, str], set[int]] = defaultdict(set)
+    for axis in structure.axes:
+        key = keys.get(axis.name)
+        crossing = axis.removal is not None and axis.removal.cross
+        if key is None or key.config != path or crossing:
+            continue
+        for layer in key.layers:
+            for name in (key.key, *key.copies):
+                said[layer, name].add(counts[axis.name])
+    overrides: Overrides = defaultdict(dict)
+    for (layer, name), values in said.items():
+        if len(values) == 1:
+            overrides[layer][name] = min(values)
+    return overrides
+
+
+def _differing(overrides: Overrides, scope: PreTrainedConfig) -> Overrides:
+    """The overrides that say more than the global values do, or take an earlier one back."""
+    values, before = stored(scope), _written_before(scope)
+    return {
+        layer: {
+            name: count
+            for name, count in entries.items()
+            if count != values[name] or name in before.get(layer, {})
+        }
+        for layer, entries in overrides.items()
+    }
+
+
+def _written_before(scope: PreTrainedConfig) -> Overrides:
+    """Per-layer values that the config holds already (upstream's own, or of an earlier cut)."""
+    written: Mapping[str, Any] = scope.to_dict().get("per_layer_config") or {}
+    return {int(layer): dict(entries) for layer, entries in written.items()}
+
+
+def _merge(before: Overrides, overrides: Overrides) -> Overrides:
+    merged = {
+        layer: {**before.get(layer, {}), **overrides.get(layer, {})}
+        for layer in sorted({*before, *overrides})
+    }
+    return {layer: entries for layer, entries in merged.items() if entries}
+
+
+def _write_head_dim(
+    scope: PreTrainedConfig, path: str, structure: Structure, keys: Mapping[str, AxisKey]
+) -> None:
+    """Write the head size out, which upstream would take from ``hidden_size / heads`` per layer."""
+    key = real_key(scope, HEAD_DIM)
+    computed = isinstance(getattr_static(type(scope), key, None), property)
+    if computed or stored(scope).get(key) is not None:
+        return
+    widths = {
+        axis.width
+        for axis in structure.axes
+        if axis.kind == Kind.HEADS and axis.name in keys and keys[axis.name].config == path
+    }
+    if len(widths) == 1:
+        setattr(scope, key, widths.pop())
+
+
+def _write_overrides(
+    config: PreTrainedConfig, scope: PreTrainedConfig, overrides: Overrides
+) -> None:
+    """Write overrides, with the first number for removed sub-layers that upstream can read."""
+    failing = _unreadable(config)
+    # Third parties read global values, and a stock class still fails loudly on shapes.
+    scope.allow_global_per_layer_attribute_access = True
+    before = _written_before(scope)
+    for removed in REMOVED:
+        scope.per_layer_config = {
+            layer: {name: count or removed for name, count in entries.items()}
+            for layer, entries in overrides.items()
+        }
+        if _unreadable(config) <= failing:
+            return
+    scope.per_layer_config = before or None
+    if not before:
+        del vars(scope)["allow_global_per_layer_attribute_access"]
+
+
+def _unreadable(config: PreTrainedConfig) -> set[str]:
+    """Names of upstream's readers that fail on `config`."""
+    failing = set()
+    with silence():
+        for name, read in READERS.items():
+            try:
+                read(type(config).from_dict(config.to_dict()))
+            except Exception:  # config classes refuse in their own ways
+                failing.add(name)
+    return failing
+
+
+def _read_head_shapes(config: PreTrainedConfig) -> None:
+    """What generation asks of each layer (``get_head_shapes``, from 5.2x on)."""
+    for layer in config.get_text_config(decoder=True).per_layer_config:
+        if getattr(layer, HEAD_DIM, None) is None:
+            divmod(layer.hidden_size, layer.num_attention_heads)
+
+
+READERS = {
+    "validate_architecture": lambda config: config.validate_architecture(),
+    "head shapes": _read_head_shapes,
+    "dynamic cache": lambda config: DynamicCache(config=config),
+    "static cache": lambda config: StaticCache(config=config, max_cache_len=1),
+}

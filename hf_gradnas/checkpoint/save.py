@@ -1,0 +1,228 @@
+"""Writes a pruned model so that the target folder is never half written, and proves that it loads.
+
+Knows folders and files; the config's values come from `checkpoint.rewrite`, and the classes that
+load a per-layer checkpoint from `structure.modeling_gradnas`. Both layouts are written alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError
+from ..structure.modeling_gradnas import auto_class_name
+from ..types import Plan
+
+DOCUMENT = "gradnas.json"
+FORMAT_VERSION = 1
+TOLERANCE = 1e-5
+"""Largest difference of reloaded float32 or float64 outputs, relative to max(1, largest output)."""
+HALF_TOLERANCE_EPS = 8
+"""The same for 16-bit and smaller outputs, in steps of their type at 1."""
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    plan: Plan,
+    document: Mapping[str, Any],
+    processing_class: Any = None,
+    sample: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write model, tokenizer or processor and ``gradnas.json``, reload, compare, then rename.
+
+    Everything is written to ``.<name>.tmp-<pid>`` beside the target and reloaded from there with
+    the model's own class. Outputs on `sample` must agree to `TOLERANCE` (float32, float64) or
+    `HALF_TOLERANCE_EPS` (16 bits and less); without a sample, all tensors must be equal bit by bit.
+
+    Args:
+        model: A cut model, its config rewritten.
+        directory: Target folder.
+        plan: What was cut; kept in ``gradnas.json``.
+        document: More to keep in ``gradnas.json``, ready for JSON.
+        processing_class: Tokenizer, image processor or processor to save beside the model.
+        sample: Batch for ``model(**sample)``.
+        overwrite: Replace a checkpoint that stands there.
+
+    Returns:
+        The target folder.
+
+    Raises:
+        CheckpointError: The target cannot be written, or the checkpoint does not load back as it
+            was. The target is then as it was before.
+    """
+    target = check_target(directory, overwrite=overwrite)
+    with _temporary_sibling(target) as written:
+        model.save_pretrained(written)
+        if processing_class is not None:
+            processing_class.save_pretrained(written)
+        content = {**document, "plan": plan.to_dict(), "versions": _versions()}
+        content["format_version"] = FORMAT_VERSION
+        (written / DOCUMENT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        _check_reload(model, written, sample)
+        _put_in_place(written, target)
+    return target
+
+
+def check_target(directory: str | Path, overwrite: bool) -> Path:
+    """Check that a checkpoint can be written to a folder, before any work is done.
+
+    Returns:
+        The folder's absolute path, links resolved.
+
+    Raises:
+        CheckpointError: It exists and `overwrite` is false, it is not a checkpoint, or the folder
+            above it is not writable.
+    """
+    target = Path(directory).resolve()
+    if target.exists() and not overwrite:
+        raise CheckpointError(
+            f"{target}: the output folder exists; pass --overwrite (overwrite=True) to replace the "
+            "checkpoint in it, or choose another folder."
+        )
+    if target.is_file() or (target.is_dir() and not _is_replaceable(target)):
+        raise CheckpointError(
+            f"{target}: is {'a file' if target.is_file() else 'a folder without config.json'}, but "
+            "only a checkpoint or an empty folder is replaced; choose another folder."
+        )
+    above = next(parent for parent in target.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{target}: {above} is not a folder that this user can write to; choose another "
+            "folder, or change its permissions."
+        )
+    return target
+
+
+def _is_replaceable(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or not any(folder.iterdir())
+
+
+@contextmanager
+def _temporary_sibling(target: Path) -> Iterator[Path]:
+    """A new hidden folder beside the target; what is left of it at the end is deleted."""
+    folder = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process with our number that was killed
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot make a folder beside it ({error}); choose another output folder."
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(written: Path, target: Path) -> None:
+    """Rename the finished folder to the target; what stood there is deleted only afterwards."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if target.exists():
+            target.rename(old)
+        written.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    packages = (__name__.split(".", maxsplit=1)[0], "transformers", "torch")
+    return {package: sys.modules[package].__version__ for package in packages}
+
+
+# --- does it load? --------------------------------------------------------------------------------
+
+
+def _check_reload(model: PreTrainedModel, folder: Path, sample: Mapping[str, Any] | None) -> None:
+    """Load what was written with the model's own class, and compare."""
+    reloaded, info = type(model).from_pretrained(
+        folder,
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+        output_loading_info=True,
+    )
+    wrong = {kind: sorted(info[kind])[:4] for kind in info if info[kind]}
+    if wrong:
+        raise CheckpointError(
+            f"{type(model).__name__}: the written checkpoint does not load back whole ({wrong}); "
+            "the target is unchanged. Report it with the model's class and config."
+        )
+    reloaded = reloaded.to(model.device)
+    if sample is None:
+        _compare_tensors(model, reloaded)
+    else:
+        _compare_outputs(_output(model, sample), _output(reloaded, sample))
+
+
+def _compare_tensors(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    before, after = model.state_dict(), reloaded.state_dict()
+    for name in before.keys() | after.keys():
+        if name not in before or name not in after or not torch.equal(before[name], after[name]):
+            raise CheckpointError(
+                f"{name}: the reloaded tensor differs from the one in memory; the target is "
+                "unchanged. Report it with the model's class and config."
+            )
+
+
+def _compare_outputs(before: Tensor, after: Tensor) -> None:
+    if torch.equal(before, after):
+        return
+    small = torch.finfo(before.dtype).bits < torch.finfo(torch.float32).bits
+    tolerance = HALF_TOLERANCE_EPS * torch.finfo(before.dtype).eps if small else TOLERANCE
+    limit = tolerance * max(1.0, before.abs().max().item())
+    difference = float("nan")
+    if before.shape == after.shape:
+        difference = (before.double() - after.double()).abs().max().item()
+    if not difference <= limit:  # catches nan too
+        raise CheckpointError(
+            f"outputs of the reloaded checkpoint differ by {difference:.3g} from those in memory "
+            f"(at most {limit:.3g} is accepted); the target is unchanged. Report it with the "
+            "model's class and config."
+        )
+
+
+def _output(model: PreTrainedModel, sample: Mapping[str, Any]) -> Tensor:
+    """First floating-point output that is not the loss, of a forward in eval mode."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(**sample)
+    finally:
+        for module, training in flags.items():
+            module.training = training
+    values = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    for name, value in values:
+        if name != "loss" and isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise CheckpointError(
+        f"{type(model).__name__}: has no floating-point output on the sample (found "
+        f"{[name for name, _ in values]}), so that reloading cannot be checked; pass sample=None."
+    )
+
+
+def loading_snippet(model: PreTrainedModel, layout: str, directory: str | Path) -> str:
+    """Python lines that load the checkpoint with plain Transformers, for users to copy."""
+    stock = vars(type(model)).get("_gradnas_stock_class", type(model))
+    name = auto_class_name(stock) or stock.__name__
+    lines = [f"from transformers import {name}", f'model = {name}.from_pretrained("{directory}")']
+    if layout == "per_layer":
+        note = "  # or pass trust_remote_code=True to from_pretrained"
+        lines = [f"import hf_gradnas{note}", *lines]
+    return "\n".join(lines)

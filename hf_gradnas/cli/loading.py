@@ -1,0 +1,220 @@
+"""Loads config, model and processor, with one clear message for what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RecipeError
+from .tasks import TASKS, Head, Task, input_of, model_class, named_task, task_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..config.recipe import Recipe
+
+DEFAULT_MAX_LENGTH = 128
+# Tokenizers without a limit of their own say 10^30.
+_NO_LIMIT = 10**9
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is known but not loaded yet.
+
+    Attributes:
+        config: The checkpoint's config.
+        cls: Class to load it with.
+        task: Task with its head; ``feature-extraction`` for a class that no table knows.
+        input: ``"text"``, ``"image"`` or ``"audio"``.
+        processor: Tokenizer, image processor, feature extractor or processor.
+        tokenizer: The tokenizer, or None where text plays no part.
+        head_is_unknown: Whether no table knows the class and no task was asked for.
+    """
+
+    config: PreTrainedConfig
+    cls: Any
+    task: Task
+    input: str
+    processor: Any
+    tokenizer: Any
+    head_is_unknown: bool = False
+
+
+def open_source(recipe: Recipe, folder: str) -> Source:
+    """Read config and processor of the model in `folder` (or of that Hub id).
+
+    Raises:
+        RecipeError: Nothing is there, the task does not fit, or the processor is missing.
+    """
+    from transformers import AutoConfig
+
+    asked = named_task(recipe.task) if recipe.task else None
+    options = _hub_options(recipe)
+    config = _load(
+        AutoConfig.from_pretrained,
+        folder,
+        what=f"--model {recipe.model}: cannot be loaded",
+        advice="give a Hub id or a folder with config.json; a private model needs "
+        "'hf auth login', remote code needs --trust-remote-code.",
+        **options,
+    )
+    cls = model_class(config, asked)
+    known = asked or task_of(config)
+    task = known or TASKS["feature-extraction"]
+    feeds = input_of(cls, config, known)
+    processor, tokenizer = _load_processor(recipe, folder, task, feeds)
+    return Source(config, cls, task, feeds, processor, tokenizer, head_is_unknown=known is None)
+
+
+def load_model(recipe: Recipe, source: Source, folder: str) -> tuple[PreTrainedModel, list[str]]:
+    """Load the weights; also the names of weights that the checkpoint does not hold.
+
+    Raises:
+        RecipeError: The checkpoint cannot be loaded with that class or onto that device.
+    """
+    model, info = _load(
+        source.cls.from_pretrained,
+        folder,
+        what=f"--model {recipe.model}: its weights cannot be loaded",
+        advice="check --task, --revision and --dtype.",
+        config=source.config,
+        dtype=recipe.dtype,
+        output_loading_info=True,
+        **_hub_options(recipe),
+    )
+    device = recipe.device or best_device()
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"--device {device}: the model cannot be put there ({first_line(error)}); "
+            "give another --device."
+        ) from error
+    return model, sorted(info["missing_keys"])
+
+
+def prepare_tokenizer(source: Source) -> str | None:
+    """Give a tokenizer without a pad token its end token; say so, or return None.
+
+    Raises:
+        RecipeError: There is no end token either.
+    """
+    tokenizer = source.tokenizer
+    if tokenizer is None or tokenizer.pad_token is not None:
+        return None
+    if tokenizer.eos_token is None:
+        raise RecipeError(
+            f"{type(tokenizer).__name__}: has neither a pad nor an eos token, and batches need "
+            "padding; set one with tokenizer.pad_token = ... and save it beside the model."
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    if source.config.get_text_config().pad_token_id is None:
+        source.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return f"{tokenizer.pad_token!r} (its eos token; it has no pad token)"
+
+
+def resolve_max_length(recipe: Recipe, source: Source) -> int:
+    """Tokens per example: the flag, checked against the positions, or what fits the default.
+
+    Raises:
+        RecipeError: ``--max-length`` exceeds the positions.
+    """
+    limit = _positions(source)
+    if recipe.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, limit)
+    if recipe.max_length > limit:
+        raise RecipeError(
+            f"--max-length {recipe.max_length}: the model has {limit} positions, so longer "
+            f"sequences cannot run; give --max-length {limit} or less."
+        )
+    return recipe.max_length
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _positions(source: Source) -> int:
+    """Positions of the model; of the decoder for speech, whose labels are the only text."""
+    speech = source.input == "audio"
+    config = source.config.get_text_config(decoder=speech)
+    # T5 has no such attribute: its relative positions have no limit. Asked by name because config
+    # classes share no base attribute for it.
+    name = "max_target_positions" if speech else "max_position_embeddings"
+    found = getattr(config, name, None)
+    limit = found if isinstance(found, int) and found > 0 else _NO_LIMIT
+    if config.model_type in _PADDED_POSITIONS:
+        limit -= (config.pad_token_id or 0) + 1
+    if source.tokenizer is not None and source.tokenizer.model_max_length < _NO_LIMIT:
+        limit = min(limit, source.tokenizer.model_max_length)
+    return limit
+
+
+# Their position ids start after the padding index, so that many positions are never used.
+_PADDED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet")
+
+
+def _load_processor(recipe: Recipe, folder: str, task: Task, feeds: str) -> tuple[Any, Any | None]:
+    import transformers
+
+    options = _hub_options(recipe)
+    if feeds == "text":
+        tokenizer = _load(
+            transformers.AutoTokenizer.from_pretrained,
+            folder,
+            what=f"--model {recipe.model}: has no tokenizer that can be loaded",
+            advice="save one beside the model with tokenizer.save_pretrained(folder).",
+            **options,
+        )
+        _check_vocabulary(tokenizer, recipe)
+        return tokenizer, tokenizer
+    names = {"image": "AutoImageProcessor", "audio": "AutoFeatureExtractor"}
+    name = "AutoProcessor" if feeds == "audio" and task.head is Head.SEQ2SEQ else names[feeds]
+    processor = _load(
+        getattr(transformers, name).from_pretrained,
+        folder,
+        what=f"--model {recipe.model}: has no {name} that can be loaded",
+        advice="save the model's processor beside it with processor.save_pretrained(folder).",
+        **options,
+    )
+    if name != "AutoProcessor":
+        return processor, None
+    _check_vocabulary(processor.tokenizer, recipe)
+    return processor, processor.tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, recipe: Recipe) -> None:
+    """Transformers makes an empty tokenizer, without a word, where there is no file of one."""
+    words = len(tokenizer) - len(tokenizer.all_special_ids)
+    if words <= 0:
+        raise RecipeError(
+            f"--model {recipe.model}: has no tokenizer; {type(tokenizer).__name__} came without a "
+            "vocabulary. Save one beside the model with tokenizer.save_pretrained(folder)."
+        )
+
+
+def _hub_options(recipe: Recipe) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    if recipe.revision:
+        options["revision"] = recipe.revision
+    return options
+
+
+def _load(load: Callable[..., Any], folder: str, *, what: str, advice: str, **options: Any) -> Any:
+    try:
+        return load(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        raise RecipeError(f"{what} ({first_line(error)}); {advice}") from error
+
+
+def best_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,99 @@
+"""Command-line options generated from the fields of `Recipe`: one source of names and help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Optional, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ..config.recipe import Recipe
+
+_NOT_FLAGS = ("format_version",)
+
+
+def with_recipe_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Give `command` one keyword option per field of `Recipe`, plus ``--recipe`` and ``--set``.
+
+    The command receives every option as a keyword; those not given are None or empty. Values stay
+    strings: `Recipe` validates them, in one place.
+    """
+    parameters = [
+        _parameter("recipe", str, "--recipe", "YAML file or name of a shipped recipe.", "FILE"),
+        _parameter(
+            "settings",
+            list[str],
+            "--set",
+            "Set any option of the recipe; weaker than a flag, stronger than the file. Repeatable.",
+            "KEY=VALUE",
+        ),
+    ]
+    for name, field in Recipe.model_fields.items():
+        if name not in _NOT_FLAGS:
+            parameters.append(_field_parameter(name, field))
+    # Typer reads both; neither can be written by hand without a second list of options.
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {item.name: item.annotation for item in parameters}
+    return command
+
+
+def given_flags(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were on the command line, by field name, as `Recipe` reads them."""
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None and value not in ([], ())
+    }
+
+
+def _field_parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    flag = "--" + name.replace("_", "-")
+    kind: Any = str
+    if field.annotation is bool:
+        kind = bool
+    elif get_origin(field.annotation) in (dict, tuple):
+        kind = list[str]
+    help_text = str(field.description)
+    choices = _choices(field.annotation)
+    if choices:
+        help_text += f" One of {', '.join(choices)}."
+    if field.default not in (None, PydanticUndefined, ()) and kind is not bool:
+        help_text += f" Default: {field.default}."
+    metavar = str(extra.get("metavar") or ("CHOICE" if choices else "INTEGER"))
+    return _parameter(
+        name, kind, flag, help_text, None if kind is bool else metavar, panel=str(extra["panel"])
+    )
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Choices of a Literal, also inside ``X | None``."""
+    for part in (annotation, *get_args(annotation)):
+        if get_origin(part) is Literal:
+            return get_args(part)
+    return ()
+
+
+def _parameter(
+    name: str,
+    kind: Any,
+    flag: str,
+    description: str,
+    metavar: str | None,
+    *,
+    panel: str = "Recipe",
+) -> inspect.Parameter:
+    option = typer.Option(
+        flag,
+        help=description,
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_default=False,
+    )
+    annotation = Annotated[Optional[kind], option]  # noqa: UP045 - `kind` is a runtime value
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )

@@ -1,0 +1,292 @@
+"""The prune command: check, score, plan, cut, save, and say what happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.recipe import Recipe, build_recipe
+from ..errors import GradNASError
+from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedModel
+
+    from ..pruner import GradNASPruner
+    from ..types import Plan
+    from .evaluate import Metrics
+    from .preparation import Job
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_MISSING_SHOWN = 4
+
+
+def prune_from_options(
+    flags: Mapping[str, Any], *, settings: Iterable[str] = (), file: str | None = None
+) -> int:
+    """Run the command with the options that were given; errors become a message and a code.
+
+    Args:
+        flags: Options by field name of `Recipe`.
+        settings: ``KEY=VALUE`` strings of ``--set``.
+        file: Recipe file or name of a shipped recipe.
+
+    Returns:
+        0 done, 1 pruning or verification failed, 2 bad input, 130 interrupted.
+    """
+    screen = Screen()
+    run: _Run | None = None
+    try:
+        recipe = build_recipe(flags, settings=settings, file=file)
+        run = _Run(recipe, screen)
+        with quiet_libraries(screen):
+            run.execute()
+    except KeyboardInterrupt:
+        screen.error(run.interruption() if run else "interrupted; nothing was written.")
+        return INTERRUPTED
+    except GradNASError as error:
+        screen.error(str(error))
+        return FAILED if run is not None and run.cutting else BAD_INPUT
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        screen.error(f"out of memory ({error}); give a smaller --batch-size or --max-length.")
+        return FAILED
+    return DONE
+
+
+class _Run:
+    """State of one run: the recipe with its defaults filled in, and how far it came."""
+
+    def __init__(self, recipe: Recipe, screen: Screen) -> None:
+        self.recipe = recipe
+        self.given = frozenset(recipe.model_fields_set)
+        self.screen = screen
+        self.cutting = False
+        self.scoring = False
+        self.started = time.monotonic()
+        self.is_quickstart = False
+
+    def execute(self) -> None:
+        """All steps in order."""
+        from .preparation import prepare, resolve_paths
+        from .show import show_settings
+
+        self.recipe = resolve_paths(self.recipe)
+        folder = self._model_folder()
+        job = prepare(self.recipe, folder=folder, given=self.given)
+        self.recipe = job.recipe
+        show_settings(self.screen, job.settings)
+        for note in job.notes:
+            self.screen.line(f"Note: {note}.")
+        model, loader, evaluation = self._load(job)
+        pruner = self._discover(model, loader, job)
+        before = self._evaluate(model, evaluation, job, "Evaluating the original")
+        plan = self._plan(pruner, loader, job)
+        self.cutting = True
+        if self.recipe.dry_run:
+            self._finish_dry_run(pruner, plan, evaluation, job, before)
+        else:
+            self._cut_and_save(pruner, plan, evaluation, job, before)
+        self.screen.line(f"Done in {time.monotonic() - self.started:.1f} s.")
+
+    def interruption(self) -> str:
+        """What an interrupted run leaves behind."""
+        scores = Path(self.recipe.save_scores or "")
+        if self.scoring and scores.is_file():
+            return (
+                f"interrupted; the scores so far are in {scores}, and the same command goes on "
+                "from there."
+            )
+        if self.cutting:
+            return f"interrupted; {self.recipe.output} is as it was, complete or absent."
+        return "interrupted; no model was written."
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def _model_folder(self) -> str:
+        """Where the model is; trains the quickstart model first if that was asked for."""
+        from .quickstart import NAME, Training, make_quickstart
+
+        if self.recipe.model != NAME:
+            return (
+                str(Path(self.recipe.model).expanduser())
+                if self._is_local()
+                else (self.recipe.model)
+            )
+        self.is_quickstart = True
+        folder = Path(f"{self.recipe.output}.quickstart")
+        training = Training(seed=self.recipe.seed)
+        self.screen.line(f"Quickstart: training a small Llama into {folder} (about a minute).")
+        with self.screen.progress("Training") as report:
+            made = make_quickstart(folder, training, progress=report)
+        self.screen.line(
+            f"Perplexity of the held-out text by token frequencies: {made.unigram_perplexity:.1f}."
+        )
+        own = {"dataset": str(made.train), "eval_dataset": str(made.held_out)}
+        own = {name: value for name, value in own.items() if name not in self.given}
+        self.recipe = self.recipe.model_copy(update=own)
+        return str(made.model)
+
+    def _is_local(self) -> bool:
+        return Path(self.recipe.model).expanduser().exists()
+
+    def _load(self, job: Job) -> tuple[PreTrainedModel, DataLoader[Any], DataLoader[Any] | None]:
+        from .examples import make_loader
+        from .loading import load_model
+
+        model, missing = load_model(self.recipe, job.source, job.folder)
+        if missing:
+            shown = ", ".join(missing[:_MISSING_SHOWN]) + (
+                ", …" if len(missing) > _MISSING_SHOWN else ""
+            )
+            self.screen.warn(
+                f"the checkpoint has no weights for {shown}; they are random, so scores and "
+                "metrics mean little. Fine-tune first, or give another --task."
+            )
+        size = self.recipe.batch_size
+        loader = make_loader(job.calibration, job.source, model, batch_size=size)
+        if job.evaluation is None:
+            return model, loader, None
+        return model, loader, make_loader(job.evaluation, job.source, model, batch_size=size)
+
+    def _discover(self, model: PreTrainedModel, loader: DataLoader[Any], job: Job) -> GradNASPruner:
+        from ..pruner import GradNASPruner
+
+        pruner = GradNASPruner(
+            model,
+            score=self.recipe.score,
+            search=self.recipe.search,
+            layout=self.recipe.layout,
+            rules=self.recipe.rules(),
+        )
+        # Images have a size of their own; for audio the length counts the decoder's tokens.
+        length = None if job.source.input == "image" else self.recipe.flops_length
+        pruner.discover(next(iter(loader)), flops_length=length)
+        if job.scores is not None:
+            pruner.use_scores(job.scores)
+        pruner.check(self.recipe.target)
+        show_structure(self.screen, pruner.structure, pruner.layout, pruner.layout_reason)
+        return pruner
+
+    def _evaluate(
+        self, model: PreTrainedModel, loader: DataLoader[Any] | None, job: Job, what: str
+    ) -> Metrics | None:
+        from .evaluate import evaluate
+
+        if loader is None or job.evaluation is None:
+            return None
+        with self.screen.progress(what) as report:
+            return evaluate(
+                model, loader, job.source.task.head, total=len(job.evaluation), progress=report
+            )
+
+    def _plan(self, pruner: GradNASPruner, loader: DataLoader[Any], job: Job) -> Plan:
+        if job.scores is None:
+            began = time.monotonic()
+            self.scoring = True
+            with self.screen.progress("Scoring") as report:
+                pruner.score(
+                    loader,
+                    labels=job.labels,
+                    num_examples=len(job.calibration),
+                    file=self.recipe.save_scores,
+                    progress=report,
+                    seed=self.recipe.seed,
+                )
+            self.scoring = False
+            self.screen.line(
+                f"Scored {len(job.calibration)} examples in {time.monotonic() - began:.1f} s; "
+                f"scores: {self.recipe.save_scores}"
+            )
+        plan = pruner.plan(self.recipe.target)
+        show_plan(self.screen, plan, pruner.structure)
+        show_costs(self.screen, plan, pruner.totals, pruner.costs)
+        return plan
+
+    def _finish_dry_run(
+        self,
+        pruner: GradNASPruner,
+        plan: Plan,
+        evaluation: DataLoader[Any] | None,
+        job: Job,
+        before: Metrics | None,
+    ) -> None:
+        if before is not None:
+            with pruner.masked(plan):
+                after = self._evaluate(pruner.model, evaluation, job, "Evaluating the plan")
+            if after is not None:
+                show_metrics(self.screen, {"before": before, "after (masked)": after})
+        self.screen.line("Dry run: no model was cut or written.")
+
+    def _cut_and_save(
+        self,
+        pruner: GradNASPruner,
+        plan: Plan,
+        evaluation: DataLoader[Any] | None,
+        job: Job,
+        before: Metrics | None,
+    ) -> None:
+        from ..checkpoint.save import loading_snippet
+
+        model = pruner.apply(plan)
+        after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")
+        output = str(self.recipe.output)
+        pruner.save_pretrained(
+            output,
+            job.source.processor,
+            overwrite=self.recipe.overwrite,
+            document=_document(self.recipe, job, before, after),
+        )
+        _write_recipe(self.recipe, Path(output))
+        if before is not None and after is not None:
+            columns = {"before": before, "after": after}
+            if self.is_quickstart:
+                again = self._reload(output, evaluation, job)
+                if again is not None:
+                    columns["reloaded"] = again
+            show_metrics(self.screen, columns)
+        self.screen.line(f"Saved: {output}")
+        self.screen.line("Load it with:")
+        for line in loading_snippet(model, plan.layout, output).splitlines():
+            self.screen.line(f"    {line}")
+
+    def _reload(self, output: str, evaluation: DataLoader[Any] | None, job: Job) -> Metrics | None:
+        from .loading import load_model, open_source
+
+        source = open_source(self.recipe.model_copy(update={"task": None}), output)
+        model, _ = load_model(self.recipe, source, output)
+        return self._evaluate(model, evaluation, job, "Evaluating the reloaded model")
+
+
+def _document(
+    recipe: Recipe, job: Job, before: Metrics | None, after: Metrics | None
+) -> dict[str, Any]:
+    """What the command adds to ``gradnas.json``."""
+    document: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "calibration": {
+            "dataset": recipe.dataset or "bundled text",
+            "examples": len(job.calibration),
+            "labels": job.labels,
+        },
+    }
+    if before is not None and after is not None:
+        document["metrics"] = {"before": before.to_dict(), "after": after.to_dict()}
+    return document
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    """The effective recipe beside the model, written to a sibling first."""
+    unfinished = folder / "recipe.yaml.unfinished"
+    unfinished.write_text(recipe.to_yaml(), encoding="utf-8")
+    unfinished.replace(folder / "recipe.yaml")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)

@@ -1,0 +1,195 @@
+"""What the command prints: tables, progress, warnings and errors, through rich.
+
+Plain text without control codes where the output is not a terminal.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..config.budgets import format_amount
+from ..types import Budget, CostModel, Plan, Structure
+
+if TYPE_CHECKING:
+    from rich.console import JustifyMethod
+
+    from .evaluate import Metrics
+
+_PLAIN_WIDTH = 110
+_REFUSALS_SHOWN = 12
+Report = Callable[[int, "int | None"], None]
+
+
+class Screen:
+    """Standard output for results, standard error for warnings and errors."""
+
+    def __init__(self) -> None:
+        self.out = _console(stderr=False)
+        self.err = _console(stderr=True)
+
+    def line(self, text: str = "", *, style: str | None = None) -> None:
+        """One line, never broken, so that paths in it can be copied."""
+        self.out.print(Text(text, style=style or ""), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A warning."""
+        self.err.print(Text(f"Warning: {text}", style="yellow"), soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        """An error; the run ends."""
+        self.err.print(Text(f"Error: {text}", style="bold red"), soft_wrap=True)
+
+    def table(
+        self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: int = 0
+    ) -> None:
+        """A table whose last `right` columns hold numbers."""
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for index, header in enumerate(headers):
+            justify: JustifyMethod = "right" if index >= len(headers) - right else "left"
+            table.add_column(header, justify=justify, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.out.print(table)
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Report]:
+        """A progress bar on a terminal; nothing where the output is a file or pipe."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(
+            *columns, console=self.err, disable=not self.err.is_terminal, transient=True
+        ) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def quiet_libraries(screen: Screen) -> Iterator[None]:
+    """Show warnings on `screen`, and none of the libraries' own progress bars and logs."""
+    import datasets as datasets_bars
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    verbosities = (transformers_logging, datasets_logging)
+    previous = [module.get_verbosity() for module in verbosities]
+    bars = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: screen.warn(str(message))
+        try:
+            for module in verbosities:
+                module.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+            with _without_bars(datasets_bars):
+                yield
+        finally:
+            for module, level in zip(verbosities, previous, strict=True):
+                module.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+
+def show_settings(screen: Screen, settings: Sequence[tuple[str, str, str]]) -> None:
+    """Every option that matters for this run, and where its value comes from."""
+    screen.table("Settings", ("option", "value", "from"), settings)
+
+
+def show_structure(screen: Screen, structure: Structure, layout: str, reason: str) -> None:
+    """How much was found, the layout with its reason, and what was refused."""
+    kinds: dict[str, list[int]] = {}
+    for axis in structure.axes:
+        kinds.setdefault(str(axis.kind), []).append(axis.size)
+    found = ", ".join(
+        f"{sum(sizes):,} {kind} in {len(sizes)} modules" for kind, sizes in kinds.items()
+    )
+    screen.line(f"Found and proved: {found}.")
+    screen.line(reason or f"Layout {layout}, as asked.")
+    if structure.refusals:
+        rows = [(r.module, r.kind, r.reason) for r in structure.refusals[:_REFUSALS_SHOWN]]
+        hidden = len(structure.refusals) - len(rows)
+        if hidden:
+            rows.append((f"and {hidden} more", "", ""))
+        screen.table("Seen but not pruned", ("module", "kind", "reason"), rows)
+
+
+def show_plan(screen: Screen, plan: Plan, structure: Structure) -> None:
+    """Kept units per axis, in the model's order."""
+    rows = []
+    for axis in structure.axes:
+        kept = len(plan.kept[axis.name])
+        share = kept / axis.size
+        rows.append(
+            (axis.module, str(axis.kind), f"{kept}/{axis.size}", f"{share:.0%}", _bar(share))
+        )
+    screen.table("Plan", ("module", "axis", "kept", "share", ""), rows)
+
+
+def show_costs(
+    screen: Screen, plan: Plan, totals: Mapping[str, float], costs: Mapping[str, CostModel]
+) -> None:
+    """Each cost before and after, with its budget and the smallest step of the layout."""
+    budgets: dict[str, Budget] = {budget.cost: budget for budget in plan.budgets}
+    rows = []
+    for name in costs:
+        before, after = totals[name], plan.costs.get(name, costs[name].of(plan.counts()))
+        budget = budgets.get(name)
+        step = plan.steps.get(name)
+        rows.append(
+            (
+                name,
+                format_amount(before),
+                format_amount(after),
+                f"{after / before:.2%}",
+                f"{format_amount(budget.limit)} ({budget.ratio:.1%})" if budget else "-",
+                f"{step / before:.2%}" if step else "-",
+            )
+        )
+    headers = ("cost", "before", "after", "kept", "budget", "smallest step")
+    screen.table(f"Costs ({plan.layout})", headers, rows, right=5)
+    screen.line(f"Predicted loss increase: {plan.loss_increase:.4g} (in units of the score).")
+
+
+def show_metrics(screen: Screen, columns: Mapping[str, Metrics]) -> None:
+    """Loss and accuracy or perplexity, one column per state of the model."""
+    first = next(iter(columns.values()))
+    rows = []
+    for name in first.to_dict():
+        if name != "examples":
+            rows.append((name, *(f"{metrics.to_dict()[name]:.4f}" for metrics in columns.values())))
+    title = f"Evaluation on {first.examples:,} examples"
+    screen.table(title, ("metric", *columns), rows, right=len(columns))
+
+
+def _bar(share: float, width: int = 20) -> str:
+    return "#" * round(share * width)
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+    return console
+
+
+@contextmanager
+def _without_bars(bars: Any) -> Iterator[None]:
+    was_on = not bars.are_progress_bars_disabled()
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            bars.enable_progress_bars()

@@ -1,0 +1,109 @@
+"""Budgets: what a user may ask for, read once at the border.
+
+Knows names and totals of costs, not how they come about.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from numbers import Real
+
+from ..errors import BudgetError
+from ..types import Budget
+
+SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+EXAMPLE = '{"flops": "50%"}'
+
+
+def parse_budgets(budget: Mapping[str, object], totals: Mapping[str, float]) -> tuple[Budget, ...]:
+    """Read a user's budgets, e.g. ``{"flops": "50%", "params": 66e6}``.
+
+    A percentage is the share of the original cost that is kept; a number, or a string such as
+    ``"1.2G"`` (K, M, G = B, T), is in the cost's own unit.
+
+    Args:
+        budget: Limit per cost name.
+        totals: Cost of the original model per known cost name.
+
+    Raises:
+        BudgetError: `budget` is not a mapping or is empty; a cost is unknown; a limit is not a
+            number, is a bare fraction, is not positive, or exceeds the original cost.
+    """
+    if not isinstance(budget, Mapping):
+        raise BudgetError(
+            f"budget: found {budget!r}, needed a mapping from a cost to its limit; "
+            f"write for example {EXAMPLE}."
+        )
+    if not budget:
+        raise BudgetError(
+            f"budget: found an empty mapping, needed at least one limit; "
+            f"write for example {EXAMPLE}."
+        )
+    return tuple(_parse_one(name, limit, totals) for name, limit in budget.items())
+
+
+def format_amount(value: float) -> str:
+    """Short form of a cost, e.g. ``1.234G``."""
+    for suffix in ("T", "G", "M", "K"):
+        if abs(value) >= SUFFIXES[suffix]:
+            return f"{value / SUFFIXES[suffix]:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
+    if name not in totals:
+        near = difflib.get_close_matches(str(name), totals, n=1, cutoff=0.0)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise BudgetError(
+            f"budget: unknown cost {name!r}, known are {', '.join(sorted(totals))}{hint}"
+        )
+    total = totals[name]
+    amount, is_share = _read(name, limit)
+    if is_share:
+        if not 0 < amount <= 1:
+            raise BudgetError(
+                f"budget {name}={limit}: a percentage is the share kept, needed more than 0 % and "
+                "at most 100 %; write for example '50%'."
+            )
+        return Budget(cost=name, limit=total * amount, total=total)
+    if amount <= 0:
+        raise BudgetError(
+            f"budget {name}={limit}: needed a limit above 0; the original costs "
+            f"{format_amount(total)}."
+        )
+    if amount <= 1:
+        raise BudgetError(
+            f"budget {name}={limit}: a bare number is an absolute limit and this one is too small "
+            f"to be meant; for the share kept write '{100 * amount:g}%'."
+        )
+    if amount > total:
+        raise BudgetError(
+            f"budget {name}={limit}: above the original cost, which is {format_amount(total)} "
+            f"({total:.0f}); give a smaller limit or a percentage."
+        )
+    return Budget(cost=name, limit=amount, total=total)
+
+
+def _read(name: str, limit: object) -> tuple[float, bool]:
+    """The number in `limit`, and whether it is a share of the original (50 % is 0.5)."""
+    text = limit.strip().upper() if isinstance(limit, str) else ""
+    is_share = text.endswith("%")
+    factor = SUFFIXES.get(text[-1:], 1.0)
+    amount = math.nan
+    try:
+        if is_share:
+            amount = float(text[:-1]) / 100
+        elif isinstance(limit, str):
+            amount = float(text[:-1] if text[-1:] in SUFFIXES else text) * factor
+        elif not isinstance(limit, bool) and isinstance(limit, Real):
+            amount = float(limit)
+    except (ValueError, OverflowError):
+        pass  # nan is refused below, with the text as the user wrote it
+    if not math.isfinite(amount):
+        raise BudgetError(
+            f"budget {name}={limit!r}: not a finite number; write a percentage such as '50%' or an "
+            "absolute limit such as 66e6 or '66M'."
+        )
+    return amount, is_share

@@ -1,0 +1,381 @@
+"""The recipe: every option of a pruning run, in one place.
+
+The command line, `--set`, YAML files and the `recipe.yaml` that is saved beside a pruned model all
+come from the fields of `Recipe`; their descriptions are the only help text. Knows values and files,
+knows neither models nor data sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..errors import RecipeError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# An installed wheel carries the recipes inside the package; a checkout has them at its root.
+RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+
+_Extra = dict[str, Any]
+_MODEL: _Extra = {"panel": "Model"}
+_DATA: _Extra = {"panel": "Calibration data"}
+_EVAL: _Extra = {"panel": "Evaluation"}
+_PLAN: _Extra = {"panel": "Scores and plan"}
+_OUTPUT: _Extra = {"panel": "Output"}
+
+
+def _named(panel: _Extra, metavar: str) -> _Extra:
+    return {**panel, "metavar": metavar}
+
+
+def _default_target() -> dict[str, float | str]:
+    return {"flops": "60%"}
+
+
+class Recipe(BaseModel):
+    """All options of ``hf-gradnas prune``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = Field(default=1, description="Version of this file format.")
+
+    model: str = Field(
+        min_length=1,
+        description="Hub id or folder of the model; 'quickstart' trains a small one on the spot.",
+        json_schema_extra=_named(_MODEL, "ID|FOLDER"),
+    )
+    task: str | None = Field(
+        default=None,
+        description="What the model is for, e.g. text-classification, fill-mask, text-generation, "
+        "summarization, image-classification. Default: from config.architectures.",
+        json_schema_extra=_named(_MODEL, "TASK"),
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of the model on the Hub.",
+        json_schema_extra=_named(_MODEL, "REVISION"),
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run model code that comes with the checkpoint.",
+        json_schema_extra=_MODEL,
+    )
+    device: str | None = Field(
+        default=None,
+        description="Where to run, e.g. cpu, cuda, cuda:1, mps. Default: the accelerator if any.",
+        json_schema_extra=_named(_MODEL, "DEVICE"),
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number type of the weights; auto is that of the checkpoint.",
+        json_schema_extra=_MODEL,
+    )
+
+    dataset: str | None = Field(
+        default=None,
+        description="Hub id (config after a colon, nyu-mll/glue:sst2) or a csv, tsv, json, jsonl, "
+        "txt or parquet file or a folder. Default: the public-domain prose in this package.",
+        json_schema_extra=_named(_DATA, "ID|PATH"),
+    )
+    split: str = Field(
+        default="train",
+        description="Split of the data set to calibrate on.",
+        json_schema_extra=_named(_DATA, "NAME"),
+    )
+    text_column: str | None = Field(
+        default=None,
+        description="Column with the text; two columns of a pair are given as A,B.",
+        json_schema_extra=_named(_DATA, "NAME"),
+    )
+    label_column: str | None = Field(
+        default=None,
+        description="Column with the label.",
+        json_schema_extra=_named(_DATA, "NAME"),
+    )
+    target_column: str | None = Field(
+        default=None,
+        description="Column with the text to generate: summary, translation, transcript.",
+        json_schema_extra=_named(_DATA, "NAME"),
+    )
+    image_column: str | None = Field(
+        default=None,
+        description="Column with the image, or with the path of one.",
+        json_schema_extra=_named(_DATA, "NAME"),
+    )
+    audio_column: str | None = Field(
+        default=None,
+        description="Column with the audio, or with the path of a file.",
+        json_schema_extra=_named(_DATA, "NAME"),
+    )
+    num_examples: int = Field(
+        default=512,
+        ge=1,
+        description="Examples to calibrate on: the first ones in file order unless --shuffle.",
+        json_schema_extra=_DATA,
+    )
+    shuffle: bool = Field(
+        default=False,
+        description="Draw the examples at random (with --seed) instead of taking the first.",
+        json_schema_extra=_DATA,
+    )
+    batch_size: int = Field(
+        default=16, ge=1, description="Examples per batch.", json_schema_extra=_DATA
+    )
+    max_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens per example. Default: 128, or the model's positions if fewer.",
+        json_schema_extra=_DATA,
+    )
+    labels: Literal["data", "model"] | None = Field(
+        default=None,
+        description="Labels from the data, or sampled from the model's own prediction. Default: "
+        "data where the data or the kind of head has them, else model.",
+        json_schema_extra=_DATA,
+    )
+
+    eval_dataset: str | None = Field(
+        default=None,
+        description="Data set to measure loss and accuracy or perplexity on, before and after; "
+        "same forms as --dataset.",
+        json_schema_extra=_named(_EVAL, "ID|PATH"),
+    )
+    eval_split: str | None = Field(
+        default=None,
+        description="Split to evaluate on, of --eval-dataset or else of --dataset.",
+        json_schema_extra=_named(_EVAL, "NAME"),
+    )
+    eval_num_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Evaluate on the first N examples only. Default: on all.",
+        json_schema_extra=_EVAL,
+    )
+
+    target: dict[str, float | str] = Field(
+        default_factory=_default_target,
+        min_length=1,
+        description="Budget to keep to: flops or params as a share of the original (60%) or a "
+        "number (66e6, 1.2G). Repeatable; all hold at once. Default: flops=60%.",
+        json_schema_extra=_named(_PLAN, "NAME=VALUE"),
+    )
+    flops_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sequence length at which flops are counted. Default: --max-length.",
+        json_schema_extra=_PLAN,
+    )
+    score: Literal["fisher", "gradnas", "taylor", "magnitude", "random"] = Field(
+        default="fisher",
+        description="How heads and neurons are scored.",
+        json_schema_extra=_PLAN,
+    )
+    search: Literal["lagrangian", "binary"] = Field(
+        default="lagrangian",
+        description="How the plan is found.",
+        json_schema_extra=_PLAN,
+    )
+    layout: Literal["auto", "stock", "per_layer"] = Field(
+        default="auto",
+        description="stock keeps one width for all layers and loads in plain Transformers, "
+        "per_layer gives each layer its own, auto is stock where that loses no kind of axis.",
+        json_schema_extra=_PLAN,
+    )
+    scores: str | None = Field(
+        default=None,
+        description="Use these complete scores instead of scoring.",
+        json_schema_extra=_named(_PLAN, "FILE"),
+    )
+    save_scores: str | None = Field(
+        default=None,
+        description="Where the scores go, also partial ones to resume from. "
+        "Default: <output>.scores.safetensors.",
+        json_schema_extra=_named(_PLAN, "FILE"),
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(),
+        description="Glob over module paths that stay untouched. Repeatable.",
+        json_schema_extra=_named(_PLAN, "GLOB"),
+    )
+    min_units: int = Field(
+        default=0,
+        ge=0,
+        description="Fewest heads or neurons that every axis keeps; 0 may remove them all.",
+        json_schema_extra=_PLAN,
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Seed of everything that is drawn at random.",
+        json_schema_extra=_PLAN,
+    )
+
+    output: str | None = Field(
+        default=None,
+        description="Folder of the pruned model. Default: ./<last part of model>-gradnas.",
+        json_schema_extra=_named(_OUTPUT, "FOLDER"),
+    )
+    dry_run: bool = Field(
+        default=False,
+        description="Score and plan, but cut and save no model.",
+        json_schema_extra=_OUTPUT,
+    )
+    overwrite: bool = Field(
+        default=False,
+        description="Replace an output folder that exists.",
+        json_schema_extra=_OUTPUT,
+    )
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _read_targets(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            return value
+        targets: dict[str, str] = {}
+        for item in value:
+            name, separator, limit = str(item).partition("=")
+            if not (separator and name.strip() and limit.strip()):
+                raise ValueError(f"{item!r} is not of the form NAME=VALUE, e.g. flops=60%")
+            targets[name.strip()] = limit.strip()
+        return targets
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _read_globs(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def rules(self) -> dict[str, dict[str, int] | None]:
+        """`min_units` and `exclude` as rules of the pruner: glob to limits, None keeps."""
+        rules: dict[str, dict[str, int] | None] = {}
+        if self.min_units:
+            rules["*"] = {"min": self.min_units}
+        rules.update(dict.fromkeys(self.exclude))
+        return rules
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML; options that are None are left out."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def build_recipe(
+    flags: Mapping[str, Any], *, settings: Iterable[str] = (), file: str | Path | None = None
+) -> Recipe:
+    """Merge flags over ``KEY=VALUE`` settings over a YAML file over the defaults.
+
+    Args:
+        flags: Options that were given on the command line, by field name.
+        settings: ``KEY=VALUE`` strings; the value is read as YAML, ``target.flops=50%`` sets one
+            entry of a mapping.
+        file: YAML file, or the name of a recipe that ships with the package.
+
+    Raises:
+        RecipeError: A file, key or value that cannot be used; the message names the nearest key.
+    """
+    values = read_recipe_file(file) if file is not None else {}
+    _refuse_unknown(values, where=f"recipe {file}")
+    for setting in settings:
+        _apply_setting(values, setting)
+    values.update(flags)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def read_recipe_file(file: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping from a path or, by its name, from the shipped recipes.
+
+    Raises:
+        RecipeError: There is no such file, or it is not a YAML mapping.
+    """
+    path = _find_recipe(file)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"--recipe {file}: cannot be read as YAML ({error}); write one 'key: value' per line."
+        ) from error
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"--recipe {file}: found {type(values).__name__}, needed a mapping of options; write "
+            "one 'key: value' per line."
+        )
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    found: dict[str, Path] = {}
+    for folder in RECIPE_FOLDERS:
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def _find_recipe(file: str | Path) -> Path:
+    path = Path(file)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    name = str(file).removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    raise RecipeError(
+        f"--recipe {file}: no such file, and no shipped recipe of that name"
+        f"{_nearest(name, shipped)}; shipped are {', '.join(shipped) or 'none'}."
+    )
+
+
+def _apply_setting(values: dict[str, Any], setting: str) -> None:
+    key, separator, text = setting.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {setting}: is not of the form KEY=VALUE, e.g. batch_size=8.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {setting}: {text!r} is not a YAML value ({error}); quote it."
+        ) from error
+    name, _, entry = key.strip().replace("-", "_").partition(".")
+    _refuse_unknown([name], where=f"--set {setting}")
+    if entry:
+        previous = values.get(name)
+        values[name] = {**(previous if isinstance(previous, dict) else {}), entry: value}
+    else:
+        values[name] = value
+
+
+def _refuse_unknown(keys: Iterable[str], *, where: str) -> None:
+    known = Recipe.model_fields
+    for key in keys:
+        if key not in known:
+            raise RecipeError(
+                f"{where}: unknown option {key!r}{_nearest(key, known)}; "
+                f"options are {', '.join(known)}."
+            )
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else "recipe"
+        flag = "--" + name.replace("_", "-")
+        if problem["type"] == "missing":
+            parts.append(f"{flag}: is missing; give it as a flag or in a recipe.")
+            continue
+        message = problem["msg"].removeprefix("Value error, ")
+        needed = Recipe.model_fields[name].description if name in Recipe.model_fields else ""
+        parts.append(f"{flag}: {message} (found {problem['input']!r}). {needed}".rstrip())
+    return "\n".join(parts)

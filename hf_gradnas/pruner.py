@@ -1,0 +1,393 @@
+"""The facade: one object that holds a model and calls the verbs on it in order.
+
+Knows the order of the steps and who needs what. Holds no algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .checkpoint.rewrite import write_per_layer, write_stock
+from .checkpoint.save import check_target, save_pruned
+from .config.budgets import parse_budgets
+from .config.rules import parse_rules, rule_for
+from .costs.closed_form import unsplit_table_params
+from .errors import DataError, OrderError, PlanError, StructureError
+from .masks import masked
+from .scores import METHODS, check_scores, collect_scores
+from .search.solver import STRATEGIES, check_budgets, find_plan
+from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
+from .structure.config_values import locate_axes
+from .structure.counting import count_costs, flops_inputs
+from .structure.modeling_gradnas import make_per_layer, translated
+from .surgery import cut, merge_records
+from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
+from .verification import find_structure
+
+Batch = Mapping[str, Any]
+Progress = Callable[[int, int | None], None]
+
+
+class GradNASPruner:
+    """Prune a Transformers model: score once with gradients, then plan and cut to any budget.
+
+    Args:
+        model: Any ``PreTrainedModel``. It is left as it is until `apply`.
+        score: ``fisher`` (default), ``gradnas``, ``taylor``, ``magnitude`` or ``random``.
+        search: ``lagrangian`` (default) or ``binary``.
+        layout: ``stock`` (one width for all layers, plain Transformers loads it), ``per_layer``
+            (each layer its own width), or ``auto``: per_layer as soon as a kind of axis cannot be
+            expressed by the stock class.
+        rules: Ordered mapping from a glob over module paths to None (keep) or ``{"min": …,
+            "multiple": …}``; later entries win.
+
+    Raises:
+        PlanError: An unknown score, search, layout or rule.
+
+    Example:
+        >>> pruner = GradNASPruner(model)                      # doctest: +SKIP
+        >>> plan = pruner.prune(dataloader, {"flops": "60%"})  # doctest: +SKIP
+        >>> pruner.save_pretrained("smaller", tokenizer)       # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        score: str = "fisher",
+        search: str = "lagrangian",
+        layout: str = "auto",
+        rules: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check_choice("score", score, METHODS)
+        _check_choice("search", search, STRATEGIES)
+        _check_choice("layout", layout, LAYOUTS)
+        self.model = model
+        self.score_method = score
+        self.search = search
+        self.rules = parse_rules(rules)
+        self.layout = layout
+        self.layout_reason = ""
+        self._structure: Structure | None = None
+        self._space: StockSpace | None = None
+        self._costs: dict[str, CostModel] = {}
+        self._totals: dict[str, float] = {}
+        self._sample: dict[str, Any] | None = None
+        self._scores: Scores | None = None
+        self._plan: Plan | None = None
+        self._applied = False
+
+    # -- what was found ----------------------------------------------------------------------
+
+    @property
+    def structure(self) -> Structure:
+        """Axes of the model, and what was refused.
+
+        Raises:
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        return _need(self._structure, "structure", "discover(batch) or score(dataloader)")
+
+    @property
+    def costs(self) -> dict[str, CostModel]:
+        """Closed forms of the costs, by name.
+
+        Raises:
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        return _need(self._costs or None, "costs", "discover(batch) or score(dataloader)")
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Costs of the unpruned model, by name.
+
+        Raises:
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        return _need(self._totals or None, "totals", "discover(batch) or score(dataloader)")
+
+    @property
+    def scores(self) -> Scores:
+        """Scores of this model.
+
+        Raises:
+            OrderError: Neither `score` nor `use_scores` was called.
+        """
+        return _need(self._scores, "scores", "score(dataloader) or use_scores(scores)")
+
+    # -- the steps ---------------------------------------------------------------------------
+
+    def discover(self, batch: Batch, *, flops_length: int | None = None) -> Structure:
+        """Find and prove the axes, decide the layout, and count the costs.
+
+        Args:
+            batch: Keyword arguments of the model's forward (tensors are moved to its device).
+            flops_length: Tokens of the one sequence that FLOPs are counted for; None: the batch's.
+
+        Raises:
+            StructureError: Nothing in the model can be pruned, or a rule's glob matches nothing.
+        """
+        batch = _to_device(batch, self.model.device)
+        structure = find_structure(self.model, batch)
+        self._check_rules(structure)
+        self._space = find_stock_space(self.model, structure)
+        allowed = [a for a in structure.axes if rule_for(a.module, self.rules) is not None]
+        self.layout, self.layout_reason = layout_for(self._space, allowed, requested=self.layout)
+        decoder = bool(self.model.config.is_encoder_decoder)
+        self._sample = flops_inputs(batch, flops_length, decoder=decoder)
+        self._costs = count_costs(self.model, structure, self._sample, layout=self.layout)
+        self._totals = _original_totals(self._costs, structure, self.model)
+        self._structure = structure
+        return structure
+
+    def check(self, budget: Mapping[str, Any]) -> tuple[Budget, ...]:
+        """Read a budget and check that it can be reached, before any scoring.
+
+        Raises:
+            BudgetError: It cannot be read, or not be reached; the message says what can.
+        """
+        budgets = parse_budgets(budget, self.totals)
+        check_budgets(
+            self.structure.axes,
+            self.costs,
+            budgets,
+            layout=self.layout,
+            rules=self.rules,
+            stock=self._space,
+        )
+        return budgets
+
+    def score(
+        self,
+        dataloader: Iterable[Batch],
+        *,
+        labels: str = "data",
+        num_examples: int | None = None,
+        file: str | Path | None = None,
+        progress: Progress | None = None,
+        seed: int = 0,
+    ) -> Scores:
+        """Measure what every unit is worth, in one pass of forwards and backwards.
+
+        Args:
+            dataloader: Yields dicts for ``model(**batch)``.
+            labels: ``"data"`` (the batch's) or ``"model"`` (sampled from its own predictions).
+            num_examples: Use the first so many examples; None: all.
+            file: Where scores are kept while running; a broken-off run resumes from it.
+            progress: Called with examples done and the total (None: not known).
+            seed: For sampled labels and the ``random`` score.
+
+        Raises:
+            DataError: Batches that the model cannot be scored with.
+            StructureError: Nothing in the model can be pruned.
+        """
+        if self._structure is None:
+            dataloader = _reiterable(dataloader)
+            self.discover(_longest(dataloader, num_examples))
+        self._scores = collect_scores(
+            self.model,
+            self.structure.axes,
+            _on_device(dataloader, self.model.device),
+            method=self.score_method,
+            labels=labels,
+            num_examples=num_examples,
+            seed=seed,
+            file=file,
+            progress=progress,
+        )
+        return self._scores
+
+    def use_scores(self, scores: Scores) -> None:
+        """Take scores from an earlier run instead of scoring.
+
+        Raises:
+            ScoresError: They belong to another model.
+        """
+        check_scores(scores, self.model, self.structure.axes)
+        self._scores = scores
+
+    def plan(self, budget: Mapping[str, Any]) -> Plan:
+        """Find the best units to keep under a budget such as ``{"flops": "60%"}``.
+
+        Raises:
+            BudgetError: The budget cannot be read or reached.
+            OrderError: There are no scores yet.
+        """
+        budgets = self.check(budget)
+        plan = find_plan(
+            self.structure.axes,
+            self.scores,
+            self.costs,
+            budgets,
+            search=self.search,
+            layout=self.layout,
+            rules=self.rules,
+            stock=self._space,
+        )
+        self._plan = self._settle(plan)
+        return self._plan
+
+    def masked(self, plan: Plan) -> AbstractContextManager[None]:
+        """Try a plan without cutting: inside the ``with``, pruned units are multiplied by 0."""
+        return masked(self.model, self.structure.axes, plan.kept)
+
+    def apply(self, plan: Plan) -> PreTrainedModel:
+        """Cut the model in place and rewrite its config.
+
+        Raises:
+            PlanError: The plan does not fit this model, or it was cut already.
+        """
+        if self._applied:
+            raise PlanError(
+                "apply: this model was cut already, and a plan's indices count the units of the "
+                "uncut one; make a new GradNASPruner of the cut model to prune it further."
+            )
+        space = _need(self._space, "apply", "discover(batch) or score(dataloader)")
+        config, structure = self.model.config, self.structure
+        keys = locate_axes(self.model, structure, space)
+        earlier = vars(config).get("gradnas")
+        record = cut(self.model, structure.axes, plan.kept, layout=plan.layout)
+        if plan.layout == "stock":
+            write_stock(config, plan, structure, space)
+        else:
+            write_per_layer(config, plan, structure, keys, space=space)
+            if earlier is not None:
+                record = merge_records(translated(earlier, self.model), record)
+            make_per_layer(self.model, record)
+        self._plan, self._applied = plan, True
+        return self.model
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        processing_class: Any = None,
+        *,
+        overwrite: bool = False,
+        document: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the cut model, its tokenizer or processor and ``gradnas.json``, all or nothing.
+
+        Args:
+            directory: Target; must not exist unless `overwrite`.
+            processing_class: Tokenizer, image processor or processor to save beside the model.
+            overwrite: Replace a checkpoint that stands there.
+            document: More to keep in ``gradnas.json`` (metrics, data).
+
+        Raises:
+            OrderError: `apply` was not called.
+            CheckpointError: The target cannot be written, or does not load back as it was.
+        """
+        if not self._applied or self._plan is None:
+            raise OrderError("save_pretrained: the model is not cut yet; call apply(plan) first.")
+        check_target(directory, overwrite=overwrite)
+        metadata = {} if self._scores is None else dict(self._scores.metadata)
+        return save_pruned(
+            self.model,
+            directory,
+            plan=self._plan,
+            processing_class=processing_class,
+            sample=self._sample,
+            document={"totals": self._totals, "scores": metadata, **(document or {})},
+            overwrite=overwrite,
+        )
+
+    def prune(self, dataloader: Iterable[Batch], budget: Mapping[str, Any], **score: Any) -> Plan:
+        """Discover, check the budget, score, plan and cut in one call.
+
+        Args:
+            dataloader: Yields dicts for ``model(**batch)``.
+            budget: Such as ``{"flops": "60%"}`` or ``{"params": 66e6}``.
+            **score: Further arguments of `score`.
+
+        Raises:
+            BudgetError: The budget cannot be read or reached (raised before scoring).
+        """
+        if self._structure is None:
+            dataloader = _reiterable(dataloader)
+            self.discover(_longest(dataloader, score.get("num_examples")))
+        self.check(budget)
+        self.score(dataloader, **score)
+        plan = self.plan(budget)
+        self.apply(plan)
+        return plan
+
+    def _settle(self, plan: Plan) -> Plan:
+        """The plan with its loss in units of the loss, and with the costs after the cut."""
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        costs = dict(plan.costs)
+        if plan.layout == "per_layer":
+            costs["params"] -= unsplit_table_params(self.structure.axes, shapes, plan.counts())
+        half = plan.score == "fisher"  # second-order Taylor term: ½·Σ g²
+        return replace(plan, costs=costs, loss_increase=plan.loss_increase * (0.5 if half else 1))
+
+    def _check_rules(self, structure: Structure) -> None:
+        for glob in self.rules:
+            if not any(rule_for(a.module, {glob: None}) is None for a in structure.axes):
+                raise StructureError(
+                    f"rules[{glob!r}] matches no axis of this model; axes stand in "
+                    f"{', '.join(sorted({a.module for a in structure.axes})[:6])}, …. "
+                    "Give a glob over these module paths."
+                )
+
+
+def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise PlanError(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}.")
+
+
+def _need(value: Any, what: str, call: str) -> Any:
+    if value is None:
+        raise OrderError(f"{what}: not known yet; call {call} first.")
+    return value
+
+
+def _original_totals(
+    costs: Mapping[str, CostModel], structure: Structure, model: PreTrainedModel
+) -> dict[str, float]:
+    """Costs of the model as it is."""
+    sizes = {axis.name: axis.size for axis in structure.axes}
+    totals = {name: cost.of(sizes) for name, cost in costs.items()}
+    totals["params"] = float(sum(p.numel() for p in model.parameters()))
+    return totals
+
+
+def _to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
+    return (_to_device(b, device) if isinstance(b, Mapping) else b for b in batches)
+
+
+def _reiterable(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """A generator as a list, since discovery and scoring both read it; a loader as it is."""
+    return list(batches) if iter(batches) is batches else batches
+
+
+def _longest(batches: Iterable[Batch], num_examples: int | None) -> Batch:
+    """The batch with the longest sequences among those that will be scored."""
+    longest: Batch | None = None
+    length, examples = -1, 0
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                f"dataloader: batch {index} is a {type(batch).__name__}, but the model is called "
+                "as model(**batch); yield dicts of tensors."
+            )
+        shapes = [v.shape for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim]
+        here = max((shape[1] for shape in shapes if len(shape) > 1), default=0)
+        if here > length:
+            longest, length = batch, here
+        examples += shapes[0][0] if shapes else 0
+        if num_examples is not None and examples >= num_examples:
+            break
+    if longest is None:
+        raise DataError("dataloader: it yields no batch; give it at least one example.")
+    return longest

@@ -1,0 +1,130 @@
+"""Batches of calibration data: checked, counted, cut to a number of examples, moved.
+
+Knows dicts of tensors and which of their keys are labels; knows nothing of gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import find_labels
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch as the model will see it.
+
+    Attributes:
+        index: Its number in the loader, from 0.
+        columns: Keyword arguments of the model's forward.
+        examples: Number of examples, the first dimension of the labels or else of the inputs.
+        labels: Keys of `columns` that are labels.
+    """
+
+    index: int
+    columns: Mapping[str, Any]
+    examples: int
+    labels: tuple[str, ...]
+
+    def inputs(self) -> dict[str, Any]:
+        """Columns without labels."""
+        return {key: value for key, value in self.columns.items() if key not in self.labels}
+
+    def select(self, rows: list[int]) -> dict[str, Any]:
+        """Columns of some examples; what does not count examples stays as it is."""
+        return {key: _rows(value, self.examples, rows) for key, value in self.columns.items()}
+
+
+def read_batches(
+    batches: Iterable[Any], model: nn.Module, num_examples: int | None
+) -> Iterator[Batch]:
+    """Yield checked batches, `num_examples` examples in all; the last batch is cut to fit.
+
+    Raises:
+        DataError: A batch is not a dict of tensors, or the loader yields none.
+    """
+    known = find_labels(type(model))
+    left = num_examples
+    if left == 0:
+        raise DataError("num_examples=0: nothing to score; give 1 or more, or None for all.")
+    index = -1
+    for index, columns in enumerate(batches):
+        if not isinstance(columns, Mapping):
+            raise DataError(
+                f"Batch {index} is a {type(columns).__name__}, needed a dict for model(**batch); "
+                "give the loader a collate function that returns a dict."
+            )
+        labels = tuple(key for key in known if columns.get(key) is not None)
+        batch = Batch(index, columns, _count(index, columns, labels, model), labels)
+        if left is not None and batch.examples > left:
+            batch = Batch(index, batch.select(list(range(left))), left, labels)
+        yield batch
+        if left is not None:
+            left -= batch.examples
+            if left == 0:
+                return
+    if index < 0:
+        raise DataError("The loader yields no batch; give at least one example to score with.")
+
+
+def _count(
+    index: int, columns: Mapping[str, Any], labels: tuple[str, ...], model: nn.Module
+) -> int:
+    """Number of examples of a batch."""
+    preferred = [*labels, "input_ids", "pixel_values", "input_features", *columns]
+    for key in preferred:
+        value = columns.get(key)
+        if isinstance(value, Tensor) and value.dim():
+            if value.shape[0]:
+                return value.shape[0]
+            break
+    raise DataError(
+        f"Batch {index} holds no example (columns {sorted(columns)}); give dicts of tensors whose "
+        "first dimension counts the examples."
+    )
+
+
+def _rows(value: Any, examples: int, rows: list[int]) -> Any:
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == examples:
+        return value[rows]
+    if isinstance(value, list) and len(value) == examples:
+        return [value[row] for row in rows]
+    return value
+
+
+def to_device(columns: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Columns on the model's device; floating-point inputs other than labels in its dtype."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    labels = find_labels(type(model))
+    moved = dict(columns)
+    for key, value in columns.items():
+        if isinstance(value, Tensor):
+            is_real = value.is_floating_point() and key not in labels
+            moved[key] = value.to(like.device, like.dtype if is_real else value.dtype)
+    return moved
+
+
+def digest(earlier: str, columns: Mapping[str, Any]) -> str:
+    """Rolling SHA-256 over the batches so far: of the earlier digest and this batch's bytes."""
+    state = hashlib.sha256(earlier.encode())
+    for key in sorted(columns):
+        value = columns[key]
+        if isinstance(value, Tensor):
+            state.update(f"{key}:{value.dtype}:{tuple(value.shape)}:".encode())
+            state.update(tensor_bytes(value))
+        else:
+            state.update(f"{key}:{value!r}:".encode())
+    return state.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Bytes of a tensor's values, in any dtype."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,59 @@
+"""Fingerprints: which model scores belong to, and whether they fit its axes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..errors import ScoresError
+from ..types import Axis, Scores
+from .batches import tensor_bytes
+
+SAMPLED_VALUES = 1024  # per parameter: cheap for 7B, and no training step leaves them all alone
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and evenly strided values of every parameter."""
+    state = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        state.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}:".encode())
+        stride = max(1, -(-parameter.numel() // SAMPLED_VALUES))
+        state.update(tensor_bytes(parameter.detach().flatten()[::stride]))
+    return state.hexdigest()
+
+
+def axes_fingerprint(axes: Iterable[Axis]) -> str:
+    """SHA-256 over what scores depend on: names, sizes and places of the axes."""
+    places = [[axis.name, axis.size, axis.read_at, axis.width] for axis in axes]
+    return hashlib.sha256(json.dumps(places).encode()).hexdigest()
+
+
+def check_scores(scores: Scores, model: nn.Module, axes: Iterable[Axis]) -> None:
+    """Check that scores are complete, of this very model, and fit its axes.
+
+    Raises:
+        ScoresError: They are not, or do not.
+    """
+    if scores.metadata.get("complete") != "true":
+        raise ScoresError(
+            f"Scores: scoring broke off after {scores.metadata.get('examples', 'no')} examples; "
+            "run it again with the same file, and it goes on from there."
+        )
+    found, needed = scores.metadata.get("model_fingerprint", ""), model_fingerprint(model)
+    if found != needed:
+        raise ScoresError(
+            f"Scores: they belong to another model (fingerprint {found[:12]}…, this "
+            f"{type(model).__name__} has {needed[:12]}…); score this model, in the dtype that it "
+            "is pruned in."
+        )
+    for axis in axes:
+        values = scores.values.get(axis.name)
+        if values is None or values.shape != (axis.size,):
+            shape = "none" if values is None else str(values.shape)
+            raise ScoresError(
+                f"{axis.name}: the scores hold {shape} for this axis, needed ({axis.size},); "
+                "score the model again."
+            )

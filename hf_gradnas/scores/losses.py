@@ -1,0 +1,89 @@
+"""The loss as a sum over examples: with the labels of the data, or with sampled ones."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from .batches import Batch, to_device
+from .normaliser import count_labels, find_normaliser, loss_of
+from .sampling import inputs_to_sample, predict
+
+
+class Objective(Protocol):
+    """From a batch and the running number of its first example to loss sum and label count."""
+
+    normaliser: str
+
+    def __call__(self, batch: Batch, first: int) -> tuple[Tensor | None, int]:
+        """Sum of the examples' losses, None where there is no label, and the count of labels."""
+
+
+class DataLoss:
+    """Sum of the examples' losses with the labels of the data.
+
+    Attributes:
+        normaliser: Name of the count that the model divides by; found on the first batch if empty.
+    """
+
+    def __init__(self, model: nn.Module, normaliser: str) -> None:
+        self.model = model
+        self.normaliser = normaliser
+
+    def __call__(self, batch: Batch, first: int) -> tuple[Tensor | None, int]:
+        """Loss sum of a batch and the count of its labels.
+
+        Raises:
+            DataError: The batch has no labels, or the model returns no loss.
+        """
+        if not batch.labels:
+            raise DataError(
+                f"Batch {batch.index} has no labels (columns: {', '.join(sorted(batch.columns))}); "
+                f"add the labels that {type(self.model).__name__} takes, or score with "
+                'labels="model", which samples them from its own predictions.'
+            )
+        if not self.normaliser:
+            self.normaliser = find_normaliser(self.model, batch)
+        count = count_labels(self.normaliser, batch)
+        if not count:
+            return None, 0
+        loss = loss_of(self.model(**to_device(batch.columns, self.model)), batch)
+        return at_least_float32(loss) * count, count
+
+
+class SampledLoss:
+    """Sum of the examples' losses with labels drawn from the model's own predictions.
+
+    Each example draws from its own random stream, so that nothing depends on the batch size.
+    """
+
+    normaliser = "sampled_labels"
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.model = model
+        self.seed = seed
+
+    def __call__(self, batch: Batch, first: int) -> tuple[Tensor | None, int]:
+        """Loss sum of a batch and the number of labels drawn.
+
+        Raises:
+            DataError: A decoder has nothing to read, or the model predicts nothing.
+        """
+        inputs, mask = inputs_to_sample(self.model, batch)
+        outputs = self.model(**to_device(inputs, self.model))
+        prediction = predict(outputs, self.model, mask)
+        count = int(prediction.valid.sum())
+        if not count:
+            return None, 0
+        streams = [np.random.default_rng([self.seed, first + n]) for n in range(batch.examples)]
+        logits = at_least_float32(prediction.logits)
+        return prediction.distribution(logits, prediction.valid, streams), count
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Same values, without half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

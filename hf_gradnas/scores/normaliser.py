@@ -1,0 +1,174 @@
+"""What a model divides its loss by, found numerically.
+
+A batch's loss times its count ``c`` must be the sum of its examples' losses times their counts.
+Which count that is (labels after the shift of causal models, labels, examples, or 1 for a loss
+that is a sum) is measured on two short variants of one example, not looked up by class.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, GradNASWarning
+from .batches import Batch, to_device
+
+IGNORED = -100  # the label that Transformers' losses leave out
+
+Count = Callable[[Tensor], int]
+
+
+def _labels_after_shift(labels: Tensor) -> int:
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def _labels(labels: Tensor) -> int:
+    return int((labels != IGNORED).sum())
+
+
+def _examples(labels: Tensor) -> int:
+    return labels.shape[0]
+
+
+def _sum(labels: Tensor) -> int:
+    return 1
+
+
+# In order of preference, where a model's first batch cannot tell them apart.
+TOKEN_COUNTS: dict[str, Count] = {"labels_after_shift": _labels_after_shift, "labels": _labels}
+EXAMPLE_COUNTS: dict[str, Count] = {"examples": _examples, "sum": _sum}
+COUNTS: dict[str, Count] = {**TOKEN_COUNTS, **EXAMPLE_COUNTS}
+
+
+def loss_of(outputs: Any, batch: Batch) -> Tensor:
+    """Scalar loss that a model returned.
+
+    Raises:
+        DataError: There is none.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise DataError(
+            f"Batch {batch.index}: the model returned no scalar loss for the columns "
+            f"{sorted(batch.columns)} (labels: {', '.join(batch.labels)}); give the labels of its "
+            'head, or score with labels="model".'
+        )
+    return loss.reshape(())
+
+
+def count_labels(normaliser: str, batch: Batch) -> int:
+    """Count ``c`` of a batch: its loss times ``c`` is the sum over its examples.
+
+    Zero where every label is ignored.
+    """
+    return COUNTS[normaliser](_counted(batch))
+
+
+def _counted(batch: Batch) -> Tensor:
+    """Label tensor that counts: one id per token if there is such, else the first."""
+    labels = [batch.columns[key] for key in batch.labels]
+    return next((value for value in labels if is_token_labels(value)), labels[0])
+
+
+def is_token_labels(labels: Tensor) -> bool:
+    """Whether labels hold one id per token ``(examples, seq)``."""
+    return labels.dim() == 2 and not labels.is_floating_point()  # noqa: PLR2004 - a matrix
+
+
+@torch.no_grad()
+def find_normaliser(model: nn.Module, batch: Batch) -> str:
+    """Name of the count in `COUNTS` that the model divides its loss by.
+
+    Raises:
+        DataError: The loss is not finite.
+
+    Warns:
+        GradNASWarning: None fits (a loss with a part that is no mean over labels); ``examples``
+            is then taken.
+    """
+    pair = _variants(batch)
+    losses = [_loss(model, part) for part in (pair, _row(pair, 0), _row(pair, 1))]
+    if not math.isfinite(losses[0]):
+        raise DataError(
+            f"Batch {batch.index}: the loss is {losses[0]} for a single example of it; look for "
+            "broken inputs, labels or weights, or load the model in float32 or bfloat16."
+        )
+    counts = COUNTS if is_token_labels(_counted(pair)) else EXAMPLE_COUNTS
+    errors = {name: _error(pair, losses, name) for name in counts}
+    half = next(p for p in model.parameters() if p.is_floating_point()).element_size() <= 2  # noqa: PLR2004
+    best = min(errors.values())
+    if not best <= (1e-2 if half else 1e-4):
+        warnings.warn(
+            f"The loss of {type(model).__name__} is no mean and no sum over labels or examples "
+            f"(deviations {', '.join(f'{k} {v:.1g}' for k, v in errors.items())}): an example's "
+            "loss is taken as the batch's loss times the number of examples, and scores may depend "
+            "on the batch size; switch auxiliary losses off in the model's config.",
+            GradNASWarning,
+            stacklevel=2,
+        )
+        return "examples"
+    return next(name for name, error in errors.items() if error <= best + 1e-5)
+
+
+def _error(pair: Batch, losses: list[float], normaliser: str) -> float:
+    """Relative deviation of ``L·c`` of both examples from the sum of each one's."""
+    together, *alone = losses
+    total = together * count_labels(normaliser, pair)
+    parts = sum(loss * count_labels(normaliser, _row(pair, row)) for row, loss in enumerate(alone))
+    error = abs(total - parts) / max(abs(total), abs(parts), 1e-30)
+    return float("inf") if math.isnan(error) else error  # NaN: a variant without any label
+
+
+def _loss(model: nn.Module, part: Batch) -> float:
+    return float(loss_of(model(**to_device(part.columns, model)), part))
+
+
+def _row(batch: Batch, row: int) -> Batch:
+    return Batch(batch.index, batch.select([row]), 1, batch.labels)
+
+
+def _variants(batch: Batch) -> Batch:
+    """One example twice, with different numbers of token labels if it has such.
+
+    The first variant keeps the labels of the tokens 0 and 1, the second those of 1, 2 and 3: every
+    count in `COUNTS` differs, and the few labels have different mean losses.
+    """
+    row = _longest(batch)
+    pair = Batch(batch.index, batch.select([row, row]), 2, batch.labels)
+    if not is_token_labels(_counted(pair)):
+        return pair
+    columns = dict(pair.columns)
+    for key in batch.labels:
+        if is_token_labels(columns[key]):
+            columns[key] = _thinned(columns[key], batch.columns[key])
+    return Batch(batch.index, columns, 2, batch.labels)
+
+
+def _thinned(labels: Tensor, all_labels: Tensor) -> Tensor:
+    """Labels ``(2, seq)`` of which few remain; gaps are filled with ids that occur."""
+    ids = all_labels[all_labels != IGNORED]
+    if not len(ids):
+        ids = labels.new_zeros(1)
+    filled = labels.clone()
+    width = min(4, labels.shape[1])
+    known = ids[torch.arange(width, device=ids.device) * max(1, len(ids) // width) % len(ids)]
+    few = labels[:, :width]
+    filled[:, :width] = torch.where(few == IGNORED, known, few)
+    filled[:, width:] = IGNORED
+    filled[0, 2:] = IGNORED
+    filled[1, :1] = IGNORED
+    return filled
+
+
+def _longest(batch: Batch) -> int:
+    """Row of the example with the longest input, or else the most labels."""
+    mask = batch.columns.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape[0] == batch.examples:
+        return int(mask.flatten(1).sum(1).argmax())
+    labels = _counted(batch)
+    return int((labels != IGNORED).reshape(batch.examples, -1).sum(1).argmax())

@@ -1,0 +1,232 @@
+"""What one block can become: kept counts, predicted loss and cost of each option.
+
+A block is the unit of decision: the axes whose widths hang together (an attention's heads and KV
+groups, one FFN's neurons; in a stock checkpoint all axes that read the same config value). Its
+members are the axes that keep the same units; an option fixes how many, the scores say which.
+Knows scores and costs as numbers; knows nothing of budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..types import Axis, CostModel, Kind
+
+Counts = Mapping[Kind, np.ndarray]
+NOTHING_PRUNED = -np.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Per option: `total`, the sum of pruned scores, and `worst`, the largest pruned score."""
+
+    total: np.ndarray
+    worst: np.ndarray
+
+    def __add__(self, other: Losses) -> Losses:
+        return Losses(self.total + other.total, np.maximum(self.worst, other.worst))
+
+
+@dataclass(frozen=True, slots=True)
+class FlatMember:
+    """Axes that keep the same units, each unit on its own.
+
+    Attributes:
+        axes: Names of the axes; more than one only where a stock checkpoint ties them.
+        kind: What the units are.
+        scores: ``(units,)``, summed over the axes.
+        ranks: ``(units,)``, 0 for the largest score; among equal scores the first unit.
+    """
+
+    axes: tuple[str, ...]
+    kind: Kind
+    scores: np.ndarray
+    ranks: np.ndarray
+
+    def losses(self, counts: Counts) -> Losses:
+        """Losses of keeping the best ``counts[kind]`` units."""
+        ascending = np.sort(self.scores)
+        pruned = ascending.size - counts[self.kind]
+        total = np.concatenate(([0.0], np.cumsum(ascending)))
+        worst = np.concatenate(([NOTHING_PRUNED], ascending))
+        return Losses(total[pruned], worst[pruned])
+
+    def kept(self, counts: Mapping[Kind, int]) -> dict[str, tuple[int, ...]]:
+        """Sorted kept units per axis name; among equal scores the first units stay."""
+        units = tuple(np.flatnonzero(self.ranks < counts[self.kind]).tolist())
+        return dict.fromkeys(self.axes, units)
+
+
+@dataclass(frozen=True, slots=True)
+class NestedMember:
+    """Heads inside KV groups: `k` groups stay, and in each of them the same number `r` of heads.
+
+    Removing group ``j`` costs its joint score ``S_j``; keeping it with `r` heads costs ``P_j(r)``,
+    the sum of its smallest head scores. The best `k` groups for a given `r` are those with the
+    largest ``S_j - P_j(r)``.
+
+    Attributes:
+        heads: Names of the head axes; more than one only where a stock checkpoint ties them.
+        groups: Names of the group axes.
+        head_scores: ``(groups, heads per group)``, summed over the axes.
+        group_scores: ``(groups,)`` joint scores, summed over the axes.
+    """
+
+    heads: tuple[str, ...]
+    groups: tuple[str, ...]
+    head_scores: np.ndarray
+    group_scores: np.ndarray
+
+    def losses(self, counts: Counts) -> Losses:
+        """Losses of keeping the best ``counts["kv_groups"]`` groups and heads in them."""
+        num_groups, num_heads = self.head_scores.shape
+        ascending = np.sort(self.head_scores, axis=1)
+        # Column r of each table is about keeping r heads of a group, r = 0 … heads per group.
+        thinned = _prefixed(np.cumsum(ascending, axis=1), 0.0)[:, ::-1]
+        thinned_worst = _prefixed(ascending, NOTHING_PRUNED)[:, ::-1]
+        order = self._group_order(thinned)
+        best_first = np.take_along_axis(thinned, order, axis=0)
+        best_first_worst = np.take_along_axis(thinned_worst, order, axis=0)
+        removed = self.group_scores[order]
+        total = np.zeros((num_groups + 1, num_heads + 1))
+        total[1:] += np.cumsum(best_first, axis=0)
+        total[:-1] += np.cumsum(removed[::-1], axis=0)[::-1]
+        worst = np.full((num_groups + 1, num_heads + 1), NOTHING_PRUNED)
+        worst[1:] = np.maximum.accumulate(best_first_worst, axis=0)
+        worst[:-1] = np.maximum(worst[:-1], np.maximum.accumulate(removed[::-1], axis=0)[::-1])
+        groups = counts[Kind.KV_GROUPS]
+        heads_each = counts[Kind.HEADS] // np.maximum(groups, 1)
+        return Losses(total[groups, heads_each], worst[groups, heads_each])
+
+    def kept(self, counts: Mapping[Kind, int]) -> dict[str, tuple[int, ...]]:
+        """Sorted kept units per axis name; among equal scores the first units stay."""
+        num_heads = self.head_scores.shape[1]
+        num_kept = counts[Kind.KV_GROUPS]
+        heads_each = counts[Kind.HEADS] // max(num_kept, 1)
+        pruned = np.sort(self.head_scores, axis=1)[:, : num_heads - heads_each]
+        # A running sum, so that ties fall here as they do in the table of losses.
+        thinned = np.cumsum(pruned, axis=1)[:, -1:] if pruned.size else np.zeros((len(pruned), 1))
+        groups = sorted(self._group_order(thinned)[:num_kept, 0].tolist())
+        best = np.argsort(-self.head_scores, axis=1, kind="stable")[:, :heads_each]
+        heads = sorted(int(j * num_heads + h) for j in groups for h in best[j])
+        return dict.fromkeys(self.groups, tuple(groups)) | dict.fromkeys(self.heads, tuple(heads))
+
+    def _group_order(self, thinned: np.ndarray) -> np.ndarray:
+        """Groups in the order in which they stay, per column of ``P_j(r)``."""
+        return np.argsort(-(self.group_scores[:, None] - thinned), axis=0, kind="stable")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit of decision with its options; option 0 keeps everything.
+
+    Attributes:
+        axes: All axes of the block.
+        members: The same axes, those that keep the same units together.
+        counts: ``(options,)`` kept units of every axis of a kind.
+        losses: Predicted loss per option.
+        costs: ``(cost models, options)``.
+    """
+
+    axes: tuple[Axis, ...]
+    members: tuple[FlatMember | NestedMember, ...]
+    counts: Counts
+    losses: Losses
+    costs: np.ndarray
+    units: np.ndarray = field(repr=False)
+
+    @property
+    def num_options(self) -> int:
+        """Number of options."""
+        return self.units.size
+
+    def kept(self, option: int) -> dict[str, tuple[int, ...]]:
+        """Sorted kept units per axis name."""
+        counts = {kind: int(values[option]) for kind, values in self.counts.items()}
+        units: dict[str, tuple[int, ...]] = {}
+        for member in self.members:
+            units |= member.kept(counts)
+        return units
+
+
+def make_block(
+    axes: Sequence[Axis],
+    *,
+    members: Sequence[FlatMember | NestedMember],
+    counts: Counts,
+    costs: Sequence[CostModel],
+) -> Block:
+    """Evaluate the options of a block and order them from the most expensive to the cheapest.
+
+    The order makes every later tie, ``argmin`` takes the first, fall to the option that keeps more.
+
+    Args:
+        axes: All axes of the block.
+        members: Their scores.
+        counts: ``(options,)`` kept units of every axis of a kind; one option keeps everything.
+        costs: Cost models, the budgeted ones or all.
+    """
+    units = np.sum([counts[axis.kind] for axis in axes], axis=0)
+    table = np.array([_block_cost(axes, counts, cost) for cost in costs])
+    largest = table.max(axis=1, keepdims=True)
+    weight = (table / np.where(largest > 0, largest, 1.0)).sum(axis=0)
+    order = np.lexsort((-units, -weight))
+    counts = {kind: values[order] for kind, values in counts.items()}
+    losses = members[0].losses(counts)
+    for member in members[1:]:
+        losses = losses + member.losses(counts)
+    return Block(
+        axes=tuple(axes),
+        members=tuple(members),
+        counts=counts,
+        losses=losses,
+        costs=table[:, order],
+        units=units[order],
+    )
+
+
+def make_members(
+    axes: Sequence[Axis], scores: Mapping[str, np.ndarray], *, tie: bool
+) -> tuple[FlatMember | NestedMember, ...]:
+    """Group axes that must keep the same units, and sum their scores.
+
+    Args:
+        axes: Axes of one block; the parent of a nested axis is among them.
+        scores: ``(size,)`` per axis name.
+        tie: Whether equal `Axis.tied` keys bind, as they do in a stock checkpoint.
+    """
+    parents = {axis.parent for axis in axes}
+    keys = {axis.name: axis.tied for axis in axes if tie}
+    together: dict[tuple[str, Kind, bool], list[Axis]] = {}
+    for axis in axes:
+        if axis.name not in parents:
+            key = keys.get(axis.name) or keys.get(axis.parent or "") or axis.name
+            together.setdefault((key, axis.kind, axis.parent is None), []).append(axis)
+    members: list[FlatMember | NestedMember] = []
+    for (_, kind, is_flat), tied in together.items():
+        names = tuple(axis.name for axis in tied)
+        summed = np.sum([scores[name] for name in names], axis=0)
+        if is_flat:
+            ranks = np.argsort(np.argsort(-summed, kind="stable"))
+            members.append(FlatMember(names, kind, summed, ranks))
+            continue
+        groups = tuple(axis.parent for axis in tied if axis.parent is not None)
+        joint = np.sum([scores[name] for name in groups], axis=0)
+        members.append(NestedMember(names, groups, summed.reshape(joint.size, -1), joint))
+    return tuple(members)
+
+
+def _prefixed(values: np.ndarray, first: float) -> np.ndarray:
+    return np.concatenate((np.full((len(values), 1), first), values), axis=1)
+
+
+def _block_cost(axes: Sequence[Axis], counts: Counts, cost: CostModel) -> np.ndarray:
+    total = np.zeros(counts[axes[0].kind].size)
+    for axis in axes:
+        kept = counts[axis.kind]
+        total += cost.per_unit.get(axis.name, 0.0) * kept
+        total += cost.while_kept.get(axis.name, 0.0) * (kept > 0)
+    return total

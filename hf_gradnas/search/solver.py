@@ -1,0 +1,252 @@
+"""Plans: which units stay so that the predicted loss is smallest within the budgets.
+
+The entry to the search. Checks what comes in, builds the space of a layout, runs a strategy and
+writes the plan down. Whether budgets can be reached is known without scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..config.budgets import format_amount
+from ..config.rules import Rules
+from ..errors import BudgetError, PlanError, ScoresError
+from ..types import Axis, Budget, CostModel, Plan, Scores, StockSpace
+from .binary import search_binary
+from .lagrangian import search_lagrangian
+from .problem import Problem, make_problem
+from .space import build_space
+
+STRATEGIES = {
+    "lagrangian": search_lagrangian,
+    "binary": search_binary,
+}
+
+
+def find_plan(
+    axes: Sequence[Axis],
+    scores: Scores,
+    costs: Mapping[str, CostModel],
+    budgets: Sequence[Budget],
+    *,
+    search: str = "lagrangian",
+    layout: str = "per_layer",
+    rules: Rules | None = None,
+    stock: StockSpace | None = None,
+) -> Plan:
+    """Find the units to keep; see `find_plans`, of which this is the case of one plan."""
+    return find_plans(
+        axes, scores, costs, [budgets], search=search, layout=layout, rules=rules, stock=stock
+    )[0]
+
+
+def find_plans(
+    axes: Sequence[Axis],
+    scores: Scores,
+    costs: Mapping[str, CostModel],
+    budgets: Sequence[Sequence[Budget]],
+    *,
+    search: str = "lagrangian",
+    layout: str = "per_layer",
+    rules: Rules | None = None,
+    stock: StockSpace | None = None,
+) -> list[Plan]:
+    """Find the units to keep for many budgets; the options are evaluated once.
+
+    Args:
+        axes: All axes of the model.
+        scores: ``(size,)`` per axis; those of ``kv_groups`` are joint scores of whole groups.
+        costs: Closed form per cost name.
+        budgets: One sequence of simultaneous limits per plan.
+        search: A name in `STRATEGIES`.
+        layout: ``"per_layer"`` or ``"stock"``.
+        rules: Limits per glob over module paths; later ones win.
+        stock: What the stock class can express, needed by layout ``"stock"``.
+
+    Returns:
+        One plan per entry of `budgets`, with the sum of pruned scores as its ``loss_increase``.
+
+    Raises:
+        BudgetError: No limit is given, a cost is unknown, or the limits cannot be reached.
+        PlanError: The search or the layout is unknown, or does not fit the axes.
+        ScoresError: Scores are missing, of a wrong shape, negative or not finite.
+    """
+    _check_search(search)
+    values, exponent = _scaled(axes, scores)
+    names = [_names(limits, costs) for limits in budgets]
+    spaces = {
+        key: build_space(
+            axes, values, [costs[n] for n in key], layout=layout, rules=rules or {}, stock=stock
+        )
+        for key in dict.fromkeys(names)
+    }
+    plans = []
+    for key, limits in zip(names, budgets, strict=True):
+        space = spaces[key]
+        _check(space.lowest(), limits, layout=layout)
+        problem = make_problem(space, limits)
+        picks = _solve(problem, search, limits)
+        plans.append(
+            Plan(
+                **_outcome(axes, costs, space.kept(picks.tolist())),
+                layout=layout,
+                budgets=tuple(limits),
+                loss_increase=float(np.ldexp(problem.score_of(picks), exponent)),
+                search=search,
+                score=scores.metadata.get("method", ""),
+                steps=space.steps(picks.tolist()),
+            )
+        )
+    return plans
+
+
+def lowest_costs(
+    axes: Sequence[Axis],
+    costs: Mapping[str, CostModel],
+    *,
+    layout: str = "per_layer",
+    rules: Rules | None = None,
+    stock: StockSpace | None = None,
+    budgets: Sequence[Budget] = (),
+) -> dict[str, float]:
+    """Lowest reachable value of each cost, without scores.
+
+    Args:
+        axes: All axes of the model.
+        costs: Closed form per cost name.
+        layout: ``"per_layer"`` or ``"stock"``.
+        rules: Limits per glob over module paths; later ones win.
+        stock: What the stock class can express, needed by layout ``"stock"``.
+        budgets: Limits whose costs set the default multiples, and which are answered for; without
+            any, all costs.
+
+    Raises:
+        BudgetError: A cost is unknown.
+        PlanError: The layout is unknown, or does not fit the axes.
+    """
+    names = _names(budgets, costs) if budgets else tuple(costs)
+    nothing = {axis.name: np.zeros(axis.size) for axis in axes}
+    chosen = [costs[name] for name in names]
+    space = build_space(axes, nothing, chosen, layout=layout, rules=rules or {}, stock=stock)
+    return space.lowest()
+
+
+def check_budgets(
+    axes: Sequence[Axis],
+    costs: Mapping[str, CostModel],
+    budgets: Sequence[Budget],
+    *,
+    layout: str = "per_layer",
+    rules: Rules | None = None,
+    stock: StockSpace | None = None,
+) -> None:
+    """Check before any scoring that every budget can be reached on its own.
+
+    Raises:
+        BudgetError: No limit is given, a cost is unknown, or a limit is below what can be reached.
+        PlanError: The layout is unknown, or does not fit the axes.
+    """
+    _names(budgets, costs)
+    lowest = lowest_costs(axes, costs, layout=layout, rules=rules, stock=stock, budgets=budgets)
+    _check(lowest, budgets, layout=layout)
+
+
+def _check_search(search: str) -> None:
+    if search not in STRATEGIES:
+        raise PlanError(
+            f"search {search!r}: unknown strategy, known are {', '.join(sorted(STRATEGIES))}; "
+            "pass one of these."
+        )
+
+
+def _names(budgets: Sequence[Budget], costs: Mapping[str, CostModel]) -> tuple[str, ...]:
+    """Names of the budgeted costs, in order."""
+    if not budgets:
+        raise BudgetError(
+            "budgets: found none, needed at least one limit; give for example {'flops': '50%'}."
+        )
+    for budget in budgets:
+        if budget.cost not in costs:
+            raise BudgetError(
+                f"budget {budget.cost}: unknown cost, known are {', '.join(sorted(costs))}; "
+                "limit one of these."
+            )
+    return tuple(budget.cost for budget in budgets)
+
+
+def _check(lowest: Mapping[str, float], budgets: Sequence[Budget], *, layout: str) -> None:
+    for budget in budgets:
+        least = lowest[budget.cost]
+        if budget.limit < least:
+            more = "layout='per_layer' reaches further, or " if layout == "stock" else ""
+            raise BudgetError(
+                f"budget {budget.cost}: {100 * budget.ratio:.4g}% ({format_amount(budget.limit)}) "
+                f"cannot be reached in layout {layout!r}; the lowest is "
+                f"{_percent_up(least / budget.total)}% ({format_amount(least)} of "
+                f"{format_amount(budget.total)}). Raise the budget, {more}allow more in rules."
+            )
+
+
+def _percent_up(ratio: float) -> str:
+    """Percentage rounded up, so that asking for it succeeds."""
+    return f"{np.ceil(ratio * 1e4) / 1e2:.2f}"
+
+
+def _outcome(
+    axes: Sequence[Axis], costs: Mapping[str, CostModel], kept: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Fields of a plan that say what stays and what it costs."""
+    counts = {name: len(units) for name, units in kept.items()}
+    return {
+        "kept": {axis.name: kept[axis.name] for axis in axes},
+        "sizes": {axis.name: axis.size for axis in axes},
+        "costs": {name: cost.of(counts) for name, cost in costs.items()},
+    }
+
+
+def _scaled(axes: Sequence[Axis], scores: Scores) -> tuple[dict[str, np.ndarray], int]:
+    """Checked scores divided by ``2**exponent``, about their largest; the division is exact."""
+    values = {axis.name: _checked(axis, scores) for axis in axes}
+    largest = max((array.max() for array in values.values() if array.size), default=0.0)
+    exponent = int(np.frexp(largest)[1])
+    return {name: np.ldexp(array, -exponent) for name, array in values.items()}, exponent
+
+
+def _checked(axis: Axis, scores: Scores) -> np.ndarray:
+    if axis.name not in scores.values:
+        raise ScoresError(
+            f"{axis.name}: the scores hold no such axis, only {len(scores.values)} others; "
+            "score this model again."
+        )
+    values = np.asarray(scores.values[axis.name], dtype=np.float64)
+    if values.shape != (axis.size,):
+        raise ScoresError(
+            f"{axis.name}: scores have the shape {values.shape}, needed ({axis.size},); "
+            "score this model again."
+        )
+    for what, wrong in (("not finite", ~np.isfinite(values)), ("negative", values < 0)):
+        if wrong.any():
+            raise ScoresError(
+                f"{axis.name}: {int(wrong.sum())} of {axis.size} scores are {what}, the first for "
+                f"unit {int(wrong.argmax())}; score again, with data whose loss is finite."
+            )
+    return values
+
+
+def _solve(problem: Problem, search: str, budgets: Sequence[Budget]) -> np.ndarray:
+    """``(blocks,)`` options of the plan."""
+    whole = np.zeros(len(problem.score), dtype=np.int64)
+    # Relative, because a cost that is not an integer sums up differently in another order.
+    if np.all(problem.costs_of(whole) <= problem.room * (1 + 1e-12)):
+        return whole
+    solution = STRATEGIES[search](problem)
+    if solution is None:
+        asked = " and ".join(f"{budget.cost}={100 * budget.ratio:.4g}%" for budget in budgets)
+        raise BudgetError(
+            f"budgets {asked}: each can be reached, but no plan was found that meets all of them "
+            f"(search {search!r}); raise one of them."
+        )
+    return solution.picks

@@ -1,0 +1,129 @@
+"""Describe one attention: its axes, the sizes repeated in attributes, and how it is replaced.
+
+Knows the tables of `couplings` and what a probe found; several versions are offered, since only the
+proof (`hf_gradnas.verification`) can tell which is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from ..types import Attribute, Axis, Kind, Removal
+from . import couplings
+from .probe import HeadLayout
+from .trace import Call, below
+
+
+def attention_versions(
+    module: nn.Module, layout: HeadLayout, *, core: str, projection: str, call: Call
+) -> tuple[tuple[Axis, ...], ...]:
+    """Axes of one attention, with every choice of attributes and replacement to be tried.
+
+    Args:
+        module: The enclosing module; all names are relative to it.
+        layout: What the probe found.
+        core: Path of the module that runs the softmax.
+        projection: Name of the out-projection's weight.
+        call: How `core` was called, and what it returned.
+    """
+    removals = _removals(module, core=core, projection=projection, call=call)
+    read_at = projection.rpartition(".")[0]
+    grouped = layout.is_grouped
+    heads = Axis(
+        name=":heads",
+        module="",
+        kind=Kind.HEADS,
+        size=layout.heads,
+        read_at=read_at,
+        width=layout.width,
+        slices=layout.head_slices,
+        attributes=_attributes(module, layout, couplings.WIDTHS),
+        parent=":kv_groups" if grouped else None,
+    )
+    groups = Axis(
+        name=":kv_groups",
+        module="",
+        kind=Kind.KV_GROUPS,
+        size=layout.groups,
+        read_at=read_at,
+        width=layout.width * layout.heads // layout.groups,
+        slices=layout.group_slices,
+    )
+    widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
+    extras = dict.fromkeys([(), widths, config, widths + config])
+    versions = [
+        replace(heads, attributes=heads.attributes + extra, removal=removal)
+        for extra in extras
+        for removal in removals
+    ]
+    return tuple((groups, version) if grouped else (version,) for version in versions)
+
+
+def _removals(module: nn.Module, *, core: str, projection: str, call: Call) -> tuple[Removal, ...]:
+    """How the attention may be replaced when it keeps nothing: plainly, or with its own norm."""
+    owner = projection.rpartition(".")[0]
+    inside = not core or owner.startswith(core + ".")
+    features = 0
+    if inside:
+        weight = module.get_parameter(projection)
+        linear = isinstance(module.get_submodule(owner), nn.Linear)
+        features = weight.shape[0 if linear else 1]
+    plain = Removal(
+        module=core,
+        projection=below(owner, core) if inside else None,
+        features=features,
+        returns=tuple("output" if i == 0 else None for i, _ in enumerate(call.returns)),
+        cross=any(call.kwargs.get(name) is not None for name in couplings.CROSS_ARGUMENTS),
+    )
+    children = module.get_submodule(core).named_children()
+    norms = [name for name, child in children if isinstance(child, nn.LayerNorm)]
+    return (plain, *(replace(plain, norm=name) for name in norms if inside))
+
+
+def _attributes(
+    module: nn.Module, layout: HeadLayout, widths: frozenset[str]
+) -> tuple[Attribute, ...]:
+    """Attributes below `module` that repeat a number of heads."""
+    grouped = layout.is_grouped
+    groups_axis = ":kv_groups" if grouped else ":heads"
+    found = []
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                continue
+            if name in couplings.HEAD_COUNTS and value == layout.heads:
+                found.append(Attribute(path, name, ":heads"))
+            elif name in couplings.KV_COUNTS and value == layout.groups != 1:
+                found.append(Attribute(path, name, groups_axis))
+            elif name in couplings.HEADS_PER_GROUP and value > 1:  # MQA: one group of all heads
+                per = ":kv_groups" if grouped else None
+                found.append(Attribute(path, name, ":heads", per=per))
+            elif name in widths and value == layout.heads * layout.width:
+                found.append(Attribute(path, name, ":heads", layout.width))
+    return tuple(found)
+
+
+def _model_widths(module: nn.Module, layout: HeadLayout) -> tuple[Attribute, ...]:
+    return tuple(
+        a
+        for a in _attributes(module, layout, couplings.MODEL_WIDTHS)
+        if a.name in couplings.MODEL_WIDTHS
+    )
+
+
+def _config_counts(module: nn.Module, layout: HeadLayout, core: str) -> tuple[Attribute, ...]:
+    """Values that the core module may read from its config while it runs."""
+    config = vars(module.get_submodule(core)).get("config")
+    if config is None:
+        return ()
+    grouped = layout.is_grouped
+    sizes = {"heads": layout.heads, "kv_groups": layout.groups}
+    known = {*vars(config), *type(config).attribute_map}
+    return tuple(
+        Attribute(core, name, f":{kind}" if grouped else ":heads", in_config=True)
+        for kind, names in couplings.CONFIG_COUNTS.items()
+        for name in names
+        if name in known and getattr(config, name) == sizes[kind]
+    )

@@ -1,0 +1,137 @@
+"""Per-layer checkpoints load in fresh processes, by every route, and after being saved again."""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import handmade
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from hf_gradnas.checkpoint import install as installing
+from hf_gradnas.checkpoint.install import install, install_when_imported
+from hf_gradnas.structure.modeling_gradnas import is_per_layer, make_per_layer, resize
+
+SCRIPT = Path(__file__).with_name("loading_process.py")
+
+
+def run(*arguments, folder, isolated=False, code=None):
+    """Run a script in a new process that has its own cache for remote code."""
+    command = [sys.executable, *(["-I"] if isolated else [])]
+    command += ["-c", code] if code else [str(SCRIPT)]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def save_all(root):
+    for name in ("bert", "gpt2", "llama", "phi3", "t5"):
+        cut, inputs = handmade.build(name, dtype=torch.float32)
+        model = copy.deepcopy(cut.model)
+        resize(model, cut.record, rows=cut.rows, new_tensors=cut.new_tensors)
+        make_per_layer(model, cut.record).save_pretrained(root / name)
+        with torch.no_grad():
+            expected = {**inputs, "logits": model(**inputs).logits}
+        save_file(expected, root / name / "expected.safetensors")
+
+
+def test_every_route_in_fresh_processes_and_again_after_training(tmp_path):
+    first = tmp_path / "first"
+    save_all(first)
+    for weights in first.glob("*/model.safetensors"):
+        with safe_open(weights, "pt") as file:
+            assert all(0 not in file.get_slice(key).get_shape() for key in file.keys())  # noqa: SIM118
+    run("shim", first, folder=tmp_path, isolated=True)
+    run("before", first, tmp_path / "first-shim", folder=tmp_path)
+    run("after", tmp_path / "first-before", tmp_path / "first-shim-before", folder=tmp_path)
+    run("shim", tmp_path / "first-before-after", folder=tmp_path, isolated=True)
+
+
+def test_importing_the_module_is_light():
+    code = (
+        "import sys, hf_gradnas.checkpoint.install as m; m.install_when_imported();"
+        "m.install_when_imported();"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules);"
+        "assert sum('AfterModeling' in str(f) for f in sys.meta_path) == 1"
+    )
+    run(code=code, folder=Path.cwd())
+
+
+def test_only_a_config_with_a_record_is_touched():
+    install()
+    patched = vars(PreTrainedModel)["__new__"]
+    install()
+    install_when_imported()
+    assert vars(PreTrainedModel)["__new__"] is patched
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    for model in (transformers.BertModel(config), transformers.BertModel(config=config)):
+        assert type(model) is transformers.BertModel
+        assert type(copy.deepcopy(model)) is transformers.BertModel
+    config.gradnas = {"format_version": 1, "architecture": "BertModel"}
+    for model in (transformers.BertModel(config), transformers.BertModel(config=config)):
+        assert is_per_layer(type(model))
+        assert type(copy.deepcopy(model)) is type(model)
+    with pytest.raises(TypeError, match="should be an instance of class"):
+        transformers.BertModel("bert-base-uncased")
+
+
+def test_a_new_of_another_base_is_called():
+    seen = []
+
+    class Base:
+        def __new__(cls, *args, **kwargs):
+            seen.append((args, kwargs))
+            return super().__new__(cls)
+
+    class Model(transformers.BertModel, Base):
+        pass
+
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    Model(config, add_pooling_layer=False)
+    assert seen == [((config,), {"add_pooling_layer": False})]
+
+
+def test_models_in_other_threads_are_not_under_construction():
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.gradnas = {"format_version": 1, "architecture": "BertModel"}
+    made = []
+
+    class Slow(transformers.BertModel):
+        def __init__(self, config):
+            thread = threading.Thread(
+                target=lambda: made.append(transformers.BertModel(copy.deepcopy(config)))
+            )
+            thread.start()
+            thread.join()
+            super().__init__(config)
+
+    model = Slow(config)
+    assert is_per_layer(type(model))
+    assert is_per_layer(type(made[0]))
+
+
+def test_the_finder_leaves_other_modules_and_loaders_alone(monkeypatch):
+    finder = installing._AfterModeling()
+    assert finder.find_spec("json", None) is None
+    path = list(transformers.__path__)
+    spec = finder.find_spec(installing.MODELING, path)
+    assert spec is not None
+    assert "exec_module" in vars(spec.loader)
+    assert spec.origin == importlib.util.find_spec(installing.MODELING).origin
+    monkeypatch.setattr(sys, "meta_path", [])
+    assert finder.find_spec(installing.MODELING, path) is None

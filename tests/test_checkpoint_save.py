@@ -1,0 +1,286 @@
+"""Checkpoints are whole or not there, load back as they were, and destroy nothing else."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import handmade
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from hf_gradnas.checkpoint import save
+from hf_gradnas.checkpoint.save import check_target, loading_snippet, save_pruned
+from hf_gradnas.errors import CheckpointError
+from hf_gradnas.structure.modeling_gradnas import make_per_layer, resize
+from hf_gradnas.types import Plan
+
+PLAN = Plan(kept={"a:heads": (0, 2)}, sizes={"a:heads": 4}, layout="per_layer")
+SETTINGS = {"plan": PLAN, "document": {"note": "kept"}}
+
+
+def per_layer(name, dtype=torch.float32):
+    cut, inputs = handmade.build(name, dtype=dtype)
+    model = copy.deepcopy(cut.model)
+    resize(model, cut.record, rows=cut.rows, new_tensors=cut.new_tensors)
+    return make_per_layer(model, cut.record), inputs
+
+
+@pytest.fixture
+def model_and_sample():
+    return per_layer("llama")
+
+
+@pytest.fixture
+def old_checkpoint(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text('{"old": true}')
+    (target / "weights").write_text("old")
+    return target
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def is_old(target):
+    return (target / "weights").read_text() == "old"
+
+
+def test_writes_everything_and_reloads(tmp_path, model_and_sample):
+    model, sample = model_and_sample
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_words())
+    target = tmp_path / "new" / "target"
+    done = save_pruned(model, target, sample=sample, processing_class=tokenizer, **SETTINGS)
+    assert done == target
+    assert {path.name for path in target.iterdir()} >= {
+        "config.json",
+        "generation_config.json",
+        "gradnas.json",
+        "model.safetensors",
+        "modeling_gradnas.py",
+        "tokenizer.json",
+    }
+    assert names_in(target.parent) == ["target"]
+    document = json.loads((target / "gradnas.json").read_text())
+    assert document["format_version"] == 1
+    assert document["note"] == "kept"
+    assert Plan.from_dict(document["plan"]) == PLAN
+    assert document["versions"]["transformers"] == transformers.__version__
+    assert set(document["versions"]) == {"hf_gradnas", "transformers", "torch"}
+    loaded = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager")
+    assert torch.equal(loaded(**sample).logits, model(**sample).logits)
+
+
+def _words():
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_other_types_without_and_with_a_sample(tmp_path, name, dtype):
+    model, sample = per_layer(name, dtype)
+    model.train()
+    save_pruned(model, tmp_path / "a", sample=sample, **SETTINGS)
+    save_pruned(model, tmp_path / "b", sample=None, **SETTINGS)
+    assert all(module.training for module in model.modules())
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_stock_model_is_saved_alike(tmp_path):
+    cut, sample = handmade.build("gpt2", dtype=torch.float32)
+    save_pruned(cut.model, tmp_path / "stock", sample=sample, **SETTINGS)
+    assert not (tmp_path / "stock" / "modeling_gradnas.py").exists()
+
+
+def test_overwrites_a_checkpoint(model_and_sample, old_checkpoint):
+    model, sample = model_and_sample
+    save_pruned(model, old_checkpoint, sample=sample, overwrite=True, **SETTINGS)
+    assert not (old_checkpoint / "weights").exists()
+    assert names_in(old_checkpoint.parent) == ["target"]
+
+
+def test_overwrites_what_a_link_points_to(tmp_path, model_and_sample, old_checkpoint):
+    model, sample = model_and_sample
+    link = tmp_path / "link"
+    link.symlink_to(old_checkpoint)
+    save_pruned(model, link, sample=sample, overwrite=True, **SETTINGS)
+    assert link.is_symlink()
+    assert (link / "gradnas.json").is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
+@pytest.mark.parametrize(
+    "step", ["save_pretrained", "write_text", "reload", "first rename", "second rename"]
+)
+def test_an_interruption_leaves_the_old_folder(
+    monkeypatch, model_and_sample, old_checkpoint, step, error
+):
+    model, sample = model_and_sample
+    rename, count = Path.rename, []
+
+    def fail(*args, **kwargs):
+        raise error
+
+    def fail_at(self, target):
+        count.append(self)
+        if len(count) == ("first rename", "second rename").index(step) + 1:
+            raise error
+        return rename(self, target)
+
+    if step == "save_pretrained":
+        monkeypatch.setattr(type(model), "save_pretrained", fail)
+    elif step == "write_text":
+        monkeypatch.setattr(Path, "write_text", fail)
+    elif step == "reload":
+        monkeypatch.setattr(type(model), "from_pretrained", fail)
+    else:
+        monkeypatch.setattr(Path, "rename", fail_at)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError):
+        save_pruned(model, old_checkpoint, sample=sample, overwrite=True, **SETTINGS)
+    monkeypatch.undo()
+    assert is_old(old_checkpoint)
+    assert names_in(old_checkpoint.parent) == ["target"]
+
+
+def test_an_interruption_while_the_old_folder_is_deleted_leaves_the_new_one(
+    monkeypatch, model_and_sample, old_checkpoint
+):
+    model, sample = model_and_sample
+    delete = shutil.rmtree
+
+    def fail(path, **kwargs):
+        if ".old-" in Path(path).name and Path(path).exists():
+            raise KeyboardInterrupt
+        delete(path, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_pruned(model, old_checkpoint, sample=sample, overwrite=True, **SETTINGS)
+    assert (old_checkpoint / "gradnas.json").is_file()
+    assert not (old_checkpoint / "weights").exists()
+
+
+@pytest.mark.parametrize("use_sample", [True, False])
+def test_a_checkpoint_that_differs_is_refused(
+    monkeypatch, model_and_sample, old_checkpoint, use_sample
+):
+    model, sample = model_and_sample
+    load = type(model).from_pretrained
+
+    def other(*args, **kwargs):
+        loaded, info = load(*args, **kwargs)
+        loaded.model.norm.weight.data += 0.01
+        return loaded, info
+
+    monkeypatch.setattr(type(model), "from_pretrained", other)
+    match = r"outputs .* differ by 0\.\d+" if use_sample else r"norm\.weight: the reloaded tensor"
+    with pytest.raises(CheckpointError, match=match):
+        save_pruned(
+            model, old_checkpoint, sample=sample if use_sample else None, overwrite=True, **SETTINGS
+        )
+    assert is_old(old_checkpoint)
+
+
+def test_a_checkpoint_that_misses_a_tensor_is_refused(monkeypatch, tmp_path, model_and_sample):
+    model, sample = model_and_sample
+    write = type(model).save_pretrained
+    state = {key: value for key, value in model.state_dict().items() if key != "model.norm.weight"}
+    monkeypatch.setattr(
+        type(model), "save_pretrained", lambda self, to: write(self, to, state_dict=state)
+    )
+    with pytest.raises(CheckpointError, match=r"does not load back whole.*model\.norm\.weight"):
+        save_pruned(model, tmp_path / "target", sample=sample, **SETTINGS)
+    assert names_in(tmp_path) == []
+
+
+def test_how_outputs_are_compared():
+    ones = torch.ones(3)
+    save._compare_outputs(100 * ones, 100 * ones + 9e-4)
+    with pytest.raises(CheckpointError, match=r"at most 0\.001"):
+        save._compare_outputs(100 * ones, 100 * ones + 1.1e-3)
+    save._compare_outputs(ones.bfloat16(), ones.bfloat16() + 2**-5)
+    with pytest.raises(CheckpointError, match=r"differ by 0\.125"):
+        save._compare_outputs(ones.bfloat16(), ones.bfloat16() + 2**-3)
+    for other in (torch.full((3,), float("nan")), torch.ones(4)):
+        with pytest.raises(CheckpointError, match="differ by nan"):
+            save._compare_outputs(ones, other)
+
+
+def test_a_model_without_float_output_needs_no_sample(model_and_sample, monkeypatch):
+    model, sample = model_and_sample
+    monkeypatch.setattr(type(model), "forward", lambda self, **batch: {"loss": torch.ones(())})
+    with pytest.raises(CheckpointError, match=r"no floating-point output .*\['loss'\]"):
+        save._output(model, sample)
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+def test_an_existing_target_needs_overwrite(old_checkpoint):
+    with pytest.raises(
+        CheckpointError, match=r"target: the output folder exists; pass --overwrite"
+    ):
+        check_target(old_checkpoint, overwrite=False)
+    assert check_target(old_checkpoint, overwrite=True) == old_checkpoint
+
+
+def test_only_checkpoints_and_empty_folders_are_replaced(tmp_path):
+    (tmp_path / "home").mkdir()
+    assert check_target(tmp_path / "home", overwrite=True)
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match=r"home: is a folder without config\.json"):
+        check_target(tmp_path / "home", overwrite=True)
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_target(tmp_path / "home" / "letter.txt", overwrite=True)
+    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
+
+
+def test_the_folder_above_must_be_writable(tmp_path, monkeypatch):
+    assert check_target(tmp_path / "a" / "b" / "c", overwrite=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"c: .*file is not a folder that this user can write"
+    ):
+        check_target(tmp_path / "file" / "c", overwrite=False)
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(CheckpointError, match="not a folder that this user can write to"):
+        check_target(tmp_path / "a", overwrite=False)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, monkeypatch, model_and_sample):
+    model, _ = model_and_sample
+
+    def fail(*args, **kwargs):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(CheckpointError, match=r"cannot make a folder beside it \(read-only"):
+        save_pruned(model, tmp_path / "target", **SETTINGS)
+
+
+def test_the_snippet_loads_the_checkpoint(tmp_path, model_and_sample):
+    model, _ = model_and_sample
+    save_pruned(model, tmp_path / "target", **SETTINGS)
+    lines = loading_snippet(model, "per_layer", tmp_path / "target")
+    assert lines.splitlines()[0].startswith("import hf_gradnas")
+    names = {}
+    exec(lines, names)
+    assert type(names["model"]) is type(model)
+    cut, _ = handmade.build("bert")
+    stock = loading_snippet(cut.model, "stock", "folder")
+    assert stock.splitlines() == [
+        "from transformers import AutoModelForSequenceClassification",
+        'model = AutoModelForSequenceClassification.from_pretrained("folder")',
+    ]
+    config = transformers.T5Config(d_model=8, num_layers=1, num_heads=2, d_ff=8, vocab_size=9)
+    encoder = transformers.T5ForTokenClassification(config)
+    encoder.__class__ = type("Own", (type(encoder),), {"__module__": __name__})
+    assert "import Own" in loading_snippet(encoder, "stock", "folder")

@@ -1,0 +1,69 @@
+"""The command line itself: generated options, exit codes, and how little it imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hf_gradnas.cli.app import main
+from hf_gradnas.config.recipe import Recipe
+
+FLAGS = """--model --task --dataset --split --text-column --label-column --target-column
+--image-column --audio-column --eval-dataset --eval-split --target --output --score --search
+--layout --num-examples --shuffle --batch-size --max-length --flops-length --labels --scores
+--save-scores --exclude --min-units --device --dtype --revision --trust-remote-code --recipe --set
+--seed --dry-run --overwrite""".split()
+
+
+@pytest.fixture
+def help_text(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["prune", "--help"]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_flag_is_there(help_text):
+    missing = [flag for flag in FLAGS if f"{flag} " not in help_text]
+    assert not missing
+
+
+def test_help_says_what_the_recipe_says(help_text):
+    words = " ".join(help_text.replace("│", " ").split())
+    for name, field in Recipe.model_fields.items():
+        if name != "format_version":
+            assert " ".join(field.description.split()) in words, name
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from hf_gradnas.cli.app import main\n"
+        "assert main(['prune', '--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy.random', 'accelerate'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_module_runs_the_command():
+    command = [sys.executable, "-m", "hf_gradnas.prune"]
+    done = subprocess.run([*command, "--help"], check=True, capture_output=True, text=True)
+    assert "--trust-remote-code" in done.stdout
+    bad = subprocess.run([*command, "--nonsense"], check=False, capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "Traceback" not in bad.stderr
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    assert main(["prune", "--datset", "x"]) == 2
+    assert "--dataset" in capsys.readouterr().err
+
+
+def test_a_flag_without_a_value_is_refused(capsys):
+    assert main(["prune", "--model"]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_no_model_is_refused(capsys):
+    assert main(["prune"]) == 2
+    assert "--model: is missing" in capsys.readouterr().err

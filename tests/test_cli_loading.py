@@ -1,0 +1,153 @@
+"""Tasks, classes, tokenizers and lengths."""
+
+import shutil
+
+import pytest
+import transformers as tf
+from cli_cases import save_bert, save_llama, save_t5, save_vit, save_whisper
+
+from hf_gradnas.cli.loading import load_model, open_source, prepare_tokenizer, resolve_max_length
+from hf_gradnas.cli.tasks import ALIASES, TASKS, Head, input_of, model_class, named_task, task_of
+from hf_gradnas.config.recipe import Recipe
+from hf_gradnas.errors import RecipeError
+
+ARCHITECTURES = {
+    "BertForMaskedLM": (tf.BertConfig, "fill-mask", "text"),
+    "BertForSequenceClassification": (tf.BertConfig, "text-classification", "text"),
+    "BertForTokenClassification": (tf.BertConfig, "token-classification", "text"),
+    "BertForQuestionAnswering": (tf.BertConfig, "question-answering", "text"),
+    "GPT2LMHeadModel": (tf.GPT2Config, "text-generation", "text"),
+    "T5ForConditionalGeneration": (tf.T5Config, "text2text-generation", "text"),
+    "BartForConditionalGeneration": (tf.BartConfig, "text2text-generation", "text"),
+    "WhisperForConditionalGeneration": (tf.WhisperConfig, "automatic-speech-recognition", "audio"),
+    "ViTForImageClassification": (tf.ViTConfig, "image-classification", "image"),
+    "BertModel": (tf.BertConfig, None, "text"),
+    "ViTModel": (tf.ViTConfig, None, "image"),
+    "ElectraForPreTraining": (tf.ElectraConfig, None, "text"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_class_is_the_checkpoints_own(name):
+    config_class, task, feeds = ARCHITECTURES[name]
+    config = config_class(architectures=[name])
+    found = task_of(config)
+    assert (found and found.name) == task
+    cls = model_class(config, None)
+    assert cls.__name__ == name
+    assert input_of(cls, config, found) == feeds
+
+
+@pytest.mark.parametrize("name", [*TASKS, *ALIASES])
+def test_every_class_of_the_table_exists(name):
+    for auto, table in named_task(name).classes:
+        assert hasattr(tf, auto)
+        assert not table or hasattr(tf, f"MODEL_FOR_{table}_MAPPING")
+
+
+def test_a_task_chooses_its_auto_class():
+    config = tf.BertConfig(architectures=["BertForMaskedLM"])
+    cls = model_class(config, named_task("ner"))
+    assert cls is tf.AutoModelForTokenClassification
+    assert input_of(tf.AutoModel, tf.ViTConfig(), named_task("feature-extraction")) == "image"
+
+
+def test_classes_of_remote_code_go_through_the_auto_class():
+    config = tf.BertConfig(architectures=["MyLM"])
+    config.auto_map = {"AutoModelForCausalLM": "code.MyLM"}
+    assert task_of(config) is TASKS["text-generation"]
+    assert model_class(config, None) is tf.AutoModelForCausalLM
+
+
+def test_unknown_tasks_and_classes_are_refused():
+    with pytest.raises(RecipeError, match="--task text-clasification: .*'text-classification'"):
+        named_task("text-clasification")
+    with pytest.raises(RecipeError, match="no such class for model type 'vit'"):
+        model_class(tf.ViTConfig(), named_task("text-generation"))
+    with pytest.raises(RecipeError, match="config.architectures is None.*give --task"):
+        model_class(tf.BertConfig(), None)
+    with pytest.raises(RecipeError, match="its main input is 'bbox_values'"):
+        cls = type("Odd", (tf.BertModel,), {"main_input_name": "bbox_values"})
+        input_of(cls, tf.BertConfig(), None)
+
+
+def _recipe(**values):
+    return Recipe(model="m", **values)
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    recipe = _recipe(task="token-classification", dtype="bfloat16", device="cpu")
+    source = open_source(recipe, str(save_bert(tmp_path)))
+    assert source.task.head is Head.TOKENS
+    model, missing = load_model(recipe, source, str(tmp_path))
+    assert missing == []  # its classifier has the size of the sequence classifier's
+    assert model.dtype.itemsize == 2
+    recipe = _recipe(task="fill-mask")
+    _, missing = load_model(recipe, open_source(recipe, str(tmp_path)), str(tmp_path))
+    assert any("cls.predictions" in name for name in missing)
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    recipe = _recipe(device="nonsense")
+    source = open_source(recipe, str(save_bert(tmp_path)))
+    with pytest.raises(RecipeError, match="--device nonsense: the model cannot be put there"):
+        load_model(recipe, source, str(tmp_path))
+
+
+def test_models_and_weights_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="--model m: cannot be loaded.*config.json"):
+        open_source(_recipe(), str(tmp_path))
+    save_bert(tmp_path)
+    source = open_source(_recipe(), str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match="--model m: its weights cannot be loaded"):
+        load_model(_recipe(), source, str(tmp_path))
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path):
+    save_bert(tmp_path)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(RecipeError, match=r"has no tokenizer; .*without a vocabulary"):
+        open_source(_recipe(), str(tmp_path))
+
+
+def test_a_missing_processor_is_refused(tmp_path):
+    save_vit(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(RecipeError, match="has no AutoImageProcessor"):
+        open_source(_recipe(), str(tmp_path))
+
+
+def test_the_end_token_pads_where_there_is_no_other(tmp_path):
+    source = open_source(_recipe(), str(save_llama(tmp_path)))
+    assert "'</s>'" in prepare_tokenizer(source)
+    assert source.tokenizer.pad_token == "</s>"
+    assert source.config.pad_token_id == 5
+    assert prepare_tokenizer(source) is None
+    source.tokenizer.pad_token = source.tokenizer.eos_token = None
+    with pytest.raises(RecipeError, match="neither a pad nor an eos token"):
+        prepare_tokenizer(source)
+
+
+def test_lengths_stay_within_the_positions(tmp_path):
+    source = open_source(_recipe(), str(save_bert(tmp_path / "bert")))
+    assert resolve_max_length(_recipe(), source) == 40
+    assert resolve_max_length(_recipe(max_length=8), source) == 8
+    with pytest.raises(RecipeError, match="--max-length 41: the model has 40 positions"):
+        resolve_max_length(_recipe(max_length=41), source)
+    source.tokenizer.model_max_length = 30
+    assert resolve_max_length(_recipe(), source) == 30
+    t5 = open_source(_recipe(), str(save_t5(tmp_path / "t5")))
+    assert resolve_max_length(_recipe(max_length=4000), t5) == 4000
+    whisper = open_source(_recipe(), str(save_whisper(tmp_path / "whisper")))
+    assert resolve_max_length(_recipe(), whisper) == 20
+
+
+def test_positions_before_the_padding_index_do_not_count(tmp_path):
+    save_bert(tmp_path)
+    source = open_source(_recipe(), str(tmp_path))
+    roberta = tf.RobertaConfig(max_position_embeddings=42, pad_token_id=1)
+    shutil.rmtree(tmp_path)
+    object.__setattr__(source, "config", roberta)
+    assert resolve_max_length(_recipe(), source) == 40

@@ -1,0 +1,416 @@
+"""The prune command from end to end on tiny models: what it writes, and what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+import transformers as tf
+import yaml
+from cli_cases import (
+    save_bert,
+    save_llama,
+    save_t5,
+    save_vit,
+    save_whisper,
+    sentences,
+    write_images,
+    write_jsonl,
+    write_text,
+    write_tsv,
+    write_wave,
+)
+
+from hf_gradnas.cli.app import main
+from hf_gradnas.cli.examples import Collator
+from hf_gradnas.types import Scores
+
+TINY = ["--num-examples", "8", "--batch-size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def prune(capsys):
+    """Runs the command; returns its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        code = main(["prune", *map(str, arguments)])
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err
+        return code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def bert(tmp_path):
+    return save_bert(tmp_path / "bert")
+
+
+@pytest.fixture
+def tsv(tmp_path):
+    return write_tsv(tmp_path / "train.tsv")
+
+
+def test_a_classifier_with_evaluation(prune, bert, tsv, tmp_path):
+    code, out, err = prune(
+        "--model", bert, "--dataset", tsv, "--eval-dataset", tsv, "--target", "flops=70%", *TINY
+    )
+    assert (code, err) == (0, "")
+    for said in ("no header in train.tsv", "text = text, label = label", "layer.0", "Costs (per_"):
+        assert said in out
+    assert "flops=70%" in out
+    assert re.search(r"accuracy +\d\.\d+ +\d\.\d+", out)
+    output = tmp_path / "bert-gradnas"
+    document = json.loads((output / "gradnas.json").read_text(encoding="utf-8"))
+    assert set(document["metrics"]["before"]) == {"examples", "loss", "accuracy"}
+    assert document["metrics"]["after"]["examples"] == 24
+    recipe = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
+    assert (recipe["max_length"], recipe["labels"], recipe["output"]) == (
+        40,
+        "data",
+        "./bert-gradnas",
+    )
+    assert Scores.load(tmp_path / "bert-gradnas.scores.safetensors").values
+    model = tf.AutoModelForSequenceClassification.from_pretrained(output)
+    assert model(**tf.AutoTokenizer.from_pretrained(output)("a film", return_tensors="pt"))
+    assert "from_pretrained(" in out
+
+
+def test_the_saved_recipe_gives_the_same_model(prune, bert, tsv, tmp_path):
+    assert prune("--model", bert, "--dataset", tsv, *TINY)[0] == 0
+    recipe = tmp_path / "bert-gradnas" / "recipe.yaml"
+    assert prune("--recipe", recipe, "--output", "again", "--set", "save_scores=s")[0] == 0
+    plans = [
+        json.loads((tmp_path / name / "gradnas.json").read_text(encoding="utf-8"))["plan"]
+        for name in ("bert-gradnas", "again")
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_scores_serve_every_budget_without_scoring(prune, bert, tsv, monkeypatch):
+    code, out, _ = prune("--model", bert, "--dataset", tsv, "--dry-run", *TINY)
+    assert code == 0
+    assert "no model was cut or written" in out
+    batches = []
+    plain = Collator.__call__
+    monkeypatch.setattr(
+        Collator, "__call__", lambda self, rows: (batches.append(1), plain(self, rows))[1]
+    )
+    again = ["--scores", "bert-gradnas.scores.safetensors", "--target", "params=90%"]
+    code, out, _ = prune("--model", bert, "--dataset", tsv, *again, *TINY)
+    assert code == 0
+    assert len(batches) == 1  # the one that discovery looks at
+    assert "Scored" not in out
+
+
+def test_a_dry_run_evaluates_and_writes_only_scores(prune, bert, tsv, tmp_path):
+    before = set(tmp_path.iterdir())
+    code, out, _ = prune(
+        "--model", bert, "--dataset", tsv, "--eval-dataset", tsv, "--dry-run", *TINY
+    )
+    assert code == 0
+    assert "after (masked)" in out
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {
+        "bert-gradnas.scores.safetensors"
+    }
+
+
+def test_exclude_and_min_units_are_rules(prune, bert, tsv, tmp_path):
+    limits = ["--exclude", "*.layer.0.*", "--exclude", "*.layer.0", "--min-units", "1"]
+    code, _, _ = prune("--model", bert, "--dataset", tsv, "--target", "flops=75%", *limits, *TINY)
+    assert code == 0
+    document = json.loads((tmp_path / "bert-gradnas/gradnas.json").read_text(encoding="utf-8"))
+    kept, sizes = document["plan"]["kept"], document["plan"]["sizes"]
+    assert all(len(kept[name]) == sizes[name] for name in kept if "layer.0" in name)
+    assert all(kept.values())
+
+
+def test_a_language_model_in_stock_layout(prune, tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    llama = save_llama(tmp_path / "llama")
+    code, out, err = prune(
+        *("--model", llama, "--dataset", text, "--eval-dataset", text, "--max-length", "16"),
+        *("--eval-num-examples", "3", "--layout", "stock", "--target", "flops=80%", *TINY),
+    )
+    assert (code, err) == (0, "")
+    assert "Evaluation on 3 examples" in out
+    assert re.search(r"perplexity +\d+\.\d+ +\d+\.\d+", out)
+    assert "it has no pad token" in out
+    assert "import hf_gradnas" not in out
+    probe = (
+        "import sys, transformers as tf\n"
+        "model = tf.AutoModelForCausalLM.from_pretrained('llama-gradnas')\n"
+        "assert 'hf_gradnas' not in sys.modules\n"
+        "model.generate(tf.AutoTokenizer.from_pretrained('llama-gradnas')('a', "
+        "return_tensors='pt').input_ids, max_new_tokens=3)\n"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True)
+
+
+BUNDLED = {
+    "masked": ("BertForMaskedLM", "data: as the head"),
+    "classifier": ("BertForSequenceClassification", "model: sampled"),
+    "tokens": ("BertForTokenClassification", "model: sampled"),
+    "span": ("BertForQuestionAnswering", "model: sampled"),
+    "base": ("BertModel", "model: sampled"),
+}
+
+
+@pytest.mark.parametrize("case", BUNDLED)
+def test_the_bundled_text_is_enough_for_every_head(case, prune, tmp_path):
+    cls, said = BUNDLED[case]
+    save_bert(tmp_path / "org" / case, cls)
+    code, out, err = prune("--model", tmp_path / "org" / case, "--target", "flops=80%", *TINY)
+    assert (code, err) == (0, "")
+    assert said in out
+    assert "bundled text" in out
+    loaded = getattr(tf, cls).from_pretrained(tmp_path / f"{case}-gradnas")
+    assert type(loaded).__name__.endswith(cls)
+
+
+def test_a_sequence_model_with_and_without_targets(prune, tmp_path):
+    t5 = save_t5(tmp_path / "t5")
+    records = [{"document": text, "summary": text.split()[0]} for text in sentences(8)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", records)
+    text = write_text(tmp_path / "text.txt")
+    for data, output in ((pairs, "one"), (text, "two")):
+        code, out, err = prune(
+            *("--model", t5, "--dataset", data, "--output", output, "--max-length", "12"),
+            *("--target", "flops=80%", *TINY),
+        )
+        assert (code, err) == (0, "")
+        assert "--task           text2text-generation" in out
+    assert "decoder" in out
+
+
+def test_images_from_a_folder(prune, tmp_path):
+    vit = save_vit(tmp_path / "vit")
+    images = write_images(tmp_path / "animals")
+    code, out, err = prune(
+        *("--model", vit, "--dataset", images, "--eval-dataset", images),
+        *("--target", "flops=80%", *TINY),
+    )
+    assert (code, err) == (0, "")
+    assert "image = image" in out
+    assert "--max-length" not in out
+    assert (tmp_path / "vit-gradnas" / "preprocessor_config.json").is_file()
+
+
+def test_speech_from_files(prune, tmp_path):
+    whisper = save_whisper(tmp_path / "whisper")
+    records = []
+    for index, text in enumerate(sentences(4)):
+        write_wave(tmp_path / f"{index}.wav", rate=8000, hertz=200 * (index + 1))
+        records.append({"audio": f"{index}.wav", "text": text})
+    data = write_jsonl(tmp_path / "speech.jsonl", records)
+    code, out, err = prune(
+        *("--model", whisper, "--dataset", data, "--eval-dataset", data),
+        *("--target", "flops=90%", *TINY),
+    )
+    assert (code, err) == (0, "")
+    assert "perplexity" in out
+    assert tf.AutoProcessor.from_pretrained(tmp_path / "whisper-gradnas")
+
+
+def test_pruning_again_composes(prune, bert, tsv, tmp_path):
+    assert prune("--model", bert, "--dataset", tsv, "--target", "flops=80%", *TINY)[0] == 0
+    code, out, err = prune(
+        *("--model", "bert-gradnas", "--dataset", tsv, "--target", "flops=80%", *TINY)
+    )
+    assert (code, err) == (0, "")
+    small = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert-gradnas-gradnas")
+    large = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert-gradnas")
+    assert small.num_parameters() < large.num_parameters()
+
+
+def test_random_weights_are_warned_of(prune, tmp_path):
+    base = save_bert(tmp_path / "base", "BertModel")
+    code, _, err = prune("--model", base, "--task", "text-classification", *TINY)
+    assert code == 0
+    assert "the checkpoint has no weights for classifier" in err
+
+
+def test_an_interruption_keeps_the_scores_and_resumes(prune, bert, tsv, monkeypatch, tmp_path):
+    plain = Collator.__call__
+    seen = []
+
+    def interrupted(self, rows):
+        seen.append(1)
+        if len(seen) == 4:  # after discovery and two batches
+            raise KeyboardInterrupt
+        return plain(self, rows)
+
+    command = ["--model", bert, "--dataset", tsv, "--num-examples", "12", "--batch-size", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Collator, "__call__", interrupted)
+        code, _, err = prune(*command)
+    assert code == 130
+    assert "the scores so far are in ./bert-gradnas.scores.safetensors" in err.replace(
+        "in bert", "in ./bert"
+    )
+    assert not (tmp_path / "bert-gradnas").exists()
+    partial = Scores.load(tmp_path / "bert-gradnas.scores.safetensors")
+    assert prune(*command)[0] == 0
+    resumed = Scores.load(tmp_path / "bert-gradnas.scores.safetensors")
+    assert prune(*command, "--output", "whole")[0] == 0
+    whole = Scores.load(tmp_path / "whole.scores.safetensors")
+    for name, values in whole.values.items():
+        torch.testing.assert_close(torch.tensor(resumed.values[name]), torch.tensor(values))
+    assert any((partial.values[name] != whole.values[name]).any() for name in whole.values)
+
+
+def test_an_early_interruption_says_that_nothing_was_written(prune, bert, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.cli.preparation.open_source", _interrupt)
+    code, _, err = prune("--model", bert)
+    assert code == 130
+    assert "no model was written" in err
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_failing_to_cut_is_another_code(prune, bert, tsv, tmp_path, monkeypatch):
+    from hf_gradnas.errors import CheckpointError
+    from hf_gradnas.pruner import GradNASPruner
+
+    def fail(*_, **__):
+        raise CheckpointError("disk full")
+
+    monkeypatch.setattr(GradNASPruner, "save_pretrained", fail)
+    code, _, err = prune("--model", bert, "--dataset", tsv, *TINY)
+    assert code == 1
+    assert err == "Error: disk full\n"
+
+
+def test_running_out_of_memory_is_explained(prune, bert, tsv, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr("hf_gradnas.pruner.GradNASPruner.discover", fail)
+    code, _, err = prune("--model", bert, "--dataset", tsv, *TINY)
+    assert code == 1
+    assert "--batch-size" in err
+
+
+def _never(*_, **__):
+    raise AssertionError("an expensive step was reached")
+
+
+EARLY = {
+    "unreadable target": (["--target", "flops=lots"], "budget flops='lots': not a finite number"),
+    "over 100 %": (["--target", "flops=120%"], "at most 100 %"),
+    "a bare share": (["--target", "flops=0.5"], "write '50%'"),
+    "unknown cost": (["--target", "flop=50%"], "unknown cost 'flop'.*did you mean 'flops'"),
+    "unknown task": (["--task", "classification"], "--task classification: unknown task"),
+    "no scores": (["--scores", "x.safetensors"], "--scores x.safetensors: there is no such file"),
+    "damaged scores": (["--scores", "train.tsv"], "train.tsv cannot be read"),
+    "nowhere for scores": (["--save-scores", "no/where.safetensors"], "is not a folder that can"),
+    "the model itself": (["--output", "bert", "--overwrite"], "is the folder of the model itself"),
+    "too long": (["--max-length", "41"], "--max-length 41: the model has 40 positions"),
+    "no such label": (["--label-column", "y"], "no column 'y'; its columns are text, label"),
+    "no such text": (["--text-column", "y"], "no column 'y'.*--text-column"),
+    "no data": (["--dataset", "./none.tsv"], "there is no such file or folder"),
+    "no eval split": (["--eval-dataset", "./none.tsv"], "there is no such file or folder"),
+    "no model": (["--model", "./nobody"], "--model ./nobody: cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_bad_input_is_refused_before_the_weights_are_read(case, prune, bert, tsv, monkeypatch):
+    arguments, message = EARLY[case]
+    monkeypatch.setattr("hf_gradnas.cli.loading.load_model", _never)
+    code, _, err = prune("--model", bert, "--dataset", tsv, *arguments)
+    assert code == 2
+    assert re.search(message, err, re.DOTALL), err
+    assert "Traceback" not in err
+
+
+def test_a_label_column_that_is_missing_names_the_others(prune, bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.cli.loading.load_model", _never)
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": "good", "note": "x"}])
+    code, _, err = prune("--model", bert, "--dataset", data)
+    assert code == 2
+    assert "its columns are text, note" in err
+    assert "--labels model" in err
+
+
+def test_labels_of_data_need_data(prune, bert, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.cli.loading.load_model", _never)
+    code, _, err = prune("--model", bert, "--labels", "data")
+    assert code == 2
+    assert "--labels data: found no --dataset" in err
+    assert prune("--model", bert, "--eval-split", "test")[0] == 2
+
+
+def test_an_output_that_exists_is_kept_unless_overwritten(prune, bert, tsv, tmp_path):
+    command = ["--model", bert, "--dataset", tsv, *TINY]
+    assert prune(*command)[0] == 0
+    kept = (tmp_path / "bert-gradnas" / "gradnas.json").read_bytes()
+    code, _, err = prune(*command, "--target", "flops=80%")
+    assert code == 2
+    assert "--overwrite" in err
+    assert (tmp_path / "bert-gradnas" / "gradnas.json").read_bytes() == kept
+    assert prune(*command, "--target", "flops=80%", "--overwrite")[0] == 0
+    assert (tmp_path / "bert-gradnas" / "gradnas.json").read_bytes() != kept
+
+
+@pytest.mark.parametrize("feeds", ["image", "audio"])
+def test_a_model_that_text_cannot_feed_names_the_flags(feeds, prune, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.cli.loading.load_model", _never)
+    save = {"image": save_vit, "audio": save_whisper}[feeds]
+    code, _, err = prune("--model", save(tmp_path / "m"))
+    assert code == 2
+    assert f"give --dataset with --{feeds}-column" in err
+
+
+def test_a_budget_out_of_reach_says_what_can_be_reached(prune, bert, tsv, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.pruner.GradNASPruner.score", _never)
+    code, _, err = prune("--model", bert, "--dataset", tsv, "--target", "params=1%", *TINY)
+    assert code == 2
+    assert "%" in err
+
+
+def test_a_glob_that_matches_nothing_is_refused(prune, bert, tsv, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.pruner.GradNASPruner.score", _never)
+    code, _, err = prune("--model", bert, "--dataset", tsv, "--exclude", "*.layers.*", *TINY)
+    assert code == 2
+    assert "matches no axis" in err
+
+
+def test_scores_of_another_model_or_kind_are_refused(prune, bert, tsv, tmp_path, monkeypatch):
+    other = save_bert(tmp_path / "other", intermediate_size=48)
+    assert prune("--model", other, "--dataset", tsv, "--dry-run", *TINY)[0] == 0
+    scores = ["--scores", "other-gradnas.scores.safetensors"]
+    code, _, err = prune("--model", bert, "--dataset", tsv, *scores, *TINY)
+    assert code == 2
+    assert "model" in err
+    code, _, err = prune("--model", bert, "--dataset", tsv, *scores, "--score", "taylor")
+    assert code == 2
+    assert "holds 'fisher' scores, but --score taylor" in err
+
+
+def test_a_loss_that_is_not_finite_names_the_batch(prune, bert, tsv):
+    model = tf.BertForSequenceClassification.from_pretrained(bert)
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    model.save_pretrained(bert)
+    code, _, err = prune("--model", bert, "--dataset", tsv, *TINY)
+    assert code == 2
+    assert re.search("[Bb]atch 0", err)
+
+
+def test_a_headless_model_cannot_be_evaluated(prune, tmp_path, tsv):
+    base = save_bert(tmp_path / "base", "BertModel")
+    code, _, err = prune("--model", base, "--eval-dataset", tsv, *TINY)
+    assert code == 2
+    assert "has no head whose loss could be measured" in err

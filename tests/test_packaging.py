@@ -1,0 +1,69 @@
+"""Dependencies, constraints and hooks agree, and the wheel carries what the package reads."""
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def _requirements(key: str) -> dict[str, Requirement]:
+    """Requirements of a list in pyproject.toml, by name (tomllib needs Python 3.11)."""
+    block = re.search(rf"^{key} = \[\n(.*?)^\]", PYPROJECT, re.DOTALL | re.MULTILINE)
+    assert block
+    found = [Requirement(text) for text in re.findall(r'^\s*"([^"]+)"', block.group(1), re.M)]
+    return {canonicalize_name(item.name): item for item in found}
+
+
+def _pins(file: str) -> dict[str, str]:
+    """Pinned version per package that holds for this Python."""
+    pins = {}
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate():
+                (specifier,) = pin.specifier
+                assert specifier.operator == "=="
+                pins[canonicalize_name(pin.name)] = specifier.version
+    return pins
+
+
+RUNTIME = _requirements("dependencies")
+DEV = _requirements("dev")
+
+
+@pytest.mark.parametrize("name", [*RUNTIME, *DEV])
+def test_constraints_pin_every_direct_dependency_within_its_bounds(name):
+    requirement = {**RUNTIME, **DEV}[name]
+    pins = _pins("constraints.txt")
+    assert name in pins
+    assert requirement.specifier.contains(pins[name])
+
+
+def test_the_minimum_file_pins_exactly_the_stated_minima():
+    pins = {name: Version(pin) for name, pin in _pins(".ci/minimum.txt").items()}
+    assert pins == {name: Version(str(item.specifier)[2:]) for name, item in RUNTIME.items()}
+
+
+def test_pre_commit_uses_the_pinned_ruff():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"ruff==([\d.]+)", hooks)) == {_pins("constraints.txt")["ruff"]}
+
+
+def test_the_version_is_stated_once():
+    import hf_gradnas
+
+    assert 'dynamic = ["version"]' in PYPROJECT
+    assert re.fullmatch(r"\d+\.\d+\.\d+", hf_gradnas.__version__)
+    assert "hf_gradnas/__init__.py" in PYPROJECT
+
+
+def test_the_package_carries_its_data_and_its_type_marker():
+    assert (ROOT / "hf_gradnas" / "py.typed").is_file()
+    assert '"recipes" = "hf_gradnas/recipes"' in PYPROJECT
+    assert list((ROOT / "recipes").glob("*.yaml"))

@@ -1,0 +1,107 @@
+"""The recipe: one source of options, precedence, and messages that name the nearest option."""
+
+import re
+
+import pytest
+import yaml
+
+from hf_gradnas.config import recipe as recipes
+from hf_gradnas.config.recipe import Recipe, build_recipe, read_recipe_file, shipped_recipes
+from hf_gradnas.errors import RecipeError
+
+
+def test_a_flag_beats_a_setting_beats_the_file_beats_the_default(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\nbatch-size: 2\nseed: 2\nnum_examples: 2\n", encoding="utf-8")
+    recipe = build_recipe({"seed": 4}, settings=["seed=3", "num-examples=3"], file=file)
+    assert (recipe.seed, recipe.num_examples, recipe.batch_size) == (4, 3, 2)
+    assert recipe.score == "fisher"
+    assert recipe.target == {"flops": "60%"}
+
+
+def test_a_setting_is_read_as_yaml_and_reaches_into_a_mapping(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ntarget: {flops: 50%}\n", encoding="utf-8")
+    recipe = build_recipe(
+        {}, settings=["target.params=70%", "shuffle=true", "exclude=[a.*, b]"], file=file
+    )
+    assert recipe.target == {"flops": "50%", "params": "70%"}
+    assert recipe.shuffle is True
+    assert recipe.exclude == ("a.*", "b")
+
+
+def test_targets_of_flags_replace_those_of_the_file(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ntarget: {flops: 50%}\n", encoding="utf-8")
+    recipe = build_recipe({"target": ["params=66e6", "flops = 1.2G"]}, file=file)
+    assert recipe.target == {"params": "66e6", "flops": "1.2G"}
+
+
+def test_the_recipe_survives_yaml(tmp_path):
+    recipe = build_recipe({"model": "m", "target": ["flops=50%"], "exclude": ["*.0.*"]})
+    file = tmp_path / "saved.yaml"
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert build_recipe({}, file=file) == recipe
+    assert yaml.safe_load(recipe.to_yaml())["format_version"] == 1
+
+
+def test_rules_come_from_min_units_and_exclude():
+    recipe = Recipe(model="m", min_units=2, exclude=("*.layer.0.*",))
+    assert recipe.rules() == {"*": {"min": 2}, "*.layer.0.*": None}
+    assert Recipe(model="m").rules() == {}
+
+
+def test_every_option_has_a_description_and_a_panel():
+    for name, field in Recipe.model_fields.items():
+        assert field.description, name
+        if name != "format_version":
+            assert field.json_schema_extra["panel"], name
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid(name):
+    assert build_recipe({}, file=name).model
+
+
+def test_the_quickstart_is_shipped():
+    assert build_recipe({}, file="quickstart").model == "quickstart"
+
+
+BAD = {
+    "unknown key": ({"model": "m"}, ["bach_size=3"], None, "unknown option 'bach_size'.*'batch_s"),
+    "unknown key in the file": ({}, [], "modle: m", "unknown option 'modle'.*'model'"),
+    "no model": ({}, [], None, "--model: is missing; give it as a flag"),
+    "not a number": ({"model": "m", "batch_size": "x"}, [], None, "--batch-size: .*found 'x'"),
+    "too few": ({"model": "m", "num_examples": "0"}, [], None, "--num-examples: .*found '0'"),
+    "choice": ({"model": "m", "score": "fischer"}, [], None, "--score: .*fisher.*found 'fischer'"),
+    "target": ({"model": "m", "target": ["0.5"]}, [], None, "--target: '0.5' is not of the form"),
+    "bare target": ({"model": "m"}, ["target=0.5"], None, "--target: .*dictionary"),
+    "setting": ({"model": "m"}, ["seed"], None, "--set seed: is not of the form KEY=VALUE"),
+    "setting not yaml": ({"model": "m"}, ["exclude=[a"], None, "is not a YAML value"),
+    "file not yaml": ({}, [], "model: [", "cannot be read as YAML"),
+    "file not a mapping": ({}, [], "- model", "found list, needed a mapping"),
+    "newer format": ({}, [], "model: m\nformat_version: 2", "--format-version: .*found 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case, tmp_path):
+    flags, settings, text, message = BAD[case]
+    file = None
+    if text is not None:
+        file = tmp_path / "r.yaml"
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=re.compile(message, re.DOTALL)):
+        build_recipe(flags, settings=settings, file=file)
+
+
+def test_a_missing_file_names_the_nearest_shipped_recipe():
+    with pytest.raises(RecipeError, match="no such file.*did you mean 'quickstart'"):
+        read_recipe_file("quickstrat")
+
+
+def test_recipes_are_found_in_the_package_too(tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("model: m\n", encoding="utf-8")
+    monkeypatch.setattr(recipes, "RECIPE_FOLDERS", (tmp_path, *recipes.RECIPE_FOLDERS))
+    assert list(shipped_recipes())[0] == "own"
+    assert build_recipe({}, file="own").model == "m"
