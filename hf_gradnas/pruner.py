@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint.rewrite import write_per_layer, write_stock
 from .checkpoint.save import check_target, save_pruned
@@ -132,9 +132,11 @@ class GradNASPruner:
             flops_length: Tokens of the one sequence that FLOPs are counted for; None: the batch's.
 
         Raises:
+            DataError: Its sequences are longer than the model has positions.
             StructureError: Nothing in the model can be pruned, or a rule's glob matches nothing.
         """
         batch = _to_device(batch, self.model.device)
+        _check_positions(batch, self.model.config)
         structure = find_structure(self.model, batch)
         self._check_rules(structure)
         self._space = find_stock_space(self.model, structure)
@@ -360,6 +362,16 @@ def _original_totals(
 
 def _to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _check_positions(batch: Batch, config: PreTrainedConfig) -> None:
+    """Refuse sequences that the position table cannot hold, before torch fails inside it."""
+    tokens, positions = batch.get("input_ids"), getattr(config, "max_position_embeddings", None)
+    if tokens is not None and positions is not None and tokens.shape[1] > positions:
+        raise DataError(
+            f"dataloader: sequences of {tokens.shape[1]} tokens, but {type(config).__name__} has "
+            f"max_position_embeddings={positions}; truncate them to {positions}."
+        )
 
 
 def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:

@@ -42,7 +42,7 @@ def test_a_folder_of_files_is_searched_for_the_split(tmp_path):
     write_tsv(tmp_path / "dev.tsv", 6)
     assert len(_open(tmp_path).dataset) == 4
     assert len(_open(tmp_path, "validation").dataset) == 6
-    with pytest.raises(DataError, match="found dev.tsv, train.tsv, needed one file for split 'te"):
+    with pytest.raises(DataError, match=r"found dev.tsv, train.tsv, needed one file for split 'te"):
         _open(tmp_path, "test")
 
 

@@ -209,7 +209,7 @@ def test_other_shapes_than_one_are_refused(tmp_path):
     collate = Collator(_source(Head.SEQ2SEQ), model.half())
     features = [{"input_features": torch.zeros(2, length)} for length in (3, 3)]
     assert collate(features)["input_features"].dtype == torch.float16
-    with pytest.raises(DataError, match="input_features: .*shapes.*--batch-size 1"):
+    with pytest.raises(DataError, match=r"input_features: .*shapes.*--batch-size 1"):
         collate([*features, {"input_features": torch.zeros(2, 4)}])
 
 
@@ -236,7 +236,7 @@ def test_what_is_not_text_is_refused():
 def test_other_answers_are_refused():
     data = {"question": ["a"], "context": ["b"], "answers": ["b"]}
     columns = Columns(("question", "context"), target="answers")
-    with pytest.raises(DataError, match="needed {'text'"):
+    with pytest.raises(DataError, match=r"needed {'text'"):
         _encode(_feed(Head.SPAN, data, columns))[0]
 
 

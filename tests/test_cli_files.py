@@ -33,13 +33,16 @@ def test_a_csv_is_read_with_quoting(tmp_path):
 HEADERS = {
     "none": ("good film\t1\nbad film\t0\n", ["text", "label"]),
     "none, label first": ("1\tgood\n0\tbad\n", ["label", "text"]),
-    "none, two texts": ("0\ta b\tc d\t1\n1\te f\tg h\t0\n", ["column_1", "text", "column_3", "label"]),
+    "none, two texts": (
+        "0\ta b\tc d\t1\n1\te f\tg h\t0\n",
+        ["column_1", "text", "column_3", "label"],
+    ),
     "none, label a word": ("good\tpos\nbad\tneg\nfine\tpos\nx\tneg\n", ["text", "label"]),
     "common names": ("sentence\tlabel\ngood\t1\n", ["sentence", "label"]),
     "other names over numbers": ("phrase\tpolarity\nso good\t1\n", ["phrase", "polarity"]),
     "other names over words": ("phrase\tkind\nso good\tx\nso bad\ty\n", ["phrase", "kind"]),
     "none, a sentence a line": ("so good\nso bad\n", ["text"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HEADERS)

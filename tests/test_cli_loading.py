@@ -60,15 +60,15 @@ def test_classes_of_remote_code_go_through_the_auto_class():
 
 
 def test_unknown_tasks_and_classes_are_refused():
-    with pytest.raises(RecipeError, match="--task text-clasification: .*'text-classification'"):
+    with pytest.raises(RecipeError, match=r"--task text-clasification: .*'text-classification'"):
         named_task("text-clasification")
     with pytest.raises(RecipeError, match="no such class for model type 'vit'"):
         model_class(tf.ViTConfig(), named_task("text-generation"))
-    with pytest.raises(RecipeError, match="config.architectures is None.*give --task"):
+    with pytest.raises(RecipeError, match=r"config.architectures is None.*give --task"):
         model_class(tf.BertConfig(), None)
+    odd = type("Odd", (tf.BertModel,), {"main_input_name": "bbox_values"})
     with pytest.raises(RecipeError, match="its main input is 'bbox_values'"):
-        cls = type("Odd", (tf.BertModel,), {"main_input_name": "bbox_values"})
-        input_of(cls, tf.BertConfig(), None)
+        input_of(odd, tf.BertConfig(), None)
 
 
 def _recipe(**values):
@@ -95,7 +95,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
 
 
 def test_models_and_weights_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match="--model m: cannot be loaded.*config.json"):
+    with pytest.raises(RecipeError, match=r"--model m: cannot be loaded.*config.json"):
         open_source(_recipe(), str(tmp_path))
     save_bert(tmp_path)
     source = open_source(_recipe(), str(tmp_path))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from transformers import Trainer, TrainingArguments
 
 from hf_gradnas import GradNASPruner, Plan, Scores
 from hf_gradnas.errors import (
@@ -222,6 +223,9 @@ def test_bad_input_is_refused_before_scoring(llama: tuple[GradNASPruner, dict]) 
         pruner.prune([], {"params": "80%"})
     with pytest.raises(DataError, match="batch 0 is a tuple"):
         pruner.prune([(1, 2)], {"params": "80%"})
+    long = {name: value.repeat(1, 6) for name, value in inputs.items()}
+    with pytest.raises(DataError, match="72 tokens, but LlamaConfig has max_position_embeddings"):
+        pruner.prune([inputs, long], {"params": "80%"})
     with pytest.raises(BudgetError, match="cannot be reached in layout 'stock'; the lowest is"):
         pruner.prune([inputs], {"params": "1%"})
     with pytest.raises(BudgetError, match="50%"):
@@ -262,3 +266,18 @@ def test_a_generator_of_batches_is_read_once(llama: tuple[GradNASPruner, dict]) 
     pruner, inputs = llama
     scores = pruner.score(batch for batch in [inputs, inputs])
     assert scores.metadata["examples"] == "8"
+
+
+@pytest.mark.leaves_state
+def test_trainers_own_checkpoints_load(tmp_path: Any) -> None:
+    model, inputs = zoo.build("bert", dtype=torch.float32)
+    GradNASPruner(model).prune([inputs], {"params": "70%"})
+    rows = [{k: v[i] for k, v in inputs.items()} for i in range(len(inputs["labels"]))]
+    options = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_steps": 2}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "tuned"))
+    again = type(model).from_pretrained(tmp_path / "tuned").eval()
+    model.eval()
+    assert (logits_of(again, inputs) - logits_of(model, inputs)).abs().max() <= 1e-5
+    assert (tmp_path / "tuned" / "modeling_gradnas.py").is_file()

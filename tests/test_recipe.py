@@ -96,12 +96,12 @@ def test_bad_input_is_named(case, tmp_path):
 
 
 def test_a_missing_file_names_the_nearest_shipped_recipe():
-    with pytest.raises(RecipeError, match="no such file.*did you mean 'quickstart'"):
+    with pytest.raises(RecipeError, match=r"no such file.*did you mean 'quickstart'"):
         read_recipe_file("quickstrat")
 
 
 def test_recipes_are_found_in_the_package_too(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("model: m\n", encoding="utf-8")
     monkeypatch.setattr(recipes, "RECIPE_FOLDERS", (tmp_path, *recipes.RECIPE_FOLDERS))
-    assert list(shipped_recipes())[0] == "own"
+    assert next(iter(shipped_recipes())) == "own"
     assert build_recipe({}, file="own").model == "m"

@@ -245,9 +245,11 @@ def test_shared_layers_flat_inputs_second_readers_and_checkpoints(checkpointed, 
 def test_rows_that_belong_to_no_example_are_refused() -> None:
     model = _Block(checkpointed=False).double()
     axis = Axis("ffn:neurons", "ffn", Kind.NEURONS, 8, "down", 1, ())
-    batch = {"input_ids": torch.randint(11, (1, 5)), "labels": torch.randint(6, (3,))}
-    with pytest.raises(StructureError, match="has 5 rows, which is no multiple of the 3 examples"):
-        collect_scores(model, [axis], [batch])
+    recorder = gradients.GradientRecorder(model, [axis])
+    with recorder.attached():
+        recorder.start(3)
+        with pytest.raises(StructureError, match="5 rows, which is no multiple of the 3 examples"):
+            model.down(torch.zeros(5, 8, dtype=torch.float64))
 
 
 # -- the model is left as it was ------------------------------------------------------------------
@@ -381,9 +383,12 @@ def test_a_loss_that_is_missing_or_not_finite_is_named() -> None:
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     model, axes, inputs = _build("bert")
     axis = axes[2]
-    handle = model.get_submodule(axis.read_at).register_forward_hook(
-        lambda module, args, output: output.register_hook(lambda g: g * float("inf")) and None
-    )
+
+    def spoil(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("inf"))
+
+    handle = model.get_submodule(axis.read_at).register_forward_hook(spoil)
     with pytest.raises(DataError, match=rf"Batch 0: a gradient of {axis.name} is (nan|inf)"):
         collect_scores(model, axes[2:], [inputs])
     handle.remove()

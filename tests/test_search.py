@@ -1,5 +1,7 @@
 """Plans against brute force, what budgets they meet, and every complaint."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import search_spaces as small
@@ -349,3 +351,10 @@ def test_scores_that_do_not_fit(values, message):
     limits = small.budgets(AXES, costs, flops=0.5)
     with pytest.raises(ScoresError, match=message):
         find_plan(AXES, Scores(changed), costs, limits)
+
+
+def test_a_module_that_cannot_go_altogether_keeps_one_unit():
+    axes = [replace(axis, minimum=1) for axis in small.attention(0, 4)]
+    costs, scores = small.make_costs(axes), small.make_scores(axes, 0)
+    lowest = lowest_costs(axes, costs, layout="per_layer")
+    assert lowest["params"] == costs["params"].of({axes[0].name: 1})

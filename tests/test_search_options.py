@@ -13,7 +13,10 @@ from hf_gradnas.types import Kind, Scores
 def block_of(axes, scores, rules=None):
     costs = list(small.make_costs(axes).values())
     whole = [cost.of({a.name: a.size for a in axes}) for cost in costs]
-    counts = choose_counts(axes, None, rules=rules or {}, costs=costs, totals=whole)
+    neurons = [a.name for a in axes if a.kind == Kind.NEURONS]
+    counts = choose_counts(
+        axes, None, rules=rules or {}, costs=costs, totals=whole, neurons=neurons
+    )
     members = make_members(axes, scores.values, tie=False)
     return make_block(axes, members=members, counts=counts, costs=costs)
 
@@ -144,7 +147,19 @@ def test_the_default_multiple_obeys_every_budgeted_cost():
     costs = small.make_costs(axes)
     both = [costs["flops"], costs["params"]]
     # One neuron costs 2 of 20,000 FLOPs and 3 of 10,000 parameters: 32 x 3 is 0.96 %.
-    counts = choose_counts(axes, None, rules={}, costs=both, totals=[20_000.0, 10_000.0])
+    names = [axes[0].name]
+    counts = choose_counts(
+        axes, None, rules={}, costs=both, totals=[20_000.0, 10_000.0], neurons=names
+    )
     assert np.sort(counts[Kind.NEURONS])[1] == 32
-    counts = choose_counts(axes, None, rules={}, costs=both[:1], totals=[20_000.0])
+    counts = choose_counts(axes, None, rules={}, costs=both[:1], totals=[20_000.0], neurons=names)
     assert np.sort(counts[Kind.NEURONS])[1] == 64
+
+
+def test_the_default_multiple_counts_the_step_of_all_ffns():
+    first, second = small.ffn(0, 2048), small.ffn(1, 2048)
+    costs = [small.make_costs([*first, *second])["flops"]]
+    names = [first[0].name, second[0].name]
+    # One neuron in both costs 4 of 20,000 FLOPs: 32 x 4 is 0.64 %.
+    counts = choose_counts(first, None, rules={}, costs=costs, totals=[20_000.0], neurons=names)
+    assert np.sort(counts[Kind.NEURONS])[1] == 32

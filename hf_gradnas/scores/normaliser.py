@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,9 +71,15 @@ def count_labels(normaliser: str, batch: Batch) -> int:
 
 
 def _counted(batch: Batch) -> Tensor:
-    """Label tensor that counts: one id per token if there is such, else the first."""
-    labels = [batch.columns[key] for key in batch.labels]
-    return next((value for value in labels if is_token_labels(value)), labels[0])
+    """Label tensor that counts."""
+    labels: Tensor = batch.columns[_counted_key(batch)]
+    return labels
+
+
+def _counted_key(batch: Batch) -> str:
+    """Key of the labels that count: one id per token if there is such, else the first."""
+    tokens = (key for key in batch.labels if is_token_labels(batch.columns[key]))
+    return next(tokens, batch.labels[0])
 
 
 def is_token_labels(labels: Tensor) -> bool:
@@ -91,7 +98,8 @@ def find_normaliser(model: nn.Module, batch: Batch) -> str:
         GradNASWarning: None fits (a loss with a part that is no mean over labels); ``examples``
             is then taken.
     """
-    pair = _variants(batch)
+    half = next(p for p in model.parameters() if p.is_floating_point()).element_size() <= 2  # noqa: PLR2004
+    pair = _pair(model, batch, tries=4 if half else 1)
     losses = [_loss(model, part) for part in (pair, _row(pair, 0), _row(pair, 1))]
     if not math.isfinite(losses[0]):
         raise DataError(
@@ -100,7 +108,6 @@ def find_normaliser(model: nn.Module, batch: Batch) -> str:
         )
     counts = COUNTS if is_token_labels(_counted(pair)) else EXAMPLE_COUNTS
     errors = {name: _error(pair, losses, name) for name in counts}
-    half = next(p for p in model.parameters() if p.is_floating_point()).element_size() <= 2  # noqa: PLR2004
     best = min(errors.values())
     if not best <= (1e-2 if half else 1e-4):
         warnings.warn(
@@ -132,37 +139,47 @@ def _row(batch: Batch, row: int) -> Batch:
     return Batch(batch.index, batch.select([row]), 1, batch.labels)
 
 
-def _variants(batch: Batch) -> Batch:
+def _pair(model: nn.Module, batch: Batch, *, tries: int) -> Batch:
     """One example twice, with different numbers of token labels if it has such.
 
-    The first variant keeps the labels of the tokens 0 and 1, the second those of 1, 2 and 3: every
-    count in `COUNTS` differs, and the few labels have different mean losses.
+    The first copy keeps the labels of the tokens 0 and 1, the second those of 1, 2 and 3, so that
+    every count in `COUNTS` differs. Where both have the same mean loss, all counts fit: of several
+    tries the lowest and the highest loss are taken (half precision needs that contrast).
     """
     row = _longest(batch)
     pair = Batch(batch.index, batch.select([row, row]), 2, batch.labels)
-    if not is_token_labels(_counted(pair)):
+    labels = _counted(batch)
+    if not is_token_labels(labels):
         return pair
-    columns = dict(pair.columns)
-    for key in batch.labels:
-        if is_token_labels(columns[key]):
-            columns[key] = _thinned(columns[key], batch.columns[key])
-    return Batch(batch.index, columns, 2, batch.labels)
+    key = _counted_key(batch)
+
+    def loss(kept: Tensor) -> float:
+        columns = {**batch.select([row]), key: kept[None]}
+        return _loss(model, Batch(batch.index, columns, 1, batch.labels))
+
+    starts = [_first_labels(labels, row, shift) for shift in range(tries)]
+    few = [_only(start, slice(0, 2)) for start in starts]
+    more = [_only(start, slice(1, 4)) for start in starts]
+    chosen = (min(few, key=loss), max(more, key=loss)) if tries > 1 else (few[0], more[0])
+    return replace(pair, columns={**pair.columns, key: torch.stack(chosen)})
 
 
-def _thinned(labels: Tensor, all_labels: Tensor) -> Tensor:
-    """Labels ``(2, seq)`` of which few remain; gaps are filled with ids that occur."""
-    ids = all_labels[all_labels != IGNORED]
-    if not len(ids):
-        ids = labels.new_zeros(1)
-    filled = labels.clone()
-    width = min(4, labels.shape[1])
-    known = ids[torch.arange(width, device=ids.device) * max(1, len(ids) // width) % len(ids)]
-    few = labels[:, :width]
-    filled[:, :width] = torch.where(few == IGNORED, known, few)
-    filled[:, width:] = IGNORED
-    filled[0, 2:] = IGNORED
-    filled[1, :1] = IGNORED
-    return filled
+def _first_labels(labels: Tensor, row: int, shift: int) -> Tensor:
+    """Labels ``(seq,)`` of a row, its first four filled or replaced by ids that occur."""
+    found = labels[row].clone()
+    ids = labels[labels != IGNORED].unique()
+    ids = ids if len(ids) else labels.new_zeros(1)
+    places = torch.arange(min(4, len(found)), device=ids.device)
+    others = ids[(7 * places + 3 * shift) % len(ids)]
+    is_kept = (found[: len(places)] != IGNORED) & (shift == 0)
+    found[: len(places)] = torch.where(is_kept, found[: len(places)], others)
+    return found
+
+
+def _only(labels: Tensor, places: slice) -> Tensor:
+    kept = torch.full_like(labels, IGNORED)
+    kept[places] = labels[places]
+    return kept
 
 
 def _longest(batch: Batch) -> int:

@@ -15,7 +15,7 @@ MULTIPLES = (64, 32, 16, 8)
 """Hardware-friendly steps of a neurons axis, best first."""
 
 STEP_RATIO = 0.01
-"""Largest step of one neurons block that the default multiple may make, of a budgeted cost."""
+"""Largest step of all FFNs together that the default multiple may make, of a budgeted cost."""
 
 
 def choose_counts(
@@ -25,6 +25,7 @@ def choose_counts(
     rules: Rules,
     costs: Sequence[CostModel],
     totals: Sequence[float],
+    neurons: Sequence[str],
 ) -> dict[Kind, np.ndarray]:
     """Kept counts per kind of every option; the option that keeps everything is among them.
 
@@ -34,12 +35,14 @@ def choose_counts(
         rules: Limits per glob over module paths.
         costs: Budgeted costs, for the default multiple of neurons.
         totals: Cost of the unpruned model per entry of `costs`.
+        neurons: Names of all neurons axes of the model. They share one default multiple, whose
+            step is that of all of them together: so it is the same in both layouts, and small
+            models get the fine steps that they need.
     """
     limits = _limits(members, group, rules=rules)
     allowed = None if group is None or not members else group.allowed
     if Kind.NEURONS not in limits:
         return _counts(limits, allowed, multiple=1)
-    neurons = [axis.name for axis in members if axis.kind == Kind.NEURONS]
     step_ratio = max(
         sum(cost.per_unit.get(name, 0.0) for name in neurons) / total
         for cost, total in zip(costs, totals, strict=True)
@@ -60,8 +63,8 @@ def default_multiple(size: int, *, step_ratio: float) -> int:
 
     Args:
         size: Number of neurons.
-        step_ratio: Cost of one neuron in the whole block, of the original total; the largest over
-            the budgeted costs.
+        step_ratio: Cost of one neuron in every FFN, of the original total; the largest over the
+            budgeted costs.
     """
     fitting = [multiple for multiple in MULTIPLES if 8 * multiple <= size]
     for multiple in fitting:

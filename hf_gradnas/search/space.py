@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config.rules import Rules
 from ..errors import PlanError
-from ..types import Axis, CostModel, StockGroup, StockSpace
+from ..types import Axis, CostModel, Kind, StockGroup, StockSpace
 from .choices import choose_counts
 from .options import Block, make_block, make_members
 
@@ -91,9 +91,12 @@ def build_space(
     else:
         raise PlanError(f"layout {layout!r}: unknown; use 'per_layer' or 'stock'.")
     totals = [cost.of({axis.name: axis.size for axis in axes}) for cost in costs]
+    neurons = [axis.name for axis in axes if axis.kind == Kind.NEURONS]
     blocks = []
     for members, group in groups:
-        counts = choose_counts(members, group, rules=rules, costs=costs, totals=totals)
+        counts = choose_counts(
+            members, group, rules=rules, costs=costs, totals=totals, neurons=neurons
+        )
         if any(values.size > 1 for values in counts.values()):
             selections = make_members(members, scores, tie=group is not None)
             blocks.append(make_block(members, members=selections, counts=counts, costs=costs))
