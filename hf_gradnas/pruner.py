@@ -11,17 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .checkpoint.rewrite import write_per_layer, write_stock
 from .checkpoint.save import check_target, save_pruned
 from .config.budgets import parse_budgets
 from .config.rules import parse_rules, rule_for
 from .costs.closed_form import unsplit_table_params
-from .errors import DataError, OrderError, PlanError, StructureError
+from .errors import OrderError, PlanError, StructureError
 from .masks import masked
 from .scores import METHODS, check_scores, collect_scores
+from .scores.batches import to_device
+from .scores.sample import Batch, check_positions, longest_batch, reiterable
 from .search.solver import STRATEGIES, check_budgets, find_plan
 from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
 from .structure.config_values import locate_axes
@@ -31,7 +32,6 @@ from .surgery import cut, merge_records
 from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
 from .verification import find_structure
 
-Batch = Mapping[str, Any]
 Progress = Callable[[int, int | None], None]
 
 
@@ -135,8 +135,8 @@ class GradNASPruner:
             DataError: Its sequences are longer than the model has positions.
             StructureError: Nothing in the model can be pruned, or a rule's glob matches nothing.
         """
-        batch = _to_device(batch, self.model.device)
-        _check_positions(batch, self.model.config)
+        check_positions(batch, self.model.config)
+        batch = to_device(batch, self.model)
         structure = find_structure(self.model, batch)
         self._check_rules(structure)
         self._space = find_stock_space(self.model, structure)
@@ -191,12 +191,12 @@ class GradNASPruner:
             StructureError: Nothing in the model can be pruned.
         """
         if self._structure is None:
-            dataloader = _reiterable(dataloader)
-            self.discover(_longest(dataloader, num_examples))
+            dataloader = reiterable(dataloader)
+            self.discover(longest_batch(dataloader, num_examples))
         self._scores = collect_scores(
             self.model,
             self.structure.axes,
-            _on_device(dataloader, self.model.device),
+            dataloader,
             method=self.score_method,
             labels=labels,
             num_examples=num_examples,
@@ -312,8 +312,8 @@ class GradNASPruner:
             BudgetError: The budget cannot be read or reached (raised before scoring).
         """
         if self._structure is None:
-            dataloader = _reiterable(dataloader)
-            self.discover(_longest(dataloader, score.get("num_examples")))
+            dataloader = reiterable(dataloader)
+            self.discover(longest_batch(dataloader, score.get("num_examples")))
         self.check(budget)
         self.score(dataloader, **score)
         plan = self.plan(budget)
@@ -358,48 +358,3 @@ def _original_totals(
     totals = {name: cost.of(sizes) for name, cost in costs.items()}
     totals["params"] = float(sum(p.numel() for p in model.parameters()))
     return totals
-
-
-def _to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
-def _check_positions(batch: Batch, config: PreTrainedConfig) -> None:
-    """Refuse sequences that the position table cannot hold, before torch fails inside it."""
-    tokens, positions = batch.get("input_ids"), getattr(config, "max_position_embeddings", None)
-    if tokens is not None and positions is not None and tokens.shape[1] > positions:
-        raise DataError(
-            f"dataloader: sequences of {tokens.shape[1]} tokens, but {type(config).__name__} has "
-            f"max_position_embeddings={positions}; truncate them to {positions}."
-        )
-
-
-def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
-    return (_to_device(b, device) if isinstance(b, Mapping) else b for b in batches)
-
-
-def _reiterable(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """A generator as a list, since discovery and scoring both read it; a loader as it is."""
-    return list(batches) if iter(batches) is batches else batches
-
-
-def _longest(batches: Iterable[Batch], num_examples: int | None) -> Batch:
-    """The batch with the longest sequences among those that will be scored."""
-    longest: Batch | None = None
-    length, examples = -1, 0
-    for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            raise DataError(
-                f"dataloader: batch {index} is a {type(batch).__name__}, but the model is called "
-                "as model(**batch); yield dicts of tensors."
-            )
-        shapes = [v.shape for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim]
-        here = max((shape[1] for shape in shapes if len(shape) > 1), default=0)
-        if here > length:
-            longest, length = batch, here
-        examples += shapes[0][0] if shapes else 0
-        if num_examples is not None and examples >= num_examples:
-            break
-    if longest is None:
-        raise DataError("dataloader: it yields no batch; give it at least one example.")
-    return longest

@@ -135,3 +135,14 @@ def test_small_inputs_cut_text_but_not_images() -> None:
     assert small["pixel_values"].shape == (2, 3, 40, 40)
     assert small["labels"].shape == (2, 16)
     assert small["return_dict"] is True
+    assert small["labels"].is_contiguous()
+    assert small_inputs({"labels": torch.tensor([[5], [6], [7]])})["labels"].tolist() == [
+        [5, 5, 5, 5],
+        [6, 6, 6, 6],
+    ]
+
+
+def test_targets_of_one_token_are_enough() -> None:
+    model, inputs = zoo.build("t5")
+    inputs["labels"] = inputs["labels"][:, :1]
+    assert find_structure(model, inputs).refusals == ()

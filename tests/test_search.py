@@ -355,6 +355,6 @@ def test_scores_that_do_not_fit(values, message):
 
 def test_a_module_that_cannot_go_altogether_keeps_one_unit():
     axes = [replace(axis, minimum=1) for axis in small.attention(0, 4)]
-    costs, scores = small.make_costs(axes), small.make_scores(axes, 0)
+    costs = small.make_costs(axes)
     lowest = lowest_costs(axes, costs, layout="per_layer")
     assert lowest["params"] == costs["params"].of({axes[0].name: 1})

@@ -64,7 +64,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     Raises:
         DataError: No batch, no labels, no loss, one that is not finite, or gradients that are
             not finite or all zero.
-        ScoresError: The method or kind of labels is unknown, or `file` is damaged.
+        ScoresError: The method or kind of labels is unknown, or `file` is damaged or not writable.
         StructureError: An axis does not fit the model.
     """
     axes = tuple(structure_axes)
@@ -72,6 +72,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     _check_choice("labels", labels, LABELS)
     settings = _settings(axes, method, labels, num_examples, seed)
     record = Record(axes, settings, model_fingerprint(model), None if file is None else Path(file))
+    record.check_writable()
     if method in WEIGHT_METHODS:
         return record.save(_from_weights(model, axes, method, seed), complete=True)
     state, stream = _begin(record, model, batches, num_examples, resume=resume)

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
+from ..errors import ScoresError
 from ..types import Axis, Scores
 from .batches import Batch, digest
 
@@ -81,6 +83,24 @@ class Record:
         if self.file is not None:
             scores.save(self.file)
         return scores
+
+    def check_writable(self) -> None:
+        """Check that the file can be written, before anything is scored.
+
+        Raises:
+            ScoresError: It cannot.
+        """
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.file.parent):
+                pass
+        except OSError as error:
+            raise ScoresError(
+                f"Scores: {self.file} cannot be written ({error}); give a file in a folder that "
+                "can."
+            ) from error
 
     def earlier(self) -> tuple[State, bool] | None:
         """State in the file and whether it is complete; None, with a log, where it is of no use.

@@ -34,6 +34,7 @@ from .trace import (
 
 PROBE_EXAMPLES = 2
 PROBE_TOKENS = 16
+MIN_PROBE_TOKENS = 4
 LOOK_AHEAD = 4
 LOOK_BACK = 6
 
@@ -123,7 +124,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def small_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first examples and tokens of a batch; images and audio keep their size."""
+    """The first examples and tokens of a batch; images and audio keep their size.
+
+    Sequences of one to three tokens are repeated: a single token attends to itself whatever its
+    query and key are, so that neither would show.
+    """
     tokens = inputs.get("input_ids")
     small: dict[str, Any] = {}
     for name, value in inputs.items():
@@ -131,9 +136,12 @@ def small_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = value
             continue
         cut = value[:PROBE_EXAMPLES]
-        text = is_token_aligned(value, tokens)
         labels = value.ndim == 2 and not value.is_floating_point()  # noqa: PLR2004 - (batch, tokens)
-        small[name] = cut[:, :PROBE_TOKENS] if text or labels else cut
+        if is_token_aligned(value, tokens) or labels:
+            if 0 < cut.shape[1] < MIN_PROBE_TOKENS:
+                cut = cut.repeat(1, MIN_PROBE_TOKENS, *[1] * (cut.ndim - 2))
+            cut = cut[:, :PROBE_TOKENS].contiguous()  # losses call labels.view(-1)
+        small[name] = cut
     return small
 
 
