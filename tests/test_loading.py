@@ -1,0 +1,53 @@
+"""Every family, both layouts, every way of loading, in fresh processes: the same logits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import save_file
+
+from hf_gradnas import GradNASPruner
+
+SCRIPT = Path(__file__).with_name("family_process.py")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One pruned checkpoint per family and layout."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for family in zoo.FAMILIES:
+        for layout, budget in (("stock", "85%"), ("per_layer", "60%")):
+            model, inputs = zoo.build(family, dtype=torch.float32)
+            pruner = GradNASPruner(model, layout=layout, score="random")
+            pruner.prune([inputs], {"params": budget})
+            folder = pruner.save_pretrained(root / f"{family}-{layout}")
+            with torch.no_grad():
+                logits = model(**inputs).logits
+            save_file(
+                {k: v.contiguous() for k, v in {**inputs, "logits": logits}.items()},
+                folder / "expected.safetensors",
+            )
+    zoo.BUILT.clear()
+    yield root
+
+
+@pytest.mark.parametrize("route", ["shim", "import"])
+def test_every_family_loads_in_a_fresh_process(
+    route: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, *(["-I"] if route == "shim" else []), SCRIPT, route, checkpoints],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
