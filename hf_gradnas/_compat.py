@@ -14,6 +14,7 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     found: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = vars(module).get("config")
+        config = vars(config).get("_base", config) if config is not None else None  # a live view
         if isinstance(config, PreTrainedConfig):
             found.setdefault(id(config), config)
     return list(found.values())

@@ -5,13 +5,14 @@ Knows the order of the steps and who needs what. Holds no algorithm.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint.rewrite import write_per_layer, write_stock
 from .checkpoint.save import check_target, save_pruned
@@ -26,9 +27,10 @@ from .scores.sample import Batch, check_positions, longest_batch, reiterable
 from .search.solver import STRATEGIES, check_budgets, find_plan
 from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
 from .structure.config_values import locate_axes
-from .structure.counting import count_costs, flops_inputs
+from .structure.counting import count_costs
 from .structure.modeling_gradnas import make_per_layer, translated
-from .surgery import cut, merge_records
+from .structure.samples import flops_inputs
+from .surgery import check_kept, cut, merge_records
 from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
 from .verification import find_structure
 
@@ -69,6 +71,11 @@ class GradNASPruner:
         _check_choice("score", score, METHODS)
         _check_choice("search", search, STRATEGIES)
         _check_choice("layout", layout, LAYOUTS)
+        if not isinstance(model, PreTrainedModel):
+            raise StructureError(
+                f"model: found a {type(model).__name__}, needed a Transformers PreTrainedModel; "
+                "pass the model itself, unwrapped."
+            )
         self.model = model
         self.score_method = score
         self.search = search
@@ -233,33 +240,34 @@ class GradNASPruner:
             rules=self.rules,
             stock=self._space,
         )
-        self._plan = self._settle(plan)
-        return self._plan
+        return self._settle(plan)
 
     def masked(self, plan: Plan) -> AbstractContextManager[None]:
-        """Try a plan without cutting: inside the ``with``, pruned units are multiplied by 0."""
+        """Try a plan without cutting: inside the ``with``, pruned units are multiplied by 0.
+
+        Raises:
+            PlanError: The plan does not fit this model.
+        """
+        self._check_plan(plan)
         return masked(self.model, self.structure.axes, plan.kept)
 
     def apply(self, plan: Plan) -> PreTrainedModel:
-        """Cut the model in place and rewrite its config.
+        """Cut the model in place and rewrite its config; a plan that does not fit changes nothing.
 
         Raises:
-            PlanError: The plan does not fit this model, or it was cut already.
+            PlanError: The plan does not fit this model or its class, or it was cut already.
         """
         if self._applied:
             raise PlanError(
                 "apply: this model was cut already, and a plan's indices count the units of the "
                 "uncut one; make a new GradNASPruner of the cut model to prune it further."
             )
-        space = _need(self._space, "apply", "discover(batch) or score(dataloader)")
-        config, structure = self.model.config, self.structure
-        keys = locate_axes(self.model, structure, space)
-        earlier = vars(config).get("gradnas")
-        record = cut(self.model, structure.axes, plan.kept, layout=plan.layout)
-        if plan.layout == "stock":
-            write_stock(config, plan, structure, space)
-        else:
-            write_per_layer(config, plan, structure, keys, space=space)
+        self._check_plan(plan)
+        self._write_config(copy.deepcopy(self.model.config), plan)  # fails before anything is cut
+        earlier = vars(self.model.config).get("gradnas")
+        record = cut(self.model, self.structure.axes, plan.kept, layout=plan.layout)
+        self._write_config(self.model.config, plan)
+        if plan.layout == "per_layer":
             if earlier is not None:
                 record = merge_records(translated(earlier, self.model), record)
             make_per_layer(self.model, record)
@@ -319,6 +327,27 @@ class GradNASPruner:
         plan = self.plan(budget)
         self.apply(plan)
         return plan
+
+    def _check_plan(self, plan: Plan) -> None:
+        """Check that a plan was made for a model of these sizes."""
+        sizes = {axis.name: axis.size for axis in self.structure.axes}
+        for name in [*sizes, *plan.sizes]:
+            if plan.sizes.get(name) != sizes.get(name):
+                raise PlanError(
+                    f"{name}: the plan counts {plan.sizes.get(name, 'no')} units, this model has "
+                    f"{sizes.get(name, 'none')}; make the plan from this model's scores."
+                )
+        if plan.layout not in LAYOUTS[1:]:
+            raise PlanError(f"layout {plan.layout!r} of the plan: known are {LAYOUTS[1:]}.")
+        check_kept(self.structure.axes, plan.kept)
+
+    def _write_config(self, config: PreTrainedConfig, plan: Plan) -> None:
+        space = _need(self._space, "config", "discover(batch) or score(dataloader)")
+        if plan.layout == "stock":
+            write_stock(config, plan, self.structure, space)
+        else:
+            keys = locate_axes(self.model, self.structure, space)
+            write_per_layer(config, plan, self.structure, keys, space=space)
 
     def _settle(self, plan: Plan) -> Plan:
         """The plan with its loss in units of the loss, and with the costs after the cut."""

@@ -7,7 +7,7 @@ What is done to the modules stands in `structure.modeling_gradnas`, which also l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +123,7 @@ def _kept_rows(
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)
-    return tensor
+    return cast(Tensor, getattr(model.get_submodule(path), leaf))
 
 
 def _record_of(

@@ -273,6 +273,8 @@ class Plan:
         Raises:
             PlanError: The dictionary is not a plan, or one of a newer format.
         """
+        if not isinstance(data, Mapping):
+            raise PlanError("Plan: the file holds no object; make the plan again.")
         values = dict(data)
         version = values.pop("format_version", None)
         if version != cls.FORMAT_VERSION:
@@ -284,7 +286,7 @@ class Plan:
             values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
             values["kept"] = {name: tuple(units) for name, units in values["kept"].items()}
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"Plan: not a plan of hf_gradnas ({error}); make it again.") from error
 
     def save(self, file: str | Path) -> None:
@@ -300,6 +302,8 @@ class Plan:
         """
         try:
             data = json.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"Plan: {file} cannot be read ({error}); give another file.") from error
         except ValueError as error:
             raise PlanError(f"Plan: {file} is not JSON ({error}); make the plan again.") from error
         return cls.from_dict(data)

@@ -13,12 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ._compat import attention_implementation
-from .errors import GradNASError
+from .errors import DataError, GradNASError, StructureError
 from .masks import masked
-from .structure.discovery import Discovery, Place, Template, discover, move_axis
+from .structure.discovery import (
+    MAX_TRIES,
+    PROBE_ERRORS,
+    Discovery,
+    Place,
+    Template,
+    discover,
+    move_axis,
+)
 from .structure.probe import double_call, double_copy
+from .structure.samples import probe_inputs
 from .structure.trace import Call
 from .surgery import cut
 from .types import Axis, Kind, Refusal, Structure
@@ -27,41 +37,68 @@ TOLERANCE = 1e-10
 """Largest difference between masked and cut, relative to the largest output, in float64."""
 EFFECT = 1e-7
 """Smallest effect of a mask, relative to the largest output, that counts as one."""
+NO_EFFECT = "has no effect on the input"
+NOT_RUNNING = "it does not run"
 HOLDER = "module"
 ROUNDING = 1e-6
 """Differences below this may come from rounding to float32 inside the module."""
 RETRY_SCALES = (1.0, 1.01, 0.97)
 
 
-def find_structure(model: nn.Module, inputs: Mapping[str, Any]) -> Structure:
+def find_structure(model: PreTrainedModel, batch: Mapping[str, Any]) -> Structure:
     """Discover the axes of `model` and keep those that are proved.
 
     Args:
-        model: A Transformers model, on any device and in any dtype; it is left as it was.
-        inputs: Keyword arguments of its forward.
+        model: On a device with float64 (CPU, CUDA), in any dtype; it is left as it was.
+        batch: Keyword arguments of its forward, as a dataloader yields them.
 
     Raises:
-        StructureError: Nothing prunable was found.
+        DataError: The model cannot run the batch.
+        StructureError: Nothing prunable was found, or nothing could be proved.
     """
-    return prove(model, discover(model, inputs))
+    decoder = bool(model.config.is_encoder_decoder)
+    try:
+        discovery = discover(model, probe_inputs(batch, decoder=decoder))
+    except DataError:  # some heads need more than the first tokens
+        discovery = discover(model, {k: v for k, v in batch.items() if k != "labels" or decoder})
+    return prove(model, discovery)
 
 
 def prove(model: nn.Module, discovery: Discovery) -> Structure:
-    """Axes whose kind is proved; the others become refusals."""
+    """Axes whose kind is proved; the others become refusals.
+
+    Raises:
+        StructureError: No axis could be proved.
+    """
     kernels = _kernels(model)
-    proved: dict[int, tuple[Axis, ...] | str] = {}
+    same: dict[int, list[Place]] = {}
+    for place in discovery.places:
+        same.setdefault(id(place.template), []).append(place)
+    outcomes = {key: _prove_template(model, places, kernels) for key, places in same.items()}
     axes: list[Axis] = []
     refusals = list(discovery.refusals)
     for place in discovery.places:
-        template = place.template
-        if id(template) not in proved:
-            proved[id(template)] = _prove_template(model, place, kernels)
-        outcome = proved[id(template)]
+        outcome = outcomes[id(place.template)]
         if isinstance(outcome, str):
-            refusals.append(Refusal(place.scope, template.kind, outcome))
+            refusals.append(Refusal(place.scope, place.template.kind, outcome))
         else:
             axes += [move_axis(axis, place.scope, tied=place.tied) for axis in outcome]
+    refusals = [r for r in refusals if not _is_settled(r, axes)]
+    if not axes:
+        reasons = "; ".join(f"{r.module} {r.kind}: {r.reason}" for r in refusals[:4])
+        raise StructureError(
+            f"{type(model).__name__}: found {len(refusals)} modules, but none can be pruned with "
+            f"proof ({reasons}). Report the model type."
+        )
     return Structure(tuple(axes), tuple(refusals))
+
+
+def _is_settled(refusal: Refusal, axes: Sequence[Axis]) -> bool:
+    """Whether another pair of weights in the refused module turned out to be its FFN."""
+    return any(
+        axis.kind is Kind.NEURONS and refusal.kind == axis.kind and axis.module == refusal.module
+        for axis in axes
+    )
 
 
 def _kernels(model: nn.Module) -> list[str]:
@@ -71,25 +108,27 @@ def _kernels(model: nn.Module) -> list[str]:
 
 
 def _prove_template(
-    model: nn.Module, place: Place, kernels: Sequence[str]
+    model: nn.Module, places: Sequence[Place], kernels: Sequence[str]
 ) -> tuple[Axis, ...] | str:
     """The first version of the axes that is proved, or the reason why there is none.
 
-    Where everything but the removal of the whole module is proved, one unit has to stay.
+    Where everything but the removal of the whole module is proved, one unit has to stay. A module
+    on which no mask has an effect proves nothing; then the next one of its kind is tried.
     """
-    module = model.get_submodule(place.template.scope)
-    tables = {place.tied: model.get_parameter(place.tied).double()} if place.tied else None
-    reasons = []
-    for whole_removal in (True, False):
-        for version in place.template.versions:
-            axes = tuple(replace(a, tied=place.tied) for a in version)
-            if not whole_removal:
-                axes = tuple(replace(a, minimum=1) for a in axes)
-            reason = _disproof(module, place.template, axes, kernels, tables)
-            if not reason:
-                return axes
-            reasons.append(reason)
-    return reasons[0]
+    reasons: list[str] = []
+    for place in places[:MAX_TRIES]:
+        module = model.get_submodule(place.scope)
+        tables = {place.tied: model.get_parameter(place.tied).double()} if place.tied else None
+        for minimum in (0, 1):
+            for version in place.template.versions:
+                axes = tuple(replace(a, tied=place.tied, minimum=minimum) for a in version)
+                reason = _disproof(module, place.template, axes, kernels, tables)
+                if not reason:
+                    return axes
+                reasons.append(reason)
+        if not any(NO_EFFECT in reason for reason in reasons):
+            break
+    return next((r for r in reasons if NOT_RUNNING not in r), reasons[0])
 
 
 def _disproof(
@@ -106,11 +145,11 @@ def _disproof(
                 difference, effect = _smallest_difference(
                     module, template, axes, kept, kernel=kernel, tables=tables
                 )
-            except (GradNASError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            except (GradNASError, *PROBE_ERRORS) as error:
                 text = str(error).partition("\n")[0]
-                return f"cut to {_counts(kept)} it does not run ({type(error).__name__}: {text})"
+                return f"cut to {_counts(kept)} {NOT_RUNNING} ({type(error).__name__}: {text})"
             if not effect > EFFECT:
-                return f"masking down to {_counts(kept)} has no effect on a random input"
+                return f"masking down to {_counts(kept)} {NO_EFFECT}"
             if not difference <= TOLERANCE:
                 return (
                     f"cut to {_counts(kept)} it differs from masked by {difference:.1e} "
@@ -167,7 +206,8 @@ def masked_against_cut(
 def _run(module: nn.Module, call: Call) -> Tensor:
     output = module(*call.args, **call.kwargs)
     first = output[0] if isinstance(output, tuple) else output
-    assert isinstance(first, Tensor)
+    if not isinstance(first, Tensor):
+        raise TypeError(f"the module returns {type(first).__name__} where a tensor was expected")
     return first
 
 

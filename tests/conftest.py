@@ -1,4 +1,4 @@
-"""What holds for every test: offline, seeded, two threads, and nothing left behind."""
+"""What holds for every test: offline, seeded, one thread, and nothing left behind."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel  # noqa: E402
 
 import hf_gradnas  # noqa: E402, F401 - per-layer loading is installed in every test
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 transformers.utils.logging.disable_progress_bar()
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -9,7 +9,8 @@ import torch
 import zoo
 
 from hf_gradnas.costs.closed_form import own_table_rows
-from hf_gradnas.structure.counting import count_costs, count_flops, flops_inputs
+from hf_gradnas.structure.counting import count_costs, count_flops
+from hf_gradnas.structure.samples import flops_inputs
 from hf_gradnas.surgery import cut
 from hf_gradnas.types import CostModel, Kind, Structure
 from hf_gradnas.verification import find_structure
@@ -85,20 +86,3 @@ def test_a_norm_of_all_heads_goes_with_the_last_one() -> None:
 def test_cost_model_counts_what_goes_last_only_once() -> None:
     cost = CostModel("params", 10.0, {"a": 2.0}, {"a": 5.0})
     assert [cost.of({"a": n}) for n in (0, 1, 2)] == [10.0, 17.0, 19.0]
-
-
-def test_flops_inputs() -> None:
-    batch = {
-        "input_ids": torch.arange(6).reshape(2, 3),
-        "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]]),
-        "labels": torch.tensor([[5, -100], [5, 6]]),
-        "pixel_values": torch.ones(2, 3, 8, 8),
-        "flag": True,
-    }
-    one = flops_inputs(batch, 7, decoder=True)
-    assert one["input_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0]]
-    assert one["attention_mask"].tolist() == [[1] * 7]
-    assert one["decoder_input_ids"].tolist() == [[5, 0, 5, 0, 5, 0, 5]]
-    assert one["pixel_values"].shape == (1, 3, 8, 8)
-    assert "labels" not in one
-    assert flops_inputs(batch, None)["input_ids"].shape == (1, 3)

@@ -7,8 +7,8 @@ import torch
 import zoo
 from torch import nn
 
-from hf_gradnas.errors import StructureError
-from hf_gradnas.structure.discovery import discover, small_inputs
+from hf_gradnas.errors import DataError, StructureError
+from hf_gradnas.structure.discovery import discover
 from hf_gradnas.types import Kind, Slice
 from hf_gradnas.verification import find_structure
 
@@ -122,27 +122,57 @@ def test_heads_coupled_by_a_norm_are_refused_and_the_rest_is_pruned() -> None:
     assert all(r.reason for r in structure.refusals)
 
 
-def test_small_inputs_cut_text_but_not_images() -> None:
-    inputs = {
-        "input_ids": torch.zeros(5, 40, dtype=torch.long),
-        "attention_mask": torch.ones(5, 40, dtype=torch.long),
-        "pixel_values": torch.zeros(5, 3, 40, 40),
-        "labels": torch.zeros(5, 30, dtype=torch.long),
-        "return_dict": True,
-    }
-    small = small_inputs(inputs)
-    assert small["input_ids"].shape == small["attention_mask"].shape == (2, 16)
-    assert small["pixel_values"].shape == (2, 3, 40, 40)
-    assert small["labels"].shape == (2, 16)
-    assert small["return_dict"] is True
-    assert small["labels"].is_contiguous()
-    assert small_inputs({"labels": torch.tensor([[5], [6], [7]])})["labels"].tolist() == [
-        [5, 5, 5, 5],
-        [6, 6, 6, 6],
-    ]
-
-
 def test_targets_of_one_token_are_enough() -> None:
     model, inputs = zoo.build("t5")
     inputs["labels"] = inputs["labels"][:, :1]
     assert find_structure(model, inputs).refusals == ()
+
+
+def test_one_degenerate_layer_does_not_condemn_its_kind() -> None:
+    model, inputs = zoo.build("bert")
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.attention.output.dense.weight.zero_()
+        layer.output.dense.weight.zero_()
+    structure = find_structure(model, inputs)
+    assert len(structure.axes) == 6
+
+
+def test_dead_neurons_are_probed_in_another_layer() -> None:
+    model, inputs = zoo.build("opt")
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.bias.fill_(-1e3)
+    assert len(find_structure(model, inputs).axes) == 6
+
+
+def test_padding_on_the_left_hides_nothing() -> None:
+    model, inputs = zoo.build("llama")
+    ids = torch.nn.functional.pad(inputs["input_ids"], (20, 0))
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (20, 0))
+    structure = find_structure(model, {"input_ids": ids, "attention_mask": mask})
+    assert len(structure.axes) == 9
+    assert structure.refusals == ()
+
+
+def test_an_ffn_as_wide_as_the_model_is_not_refused_by_mistake() -> None:
+    model, inputs = zoo.build("llama", intermediate_size=64)
+    structure = find_structure(model, inputs)
+    assert structure.refusals == ()
+    assert len(structure.axes) == 9
+
+
+def test_a_batch_that_the_model_cannot_run_is_named() -> None:
+    model, inputs = zoo.build("t5")
+    del inputs["labels"]
+    with pytest.raises(DataError, match="T5ForConditionalGeneration cannot run a batch of"):
+        find_structure(model, inputs)
+
+
+def test_a_model_without_provable_axes_is_refused() -> None:
+    model, inputs = zoo.build("bert")
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.output.dense.weight.zero_()
+            layer.output.dense.weight.zero_()
+    with pytest.raises(StructureError, match="none can be pruned with proof"):
+        find_structure(model, inputs)

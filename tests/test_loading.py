@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ SCRIPT = Path(__file__).with_name("family_process.py")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One pruned checkpoint per family and layout."""
     root = tmp_path_factory.mktemp("checkpoints")
     for family in zoo.FAMILIES:
@@ -35,7 +34,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 folder / "expected.safetensors",
             )
     zoo.BUILT.clear()
-    yield root
+    return root
 
 
 @pytest.mark.parametrize("route", ["shim", "import"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import zoo
 from transformers import Trainer, TrainingArguments
 
@@ -98,7 +99,7 @@ def test_generate_without_the_first_layers_attention(family: str, cache: str) ->
 
 
 @pytest.fixture
-def llama() -> Iterator[tuple[GradNASPruner, dict]]:
+def llama() -> tuple[GradNASPruner, dict]:
     model, inputs = zoo.build("llama")
     return GradNASPruner(model), inputs
 
@@ -119,7 +120,7 @@ def test_eager_and_sdpa_agree_after_the_cut() -> None:
 
 @pytest.mark.leaves_state
 def test_pruning_a_pruned_checkpoint_composes(tmp_path: Any) -> None:
-    for family in ("bert", "llama", "t5"):
+    for family in ("bert", "llama", "t5", "phi3"):
         model, inputs = zoo.build(family, dtype=torch.float32)
         first = GradNASPruner(model, layout="per_layer")
         first.prune([inputs], {"params": "80%"})
@@ -281,3 +282,70 @@ def test_trainers_own_checkpoints_load(tmp_path: Any) -> None:
     model.eval()
     assert (logits_of(again, inputs) - logits_of(model, inputs)).abs().max() <= 1e-5
     assert (tmp_path / "tuned" / "modeling_gradnas.py").is_file()
+
+
+@pytest.mark.leaves_state
+def test_a_plan_that_the_class_cannot_express_changes_nothing() -> None:
+    model, inputs = zoo.build("llama")
+    pruner = GradNASPruner(model, layout="stock")
+    pruner.discover(inputs)
+    kept = {a.name: tuple(range(a.size)) for a in pruner.structure.axes}
+    kept["model.layers.1.mlp:neurons"] = (1, 2, 3)
+    plan = Plan(kept=kept, sizes={a.name: a.size for a in pruner.structure.axes}, layout="stock")
+    before, config = numel(model), model.config.to_dict()
+    with pytest.raises(PlanError):
+        pruner.apply(plan)
+    assert numel(model) == before
+    assert model.config.to_dict() == config
+    with pytest.raises(PlanError, match="layout 'other' of the plan"):
+        pruner.apply(Plan(kept=kept, sizes=plan.sizes, layout="other"))
+
+
+def test_a_plan_of_another_model_is_refused(llama: tuple[GradNASPruner, dict]) -> None:
+    pruner, inputs = llama
+    pruner.score([inputs])
+    plan = pruner.plan({"params": "85%"})
+    model, inputs = zoo.build("llama", intermediate_size=128)
+    other = GradNASPruner(model)
+    other.discover(inputs)
+    for use in (other.apply, other.masked):
+        with pytest.raises(PlanError, match="counts 96 units, this model has 128"):
+            use(plan)
+
+
+@pytest.mark.leaves_state
+def test_the_document_names_the_plan_that_was_applied(
+    llama: tuple[GradNASPruner, dict], tmp_path: Any
+) -> None:
+    pruner, inputs = llama
+    plan = pruner.prune([inputs], {"params": "85%"})
+    folder = pruner.save_pretrained(tmp_path / "x")
+    document = json.loads((folder / "gradnas.json").read_text())
+    assert Plan.from_dict(document["plan"]) == plan
+
+
+@pytest.mark.leaves_state
+def test_half_precision_by_cast_saves(tmp_path: Any) -> None:
+    model, inputs = zoo.build("llama", dtype=torch.float32)
+    model.to(torch.bfloat16)
+    pruner = GradNASPruner(model)
+    pruner.prune([inputs], {"params": "85%"})
+    pruner.save_pretrained(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["BartForSequenceClassification", "BartForConditionalGeneration"])
+@pytest.mark.leaves_state
+def test_heads_that_look_for_the_last_token(name: str) -> None:
+    config = transformers.BartConfig(**zoo.FAMILIES["bart"].kwargs, num_labels=3)
+    model = getattr(transformers, name)(config).eval()
+    ids = torch.randint(3, 100, (4, 40))
+    ids[:, -1] = config.eos_token_id
+    labels = torch.tensor([0, 1, 2, 0]) if "Classification" in name else ids
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    plan = GradNASPruner(model).prune([batch], {"params": "90%"})
+    assert numel(model) == plan.costs["params"]
+
+
+def test_only_transformers_models_are_taken() -> None:
+    with pytest.raises(StructureError, match="found a Linear, needed a Transformers"):
+        GradNASPruner(torch.nn.Linear(2, 2))

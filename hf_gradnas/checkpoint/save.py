@@ -20,11 +20,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from ..scores.batches import to_device
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
 
 DOCUMENT = "gradnas.json"
 FORMAT_VERSION = 1
+CHECKPOINT_SUFFIXES = frozenset(
+    [".json", ".safetensors", ".py", ".txt", ".model", ".yaml", ".md", ".jinja"]
+)
+"""Suffixes of files that a checkpoint folder may hold and still be replaced."""
 TOLERANCE = 1e-5
 """Largest difference of reloaded float32 or float64 outputs, relative to max(1, largest output)."""
 HALF_TOLERANCE_EPS = 8
@@ -44,8 +49,8 @@ def save_pruned(
     """Write model, tokenizer or processor and ``gradnas.json``, reload, compare, then rename.
 
     Everything is written to ``.<name>.tmp-<pid>`` beside the target and reloaded from there with
-    the model's own class. Outputs on `sample` must agree to `TOLERANCE` (float32, float64) or
-    `HALF_TOLERANCE_EPS` (16 bits and less); without a sample, all tensors must be equal bit by bit.
+    the model's own class. All tensors must be equal bit by bit, and outputs on `sample` agree to
+    `TOLERANCE` (float32, float64) or `HALF_TOLERANCE_EPS` (16 bits and less).
 
     Args:
         model: A cut model, its config rewritten.
@@ -92,10 +97,11 @@ def check_target(directory: str | Path, overwrite: bool) -> Path:
             f"{target}: the output folder exists; pass --overwrite (overwrite=True) to replace the "
             "checkpoint in it, or choose another folder."
         )
-    if target.is_file() or (target.is_dir() and not _is_replaceable(target)):
+    foreign = _foreign(target)
+    if foreign:
         raise CheckpointError(
-            f"{target}: is {'a file' if target.is_file() else 'a folder without config.json'}, but "
-            "only a checkpoint or an empty folder is replaced; choose another folder."
+            f"{target}: {foreign}, but only a checkpoint or an empty folder is replaced, as "
+            "everything in it is deleted; choose another folder."
         )
     above = next(parent for parent in target.parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -106,8 +112,17 @@ def check_target(directory: str | Path, overwrite: bool) -> Path:
     return target
 
 
-def _is_replaceable(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or not any(folder.iterdir())
+def _foreign(target: Path) -> str:
+    """What shows that a target is no checkpoint, in words; "" when it may be replaced."""
+    if not target.exists():
+        return ""
+    if not target.is_dir():
+        return "is a file"
+    content = sorted(target.iterdir())
+    if content and not (target / "config.json").is_file():
+        return "is a folder without config.json"
+    others = [p.name for p in content if p.is_dir() or p.suffix not in CHECKPOINT_SUFFIXES]
+    return f"holds more than a checkpoint ({', '.join(others[:4])})" if others else ""
 
 
 @contextmanager
@@ -165,9 +180,10 @@ def _check_reload(model: PreTrainedModel, folder: Path, sample: Mapping[str, Any
             "the target is unchanged. Report it with the model's class and config."
         )
     reloaded = reloaded.to(model.device)
-    if sample is None:
-        _compare_tensors(model, reloaded)
-    else:
+    _compare_tensors(model, reloaded)
+    if sample is not None:
+        _copy_derived(model, reloaded)
+        sample = to_device(sample, model)
         _compare_outputs(_output(model, sample), _output(reloaded, sample))
 
 
@@ -179,6 +195,18 @@ def _compare_tensors(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
                 f"{name}: the reloaded tensor differs from the one in memory; the target is "
                 "unchanged. Report it with the model's class and config."
             )
+
+
+def _copy_derived(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    """Give the reloaded model the buffers that no checkpoint holds.
+
+    A model that was cast with ``.half()`` has rounded its rotary frequencies, which a fresh one
+    computes in float32: a difference of the cast, not of the checkpoint.
+    """
+    saved, buffers = model.state_dict().keys(), dict(reloaded.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in saved and name in buffers and buffers[name].shape == buffer.shape:
+            buffers[name].data = buffer.detach().clone()
 
 
 def _compare_outputs(before: Tensor, after: Tensor) -> None:

@@ -44,8 +44,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
 ) -> Scores:
     """Measure how much the loss is hurt when a unit goes, for every unit, in one pass.
 
-    Parameters are frozen and modules in eval mode meanwhile; all is restored, also after an
-    exception.
+    Parameters are frozen and modules in eval mode meanwhile; all of it is restored at any end.
 
     Args:
         model: A Transformers model; its class tells which columns are labels.

@@ -24,6 +24,8 @@ from ..types import Axis
 # anyway. Keeping the input itself as well would cost up to a third of a pass's memory, since
 # frozen weights do not ask for it.
 Replay = Callable[[Any, Tensor], Any]
+# Writes x·∂L/∂x into its second argument, given ∂L/∂x.
+Product = Callable[[Tensor, Tensor], None]
 
 
 def _replay_gelu(node: Any, out: Tensor) -> None:
@@ -75,7 +77,7 @@ class GradientRecorder:
             by_module.setdefault(out_projection(model, axis), []).append(axis)
         self._sites = [_Site(module, tuple(found)) for module, found in by_module.items()]
         self._sums: dict[nn.Module, Tensor] = {}
-        self._inputs: dict[int, Callable[[Tensor], Any]] = {}
+        self._inputs: dict[int, Product] = {}
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._num_examples = 0
         self._calls = 0
@@ -127,7 +129,7 @@ class GradientRecorder:
         if not x.requires_grad:
             x = x.detach().requires_grad_()
         self._calls += 1
-        self._inputs[self._calls] = _input_of(x)
+        self._inputs[self._calls] = _product_with(x)
         # A view of its own, since x may have other readers, whose gradients are not the mask's.
         own = x.view_as(x)
         own.register_hook(partial(self._add, site, self._calls))
@@ -145,8 +147,7 @@ class GradientRecorder:
     def _add(self, site: _Site, call: int, gradient: Tensor) -> None:
         """Tensor hook: add ``x·gradient``, summed per example and unit, to the site's sums."""
         product = self._buffer(gradient)
-        self._inputs.pop(call)(product)
-        product.mul_(gradient)
+        self._inputs.pop(call)(gradient, product)
         sums = self._sums_of(site, gradient.device)
         features = product.view(self._num_examples, -1, gradient.shape[-1]).sum(1).to(sums.dtype)
         sums += features.view(self._num_examples, -1, site.width).sum(-1)
@@ -164,23 +165,31 @@ class GradientRecorder:
         return self._buffers[key][: like.numel()].view(like.shape)
 
 
-def _input_of(x: Tensor) -> Callable[[Tensor], Any]:
-    """Function that writes the values of `x` into a buffer, without keeping `x` where possible."""
+def _product_with(x: Tensor) -> Product:
+    """Function that multiplies a gradient by `x`, without keeping `x` where possible."""
     node = x.grad_fn
     if node is not None and node.name() in REPLAYS and _saves_inputs(node):
         return partial(_replay, REPLAYS[node.name()], node, x.dtype)
-    values = x.detach()
-    return lambda out: out.copy_(values)
+    return partial(_multiply, x.detach())
 
 
-def _replay(replay: Replay, node: Any, dtype: torch.dtype, out: Tensor) -> None:
-    """Run an operation again into `out`, in the dtype in which it ran."""
+def _multiply(values: Tensor, gradient: Tensor, out: Tensor) -> None:
+    """Write ``values·gradient`` in the precision of `out`."""
+    if out.dtype == values.dtype:
+        torch.mul(values, gradient, out=out)
+    else:
+        out.copy_(values).mul_(gradient)
+
+
+def _replay(replay: Replay, node: Any, dtype: torch.dtype, gradient: Tensor, out: Tensor) -> None:
+    """Run an operation again, in the dtype in which it ran, and multiply the gradient by it."""
     if out.dtype == dtype:
         replay(node, out)
-        return
-    values = torch.empty_like(out, dtype=dtype)
-    replay(node, values)
-    out.copy_(values)
+        out.mul_(gradient)
+    else:
+        values = torch.empty_like(out, dtype=dtype)
+        replay(node, values)
+        _multiply(values, gradient, out)
 
 
 def _saves_inputs(node: Any) -> bool:

@@ -120,7 +120,8 @@ def _config_counts(module: nn.Module, layout: HeadLayout, core: str) -> tuple[At
         return ()
     grouped = layout.is_grouped
     sizes = {"heads": layout.heads, "kv_groups": layout.groups}
-    known = {*vars(config), *type(config).attribute_map}
+    base = vars(config).get("_base", config)  # a layer that was cut before has a live view
+    known = {*vars(base), *base.attribute_map}
     return tuple(
         Attribute(core, name, f":{kind}" if grouped else ":heads", in_config=True)
         for kind, names in couplings.CONFIG_COUNTS.items()

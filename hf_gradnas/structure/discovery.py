@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .._compat import attention_implementation
@@ -20,7 +18,8 @@ from ..errors import StructureError
 from ..types import Attribute, Axis, Kind, Refusal
 from . import couplings
 from .attention import attention_versions
-from .probe import double_call, double_copy, probe_heads, probe_neurons
+from .probe import NotAPair, double_call, double_copy, probe_heads, probe_neurons
+from .states import evaluating
 from .trace import (
     Attention,
     Call,
@@ -32,9 +31,9 @@ from .trace import (
     trace_forward,
 )
 
-PROBE_EXAMPLES = 2
-PROBE_TOKENS = 16
-MIN_PROBE_TOKENS = 4
+MAX_TRIES = 3
+"""Modules of a kind that are probed before the kind is given up (one may be degenerate)."""
+PROBE_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 LOOK_AHEAD = 4
 LOOK_BACK = 6
 
@@ -93,14 +92,14 @@ def discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
 
     Args:
         model: A Transformers model.
-        inputs: Keyword arguments of its forward, as a dataloader yields them; the first two rows
-            and sixteen tokens are used.
+        inputs: Keyword arguments of its forward; short ones suffice (`samples.probe_inputs`).
 
     Raises:
+        DataError: The model cannot run the inputs.
         StructureError: Nothing prunable was found.
     """
     with evaluating(model), attention_implementation(model, "eager"):
-        trace = trace_forward(model, small_inputs(inputs))
+        trace = trace_forward(model, inputs)
         places, refusals = _probe_all(model, trace)
     if not places:
         seen = "; ".join(f"{r.module} ({r.reason})" for r in refusals) or "no attention, no FFN"
@@ -111,65 +110,29 @@ def discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     return Discovery(tuple(places), tuple(refusals))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the ``with``; every module gets its own flag back."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
-def small_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first examples and tokens of a batch; images and audio keep their size.
-
-    Sequences of one to three tokens are repeated: a single token attends to itself whatever its
-    query and key are, so that neither would show.
-    """
-    tokens = inputs.get("input_ids")
-    small: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            small[name] = value
-            continue
-        cut = value[:PROBE_EXAMPLES]
-        labels = value.ndim == 2 and not value.is_floating_point()  # noqa: PLR2004 - (batch, tokens)
-        if is_token_aligned(value, tokens) or labels:
-            if 0 < cut.shape[1] < MIN_PROBE_TOKENS:
-                cut = cut.repeat(1, MIN_PROBE_TOKENS, *[1] * (cut.ndim - 2))
-            cut = cut[:, :PROBE_TOKENS].contiguous()  # losses call labels.view(-1)
-        small[name] = cut
-    return small
-
-
-def is_token_aligned(value: torch.Tensor, tokens: torch.Tensor | None) -> bool:
-    """Whether a tensor of a batch holds one entry per token (and is no image)."""
-    if tokens is None or value.ndim < 2 or value.shape[1] != tokens.shape[1]:  # noqa: PLR2004
-        return False
-    return value.ndim == tokens.ndim or not value.is_floating_point()
-
-
 def _probe_all(model: nn.Module, trace: Trace) -> tuple[list[Place], list[Refusal]]:
     modules = dict(model.named_modules())
-    known: dict[tuple[Any, ...], Template | Refusal] = {}
+    sites = [(site, _kind_of(site, modules[site.scope])) for site in _sites(trace)]
+    found: dict[tuple[Any, ...], Template | Refusal] = {}
+    tries: dict[tuple[Any, ...], int] = {}
+    for site, key in sites:
+        if not isinstance(found.get(key), Template) and tries.get(key, 0) < MAX_TRIES:
+            tries[key] = tries.get(key, 0) + 1
+            outcome = _probe_site(site, modules[site.scope], trace)
+            if outcome is not None:
+                found[key] = outcome
     places: list[Place] = []
     refusals: list[Refusal] = []
     table = ""
-    for site in _sites(trace):
-        key = _kind_of(site, modules[site.scope])
-        if key not in known:
-            known[key] = _probe_site(site, modules[site.scope], trace)
-        found = known[key]
-        if isinstance(found, Refusal):
-            refusals.append(replace(found, module=site.scope))
-            continue
-        table = _shared_table(site, modules, table)
-        removal = found.versions[0][-1].removal
-        cross = removal is not None and removal.cross
-        places.append(Place(site.scope, found, "" if cross or site.core is None else table))
+    for site, key in sites:
+        kind = found.get(key)
+        if isinstance(kind, Refusal):
+            refusals.append(replace(kind, module=site.scope))
+        elif kind is not None:
+            table = _shared_table(site, modules, table)
+            removal = kind.versions[0][-1].removal
+            cross = removal is not None and removal.cross
+            places.append(Place(site.scope, kind, "" if cross or site.core is None else table))
     return places, refusals
 
 
@@ -265,8 +228,11 @@ def _kind_of(site: _Site, module: nn.Module) -> tuple[Any, ...]:
     return (template, type(module), *relative, site.heads, shapes)
 
 
-def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refusal:
-    """Probe one module; names in the template are relative to the scope."""
+def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refusal | None:
+    """Probe one module; names in the template are relative to the scope.
+
+    None where there is no axis after all: the weights before do not make what the weight reads.
+    """
     try:
         owner, _, leaf = site.projection.rpartition(".")
         if leaf != "weight" or owner not in trace.calls:
@@ -280,8 +246,11 @@ def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refu
             twin, layout, core=core, projection=projection, call=trace.calls[site.core]
         )
         return Template(site.scope, call, versions)
-    except StructureError as error:
-        return Refusal(site.scope, "neurons" if site.core is None else "heads", str(error))
+    except NotAPair:
+        return None
+    except PROBE_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        return Refusal(site.scope, "neurons" if site.core is None else "heads", reason)
 
 
 def _probe_ffn(site: _Site, twin: nn.Module, call: Call) -> Template:

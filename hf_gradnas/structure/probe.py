@@ -26,6 +26,10 @@ from .trace import Attention, Call, Matmul, map_tensors, record
 MIN_NEURONS = 8
 
 
+class NotAPair(Exception):
+    """The weights that ran before do not make what a weight reads: no FFN stands there."""
+
+
 @dataclass(frozen=True)
 class HeadLayout:
     """What a probe found out about one attention; names relative to the probed module.
@@ -132,11 +136,14 @@ def probe_neurons(
 
     Raises:
         StructureError: A neuron does not own whole rows of a producer.
+        NotAPair: The input of `projection` depends on no parameter of the module.
     """
     weights = dict(module.named_parameters())
     with _traced(module, call) as events:
         down = next(e for e in events if isinstance(e, Matmul) and e.parameter == projection)
-        x = _graph_tensor(down.x, projection)
+        if down.x is None or not down.x.requires_grad:
+            raise NotAPair
+        x = down.x
         size = x.shape[-1]
         flat = x.detach().reshape(-1, size)
         active = (flat != 0).any(0).nonzero().flatten().tolist()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import DataError
+
 MATMULS = frozenset(
     "linear addmm matmul bmm baddbmm mm einsum conv1d conv2d __matmul__ __rmatmul__".split()
 )
@@ -140,19 +142,22 @@ class Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def record(model: nn.Module, *, keep_graph: bool = False) -> Iterator[Trace]:
+def record(
+    model: nn.Module, *, keep_graph: bool = False, keep_calls: bool = True
+) -> Iterator[Trace]:
     """Record every forward of `model` inside the ``with``.
 
     Args:
         model: Any module; names in the trace are relative to it ("" is the model itself).
         keep_graph: Keep the tensors of the events, for gradients.
+        keep_calls: Keep the arguments of the modules' first calls, and so all activations.
     """
     recorder = Recorder(model, keep_graph=keep_graph)
 
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             recorder.running.append(path)
-            if path not in recorder.trace.calls:
+            if keep_calls and path not in recorder.trace.calls:
                 recorder.trace.calls[path] = Call(args, dict(kwargs), ())
 
         return hook
@@ -213,8 +218,23 @@ def rows_of(event: Matmul, weight: Tensor) -> int:
 
 
 @torch.no_grad()
-def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    """Trace of ``model(**inputs)`` without a graph."""
-    with record(model) as trace:
-        model(**inputs)
+def trace_forward(model: nn.Module, inputs: Mapping[str, Any], *, keep_calls: bool = True) -> Trace:
+    """Trace of ``model(**inputs)`` without a graph.
+
+    Raises:
+        DataError: The model cannot run the inputs.
+    """
+    with record(model, keep_calls=keep_calls) as trace:
+        try:
+            model(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shapes = {n: tuple(v.shape) for n, v in inputs.items() if isinstance(v, Tensor)}
+            raise DataError(
+                f"{type(model).__name__} cannot run a batch of {shapes}: "
+                f"{str(error).partition(chr(10))[0]} Check that its columns are what the forward "
+                "takes (labels or decoder_input_ids for an encoder-decoder), and that no sequence "
+                "is longer than the model's positions."
+            ) from error
     return trace
