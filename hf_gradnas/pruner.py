@@ -281,6 +281,7 @@ class GradNASPruner:
         *,
         overwrite: bool = False,
         document: Mapping[str, Any] | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> Path:
         """Write the cut model, its tokenizer or processor and ``gradnas.json``, all or nothing.
 
@@ -289,6 +290,7 @@ class GradNASPruner:
             processing_class: Tokenizer, image processor or processor to save beside the model.
             overwrite: Replace a checkpoint that stands there.
             document: More to keep in ``gradnas.json`` (metrics, data).
+            files: Further text files to save beside the model, by name.
 
         Raises:
             OrderError: `apply` was not called.
@@ -305,6 +307,7 @@ class GradNASPruner:
             processing_class=processing_class,
             sample=self._sample,
             document={"totals": self._totals, "scores": metadata, **(document or {})},
+            files=files,
             overwrite=overwrite,
         )
 

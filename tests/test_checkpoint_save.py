@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import handmade
@@ -142,6 +143,7 @@ def test_an_interruption_leaves_the_old_folder(
     elif step == "reload":
         monkeypatch.setattr(type(model), "from_pretrained", fail)
     else:
+        monkeypatch.setattr(save, "_exchange", lambda *paths: False)  # as on other systems
         monkeypatch.setattr(Path, "rename", fail_at)
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError):
         save_pruned(model, old_checkpoint, sample=sample, overwrite=True, **SETTINGS)
@@ -161,6 +163,7 @@ def test_an_interruption_while_the_old_folder_is_deleted_leaves_the_new_one(
             raise KeyboardInterrupt
         delete(path, **kwargs)
 
+    monkeypatch.setattr(save, "_exchange", lambda *paths: False)
     monkeypatch.setattr(shutil, "rmtree", fail)
     with pytest.raises(KeyboardInterrupt):
         save_pruned(model, old_checkpoint, sample=sample, overwrite=True, **SETTINGS)
@@ -287,3 +290,30 @@ def test_the_snippet_loads_the_checkpoint(tmp_path, model_and_sample):
     encoder = transformers.T5ForTokenClassification(config)
     encoder.__class__ = type("Own", (type(encoder),), {"__module__": __name__})
     assert "import Own" in loading_snippet(encoder, "stock", "folder")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps folders in one step")
+def test_linux_swaps_old_and_new_in_one_step(monkeypatch, model_and_sample, old_checkpoint):
+    model, sample = model_and_sample
+    renames = []
+    monkeypatch.setattr(Path, "rename", lambda self, target: renames.append(self))
+    save_pruned(model, old_checkpoint, sample=sample, overwrite=True, **SETTINGS)
+    assert renames == []
+    assert not (old_checkpoint / "weights.safetensors").exists()
+    assert (old_checkpoint / "gradnas.json").is_file()
+    assert names_in(old_checkpoint.parent) == ["target"]
+
+
+def test_further_files_are_saved_beside_the_model(tmp_path, model_and_sample):
+    model, sample = model_and_sample
+    folder = save_pruned(
+        model, tmp_path / "x", sample=sample, files={"recipe.yaml": "a: 1"}, **SETTINGS
+    )
+    assert (folder / "recipe.yaml").read_text() == "a: 1"
+
+
+def test_a_folder_that_holds_more_than_a_checkpoint_is_not_replaced(old_checkpoint):
+    (old_checkpoint / "checkpoint-500").mkdir()
+    with pytest.raises(CheckpointError, match="holds more than a checkpoint"):
+        save.check_target(old_checkpoint, overwrite=True)
+    assert (old_checkpoint / "checkpoint-500").is_dir()

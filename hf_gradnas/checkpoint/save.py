@@ -6,6 +6,7 @@ load a per-layer checkpoint from `structure.modeling_gradnas`. Both layouts are 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -44,6 +45,7 @@ def save_pruned(
     document: Mapping[str, Any],
     processing_class: Any = None,
     sample: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write model, tokenizer or processor and ``gradnas.json``, reload, compare, then rename.
@@ -59,6 +61,7 @@ def save_pruned(
         document: More to keep in ``gradnas.json``, ready for JSON.
         processing_class: Tokenizer, image processor or processor to save beside the model.
         sample: Batch for ``model(**sample)``.
+        files: Further text files by name, e.g. ``recipe.yaml``.
         overwrite: Replace a checkpoint that stands there.
 
     Returns:
@@ -76,6 +79,8 @@ def save_pruned(
         content = {**document, "plan": plan.to_dict(), "versions": _versions()}
         content["format_version"] = FORMAT_VERSION
         (written / DOCUMENT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for name, text in (files or {}).items():
+            (written / name).write_text(text, encoding="utf-8")
         _check_reload(model, written, sample)
         _put_in_place(written, target)
     return target
@@ -144,6 +149,8 @@ def _temporary_sibling(target: Path) -> Iterator[Path]:
 
 def _put_in_place(written: Path, target: Path) -> None:
     """Rename the finished folder to the target; what stood there is deleted only afterwards."""
+    if target.exists() and _exchange(written, target):
+        return  # the old checkpoint now has the temporary name, and goes with it
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     shutil.rmtree(old, ignore_errors=True)
     try:
@@ -155,6 +162,16 @@ def _put_in_place(written: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system cannot (not Linux)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
+    paths = [ctypes.c_char_p(os.fsencode(path)) for path in (first, second)]
+    return bool(libc.renameat2(here, paths[0], here, paths[1], exchange) == 0)
 
 
 def _versions() -> dict[str, str]:

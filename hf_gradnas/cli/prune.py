@@ -240,8 +240,8 @@ class _Run:
             job.source.processor,
             overwrite=self.recipe.overwrite,
             document=_document(self.recipe, job, before, after),
+            files={"recipe.yaml": self.recipe.to_yaml()},
         )
-        _write_recipe(self.recipe, Path(output))
         if before is not None and after is not None:
             columns = {"before": before, "after": after}
             if self.is_quickstart:
@@ -277,13 +277,6 @@ def _document(
     if before is not None and after is not None:
         document["metrics"] = {"before": before.to_dict(), "after": after.to_dict()}
     return document
-
-
-def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    """The effective recipe beside the model, written to a sibling first."""
-    unfinished = folder / "recipe.yaml.unfinished"
-    unfinished.write_text(recipe.to_yaml(), encoding="utf-8")
-    unfinished.replace(folder / "recipe.yaml")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
