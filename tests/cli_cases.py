@@ -7,6 +7,7 @@ import wave
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers as tf
 from PIL import Image
@@ -109,6 +110,10 @@ def save_vit(folder: Path, cls: str = "ViTForImageClassification") -> Path:
     _save(getattr(tf, cls), config, folder)
     size = {"height": 16, "width": 16}
     tf.ViTImageProcessorPil(size=size).save_pretrained(folder)
+    try:
+        tf.AutoImageProcessor.from_pretrained(folder)
+    except ImportError:
+        pytest.skip("this version of Transformers reads images with torchvision only")
     return folder
 
 

@@ -45,7 +45,8 @@ def prune(capsys):
         code = main(["prune", *map(str, arguments)])
         shown = capsys.readouterr()
         assert "\x1b" not in shown.out + shown.err
-        return code, shown.out, shown.err
+        # Progress bars of older Transformers leave line ends behind.
+        return code, shown.out, shown.err if shown.err.strip() else ""
 
     return run
 
@@ -289,7 +290,7 @@ def test_failing_to_cut_is_another_code(prune, bert, tsv, tmp_path, monkeypatch)
     monkeypatch.setattr(GradNASPruner, "save_pretrained", fail)
     code, _, err = prune("--model", bert, "--dataset", tsv, *TINY)
     assert code == 1
-    assert err == "Error: disk full\n"
+    assert err.strip() == "Error: disk full"
 
 
 def test_running_out_of_memory_is_explained(prune, bert, tsv, monkeypatch):

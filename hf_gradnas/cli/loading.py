@@ -175,7 +175,7 @@ def _load_processor(recipe: Recipe, folder: str, task: Task, feeds: str) -> tupl
     names = {"image": "AutoImageProcessor", "audio": "AutoFeatureExtractor"}
     name = "AutoProcessor" if feeds == "audio" and task.head is Head.SEQ2SEQ else names[feeds]
     processor = _load(
-        getattr(transformers, name).from_pretrained,
+        lambda *args, **kwargs: getattr(transformers, name).from_pretrained(*args, **kwargs),
         folder,
         what=f"--model {recipe.model}: has no {name} that can be loaded",
         advice="save the model's processor beside it with processor.save_pretrained(folder).",
