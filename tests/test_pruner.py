@@ -263,6 +263,19 @@ def test_an_existing_target_needs_overwrite(
     pruner.save_pretrained(tmp_path / "x", overwrite=True)
 
 
+@pytest.mark.parametrize("search", ["lagrangian", "binary"])
+@pytest.mark.parametrize("score", ["fisher", "gradnas", "taylor", "magnitude", "random"])
+@pytest.mark.parametrize("family", ["bert", "qwen2", "t5"])
+def test_every_score_and_search_plans(family: str, score: str, search: str) -> None:
+    model, inputs = zoo.build(family)
+    pruner = GradNASPruner(model, score=score, search=search)
+    scores = pruner.score([inputs])
+    assert all((values >= 0).all() and values.any() for values in scores.values.values())
+    plan = pruner.plan({"params": "80%"})
+    assert plan.costs["params"] <= plan.budgets[0].limit
+    assert (plan.score, plan.search) == (score, search)
+
+
 def test_a_generator_of_batches_is_read_once(llama: tuple[GradNASPruner, dict]) -> None:
     pruner, inputs = llama
     scores = pruner.score(batch for batch in [inputs, inputs])

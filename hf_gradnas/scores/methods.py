@@ -62,7 +62,8 @@ def _norms(axis: Axis, tensors: dict[str, Tensor]) -> np.ndarray:
     """Squared L2 norm ``(size,)`` of the rows that belong to each unit of an axis."""
     total = np.zeros(axis.size)
     for part in axis.slices:
-        rows = tensors[part.tensor].detach().movedim(part.dim, 0).flatten(1)
+        tensor = tensors[part.tensor].detach().movedim(part.dim, 0)
+        rows = tensor.reshape(tensor.shape[0], -1)  # a bias has one dimension
         squares = rows.double().square().sum(1)[part.rows(range(axis.size))]
         total += squares.reshape(axis.size, part.width).sum(1).cpu().numpy()
     return total
