@@ -2,9 +2,9 @@
 
 import copy
 import json
-import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import handmade
@@ -256,8 +256,12 @@ def test_the_folder_above_must_be_writable(tmp_path, monkeypatch):
         CheckpointError, match=r"c: .*file is not a folder that this user can write"
     ):
         check_target(tmp_path / "file" / "c", overwrite=False)
-    monkeypatch.setattr(os, "access", lambda *args: False)
-    with pytest.raises(CheckpointError, match="not a folder that this user can write to"):
+
+    def refuse(**kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(CheckpointError, match=r"can write to \(Permission denied\)"):
         check_target(tmp_path / "a", overwrite=False)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,11 +110,13 @@ def check_target(directory: str | Path, overwrite: bool) -> Path:
             "everything in it is deleted; choose another folder."
         )
     above = next(parent for parent in target.parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    try:
+        Path(tempfile.mkdtemp(dir=above, prefix=".hf_gradnas-")).rmdir()
+    except OSError as error:
         raise CheckpointError(
-            f"{target}: {above} is not a folder that this user can write to; choose another "
-            "folder, or change its permissions."
-        )
+            f"{target}: {above} is not a folder that this user can write to "
+            f"({error.strerror}); choose another folder, or change its permissions."
+        ) from error
     return target
 
 
