@@ -1,0 +1,74 @@
+"""What kept units cost, and the limits on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Cost of a tensor with more than one prunable dimension.
+
+    ``factor · Π_dims (constant + Σ_axes weight·kept)``.
+
+    Attributes:
+        factor: Cost per element.
+        dims: Per dimension of the tensor its constant size, and ``(axis name, weight)`` pairs.
+    """
+
+    factor: float
+    dims: tuple[tuple[float, tuple[tuple[str, float], ...]], ...]
+
+    def of(self, kept: Mapping[str, int]) -> float:
+        """Cost when ``kept[axis]`` units of each axis stay."""
+        total = self.factor
+        for constant, weights in self.dims:
+            total *= constant + sum(weight * kept[axis] for axis, weight in weights)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """A cost as a closed form of how many units each axis keeps.
+
+    ``cost(kept) = constant + Σ_axes (per_unit·kept + while_kept·[kept > 0]) + Σ products``. Exact
+    for nested axes too, since the kept heads are counted over all kept groups.
+
+    Attributes:
+        name: ``"flops"`` or ``"params"``.
+        constant: What no plan can change.
+        per_unit: Cost of one unit, per axis name.
+        while_kept: Cost that goes only when the axis loses its last unit (q/k norms of a head).
+        products: Costs of tensors that two axes cut (a convolution between two others), or one axis
+            in two dimensions.
+    """
+
+    name: str
+    constant: float
+    per_unit: Mapping[str, float]
+    while_kept: Mapping[str, float] = field(default_factory=dict)
+    products: tuple[Product, ...] = ()
+
+    def of(self, kept: Mapping[str, int]) -> float:
+        """Cost of a model that keeps ``kept[axis]`` units of each axis."""
+        total = self.constant
+        for axis, per_unit in self.per_unit.items():
+            total += per_unit * kept[axis]
+            if kept[axis]:
+                total += self.while_kept.get(axis, 0.0)
+        return total + sum(product.of(kept) for product in self.products)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """An upper limit on one cost: `limit` in the cost's unit, `ratio` of the original's `total`."""
+
+    cost: str
+    limit: float
+    total: float
+
+    @property
+    def ratio(self) -> float:
+        """Limit as a fraction of the original cost."""
+        return self.limit / self.total

@@ -1,0 +1,153 @@
+"""Which units stay, and what every unit is worth; each with its file format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..errors import PlanError, ScoresError
+from .costs import Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """For every axis the sorted indices of the units that stay. Pure data; JSON in and out.
+
+    Attributes:
+        kept: Sorted kept indices per axis name.
+        sizes: Number of units of each axis in the unpruned model.
+        layout: ``"stock"`` or ``"per_layer"``.
+        budgets: What was asked for.
+        costs: Achieved cost per cost name.
+        loss_increase: Predicted loss increase in units of the score (0.5·Σ for `fisher`).
+        search: Name of the strategy.
+        score: Name of the score.
+        steps: Smallest step of each budgeted cost in this layout, upwards from this plan.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, int]
+    layout: str
+    budgets: tuple[Budget, ...] = ()
+    costs: Mapping[str, float] = field(default_factory=dict)
+    loss_increase: float = 0.0
+    search: str = ""
+    score: str = ""
+    steps: Mapping[str, float] = field(default_factory=dict)
+
+    FORMAT_VERSION = 1
+
+    def counts(self) -> dict[str, int]:
+        """Number of kept units per axis name."""
+        return {name: len(units) for name, units in self.kept.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        data = asdict(self)
+        data["format_version"] = self.FORMAT_VERSION
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_dict`.
+
+        Raises:
+            PlanError: The dictionary is not a plan, or one of a newer format.
+        """
+        if not isinstance(data, Mapping):
+            raise PlanError("Plan: the file holds no object; make the plan again.")
+        values = dict(data)
+        version = values.pop("format_version", None)
+        if version != cls.FORMAT_VERSION:
+            raise PlanError(
+                f"Plan: format_version is {version!r}, this hf_gradnas reads "
+                f"{cls.FORMAT_VERSION}; upgrade hf_gradnas or make the plan again."
+            )
+        try:
+            values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
+            values["kept"] = {name: tuple(units) for name, units in values["kept"].items()}
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"Plan: not a plan of hf_gradnas ({error}); make it again.") from error
+
+    def save(self, file: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(file).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | Path) -> Plan:
+        """Read a plan written by `save`.
+
+        Raises:
+            PlanError: The file is not a plan.
+        """
+        try:
+            data = json.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"Plan: {file} cannot be read ({error}); give another file.") from error
+        except ValueError as error:
+            raise PlanError(f"Plan: {file} is not JSON ({error}); make the plan again.") from error
+        return cls.from_dict(data)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much the loss is hurt when a unit goes: one float64 array per axis.
+
+    Attributes:
+        values: ``(size,)`` per axis name; ``kv_groups`` axes hold the joint score of their heads.
+        metadata: Strings: ``method``, ``normaliser``, ``examples``, ``mask_place``,
+            ``model_fingerprint``, ``data_fingerprint``, ``settings``, versions.
+    """
+
+    values: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    FORMAT_VERSION = 1
+
+    def save(self, file: str | Path) -> None:
+        """Write the scores as safetensors, one tensor per axis; the file is there whole or not."""
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sibling = file.with_name(f"{file.name}.tmp")
+        tensors = {
+            name: np.ascontiguousarray(v, dtype=np.float64) for name, v in self.values.items()
+        }
+        metadata = {**self.metadata, "format_version": str(self.FORMAT_VERSION)}
+        try:
+            save_file(tensors, sibling, metadata=metadata)
+            sibling.replace(file)
+        finally:
+            sibling.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, file: str | Path) -> Scores:
+        """Read scores written by `save`.
+
+        Raises:
+            ScoresError: The file is missing, damaged, or holds something else.
+        """
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                metadata = opened.metadata() or {}
+                version = metadata.pop("format_version", None)
+                if version != str(cls.FORMAT_VERSION):
+                    raise ScoresError(
+                        f"Scores: {file} has the format_version {version!r}, needed "
+                        f"'{cls.FORMAT_VERSION}'; upgrade hf_gradnas, or score again into "
+                        "another file."
+                    )
+                values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ScoresError(
+                f"Scores: {file} cannot be read ({error}); it is missing, damaged or no scores "
+                "file: remove it and score again."
+            ) from error
+        return cls(values, metadata)
