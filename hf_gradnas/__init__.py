@@ -13,6 +13,12 @@ from .checkpoint.install import install_when_imported
 
 if TYPE_CHECKING:
     from .errors import GradNASError, GradNASWarning
+    from .nas import (
+        GradientBinarySearcher,
+        GradientDataManager,
+        GradNASConfig,
+        GradNASModeDescriptor,
+    )
     from .pruner import GradNASPruner
     from .types import Budget, Plan, Scores, Structure
 
@@ -20,9 +26,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "GradNASConfig",
     "GradNASError",
+    "GradNASModeDescriptor",
     "GradNASPruner",
     "GradNASWarning",
+    "GradientBinarySearcher",
+    "GradientDataManager",
     "Plan",
     "Scores",
     "Structure",
@@ -31,9 +41,13 @@ __all__ = [
 
 _HOME = {
     "Budget": "types",
+    "GradNASConfig": "config.gradnas",
     "GradNASError": "errors",
+    "GradNASModeDescriptor": "nas",
     "GradNASPruner": "pruner",
     "GradNASWarning": "errors",
+    "GradientBinarySearcher": "nas",
+    "GradientDataManager": "nas",
     "Plan": "types",
     "Scores": "types",
     "Structure": "types",

@@ -1,7 +1,12 @@
-"""Masks on the units of a model: multiply the input of an out-projection by zeros and ones.
+"""Masks on the units of a model: multiply the values of every unit by zeros and ones.
 
-Knows where a unit stands at the input of its out-projection; knows nothing of scores and plans.
-A mask at 1 changes no bit, and its gradient is ``∂L/∂m_i = Σ_tokens Σ_{d in unit i} x·∂L/∂x``.
+Knows where a unit stands among the activations (`Axis.masked_at`): at the input of its
+out-projection, or, for channels, at the outputs of all layers that produce it. Knows nothing of
+scores and plans. A mask at 1 changes no bit, and its gradient is
+``∂L/∂m_i = Σ_tokens Σ_{d in unit i} x·∂L/∂x`` over all these places.
+
+Norms between the producers and consumers of channels add a bias to zeros, and their statistics may
+span channels. So `masked` gives them the result that the norm has once it is cut.
 """
 
 from __future__ import annotations
@@ -12,23 +17,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from .errors import PlanError, StructureError
-from .types import Axis
+from .structure.sizes import Kept, cut_part, lost_units
+from .types import Axis, Tap
 
 
 def out_projection(model: nn.Module, axis: Axis) -> nn.Module:
-    """Return the module at whose input the units of an axis stand.
+    """Return the module at whose input the units of an axis stand; the first that makes channels.
+
+    Raises:
+        StructureError: The model has no module of that path.
+    """
+    return module_at(model, axis, axis.read_at)
+
+
+def module_at(model: nn.Module, axis: Axis, path: str) -> nn.Module:
+    """Return the module of a path that an axis names.
 
     Raises:
         StructureError: The model has no module of that path.
     """
     try:
-        return model.get_submodule(axis.read_at)
+        return model.get_submodule(path)
     except AttributeError as error:
         raise StructureError(
-            f"{axis.name}: {type(model).__name__} has no module {axis.read_at!r}; use the axes "
+            f"{axis.name}: {type(model).__name__} has no module {path!r}; use the axes "
             "that were discovered in this very model."
         ) from error
 
@@ -47,9 +64,7 @@ def check_width(axis: Axis, features: int) -> None:
 
 
 @contextmanager
-def masked(
-    model: nn.Module, axes: Iterable[Axis], kept: Mapping[str, Sequence[int]]
-) -> Iterator[None]:
+def masked(model: nn.Module, axes: Iterable[Axis], kept: Kept) -> Iterator[None]:
     """Run a model as if only the kept units were there, without cutting it.
 
     Encloses forward and backward; the hooks go when the block ends, also by an exception.
@@ -65,7 +80,8 @@ def masked(
     """
     by_name = {axis.name: axis for axis in axes}
     masks = {name: _mask_of(by_name, name, units) for name, units in kept.items()}
-    with _multiplied(model, [by_name[name] for name in masks], masks):
+    masking = [by_name[name] for name in masks]
+    with multiplied(model, masking, masks), _normed(model, masking, masks, kept):
         yield
 
 
@@ -85,7 +101,7 @@ def mask_leaves(model: nn.Module, axes: Iterable[Axis]) -> Iterator[dict[str, Te
     """
     axes = list(axes)
     leaves = {axis.name: _ones_for(out_projection(model, axis), axis.size) for axis in axes}
-    with _multiplied(model, axes, leaves):
+    with multiplied(model, axes, leaves):
         yield leaves
 
 
@@ -115,13 +131,61 @@ def _mask_of(axes: Mapping[str, Axis], name: str, units: Sequence[int]) -> Tenso
 
 
 @contextmanager
-def _multiplied(
+def multiplied(
     model: nn.Module, axes: Iterable[Axis], masks: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Multiply the input of every axis's out-projection by its mask within the block."""
+    """Multiply the units of every axis by its mask, wherever they stand, within the block.
+
+    Args:
+        model: The model.
+        axes: Axes to mask.
+        masks: ``(size,)`` per axis name; gradients reach those that require them.
+
+    Raises:
+        StructureError: An axis does not fit the model.
+    """
     with ExitStack() as stack:
         for axis in axes:
-            add_pre_hook(stack, out_projection(model, axis), _Multiply(axis, masks[axis.name]))
+            mask = masks[axis.name]
+            if not axis.taps:
+                add_pre_hook(stack, out_projection(model, axis), _Multiply(axis, mask))
+            for (path, side, _), taps in _by_place(axis.taps).items():
+                module, entries = module_at(model, axis, path), _MultiplyEntries(axis, taps, mask)
+                if side == "input":
+                    add_pre_hook(stack, module, entries.on_input)
+                else:
+                    add_hook(stack, module, entries.on_output)
+        yield
+
+
+def _by_place(taps: Iterable[Tap]) -> dict[tuple[str, str, int], list[Tap]]:
+    """Taps that are entries of one dimension of one tensor, together."""
+    places: dict[tuple[str, str, int], list[Tap]] = {}
+    for tap in taps:
+        places.setdefault((tap.module, tap.side, tap.dim), []).append(tap)
+    return places
+
+
+@contextmanager
+def _normed(
+    model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor], kept: Kept
+) -> Iterator[None]:
+    """Let the norms of the axes run as if cut to the kept units within the block."""
+    losing = [axis for axis in axes if lost_units(axis, kept)]
+    sharing: dict[tuple[str, int], list[tuple[Axis, list[Tap]]]] = {}
+    for axis in losing:
+        for (path, _, dim), taps in _by_place(axis.norms).items():
+            sharing.setdefault((path, dim), []).append((axis, taps))
+    with ExitStack() as stack:
+        for (path, dim), owners in sharing.items():
+            norm = module_at(model, owners[0][0], path)
+            if isinstance(norm, _NormBase):  # each channel has statistics of its own
+                for axis, taps in owners:
+                    entries = _MultiplyEntries(axis, taps, masks[axis.name])
+                    add_hook(stack, norm, entries.on_output)
+            else:
+                part = _CutNorm(model, path, dim, owners, kept)
+                add_hook(stack, norm, part, with_kwargs=True)
         yield
 
 
@@ -130,6 +194,13 @@ def add_pre_hook(stack: ExitStack, module: nn.Module, hook: Any) -> None:
     handles: list[RemovableHandle] = []
     stack.callback(_remove, handles)
     handles.append(module.register_forward_pre_hook(hook))
+
+
+def add_hook(stack: ExitStack, module: nn.Module, hook: Any, *, with_kwargs: bool = False) -> None:
+    """Register a forward hook that goes when `stack` closes, the undo being pushed first."""
+    handles: list[RemovableHandle] = []
+    stack.callback(_remove, handles)
+    handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:
@@ -149,3 +220,92 @@ class _Multiply:
         check_width(self.axis, x.shape[-1])
         mask = self.mask.to(device=x.device, dtype=x.dtype)
         return (x * mask.repeat_interleave(self.axis.width), *args[1:])
+
+
+class _MultiplyEntries:
+    """Hooks that multiply a module's input or output by a mask ``(size,)``, all else by 1.
+
+    Args:
+        axis: The axis.
+        taps: Where its units stand among the entries of one dimension.
+        mask: The mask of its units.
+    """
+
+    def __init__(self, axis: Axis, taps: Sequence[Tap], mask: Tensor) -> None:
+        self.axis, self.taps, self.mask = axis, taps, mask
+        owned = [(tap.rows([unit]), unit) for tap in taps for unit in range(axis.size)]
+        self.owner = {row: unit for rows, unit in owned for row in rows}
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._times_mask(args[0]), *args[1:])
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self._times_mask(output)
+
+    def _times_mask(self, x: Tensor) -> Tensor:
+        tap = self.taps[0]
+        entries = x.shape[tap.dim]
+        if max(self.owner) >= entries:
+            raise StructureError(
+                f"{self.axis.name}: the {tap.side} of {tap.module} holds {entries} values in "
+                f"dimension {tap.dim}, but the {self.axis.size} units of the axis reach to "
+                f"{max(self.owner) + 1}; discover the structure of this model again."
+            )
+        nobody = self.axis.size
+        units = [self.owner.get(entry, nobody) for entry in range(entries)]
+        mask = self.mask.to(device=x.device, dtype=x.dtype)
+        factors = torch.cat([mask, mask.new_ones(1)])[torch.tensor(units, device=x.device)]
+        shape = [1] * x.ndim
+        shape[tap.dim] = entries
+        return x * factors.view(shape)
+
+
+class _CutNorm:
+    """Forward hook that gives a norm the result of one that is cut to the kept units.
+
+    The cut norm sees the kept entries of the input, and the norm's own values: gradients reach
+    them. All other entries of the result are 0.
+
+    Args:
+        model: The model.
+        path: Path of the norm.
+        dim: Dimension of its input and output in which the units stand.
+        owners: Axes that lose units, with the places of their units there.
+        kept: Kept units per axis name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        dim: int,
+        owners: Sequence[tuple[Axis, Sequence[Tap]]],
+        kept: Kept,
+    ) -> None:
+        self.dim = dim
+        self.part, self.rows = cut_part(model, path, [axis for axis, _ in owners], kept)
+        self.lost = {
+            row for axis, taps in owners for tap in taps for row in tap.rows(lost_units(axis, kept))
+        }
+
+    def __call__(
+        self, norm: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor:
+        entries = [entry for entry in range(output.shape[self.dim]) if entry not in self.lost]
+        if not entries:
+            return torch.zeros_like(output)
+        index = torch.tensor(entries, device=output.device)
+        x = args[0].index_select(self.dim, index)
+        self.part.train(norm.training)
+        result = functional_call(self.part, self._values(norm), (x, *args[1:]), dict(kwargs))
+        zeros = torch.zeros_like(output)
+        return zeros.index_copy(self.dim, index, result.to(output.dtype))
+
+    def _values(self, norm: nn.Module) -> dict[str, Tensor]:
+        """The norm's parameters and buffers as they are now, the kept rows of them."""
+        values: dict[str, Tensor] = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+        for name, dims in self.rows.items():
+            for dim, rows in dims.items():
+                index = torch.tensor(rows, device=values[name].device)
+                values[name] = values[name].index_select(dim, index)
+        return values

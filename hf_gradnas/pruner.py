@@ -5,16 +5,15 @@ Knows the order of the steps and who needs what. Holds no algorithm.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .checkpoint.rewrite import write_per_layer, write_stock
+from .checkpoint.apply import apply_plan
 from .checkpoint.save import check_target, save_pruned
 from .config.budgets import parse_budgets
 from .config.rules import parse_rules, rule_for
@@ -26,11 +25,9 @@ from .scores.batches import to_device
 from .scores.sample import Batch, check_positions, longest_batch, reiterable
 from .search.solver import STRATEGIES, check_budgets, find_plan
 from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
-from .structure.config_values import locate_axes
 from .structure.counting import count_costs
-from .structure.modeling_gradnas import make_per_layer, translated
 from .structure.samples import flops_inputs
-from .surgery import check_kept, cut, merge_records
+from .surgery import check_kept
 from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
 from .verification import find_structure
 
@@ -263,14 +260,8 @@ class GradNASPruner:
                 "uncut one; make a new GradNASPruner of the cut model to prune it further."
             )
         self._check_plan(plan)
-        self._write_config(copy.deepcopy(self.model.config), plan)  # fails before anything is cut
-        earlier = vars(self.model.config).get("gradnas")
-        record = cut(self.model, self.structure.axes, plan.kept, layout=plan.layout)
-        self._write_config(self.model.config, plan)
-        if plan.layout == "per_layer":
-            if earlier is not None:
-                record = merge_records(translated(earlier, self.model), record)
-            make_per_layer(self.model, record)
+        space = _need(self._space, "config", "discover(batch) or score(dataloader)")
+        apply_plan(self.model, plan, self.structure, space)
         self._plan, self._applied = plan, True
         return self.model
 
@@ -343,14 +334,6 @@ class GradNASPruner:
         if plan.layout not in LAYOUTS[1:]:
             raise PlanError(f"layout {plan.layout!r} of the plan: known are {LAYOUTS[1:]}.")
         check_kept(self.structure.axes, plan.kept)
-
-    def _write_config(self, config: PreTrainedConfig, plan: Plan) -> None:
-        space = _need(self._space, "config", "discover(batch) or score(dataloader)")
-        if plan.layout == "stock":
-            write_stock(config, plan, self.structure, space)
-        else:
-            keys = locate_axes(self.model, self.structure, space)
-            write_per_layer(config, plan, self.structure, keys, space=space)
 
     def _settle(self, plan: Plan) -> Plan:
         """The plan with its loss in units of the loss, and with the costs after the cut."""

@@ -7,16 +7,16 @@ What is done to the modules stands in `structure.modeling_gradnas`, which also l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import PlanError
 from .structure import couplings, modeling_gradnas
-from .types import Attribute, Axis, Kind
+from .structure.sizes import Kept, kept_rows, new_sizes, tensor_at
+from .types import Axis, Kind
 
-Kept = Mapping[str, Sequence[int]]
 Record = Mapping[str, Any]
 
 
@@ -46,7 +46,7 @@ def cut(
     check_kept(axes, kept)
     counts = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in axes}
     changed = [a for a in axes if _is_changed(a, axes, counts)]
-    rows = _kept_rows(model, changed, kept)
+    rows = kept_rows(model, changed, kept)
     own: dict[str, list[int]] = {}
     new_tensors: dict[str, Tensor] = {}
     if layout == "per_layer":
@@ -60,8 +60,8 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
     """Check that kept indices fit the axes.
 
     Raises:
-        PlanError: An unknown axis, an index outside it, an unsorted list, or heads that do not
-            stand in the kept KV groups in equal number.
+        PlanError: An unknown axis, an index outside it, an unsorted list, no channels at all, or
+            heads that do not stand in the kept KV groups in equal number.
     """
     by_name = {axis.name: axis for axis in axes}
     for name, units in kept.items():
@@ -75,6 +75,11 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
             raise PlanError(
                 f"{name}: kept indices must be sorted, distinct and below {size}, found "
                 f"{list(units)[:8]}; make the plan again."
+            )
+        if by_name[name].kind is Kind.CHANNELS and len(units) < by_name[name].minimum:
+            raise PlanError(
+                f"{name}: {len(units)} of its {size} channels are kept, but at least "
+                f"{by_name[name].minimum} must stay; keep more, or leave the axis out of the plan."
             )
     for axis in axes:
         if axis.parent is not None:
@@ -105,27 +110,6 @@ def _is_changed(axis: Axis, axes: Sequence[Axis], counts: Mapping[str, int]) -> 
     return any(name is not None and counts[name] < sizes[name] for name in family)
 
 
-def _kept_rows(
-    model: nn.Module, changed: Sequence[Axis], kept: Kept
-) -> dict[str, dict[int, list[int]]]:
-    """Rows that stay, per tensor and dim."""
-    rows: dict[str, dict[int, list[int]]] = {}
-    for axis in changed:
-        stay = set(kept.get(axis.name, range(axis.size)))
-        gone = [unit for unit in range(axis.size) if unit not in stay]
-        for s in axis.slices:
-            size = _tensor(model, s.tensor).shape[s.dim]
-            before = rows.setdefault(s.tensor, {}).get(s.dim, range(size))
-            dropped = set(s.rows(gone))
-            rows[s.tensor][s.dim] = [row for row in before if row not in dropped]
-    return rows
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    return cast(Tensor, getattr(model.get_submodule(path), leaf))
-
-
 def _record_of(
     model: nn.Module,
     axes: Sequence[Axis],
@@ -145,39 +129,24 @@ def _record_of(
         for a in changed
         if a.removal is not None and counts[a.name] == 0
     }
-    modules: dict[str, dict[str, Any]] = {}
 
     def gone(path: str) -> bool:
         return any(path == r or path.startswith(r + ".") for r in removed)
 
-    for name, dims in rows.items():
-        path, _, leaf = name.rpartition(".")
-        if not gone(path):
-            shape = list(_tensor(model, name).shape)
-            for dim, stay in dims.items():
-                shape[dim] = len(stay)
-            modules.setdefault(path, {})[leaf] = shape
-    names = {axis.name for axis in changed}
-    for axis in axes:
-        for attribute in axis.attributes:
-            if attribute.axis in names and not gone(attribute.module):
-                _set_attribute(modules.setdefault(attribute.module, {}), attribute, counts)
+    changing = {axis.name: axis for axis in changed}
+    attributes = [
+        (attribute, changing[attribute.axis])
+        for axis in axes
+        for attribute in axis.attributes
+        if attribute.axis in changing and not gone(attribute.module)
+    ]
+    left = {name: dims for name, dims in rows.items() if not gone(name.rpartition(".")[0])}
     return {
         "format_version": modeling_gradnas.FORMAT_VERSION,
         "architecture": type(model).__name__,
-        "modules": modules,
+        "modules": new_sizes(model, attributes, counts, left),
         "removed": removed,
     }
-
-
-def _set_attribute(entry: dict[str, Any], attribute: Attribute, counts: Mapping[str, int]) -> None:
-    value = attribute.factor * counts[attribute.axis]
-    if attribute.per is not None:
-        value //= counts[attribute.per]
-    if attribute.in_config:
-        entry.setdefault("config", {})[attribute.name] = value
-    else:
-        entry[attribute.name] = value
 
 
 def _own_tables(
@@ -206,7 +175,7 @@ def _own_tables(
             own[module] = []
         name = f"{module}.{row.table}.weight"
         if axis.tied in groups and axis.tied != name and units:
-            donor = _tensor(model, axis.tied) if tables is None else tables[axis.tied]
+            donor = tensor_at(model, axis.tied) if tables is None else tables[axis.tied]
             index = torch.tensor(units, device=donor.device)
             tensors[name] = donor.detach().index_select(1, index).clone()
             own[module] = list(tensors[name].shape)

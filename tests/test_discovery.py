@@ -24,7 +24,10 @@ def test_every_family_is_found_and_proved_whole(family: str) -> None:
     kinds = [axis.kind for axis in structure.axes]
     layers = 1 if family == "albert" else 6 if family in CROSS else 3
     attentions = 9 if family in CROSS else layers
-    assert structure.refusals == ()
+    streams = [r.module for r in structure.refusals if "residual stream" in r.reason]
+    assert streams == (["model.encoder.conv2"] if family == "whisper" else [])
+    assert len(structure.refusals) == len(streams)
+    assert kinds.count(Kind.CHANNELS) == (1 if family == "whisper" else 0)
     assert kinds.count(Kind.HEADS) == attentions
     assert kinds.count(Kind.NEURONS) == layers
     assert kinds.count(Kind.KV_GROUPS) == (3 if family in GROUPED else 0)

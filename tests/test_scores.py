@@ -49,11 +49,15 @@ def test_scores_are_those_of_explicit_masks_at_every_batch_size(family: str) -> 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_fisher_of_a_model_as_it_is_does_not_depend_on_the_batch_size(family: str) -> None:
+    # Llama and T5 round to float32 inside, and which way depends on the CPU's kernels; without
+    # that rounding the scores agree to 1e-9, see above.
+    rtol = 1e-9 if family == "bert" else 1e-6
     model, axes, _ = build(family)
     examples = examples_of(family)
     one = collect_scores(model, axes, in_batches(examples, 1))
     for size in (8, 32):
-        assert_equal(collect_scores(model, axes, in_batches(examples, size)), dict(one.values))
+        many = collect_scores(model, axes, in_batches(examples, size))
+        assert_equal(many, dict(one.values), rtol)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])

@@ -15,7 +15,7 @@ from hf_gradnas.search import (
     find_plans,
     lowest_costs,
 )
-from hf_gradnas.types import Budget, Kind, Scores
+from hf_gradnas.types import Budget, CostModel, Kind, Scores
 
 AXES = [
     *small.attention(0, 3),
@@ -237,56 +237,96 @@ def test_a_model_without_axes_is_whole():
 # -- binary ------------------------------------------------------------------------------------
 
 
+def cheapest_within(family, scores, threshold, price):
+    """By hand: the plan of one block with a degradation of at most the threshold."""
+    within = [k for k in small.subsets(family) if small.loss(family, scores, k) <= threshold]
+    names = [a.name for a in family]
+    return min(
+        within,
+        key=lambda k: (sum(price[n] * len(k[n]) for n in names), small.loss(family, scores, k)),
+    )
+
+
 @pytest.mark.parametrize("ratio", [0.9, 0.6, 0.3])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_binary_finds_the_smallest_threshold(seed, ratio):
-    axes = [*small.attention(0, 6), *small.ffn(0, 9), *small.attention(1, 6), *small.ffn(1, 9)]
-    costs, scores = small.make_costs(axes, seed), small.make_scores(axes, seed)
-    limits = small.budgets(axes, costs, flops=ratio)
-    plan = find_plan(axes, scores, costs, limits, search="binary")
-    check_plan(plan, axes, scores, costs, limits)
-
-    def cost_at(threshold):
-        counts = {n: int((v > threshold).sum()) for n, v in scores.values.items()}
-        return costs["flops"].of(counts)
-
-    every = np.sort(np.concatenate(list(scores.values.values())))
-    threshold = next(t for t in every if cost_at(t) <= limits[0].limit)
-    pruned = np.concatenate(
-        [np.delete(scores.values[name], units) for name, units in plan.kept.items()]
-    )
-    assert pruned.max() == threshold
-    # Everything below the threshold goes, but for what the last step left room for.
-    spared = every[every < threshold].size - (pruned < threshold).sum()
-    assert spared * min(costs["flops"].per_unit.values()) <= max(costs["flops"].per_unit.values())
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_binary_bounds_the_largest_pruned_score_of_nested_axes(seed):
+def test_binary_is_the_smallest_threshold_on_the_sum_of_an_axis(seed, ratio):
+    """Without filling up, the plan is the threshold's own, nested axes and all."""
     costs, scores = small.make_costs(AXES, seed), small.make_scores(AXES, seed)
-    limits = small.budgets(AXES, costs, flops=0.5)
-    plan = find_plan(AXES, scores, costs, limits, search="binary")
+    limits = small.budgets(AXES, costs, flops=ratio)
+    plan = find_plan(AXES, scores, costs, limits, search="binary", fill=False)
     check_plan(plan, AXES, scores, costs, limits)
     families = small.families(AXES)
-    worst = max(max(small.pruned_scores(f, scores, plan.kept), default=0) for f in families)
 
-    def can_meet(threshold):
-        cheapest = dict.fromkeys(plan.sizes, 0)
+    def plan_at(threshold):
+        kept = {}
         for family in families:
-            within = [
-                kept
-                for kept in small.subsets(family)
-                if all(s <= threshold for s in small.pruned_scores(family, scores, kept))
-            ]
-            names = [a.name for a in family]
             price = costs["flops"].per_unit
-            best = min(within, key=lambda kept: sum(price[n] * len(kept[n]) for n in names))
-            cheapest |= {n: len(best[n]) for n in names}
-        return costs["flops"].of(cheapest) <= limits[0].limit
+            kept |= cheapest_within(family, scores, threshold, price)
+        return kept
 
-    # The planner keeps, for each count, the units of smallest summed loss; a threshold alone could
-    # choose other groups. Its largest pruned score is therefore no smaller than the ideal one.
-    assert can_meet(worst)
+    threshold = max(small.loss(family, scores, plan.kept) for family in families)
+    smaller = max(
+        loss
+        for family in families
+        for kept in small.subsets(family)
+        if (loss := small.loss(family, scores, kept)) < threshold * (1 - 1e-9)
+    )
+    assert plan.kept == plan_at(threshold * (1 + 1e-9))
+    too_dear = {name: len(units) for name, units in plan_at(smaller).items()}
+    assert costs["flops"].of(too_dear) > limits[0].limit
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.6, 0.3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_filling_up_keeps_more_within_the_threshold(seed, ratio):
+    costs, scores = small.make_costs(AXES, seed), small.make_scores(AXES, seed)
+    limits = small.budgets(AXES, costs, flops=ratio)
+    bare, full = (
+        find_plan(AXES, scores, costs, limits, search="binary", fill=fill) for fill in (False, True)
+    )
+    check_plan(full, AXES, scores, costs, limits)
+    assert full.loss_increase <= bare.loss_increase
+    degradation = [
+        max(small.loss(family, scores, plan.kept) for family in small.families(AXES))
+        for plan in (bare, full)
+    ]
+    assert degradation[1] <= degradation[0]
+
+
+def test_binary_spares_an_axis_of_many_small_scores():
+    """Eight neurons of 1 degrade their FFN by more than one head of 5 its attention."""
+    axes = [*small.attention(0, 2), *small.ffn(0, 8)]
+    scores = Scores({axes[0].name: np.array([5.0, 9.0]), axes[1].name: np.ones(8)})
+    costs = {"flops": CostModel("flops", 0.0, {axes[0].name: 8.0, axes[1].name: 1.0})}
+    limits = small.budgets(axes, costs, flops=0.5)
+    plan = find_plan(axes, scores, costs, limits, search="binary", fill=False)
+    assert plan.counts() == {axes[0].name: 1, axes[1].name: 3}
+
+
+# -- choices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("search", sorted(STRATEGIES))
+def test_explicit_choices_bind_the_plan_and_what_can_be_reached(search):
+    axes = [*small.attention(0, 4), *small.ffn(0, 100)]
+    costs, scores = small.make_costs(axes), small.make_scores(axes, 0)
+    choices = {axes[1].name: [33, 77]}
+    limits = small.budgets(axes, costs, flops=0.7)
+    plan = find_plan(axes, scores, costs, limits, search=search, choices=choices)
+    check_plan(plan, axes, scores, costs, limits)
+    assert len(plan.kept[axes[1].name]) in (33, 77)
+    lowest = lowest_costs(axes, costs, choices=choices)
+    assert lowest["flops"] == costs["flops"].of({axes[0].name: 0, axes[1].name: 33})
+    check_budgets(axes, costs, limits, choices=choices)
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        check_budgets(axes, costs, small.budgets(axes, costs, flops=0.3), choices=choices)
+    check_budgets(axes, costs, small.budgets(axes, costs, flops=0.3))
+
+
+def test_choices_of_an_unknown_axis():
+    axes = small.ffn(0, 4)
+    with pytest.raises(PlanError, match="no such axis among the 1 of the model"):
+        lowest_costs(axes, small.make_costs(axes), choices={"nowhere:neurons": [1]})
 
 
 # -- complaints --------------------------------------------------------------------------------

@@ -1,22 +1,27 @@
 """Options of a block against explicit enumeration of every subset."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import search_spaces as small
 
 from hf_gradnas.config.rules import Rule
-from hf_gradnas.search.choices import choose_counts, default_multiple
+from hf_gradnas.errors import PlanError
+from hf_gradnas.search.choices import (
+    channel_multiple,
+    choose_counts,
+    default_multiple,
+    step_ratios_of,
+)
 from hf_gradnas.search.options import make_block, make_members
-from hf_gradnas.types import Kind, Scores
+from hf_gradnas.types import CostModel, Kind, Product, Scores, StockGroup
 
 
-def block_of(axes, scores, rules=None):
+def block_of(axes, scores, rules=None, choices=None):
     costs = list(small.make_costs(axes).values())
-    whole = [cost.of({a.name: a.size for a in axes}) for cost in costs]
-    neurons = [a.name for a in axes if a.kind == Kind.NEURONS]
-    counts = choose_counts(
-        axes, None, rules=rules or {}, costs=costs, totals=whole, neurons=neurons
-    )
+    ratios = step_ratios_of(axes, costs)
+    counts = choose_counts(axes, None, rules=rules or {}, step_ratios=ratios, choices=choices)
     members = make_members(axes, scores.values, tie=False)
     return make_block(axes, members=members, counts=counts, costs=costs)
 
@@ -46,8 +51,21 @@ def test_every_option_is_the_best_of_all_subsets_with_its_counts(heads, groups, 
         assert tuple(len(kept[a.name]) for a in axes) == counts
         assert block.losses.total[option] == pytest.approx(best[counts], rel=1e-12)
         assert small.loss(axes, scores, kept) == pytest.approx(best[counts], rel=1e-12)
-        worst = max(small.pruned_scores(axes, scores, kept), default=-np.inf)
-        assert block.losses.worst[option] == worst
+        assert block.losses.degradation[option] == block.losses.total[option]
+
+
+def test_the_degradation_of_a_block_is_that_of_its_most_degraded_member():
+    axes = [*small.attention(0, 3), *small.attention(1, 3)]
+    scores = {axes[0].name: np.array([1.0, 2.0, 9.0]), axes[1].name: np.array([4.0, 0.5, 0.25])}
+    members = make_members(axes, scores, tie=False)
+    block = make_block(
+        axes,
+        members=members,
+        counts={Kind.HEADS: np.arange(4)},
+        costs=[small.make_costs(axes)["flops"]],
+    )
+    assert block.losses.total.tolist() == [0, 1.25, 3.75, 16.75]
+    assert block.losses.degradation.tolist() == [0, 1, 3, 12]
 
 
 def test_costs_are_those_of_the_closed_form():
@@ -142,24 +160,125 @@ def test_default_multiple(size, step_ratio, expected):
     assert default_multiple(size, step_ratio=step_ratio) == expected
 
 
+def with_totals(axes, *, flops, params=1e9):
+    """Unit costs of `search_spaces` in a model of these totals."""
+    whole = {a.name: a.size for a in axes}
+    costs = small.make_costs(axes)
+    return [
+        replace(costs[name], constant=costs[name].constant + total - costs[name].of(whole))
+        for name, total in (("flops", flops), ("params", params))
+    ]
+
+
+def smallest_neurons(axes, costs):
+    ratios = step_ratios_of([*axes], costs)
+    counts = choose_counts(axes[:1], None, rules={}, step_ratios=ratios)
+    return np.sort(counts[Kind.NEURONS])[1]
+
+
 def test_the_default_multiple_obeys_every_budgeted_cost():
     axes = small.ffn(0, 2048)
-    costs = small.make_costs(axes)
-    both = [costs["flops"], costs["params"]]
     # One neuron costs 2 of 20,000 FLOPs and 3 of 10,000 parameters: 32 x 3 is 0.96 %.
-    names = [axes[0].name]
-    counts = choose_counts(
-        axes, None, rules={}, costs=both, totals=[20_000.0, 10_000.0], neurons=names
-    )
-    assert np.sort(counts[Kind.NEURONS])[1] == 32
-    counts = choose_counts(axes, None, rules={}, costs=both[:1], totals=[20_000.0], neurons=names)
-    assert np.sort(counts[Kind.NEURONS])[1] == 64
+    both = with_totals(axes, flops=20_000.0, params=10_000.0)
+    assert smallest_neurons(axes, both) == 32
+    assert smallest_neurons(axes, both[:1]) == 64
 
 
 def test_the_default_multiple_counts_the_step_of_all_ffns():
-    first, second = small.ffn(0, 2048), small.ffn(1, 2048)
-    costs = [small.make_costs([*first, *second])["flops"]]
-    names = [first[0].name, second[0].name]
+    axes = [*small.ffn(0, 2048), *small.ffn(1, 2048)]
     # One neuron in both costs 4 of 20,000 FLOPs: 32 x 4 is 0.64 %.
-    counts = choose_counts(first, None, rules={}, costs=costs, totals=[20_000.0], neurons=names)
-    assert np.sort(counts[Kind.NEURONS])[1] == 32
+    assert smallest_neurons(axes, with_totals(axes, flops=20_000.0)[:1]) == 32
+
+
+# -- channels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "step_ratio", "expected"),
+    [
+        (512, 1, 1e-6, 32),
+        (512, 1, 0.01 / 32, 32),
+        (512, 1, 0.01 / 31, 16),
+        (512, 1, 0.01 / 15, 8),
+        (512, 1, 0.01 / 7, 1),
+        (255, 1, 1e-6, 16),
+        (63, 1, 1e-6, 1),
+        (128, 4, 1e-6, 8),
+        (512, 64, 1e-6, 1),
+        (512, 3, 1e-6, 32),
+    ],
+)
+def test_channel_multiple(size, width, step_ratio, expected):
+    axis = replace(small.axis("conv", Kind.CHANNELS, size), width=width)
+    assert channel_multiple(axis, step_ratio=step_ratio) == expected
+
+
+def test_the_step_of_channels_is_the_slope_of_the_products():
+    first, second = (small.axis(name, Kind.CHANNELS, size) for name, size in (("a", 6), ("b", 4)))
+    second = replace(second, width=2)
+    product = Product(5.0, ((1.0, ((first.name, 2.0),)), (0.0, ((second.name, 3.0),))))
+    cost = CostModel("flops", 10.0, {first.name: 7.0}, {}, (product,))
+    total = cost.of({first.name: 6, second.name: 4})
+    slopes = 7 + 5 * 2 * 12, 5 * 13 * 3
+    ratio = step_ratios_of([first, second], [cost])[Kind.CHANNELS]
+    assert ratio == pytest.approx((slopes[0] + slopes[1] / 2) / total)
+
+
+def test_channels_keep_at_least_their_minimum():
+    axis = replace(small.axis("conv", Kind.CHANNELS, 20), minimum=1)
+    found = choose_counts([axis], None, rules={}, step_ratios={Kind.CHANNELS: 1.0})
+    assert sorted(found[Kind.CHANNELS]) == list(range(1, 21))
+    found = choose_counts(
+        [axis], None, rules={"*": Rule(min=3, multiple=5)}, step_ratios={Kind.CHANNELS: 1.0}
+    )
+    assert sorted(found[Kind.CHANNELS]) == [5, 10, 15, 20]
+
+
+# -- choices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axes", "chosen", "expected"),
+    [
+        (small.attention(0, 5), [1, 4], [5, 4, 1]),
+        (small.attention(0, 5), [], [5]),
+        (small.ffn(0, 84), [0, 13, 13, 84], [84, 13, 0]),
+    ],
+)
+def test_choices_take_the_place_of_rules_and_multiples(axes, chosen, expected):
+    for rules in ({}, {"*": None}, {"*": Rule(min=9, multiple=4)}):
+        block = block_of(axes, small.make_scores(axes, 0), rules, {axes[0].name: chosen})
+        assert [count for (count,) in options_of(block)] == expected
+
+
+def test_chosen_groups_keep_all_their_heads():
+    axes = small.attention(0, 9, groups=3)
+    block = block_of(axes, small.make_scores(axes, 0), None, {axes[0].name: [1]})
+    assert set(options_of(block)) == {(1, 3), (3, 9)}
+
+
+def test_choices_in_a_stock_group_must_suit_all_its_axes():
+    axes = [*small.ffn(0, 8), *small.ffn(1, 8), *small.ffn(2, 8)]
+    group = StockGroup(tuple(a.name for a in axes), {"neurons": "size"})
+    choices = {axes[0].name: [2, 4, 6], axes[1].name: [3, 4, 6]}
+    counts = choose_counts(
+        axes,
+        group,
+        rules={"layers.2.*": Rule(min=5)},
+        step_ratios={Kind.NEURONS: 1.0},
+        choices=choices,
+    )
+    assert sorted(counts[Kind.NEURONS]) == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("axes", "index", "chosen", "message"),
+    [
+        (small.attention(0, 9, groups=3), 1, [3], "heads that stand in KV groups.*give them for"),
+        (small.ffn(0, 5), 0, [6], "found 6, needed counts from 0 to 5; leave"),
+        (small.ffn(0, 5), 0, [-1], "found -1, needed counts from 0 to 5; leave"),
+    ],
+)
+def test_choices_that_an_axis_cannot_have(axes, index, chosen, message):
+    with pytest.raises(PlanError, match=message):
+        block_of(axes, small.make_scores(axes, 0), None, {axes[index].name: chosen})

@@ -47,7 +47,7 @@ def plans_of(structure: Structure) -> dict[str, dict[str, list[int]]]:
         plans["groups"] = groups
     plans["first attention gone"] = {**both, **gone}
     plans["first FFN gone"] = {**both, ffn.name: []}
-    everything = {a.name: [] for a in structure.axes}
+    everything = {a.name: list(range(a.minimum)) for a in structure.axes}
     plans["everything gone"] = everything
     return plans
 

@@ -23,6 +23,7 @@ VOCAB = 160
 LABELS = 3
 SPREAD = 0.15
 IGNORED = -100
+AUDIO_SAMPLES = 320
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NO_DROPOUT = {"attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0}
@@ -218,6 +219,112 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+IMAGES = {"num_labels": LABELS, "problem_type": "single_label_classification", "image_size": 24}
+STAGES = {**CLASSES, "embedding_size": 8, "hidden_sizes": [8, 12, 16], "depths": [2, 2, 1]}
+CONVNEXT = {
+    **IMAGES,
+    "num_stages": 3,
+    "patch_size": 2,
+    "hidden_sizes": [8, 12, 16],
+    "depths": [1, 2, 1],
+}
+AUDIO = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [8, 12, 10],
+    "conv_kernel": [10, 3, 2],
+    "conv_stride": [5, 2, 2],
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+    "classifier_proj_size": 16,
+    "apply_spec_augment": False,
+    "layerdrop": 0.0,
+    "hidden_dropout": 0.0,
+    "final_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.0,
+    **CLASSES,
+}
+STABLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+
+# Families with convolutions; they have no hidden size, heads or layers in common.
+CONV_FAMILIES: dict[str, Family] = {
+    "resnet": Family(
+        "ResNetConfig", "ResNetForImageClassification", "image", {**STAGES, "layer_type": "basic"}
+    ),
+    "resnet_bottleneck": Family(
+        "ResNetConfig",
+        "ResNetForImageClassification",
+        "image",
+        {**STAGES, "hidden_sizes": [16, 24, 32], "layer_type": "bottleneck"},
+    ),
+    "regnet": Family(
+        "RegNetConfig",
+        "RegNetForImageClassification",
+        "image",
+        {**STAGES, "hidden_sizes": [16, 24, 32], "groups_width": 8, "layer_type": "y"},
+    ),
+    "convnext": Family("ConvNextConfig", "ConvNextForImageClassification", "image", CONVNEXT),
+    "convnextv2": Family("ConvNextV2Config", "ConvNextV2ForImageClassification", "image", CONVNEXT),
+    "mobilenet_v1": Family(
+        "MobileNetV1Config",
+        "MobileNetV1ForImageClassification",
+        "image",
+        {**IMAGES, "depth_multiplier": 0.25, "classifier_dropout_prob": 0.0},
+    ),
+    "mobilenet_v2": Family(
+        "MobileNetV2Config",
+        "MobileNetV2ForImageClassification",
+        "image",
+        {**IMAGES, "depth_multiplier": 0.25, "classifier_dropout_prob": 0.0},
+    ),
+    "efficientnet": Family(
+        "EfficientNetConfig",
+        "EfficientNetForImageClassification",
+        "image",
+        {
+            **IMAGES,
+            "width_coefficient": 0.25,
+            "depth_coefficient": 1.0,
+            "in_channels": [32, 16, 24],
+            "out_channels": [16, 24, 64],
+            "kernel_sizes": [3, 5, 3],
+            "strides": [1, 2, 1],
+            "num_block_repeats": [1, 2, 1],
+            "expand_ratios": [1, 4, 2],
+            "hidden_dim": 320,
+            "dropout_rate": 0.0,
+            "drop_connect_rate": 0.0,
+        },
+    ),
+    "segformer": Family(
+        "SegformerConfig",
+        "SegformerForSemanticSegmentation",
+        "segment",
+        {
+            "num_labels": LABELS,
+            "num_encoder_blocks": 2,
+            "depths": [1, 2],
+            "sr_ratios": [2, 1],
+            "hidden_sizes": [16, 32],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "num_attention_heads": [2, 4],
+            "mlp_ratios": [2, 2],
+            "decoder_hidden_size": 16,
+            "classifier_dropout_prob": 0.0,
+            "drop_path_rate": 0.0,
+        },
+    ),
+    "wav2vec2": Family("Wav2Vec2Config", "Wav2Vec2ForSequenceClassification", "audio", AUDIO),
+    "wav2vec2_layer": Family("Wav2Vec2Config", "Wav2Vec2ForCTC", "ctc", {**AUDIO, **STABLE}),
+    "hubert": Family("HubertConfig", "HubertForSequenceClassification", "audio", AUDIO),
+}
+
+
 @dataclass(frozen=True)
 class Built:
     """A model that `build` made, and the parameters that its class freezes."""
@@ -240,13 +347,13 @@ def build(
     """Make the family's tiny model, in eval mode, and one labelled batch for ``model(**inputs)``.
 
     Args:
-        name: Key of `FAMILIES`.
+        name: Key of `FAMILIES` or `CONV_FAMILIES`.
         dtype: Type of the parameters and of floating-point inputs.
         seed: Decides parameters and batch.
         attn: Attention kernel: ``"eager"`` or ``"sdpa"``.
         **overrides: Replace arguments of the config.
     """
-    family = FAMILIES[name]
+    family = FAMILIES.get(name) or CONV_FAMILIES[name]
     config = getattr(transformers, family.config)(**{**family.kwargs, **overrides})
     config._attn_implementation = attn
     generator = torch.Generator().manual_seed(seed)
@@ -278,12 +385,22 @@ def float64_throughout() -> Iterator[None]:
 
 @torch.no_grad()
 def _randomise(model: transformers.PreTrainedModel, *, generator: torch.Generator) -> None:
-    """Draw every parameter anew: vectors keep their mean (norms 1, biases 0), matrices do not."""
+    """Draw every parameter anew: vectors keep their mean (norms 1, biases 0), matrices do not.
+
+    The running statistics of batch norms are drawn too.
+    """
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * SPREAD
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        # Convolutions keep the size of what they read, or nothing would be left of it in the end.
+        noise *= (2 / parameter[0].numel()) ** 0.5 if parameter.dim() > 2 else SPREAD
         if parameter.dim() == 1:
             noise += parameter
         parameter.copy_(noise)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            shape = module.running_mean.shape
+            module.running_mean.copy_(torch.randn(shape, generator=generator) * SPREAD)
+            module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
 
 
 def _tokens(lengths: tuple[int, ...], *, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -318,10 +435,29 @@ def _seq2seq(config: transformers.PreTrainedConfig, generator: torch.Generator) 
     return {"input_ids": ids, "attention_mask": mask, "labels": _targets(generator)}
 
 
+def _pixels(config: transformers.PreTrainedConfig, generator: torch.Generator) -> torch.Tensor:
+    side = vars(config).get("image_size", IMAGES["image_size"])
+    return torch.randn((BATCH, config.num_channels, side, side), generator=generator)
+
+
 def _image(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
-    shape = (BATCH, config.num_channels, config.image_size, config.image_size)
-    pixels = torch.randn(shape, generator=generator)
-    return {"pixel_values": pixels, "labels": _class_labels(generator)}
+    return {"pixel_values": _pixels(config, generator), "labels": _class_labels(generator)}
+
+
+def _segment(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
+    pixels = _pixels(config, generator)
+    labels = torch.randint(0, LABELS, (BATCH, *pixels.shape[2:]), generator=generator)
+    return {"pixel_values": pixels, "labels": labels}
+
+
+def _audio(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
+    samples = torch.randn((BATCH, AUDIO_SAMPLES), generator=generator)
+    return {"input_values": samples, "labels": _class_labels(generator)}
+
+
+def _ctc(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
+    labels = torch.randint(3, config.vocab_size, (BATCH, 4), generator=generator)
+    return {**_audio(config, generator), "labels": labels}
 
 
 def _speech(config: transformers.PreTrainedConfig, generator: torch.Generator) -> dict:
@@ -336,4 +472,7 @@ INPUTS = {
     "seq2seq": _seq2seq,
     "image": _image,
     "speech": _speech,
+    "segment": _segment,
+    "audio": _audio,
+    "ctc": _ctc,
 }

@@ -6,9 +6,10 @@ Knows shapes and measured row counts; does not run models (`structure.counting` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
-from ..types import Axis, CostModel, Slice
+from ..types import Axis, CostModel, Product, Slice
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -18,12 +19,14 @@ def params_cost(axes: Sequence[Axis], shapes: Shapes, *, layout: str = "stock") 
 
     Args:
         axes: All axes.
-        shapes: Shape of every parameter by name, each parameter once.
+        shapes: Shape of every parameter by name, each parameter once; slices of tensors that are
+            not among them (buffers) cost nothing.
         layout: In ``"per_layer"`` an attention that took its bias from a shared table gets its own
             columns of it, which adds to what its heads cost (T5).
     """
+    products = _products(axes, shapes, dict.fromkeys(shapes, 1.0))
     per_unit = {
-        axis.name: float(sum(_share(s, shapes) for s in axis.slices if s.tensor in shapes))
+        axis.name: float(sum(_share(s, shapes) for s in _linear(axis, shapes, products)))
         for axis in axes
     }
     while_kept = {
@@ -32,11 +35,11 @@ def params_cost(axes: Sequence[Axis], shapes: Shapes, *, layout: str = "stock") 
         if axis.removal is not None
     }
     total = float(sum(prod(shape) for shape in shapes.values()))
-    model = _close("params", total, axes, per_unit, while_kept)
+    model = _close("params", total, axes, per_unit, while_kept, products)
     if layout == "per_layer":
         own = {axis.name: float(own_table_rows(axis, shapes)) for axis in axes}
         per_unit = {name: value + own[name] for name, value in per_unit.items()}
-        return CostModel(model.name, model.constant, per_unit, model.while_kept)
+        return replace(model, per_unit=per_unit)
     return model
 
 
@@ -74,8 +77,10 @@ def flops_cost(
         macs_per_head: MACs of the products between activations per head, per ``heads`` axis.
         total_flops: FLOPs of the whole forward.
     """
+    products = _products(axes, shapes, {name: 2.0 * rows.get(name, 0) for name in shapes})
     per_unit = {
-        axis.name: 2.0 * sum(_share(s, shapes) * rows.get(s.tensor, 0) for s in axis.slices)
+        axis.name: 2.0
+        * sum(_share(s, shapes) * rows.get(s.tensor, 0) for s in _linear(axis, shapes, products))
         + 2.0 * macs_per_head.get(axis.name, 0.0)
         for axis in axes
     }
@@ -85,7 +90,45 @@ def flops_cost(
         for axis in axes
         if axis.removal is not None
     }
-    return _close("flops", total_flops, axes, per_unit, while_kept)
+    return _close("flops", total_flops, axes, per_unit, while_kept, products)
+
+
+def _products(
+    axes: Sequence[Axis], shapes: Shapes, factors: Mapping[str, float]
+) -> dict[str, Product]:
+    """Cost of every tensor that axes cut in two or more dimensions, by its name.
+
+    A convolution between two channels axes has ``out · in/groups · kernel`` elements: no sum over
+    axes, whose units would each cost the same whatever the others keep.
+    """
+    sizes = {axis.name: axis.size for axis in axes}
+    products = {}
+    for tensor, cut in _rows_per_unit(axes, shapes).items():
+        if len(cut) > 1:
+            dims = []
+            for dim, length in enumerate(shapes[tensor]):
+                weights = cut.get(dim, {})
+                constant = length - sum(rows * sizes[name] for name, rows in weights.items())
+                dims.append((float(constant), tuple(weights.items())))
+            products[tensor] = Product(factors[tensor], tuple(dims))
+    return products
+
+
+def _rows_per_unit(axes: Sequence[Axis], shapes: Shapes) -> dict[str, dict[int, dict[str, float]]]:
+    """Rows that a unit of each axis owns, per parameter and dimension."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for axis in axes:
+        for s in axis.slices:
+            if s.tensor in shapes:
+                dim = s.dim % len(shapes[s.tensor])
+                rows = found.setdefault(s.tensor, {}).setdefault(dim, {})
+                rows[axis.name] = rows.get(axis.name, 0.0) + s.width
+    return found
+
+
+def _linear(axis: Axis, shapes: Shapes, products: Mapping[str, Product]) -> Iterator[Slice]:
+    """Slices of parameters whose cost is linear in what the axis keeps."""
+    return (s for s in axis.slices if s.tensor in shapes and s.tensor not in products)
 
 
 def _close(
@@ -94,11 +137,16 @@ def _close(
     axes: Sequence[Axis],
     per_unit: dict[str, float],
     while_kept: dict[str, float],
+    products: Mapping[str, Product],
 ) -> CostModel:
+    """The closed form whose value for the whole model is `total`."""
     sizes = {axis.name: axis.size for axis in axes}
+    costly = tuple(product for product in products.values() if product.factor)
     variable = sum(value * sizes[axis] for axis, value in per_unit.items())
+    variable += sum(product.of(sizes) for product in costly)
     while_kept = {axis: value for axis, value in while_kept.items() if value}
-    return CostModel(name, total - variable - sum(while_kept.values()), per_unit, while_kept)
+    constant = total - variable - sum(while_kept.values())
+    return CostModel(name, constant, per_unit, while_kept, costly)
 
 
 def _share(s: Slice, shapes: Shapes) -> int:
@@ -110,7 +158,8 @@ def _share(s: Slice, shapes: Shapes) -> int:
 def _rest(axis: Axis, axes: Sequence[Axis], shapes: Shapes) -> dict[str, int]:
     """Elements that go with the last unit only: what a removed module holds beside its units.
 
-    The bias of the out-projection stays, and a norm that the replacement needs.
+    The bias of the out-projection stays, and a norm that the replacement needs. A tensor that other
+    axes cut too is counted as theirs: a plan that removes the module costs at most what is said.
     """
     removal = axis.removal
     if removal is None:
@@ -118,12 +167,15 @@ def _rest(axis: Axis, axes: Sequence[Axis], shapes: Shapes) -> dict[str, int]:
     prefix = removal.module + "."
     bias = f"{axis.read_at}.bias"
     norm = f"{prefix}{removal.norm}."
+    family = {other.name: other for other in _family(axis, axes)}
+    others = {s.tensor for other in axes if other.name not in family for s in other.slices}
     rest = {
         name: prod(shape)
         for name, shape in shapes.items()
         if name.startswith(prefix) and name != bias and not name.startswith(norm)
+        if name not in others
     }
-    for other in _family(axis, axes):
+    for other in family.values():
         for s in other.slices:
             if s.tensor in rest:
                 rest[s.tensor] -= _share(s, shapes) * other.size

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._compat import configs_of
 from ..errors import DataError, ScoresError
@@ -25,7 +25,7 @@ from .state import Record, State, is_continued
 
 Progress = Callable[[int, "int | None"], None]
 LABELS = ("data", "model")
-MASK_PLACE = "out_projection_input"
+MASK_PLACES = {"input": "out_projection_input", "output": "producer_output"}
 
 
 def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaults
@@ -96,17 +96,23 @@ def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def _settings(
-    axes: Iterable[Axis], method: str, labels: str, num_examples: int | None, seed: int
+    axes: Sequence[Axis], method: str, labels: str, num_examples: int | None, seed: int
 ) -> dict[str, Any]:
     """Everything that scores depend on besides model and data; the seed only where it is used."""
     return {
         "axes": axes_fingerprint(axes),
         "labels": labels,
-        "mask_place": MASK_PLACE,
+        "mask_place": _mask_place(axes),
         "method": method,
         "num_examples": num_examples,
         "seed": seed if labels == "model" or method == "random" else None,
     }
+
+
+def _mask_place(axes: Iterable[Axis]) -> str:
+    """Where the masks of the axes stand, in the order of `MASK_PLACES`."""
+    sides = {tap.side for axis in axes for tap in axis.masked_at}
+    return ",".join(place for side, place in MASK_PLACES.items() if side in sides)
 
 
 def _from_weights(model: nn.Module, axes: Iterable[Axis], method: str, seed: int) -> State:
@@ -197,12 +203,12 @@ class _Step:
         Raises:
             DataError: Its loss or a gradient is not finite.
         """
-        self.recorder.start(batch.examples)
-        loss, count = self.objective(batch, state.examples)
         totals = state.totals
-        if loss is not None and loss.requires_grad:
-            loss.backward()
-            gradients = self.recorder.gradients()
+        measured = None
+        while measured is None:  # once more for a batch in which outputs had to be copied first
+            measured = self._measure(batch, state.examples)
+        loss, count, gradients = measured
+        if loss is not None and gradients:
             terms = [self.per_batch(gradients[a.name], count).to(loss.device) for a in self.axes]
             # The only time per batch that the host waits for the device.
             values = torch.cat([loss.detach()[None], *terms]).double().cpu().numpy()
@@ -215,6 +221,18 @@ class _Step:
             data=digest(state.data, batch.columns),
             normaliser=self.objective.normaliser,
         )
+
+    def _measure(
+        self, batch: Batch, first: int
+    ) -> tuple[Tensor | None, int, dict[str, Tensor]] | None:
+        """Loss sum, count of labels and gradients of a batch; None: the recorder asks again."""
+        self.recorder.start(batch.examples)
+        loss, count = self.objective(batch, first)
+        if loss is None or not loss.requires_grad:
+            return loss, count, {}
+        loss.backward()
+        gradients = self.recorder.gradients()
+        return None if gradients is None else (loss, count, gradients)
 
     def _check_finite(self, values: np.ndarray, batch: Batch) -> None:
         if np.isfinite(values).all():

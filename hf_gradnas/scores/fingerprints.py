@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import astuple
 
 from torch import nn
 
@@ -27,7 +28,9 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def axes_fingerprint(axes: Iterable[Axis]) -> str:
     """SHA-256 over what scores depend on: names, sizes and places of the axes."""
-    places = [[axis.name, axis.size, axis.read_at, axis.width] for axis in axes]
+    places = [
+        [axis.name, axis.size, axis.read_at, axis.width, *map(astuple, axis.taps)] for axis in axes
+    ]
     return hashlib.sha256(json.dumps(places).encode()).hexdigest()
 
 

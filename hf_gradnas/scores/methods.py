@@ -1,7 +1,8 @@
 """From mask gradients, or from weights alone, to a score per unit.
 
 With ``g[n, i] = ∂L_n/∂m_i``, where ``L_n`` is the loss sum of example n and ``m_i`` the mask of
-unit i at the input of the out-projection:
+unit i at the input of the out-projection (channels: at the outputs of the layers that produce
+them):
 
 - ``fisher``: ``Σ_n g[n, i]²``, the diagonal empirical Fisher information of the masks. It does not
   depend on the batch size.
@@ -9,7 +10,7 @@ unit i at the input of the out-projection:
   ``c``: the squared gradient of the loss as the model returns it. This is the formula of NVIDIA
   ModelOpt's GradNAS at our mask place; it depends on the batch size.
 - ``taylor``: ``Σ_n |g[n, i]|`` (Michel et al. 2019, "Are sixteen heads really better than one?").
-- ``magnitude``: the squared L2 norm of all weights that belong to the unit.
+- ``magnitude``: the squared L2 norm of all parameters that belong to the unit.
 - ``random``: uniform in [0, 1).
 
 The gradient of a KV group is the sum of its heads' gradients, so that its score is that of all of
@@ -47,9 +48,8 @@ def _taylor(gradients: Tensor, count: int) -> Tensor:
 def _magnitude(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, np.ndarray]:
     """Squared norm of each unit's weights; a KV group counts the heads in it."""
     axes = list(axes)
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    own = {axis.name: _norms(axis, tensors) for axis in axes}
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    own = {axis.name: _norms(axis, parameters) for axis in axes}
     scores = dict(own)
     for axis in axes:
         if axis.kind is Kind.HEADS and axis.parent in own:
@@ -58,11 +58,13 @@ def _magnitude(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, n
     return scores
 
 
-def _norms(axis: Axis, tensors: dict[str, Tensor]) -> np.ndarray:
+def _norms(axis: Axis, parameters: dict[str, Tensor]) -> np.ndarray:
     """Squared L2 norm ``(size,)`` of the rows that belong to each unit of an axis."""
     total = np.zeros(axis.size)
     for part in axis.slices:
-        tensor = tensors[part.tensor].detach().movedim(part.dim, 0)
+        if part.tensor not in parameters:
+            continue  # a buffer: running statistics say nothing of a unit's weight
+        tensor = parameters[part.tensor].detach().movedim(part.dim, 0)
         rows = tensor.reshape(tensor.shape[0], -1)  # a bias has one dimension
         squares = rows.double().square().sum(1)[part.rows(range(axis.size))]
         total += squares.reshape(axis.size, part.width).sum(1).cpu().numpy()

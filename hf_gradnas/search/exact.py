@@ -55,13 +55,16 @@ class _Search:
     is_complete: bool
 
 
-def close_gap(problem: Problem, prices: np.ndarray, start: np.ndarray | None) -> Solution | None:
+def close_gap(
+    problem: Problem, prices: np.ndarray, start: np.ndarray | None, *, work: int | None = None
+) -> Solution | None:
     """The best options within the budgets, or the best found within the limit of work.
 
     Args:
         problem: The problem, with at least one block.
         prices: ``(budgets,)`` non-negative; the better they are, the less there is to do.
         start: ``(blocks,)`` picks within the budgets, if any are known.
+        work: Combinations made before the search ends; `MAX_WORK` by default.
 
     Returns:
         The solution; None if no combination of options within the budgets was found.
@@ -73,7 +76,8 @@ def close_gap(problem: Problem, prices: np.ndarray, start: np.ndarray | None) ->
     rounding = ROUNDING * float(smallest.sum())
     best, best_score = start, problem.highest_score() if start is None else problem.score_of(start)
     limit = FIRST_GAP * (best_score - bound)
-    work, is_optimal = MAX_WORK, start is not None and best_score - bound <= rounding
+    work = MAX_WORK if work is None else work
+    is_optimal = start is not None and best_score - bound <= rounding
     while not is_optimal:
         search = _enumerate(problem, reduced, prices=prices, limit=limit + rounding, work=work)
         work -= search.num_pairs

@@ -6,6 +6,8 @@ import heapq
 
 import numpy as np
 
+from .coupled import CoupledProblem
+from .coupling import Walk
 from .problem import Problem
 
 
@@ -23,6 +25,8 @@ def fill_up(problem: Problem, picks: np.ndarray) -> np.ndarray:
     Returns:
         ``(blocks,)`` options within the budgets.
     """
+    if isinstance(problem, CoupledProblem):
+        return _fill_coupled(problem, picks)
     picks = picks.copy()
     slack = problem.room - problem.costs_of(picks)
     queue = [
@@ -51,10 +55,56 @@ def _next_step(
     problem: Problem, *, block: int, pick: int, slack: np.ndarray
 ) -> tuple[float, float, int, int] | None:
     """The best larger option of a block that fits: its priority, kept part, block and number."""
-    weights = problem.weights
-    rows = np.flatnonzero(problem.score[block] <= problem.score[block, pick])
-    growth = weights[block, rows] - weights[block, pick]
-    extra = problem.costs[:, block, rows] - problem.costs[:, block, pick, None]
+    weights = problem.weights[block]
+    extra = problem.costs[:, block] - problem.costs[:, block, pick, None]
+    part = weights[pick] / weights[0] if weights[0] > 0 else 1.0
+    growth = weights - weights[pick]
+    return _best_step(problem, block, pick, growth=growth, extra=extra, part=part, slack=slack)
+
+
+def _fill_coupled(problem: CoupledProblem, picks: np.ndarray) -> np.ndarray:
+    """The same where every step makes the steps of its neighbours dearer, never cheaper."""
+    walk = Walk(problem.coupling, picks)
+    shares = 1.0 / np.where(problem.room > 0, problem.room, 1.0)
+
+    def next_step(block: int) -> tuple[float, float, int, int] | None:
+        pick, sizes = int(walk.picks[block]), problem.units[block]
+        extra = walk.changes(block)
+        growth, slack = shares @ extra, problem.room - walk.costs
+        part = sizes[pick] / max(sizes[0], 1)
+        return _best_step(problem, block, pick, growth=growth, extra=extra, part=part, slack=slack)
+
+    queue = [step for block in range(len(picks)) if (step := next_step(block))]
+    heapq.heapify(queue)
+    while queue:
+        step = heapq.heappop(queue)
+        block = step[2]
+        fresh = next_step(block)
+        if fresh == step:
+            before = walk.picks[block]
+            walk.move(block, step[3])
+            if not problem.fits(walk.picks):  # by rounding, as above
+                walk.move(block, before)
+                continue
+            fresh = next_step(block)
+        if fresh is not None:
+            heapq.heappush(queue, fresh)
+    return walk.picks
+
+
+def _best_step(
+    problem: Problem,
+    block: int,
+    pick: int,
+    *,
+    growth: np.ndarray,
+    extra: np.ndarray,
+    part: float,
+    slack: np.ndarray,
+) -> tuple[float, float, int, int] | None:
+    """The step of a block that saves most loss per growth, among those that fit in the slack."""
+    rows = np.flatnonzero(problem.score[block, : growth.size] <= problem.score[block, pick])
+    growth, extra = growth[rows], extra[:, rows]
     larger = (growth > 0) | (
         (growth == 0) & (problem.units[block, rows] > problem.units[block, pick])
     )
@@ -67,6 +117,5 @@ def _next_step(
         # Rounded, so that equal scores compare as equal after their sums.
         density = np.round(np.log2(saved / growth), 9)
     density = np.where(saved > 0, density, -np.inf)
-    best = np.lexsort((-rows, -density))[0]
-    part = weights[block, pick] / weights[block, 0] if weights[block, 0] > 0 else 1.0
+    best = density.size - 1 - int(density[::-1].argmax())  # the last one among equals
     return -float(density[best]), float(part), block, int(rows[best])

@@ -24,15 +24,19 @@ ROUNDING = 1e-12
 """Relative rounding of sums that are compared."""
 
 
-def search_lagrangian(problem: Problem) -> Solution | None:
+def search_lagrangian(problem: Problem, *, work: int | None = None) -> Solution | None:
     """Best options within all budgets; None if no combination of options meeting them is found.
 
     The result is optimal unless the exact finish runs into its limit of work
     (`Solution.is_optimal`). What still fits without raising the predicted loss is kept.
+
+    Args:
+        problem: The problem.
+        work: Limit of the exact finish, see `close_gap`.
     """
     prices, found = price_budgets(problem)
     start = None if found is None else fill_up(problem, found)
-    solution = close_gap(problem, prices, start)
+    solution = close_gap(problem, prices, start, work=work)
     if solution is None:
         return None
     picks = fill_up(problem, solution.picks)

@@ -16,18 +16,22 @@ import numpy as np
 from ..types import Axis, CostModel, Kind
 
 Counts = Mapping[Kind, np.ndarray]
-NOTHING_PRUNED = -np.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Per option: `total`, the sum of pruned scores, and `worst`, the largest pruned score."""
+    """Sums of pruned scores per option.
+
+    Attributes:
+        total: Over all members of a block: its predicted loss.
+        degradation: The largest sum of any one member: what the threshold of `binary` limits.
+    """
 
     total: np.ndarray
-    worst: np.ndarray
+    degradation: np.ndarray
 
     def __add__(self, other: Losses) -> Losses:
-        return Losses(self.total + other.total, np.maximum(self.worst, other.worst))
+        return Losses(self.total + other.total, np.maximum(self.degradation, other.degradation))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +52,9 @@ class FlatMember:
 
     def losses(self, counts: Counts) -> Losses:
         """Losses of keeping the best ``counts[kind]`` units."""
-        ascending = np.sort(self.scores)
-        pruned = ascending.size - counts[self.kind]
-        total = np.concatenate(([0.0], np.cumsum(ascending)))
-        worst = np.concatenate(([NOTHING_PRUNED], ascending))
-        return Losses(total[pruned], worst[pruned])
+        sums = np.concatenate(([0.0], np.cumsum(np.sort(self.scores))))
+        total = sums[self.scores.size - counts[self.kind]]
+        return Losses(total, total)
 
     def kept(self, counts: Mapping[Kind, int]) -> dict[str, tuple[int, ...]]:
         """Sorted kept units per axis name; among equal scores the first units stay."""
@@ -85,21 +87,17 @@ class NestedMember:
         num_groups, num_heads = self.head_scores.shape
         ascending = np.sort(self.head_scores, axis=1)
         # Column r of each table is about keeping r heads of a group, r = 0 … heads per group.
-        thinned = _prefixed(np.cumsum(ascending, axis=1), 0.0)[:, ::-1]
-        thinned_worst = _prefixed(ascending, NOTHING_PRUNED)[:, ::-1]
+        thinned = np.pad(np.cumsum(ascending, axis=1), ((0, 0), (1, 0)))[:, ::-1]
         order = self._group_order(thinned)
         best_first = np.take_along_axis(thinned, order, axis=0)
-        best_first_worst = np.take_along_axis(thinned_worst, order, axis=0)
         removed = self.group_scores[order]
         total = np.zeros((num_groups + 1, num_heads + 1))
         total[1:] += np.cumsum(best_first, axis=0)
         total[:-1] += np.cumsum(removed[::-1], axis=0)[::-1]
-        worst = np.full((num_groups + 1, num_heads + 1), NOTHING_PRUNED)
-        worst[1:] = np.maximum.accumulate(best_first_worst, axis=0)
-        worst[:-1] = np.maximum(worst[:-1], np.maximum.accumulate(removed[::-1], axis=0)[::-1])
         groups = counts[Kind.KV_GROUPS]
         heads_each = counts[Kind.HEADS] // np.maximum(groups, 1)
-        return Losses(total[groups, heads_each], worst[groups, heads_each])
+        picked = total[groups, heads_each]
+        return Losses(picked, picked)
 
     def kept(self, counts: Mapping[Kind, int]) -> dict[str, tuple[int, ...]]:
         """Sorted kept units per axis name; among equal scores the first units stay."""
@@ -217,10 +215,6 @@ def make_members(
         joint = np.sum([scores[name] for name in groups], axis=0)
         members.append(NestedMember(names, groups, summed.reshape(joint.size, -1), joint))
     return tuple(members)
-
-
-def _prefixed(values: np.ndarray, first: float) -> np.ndarray:
-    return np.concatenate((np.full((len(values), 1), first), values), axis=1)
 
 
 def _block_cost(axes: Sequence[Axis], counts: Counts, cost: CostModel) -> np.ndarray:

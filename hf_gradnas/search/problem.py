@@ -13,16 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..types import Budget
+from .options import Block
 from .space import Space
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One choice per block, scaled; padding has infinite score, infinite worst and no cost.
+    """One choice per block, scaled; padding has infinite score and degradation, and no cost.
 
     Attributes:
         score: ``(blocks, options)`` predicted loss.
-        worst: ``(blocks, options)`` largest pruned score.
+        degradation: ``(blocks, options)`` largest sum of pruned scores of one member (axis).
         units: ``(blocks, options)`` kept units.
         costs: ``(budgets, blocks, options)``; option 0 is the most expensive.
         room: ``(budgets,)`` what the blocks may cost together.
@@ -30,7 +31,7 @@ class Problem:
     """
 
     score: np.ndarray
-    worst: np.ndarray
+    degradation: np.ndarray
     units: np.ndarray
     costs: np.ndarray
     room: np.ndarray
@@ -50,11 +51,11 @@ class Problem:
         return float(finite.max(axis=1).sum())
 
     def cheapest(self, threshold: float = np.inf) -> np.ndarray:
-        """``(blocks,)`` cheapest options that prune no score above the threshold.
+        """``(blocks,)`` cheapest options that degrade no axis by more than the threshold.
 
         Among equally cheap ones the smallest loss.
         """
-        permitted = np.isfinite(self.score) & (self.worst <= threshold)
+        permitted = np.isfinite(self.score) & (self.degradation <= threshold)
         weight = np.where(permitted, self.weights, np.inf)
         is_cheapest = weight == weight.min(axis=1, keepdims=True)
         return np.where(is_cheapest, self.score, np.inf).argmin(axis=1)
@@ -83,25 +84,41 @@ class Solution:
 
 def make_problem(space: Space, budgets: Sequence[Budget]) -> Problem:
     """Stack the options of a space, for budgets in the order of its costs."""
-    longest = max((block.num_options for block in space.blocks), default=0)
-    shape = (len(space.blocks), longest)
-    score, worst = np.full(shape, np.inf), np.full(shape, np.inf)
-    units = np.zeros(shape, dtype=np.int64)
-    costs = np.zeros((len(space.names), *shape))
-    for row, block in enumerate(space.blocks):
-        score[row, : block.num_options] = block.losses.total
-        worst[row, : block.num_options] = block.losses.worst
-        units[row, : block.num_options] = block.units
-        costs[:, row, : block.num_options] = block.costs
+    score, degradation, units, costs = stack_blocks(
+        space.blocks, [block.costs for block in space.blocks], num_costs=len(space.names)
+    )
     room = np.array([budget.limit for budget in budgets]) - space.fixed
     exponent = np.frexp(costs.sum(axis=(1, 2)))[1]
     costs = np.ldexp(costs, -exponent[:, None, None])
     whole = costs[:, :, :1].sum(axis=(1, 2), keepdims=True)
     return Problem(
         score=score,
-        worst=worst,
+        degradation=degradation,
         units=units,
         costs=costs,
         room=np.ldexp(room, -exponent),
         weights=(costs / np.where(whole > 0, whole, 1.0)).sum(axis=0),
     )
+
+
+def stack_blocks(
+    blocks: Sequence[Block], tables: Sequence[np.ndarray], *, num_costs: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Padded `score`, `degradation`, `units` and `costs` of a problem.
+
+    Args:
+        blocks: The blocks.
+        tables: ``(costs, options)`` per block.
+        num_costs: Number of costs.
+    """
+    longest = max((block.num_options for block in blocks), default=0)
+    shape = (len(blocks), longest)
+    score, degradation = np.full(shape, np.inf), np.full(shape, np.inf)
+    units = np.zeros(shape, dtype=np.int64)
+    costs = np.zeros((num_costs, *shape))
+    for row, (block, table) in enumerate(zip(blocks, tables, strict=True)):
+        score[row, : block.num_options] = block.losses.total
+        degradation[row, : block.num_options] = block.losses.degradation
+        units[row, : block.num_options] = block.units
+        costs[:, row, : block.num_options] = table
+    return score, degradation, units, costs

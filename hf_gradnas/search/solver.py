@@ -6,7 +6,8 @@ writes the plan down. Whether budgets can be reached is known without scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,28 @@ from ..config.rules import Rules
 from ..errors import BudgetError, PlanError, ScoresError
 from ..types import Axis, Budget, CostModel, Plan, Scores, StockSpace
 from .binary import search_binary
+from .choices import Choices
+from .coupled import CoupledProblem, make_coupled_problem
+from .descent import search_coupled
 from .lagrangian import search_lagrangian
-from .problem import Problem, make_problem
-from .space import build_space
+from .problem import Problem, Solution, make_problem
+from .space import Space, build_space
 
-STRATEGIES = {
-    "lagrangian": search_lagrangian,
+
+def _search_smallest_loss(problem: Problem, *, fill: bool = True) -> Solution | None:
+    """Strategy `lagrangian`; it always keeps what fits."""
+    if isinstance(problem, CoupledProblem):
+        return search_coupled(problem)
+    return search_lagrangian(problem)
+
+
+STRATEGIES: dict[str, Callable[..., Solution | None]] = {
+    "lagrangian": _search_smallest_loss,
     "binary": search_binary,
 }
 
 
-def find_plan(
+def find_plan(  # noqa: PLR0913 - one call says all of a search; the pruner and nas mirror it
     axes: Sequence[Axis],
     scores: Scores,
     costs: Mapping[str, CostModel],
@@ -36,14 +48,25 @@ def find_plan(
     layout: str = "per_layer",
     rules: Rules | None = None,
     stock: StockSpace | None = None,
+    choices: Choices | None = None,
+    fill: bool = True,
 ) -> Plan:
     """Find the units to keep; see `find_plans`, of which this is the case of one plan."""
     return find_plans(
-        axes, scores, costs, [budgets], search=search, layout=layout, rules=rules, stock=stock
+        axes,
+        scores,
+        costs,
+        [budgets],
+        search=search,
+        layout=layout,
+        rules=rules,
+        stock=stock,
+        choices=choices,
+        fill=fill,
     )[0]
 
 
-def find_plans(
+def find_plans(  # noqa: PLR0913 - as find_plan
     axes: Sequence[Axis],
     scores: Scores,
     costs: Mapping[str, CostModel],
@@ -53,6 +76,8 @@ def find_plans(
     layout: str = "per_layer",
     rules: Rules | None = None,
     stock: StockSpace | None = None,
+    choices: Choices | None = None,
+    fill: bool = True,
 ) -> list[Plan]:
     """Find the units to keep for many budgets; the options are evaluated once.
 
@@ -65,39 +90,37 @@ def find_plans(
         layout: ``"per_layer"`` or ``"stock"``.
         rules: Limits per glob over module paths; later ones win.
         stock: What the stock class can express, needed by layout ``"stock"``.
+        choices: Permitted kept counts per axis name, used for these axes in place of rules and
+            default multiples; the full size is always permitted.
+        fill: Whether `binary` keeps what still fits beside its threshold's own plan.
 
     Returns:
         One plan per entry of `budgets`, with the sum of pruned scores as its ``loss_increase``.
 
     Raises:
         BudgetError: No limit is given, a cost is unknown, or the limits cannot be reached.
-        PlanError: The search or the layout is unknown, or does not fit the axes.
+        PlanError: The search or the layout is unknown, or does not fit the axes; or choices do not.
         ScoresError: Scores are missing, of a wrong shape, negative or not finite.
     """
     _check_search(search)
     values, exponent = _scaled(axes, scores)
     names = [_names(limits, costs) for limits in budgets]
-    spaces = {
-        key: build_space(
-            axes, values, [costs[n] for n in key], layout=layout, rules=rules or {}, stock=stock
-        )
-        for key in dict.fromkeys(names)
-    }
+    build = partial(build_space, layout=layout, rules=rules or {}, stock=stock, choices=choices)
+    spaces = {key: build(axes, values, [costs[n] for n in key]) for key in dict.fromkeys(names)}
     plans = []
     for key, limits in zip(names, budgets, strict=True):
         space = spaces[key]
         _check(space.lowest(), limits, layout=layout)
-        problem = make_problem(space, limits)
-        picks = _solve(problem, search, limits)
+        picks, loss = _solve(space, limits, search=search, fill=fill)
         plans.append(
             Plan(
-                **_outcome(axes, costs, space.kept(picks.tolist())),
+                **_outcome(axes, costs, space.kept(picks)),
                 layout=layout,
                 budgets=tuple(limits),
-                loss_increase=float(np.ldexp(problem.score_of(picks), exponent)),
+                loss_increase=float(np.ldexp(loss, exponent)),
                 search=search,
                 score=scores.metadata.get("method", ""),
-                steps=space.steps(picks.tolist()),
+                steps=space.steps(picks),
             )
         )
     return plans
@@ -110,6 +133,7 @@ def lowest_costs(
     layout: str = "per_layer",
     rules: Rules | None = None,
     stock: StockSpace | None = None,
+    choices: Choices | None = None,
     budgets: Sequence[Budget] = (),
 ) -> dict[str, float]:
     """Lowest reachable value of each cost, without scores.
@@ -120,17 +144,20 @@ def lowest_costs(
         layout: ``"per_layer"`` or ``"stock"``.
         rules: Limits per glob over module paths; later ones win.
         stock: What the stock class can express, needed by layout ``"stock"``.
+        choices: Permitted kept counts per axis name; see `find_plans`.
         budgets: Limits whose costs set the default multiples, and which are answered for; without
             any, all costs.
 
     Raises:
         BudgetError: A cost is unknown.
-        PlanError: The layout is unknown, or does not fit the axes.
+        PlanError: The layout is unknown, or does not fit the axes; or choices do not.
     """
     names = _names(budgets, costs) if budgets else tuple(costs)
     nothing = {axis.name: np.zeros(axis.size) for axis in axes}
     chosen = [costs[name] for name in names]
-    space = build_space(axes, nothing, chosen, layout=layout, rules=rules or {}, stock=stock)
+    space = build_space(
+        axes, nothing, chosen, layout=layout, rules=rules or {}, stock=stock, choices=choices
+    )
     return space.lowest()
 
 
@@ -142,15 +169,18 @@ def check_budgets(
     layout: str = "per_layer",
     rules: Rules | None = None,
     stock: StockSpace | None = None,
+    choices: Choices | None = None,
 ) -> None:
     """Check before any scoring that every budget can be reached on its own.
 
     Raises:
         BudgetError: No limit is given, a cost is unknown, or a limit is below what can be reached.
-        PlanError: The layout is unknown, or does not fit the axes.
+        PlanError: The layout is unknown, or does not fit the axes; or choices do not.
     """
     _names(budgets, costs)
-    lowest = lowest_costs(axes, costs, layout=layout, rules=rules, stock=stock, budgets=budgets)
+    lowest = lowest_costs(
+        axes, costs, layout=layout, rules=rules, stock=stock, choices=choices, budgets=budgets
+    )
     _check(lowest, budgets, layout=layout)
 
 
@@ -236,17 +266,23 @@ def _checked(axis: Axis, scores: Scores) -> np.ndarray:
     return values
 
 
-def _solve(problem: Problem, search: str, budgets: Sequence[Budget]) -> np.ndarray:
-    """``(blocks,)`` options of the plan."""
-    whole = np.zeros(len(problem.score), dtype=np.int64)
+def _solve(
+    space: Space, budgets: Sequence[Budget], *, search: str, fill: bool
+) -> tuple[list[int], float]:
+    """Option per block of the plan, and its predicted loss as the space scales it."""
+    if space.coupling is None:
+        problem = make_problem(space, budgets)
+    else:
+        problem = make_coupled_problem(space, space.coupling, budgets)
+    picks: np.ndarray = np.zeros(len(problem.score), dtype=np.int64)
     # Relative, because a cost that is not an integer sums up differently in another order.
-    if np.all(problem.costs_of(whole) <= problem.room * (1 + 1e-12)):
-        return whole
-    solution = STRATEGIES[search](problem)
-    if solution is None:
-        asked = " and ".join(f"{budget.cost}={100 * budget.ratio:.4g}%" for budget in budgets)
-        raise BudgetError(
-            f"budgets {asked}: each can be reached, but no plan was found that meets all of them "
-            f"(search {search!r}); raise one of them."
-        )
-    return solution.picks
+    if not np.all(problem.costs_of(picks) <= problem.room * (1 + 1e-12)):
+        solution = STRATEGIES[search](problem, fill=fill)
+        if solution is None:
+            asked = " and ".join(f"{budget.cost}={100 * budget.ratio:.4g}%" for budget in budgets)
+            raise BudgetError(
+                f"budgets {asked}: each can be reached, but no plan was found that meets all of "
+                f"them (search {search!r}); raise one of them."
+            )
+        picks = solution.picks
+    return picks.tolist(), problem.score_of(picks)

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..config.rules import Rules
 from ..errors import PlanError
-from ..types import Axis, CostModel, Kind, StockGroup, StockSpace
-from .choices import choose_counts
+from ..types import Axis, CostModel, StockGroup, StockSpace
+from .choices import Choices, choose_counts, step_ratios_of
+from .coupling import Coupling, Walk, couple
 from .options import Block, make_block, make_members
 
 
@@ -27,15 +28,20 @@ class Space:
         whole: Axes that stay whole.
         names: Budgeted costs.
         fixed: ``(budgeted costs,)`` cost that no option changes.
+        coupling: The exact costs where blocks multiply; then `fixed` and the blocks' costs are
+            only those parts that do not.
     """
 
     blocks: tuple[Block, ...]
     whole: tuple[Axis, ...]
     names: tuple[str, ...]
     fixed: np.ndarray
+    coupling: Coupling | None = None
 
     def lowest(self) -> dict[str, float]:
         """Lowest reachable value of each cost on its own."""
+        if self.coupling is not None:
+            return {name: self.coupling.lowest(row) for row, name in enumerate(self.names)}
         lowest = self.fixed + sum((block.costs.min(axis=1) for block in self.blocks), start=0.0)
         return dict(zip(self.names, lowest.tolist(), strict=True))
 
@@ -52,7 +58,15 @@ class Space:
         A plan stays below a single budget by less than this. Where no step up is left, the
         smallest difference between two options of one block.
         """
-        chosen = list(zip(self.blocks, picks, strict=True))
+        if self.coupling is None:
+            tables = [
+                block.costs - block.costs[:, pick, None]
+                for block, pick in zip(self.blocks, picks, strict=True)
+            ]
+        else:
+            walk = Walk(self.coupling, np.array(picks))
+            tables = [walk.changes(block) for block in range(len(self.blocks))]
+        chosen = list(zip(self.blocks, picks, tables, strict=True))
         return {name: _smallest_step(chosen, row) for row, name in enumerate(self.names)}
 
 
@@ -64,6 +78,7 @@ def build_space(
     layout: str,
     rules: Rules,
     stock: StockSpace | None,
+    choices: Choices | None = None,
 ) -> Space:
     """Make the blocks of a layout.
 
@@ -74,10 +89,13 @@ def build_space(
         layout: ``"per_layer"`` or ``"stock"``.
         rules: Limits per glob over module paths.
         stock: What the stock class can express; needed by layout ``"stock"``.
+        choices: Permitted counts of some axes, in place of rules and default multiples.
 
     Raises:
-        PlanError: The layout is unknown, `stock` is missing, or does not fit the axes.
+        PlanError: The layout is unknown, `stock` is missing, or does not fit the axes; or choices
+            are given for an axis that is unknown or cannot have them.
     """
+    _check_choices(axes, choices or {})
     if layout == "per_layer":
         groups: list[tuple[list[Axis], StockGroup | None]]
         groups = [(family, None) for family in _families(axes)]
@@ -90,24 +108,35 @@ def build_space(
         )
     else:
         raise PlanError(f"layout {layout!r}: unknown; use 'per_layer' or 'stock'.")
-    totals = [cost.of({axis.name: axis.size for axis in axes}) for cost in costs]
-    neurons = [axis.name for axis in axes if axis.kind == Kind.NEURONS]
+    step_ratios = step_ratios_of(axes, costs)
     blocks = []
     for members, group in groups:
         counts = choose_counts(
-            members, group, rules=rules, costs=costs, totals=totals, neurons=neurons
+            members, group, rules=rules, step_ratios=step_ratios, choices=choices
         )
         if any(values.size > 1 for values in counts.values()):
             selections = make_members(members, scores, tie=group is not None)
             blocks.append(make_block(members, members=selections, counts=counts, costs=costs))
     decided = {axis.name for block in blocks for axis in block.axes}
     rest = {axis.name: 0 if axis.name in decided else axis.size for axis in axes}
+    whole = tuple(axis for axis in axes if axis.name not in decided)
     return Space(
         blocks=tuple(blocks),
-        whole=tuple(axis for axis in axes if axis.name not in decided),
+        whole=whole,
         names=tuple(cost.name for cost in costs),
         fixed=np.array([cost.of(rest) for cost in costs]),
+        coupling=couple(blocks, whole, costs),
     )
+
+
+def _check_choices(axes: Sequence[Axis], choices: Choices) -> None:
+    names = {axis.name for axis in axes}
+    for name in choices:
+        if name not in names:
+            raise PlanError(
+                f"choices[{name!r}]: found no such axis among the {len(names)} of the model; "
+                "use the names that the structure gives."
+            )
 
 
 def _families(axes: Sequence[Axis]) -> list[list[Axis]]:
@@ -145,13 +174,12 @@ def _stock_axes(axes: Sequence[Axis], group: StockGroup) -> list[Axis]:
     return members
 
 
-def _smallest_step(chosen: Sequence[tuple[Block, int]], row: int) -> float:
+def _smallest_step(chosen: Sequence[tuple[Block, int, np.ndarray]], row: int) -> float:
     ups, gaps = [], []
-    for block, option in chosen:
-        cost, loss = block.costs[row], block.losses.total
-        larger = (cost > cost[option]) & (loss <= loss[option])
-        ups.append(cost[larger] - cost[option])
-        gaps.append(np.diff(np.unique(cost)))
+    for block, option, changes in chosen:
+        change, loss = changes[row], block.losses.total
+        ups.append(change[(change > 0) & (loss <= loss[option])])
+        gaps.append(np.diff(np.unique(change)))
     for found in (np.concatenate([np.zeros(0), *ups]), np.concatenate([np.zeros(0), *gaps])):
         if found.size:
             return float(found.min())

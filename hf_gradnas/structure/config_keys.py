@@ -19,6 +19,7 @@ from .config_trials import (
     Counts,
     Shapes,
     Trial,
+    channel_trials,
     expected_shapes,
     head_trials,
     neuron_trials,
@@ -89,7 +90,11 @@ class _Search:
 
     def groups(self, path: str, config: PreTrainedConfig) -> Iterator[StockGroup]:
         """Groups of axes that values of one (sub-)config set."""
-        trials = (*head_trials(path, config, self.pending), *neuron_trials(path, config))
+        trials = (
+            *head_trials(path, config, self.pending),
+            *neuron_trials(path, config),
+            *channel_trials(path, config, self.pending),
+        )
         for template in trials:
             for trial in self._sized(template):
                 concerned = self._concerned(trial)
@@ -118,6 +123,8 @@ class _Search:
         for axis in self.pending.values():
             if trial.sizes.get(axis.kind) != axis.size or axis.kind == Kind.KV_GROUPS:
                 continue
+            if axis.kind == Kind.CHANNELS and axis.width > 1:
+                continue
             parent = self.pending.get(axis.parent or "")
             if (Kind.KV_GROUPS in trial.sizes) != (axis.parent is not None):
                 continue
@@ -130,9 +137,9 @@ class _Search:
 
     def _measure(self, trial: Trial, concerned: list[Axis]) -> StockGroup:
         """The group that the trial's values set, with the counts that the class accepts."""
-        if Kind.NEURONS in trial.sizes:
-            size = trial.sizes[Kind.NEURONS]
-            probes = [{"neurons": count} for count in probe_counts(size)]
+        kind = _single_kind(trial)
+        if kind is not None:
+            probes = [{kind: count} for count in probe_counts(trial.sizes[kind])]
         else:
             probes = trial.combinations()
         reason = "it has one unit only, which the stock class cannot do without"
@@ -191,7 +198,7 @@ class _Search:
 
     def _nothing(self, axis: Axis, keys: str) -> str:
         name = type(self.config).__name__
-        if axis.kind == Kind.NEURONS:
+        if axis.kind in (Kind.NEURONS, Kind.CHANNELS):
             return f"{keys} of {name} does not set the width of this axis"
         return (
             f"{name} derives the head size from the hidden size and the number of heads, so fewer "
@@ -207,8 +214,9 @@ class _Search:
     def _allowed(self, trial: Trial, axes: list[Axis]) -> tuple[Counts, ...] | None:
         """Counts that the class accepts, ascending, the present one included; None: any."""
         full = dict(trial.sizes)
-        if Kind.NEURONS in full:
-            return self._allowed_neurons(trial, axes)
+        kind = _single_kind(trial)
+        if kind is not None:
+            return self._allowed_counts(trial, axes, kind)
         tried = trial.combinations()
         accepted = [counts for counts in tried if self._accepts(trial, axes, counts)]
         if len(accepted) == len(tried) and Kind.KV_GROUPS not in full:
@@ -216,18 +224,26 @@ class _Search:
         accepted.append(full)
         return tuple(sorted(accepted, key=lambda c: (c["heads"], c.get("kv_groups", 0))))
 
-    def _allowed_neurons(self, trial: Trial, axes: list[Axis]) -> tuple[Counts, ...] | None:
-        size = trial.sizes[Kind.NEURONS]
+    def _allowed_counts(
+        self, trial: Trial, axes: list[Axis], kind: str
+    ) -> tuple[Counts, ...] | None:
+        """The same for neurons or channels, of which a few counts are tried."""
+        size = trial.sizes[kind]
         steps = [step for step in (1, *MULTIPLES) if size % step == 0 and step < size]
         for step in steps:
             if all(
-                self._accepts(trial, axes, {"neurons": count})
+                self._accepts(trial, axes, {kind: count})
                 for count in {step, size - step, size // step // 2 * step or step}
             ):
-                counts = tuple({"neurons": count} for count in range(step, size + 1, step))
+                counts = tuple({kind: count} for count in range(step, size + 1, step))
                 return None if step == 1 else counts
-        good = [c for c in probe_counts(size) if self._accepts(trial, axes, {"neurons": c})]
-        return tuple({"neurons": count} for count in sorted({*good, size}))
+        good = [c for c in probe_counts(size) if self._accepts(trial, axes, {kind: c})]
+        return tuple({kind: count} for count in sorted({*good, size}))
+
+
+def _single_kind(trial: Trial) -> str | None:
+    """The kind of a trial that counts one: neurons or channels; None for heads."""
+    return next((kind for kind in ("neurons", "channels") if kind in trial.sizes), None)
 
 
 def layout_for(

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -111,8 +112,27 @@ def neuron_trials(path: str, config: PreTrainedConfig) -> Iterator[Trial]:
         yield Trial(sizes, {"neurons": dotted(path, name)})
 
 
+def channel_trials(
+    path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]
+) -> Iterator[Trial]:
+    """Trials for channels: every number, also in a list, that equals the size of an axis.
+
+    After the single numbers two equal ones together, one of them in a list: a ResNet's stem and its
+    first stage are one residual stream. An axis whose units hold several channels has no number.
+    """
+    sizes = {a.size for a in axes.values() if a.kind == Kind.CHANNELS and a.width == 1}
+    found = candidates(config, Kind.CHANNELS)
+    keys = {dotted(path, key): size for key, size in found.items() if size in sizes}
+    for key, size in keys.items():
+        yield Trial({"channels": size or 0}, {"channels": key})
+    for first, second in combinations(keys, 2):
+        if keys[first] == keys[second] and "0" in (first[-1], second[-1]):
+            trial = Trial({"channels": keys[first] or 0}, {"channels": first})
+            yield replace(trial, copies={second: "channels"})
+
+
 def probe_counts(size: int) -> list[int]:
-    """A few smaller widths of an FFN, the roundest first."""
+    """A few smaller widths of an FFN or of channels, the roundest first."""
     tried = (size // 2, size // 4, size - 64, size - 8, size - 1)
     return list(dict.fromkeys(count for count in tried if 0 < count < size))
 

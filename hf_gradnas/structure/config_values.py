@@ -108,9 +108,16 @@ def sub_config(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
 
 
 def set_value(config: PreTrainedConfig, key: str, value: int) -> None:
-    """Write the value at a dotted key in place."""
+    """Write the value at a dotted key in place; a list gets a new one with that entry changed."""
     path, _, name = key.rpartition(".")
-    setattr(sub_config(config, path), name, value)
+    if not name.isdigit():
+        setattr(sub_config(config, path), name, value)
+        return
+    path, _, entries = path.rpartition(".")
+    owner = sub_config(config, path)
+    values = list(stored(owner)[entries])
+    values[int(name)] = value
+    setattr(owner, entries, type(stored(owner)[entries])(values))
 
 
 def scopes(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -123,7 +130,13 @@ def scopes(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreT
 
 
 def candidates(config: PreTrainedConfig, kind: Kind) -> dict[str, int | None]:
-    """Real names and values that may hold counts of `kind`; None where a default stands in."""
+    """Real names and values that may hold counts of `kind`; None where a default stands in.
+
+    Channels have no names of their own: any number counts, and every entry of a list of numbers
+    (``hidden_sizes.1``).
+    """
+    if kind == Kind.CHANNELS:
+        return _numbers(stored(config))
     found: dict[str, int | None] = {}
     values = stored(config)
     # Whisper has no count of KV groups of its own: there the name is an alias of the heads'.
@@ -138,13 +151,27 @@ def candidates(config: PreTrainedConfig, kind: Kind) -> dict[str, int | None]:
     return found
 
 
+def _numbers(values: Mapping[str, Any]) -> dict[str, int | None]:
+    """All positive whole numbers of a config, those in lists by their index."""
+    found: dict[str, int | None] = {}
+    for name, value in values.items():
+        if name.startswith("_"):
+            continue
+        if type(value) is int and value > 0:
+            found[name] = value
+        elif isinstance(value, list | tuple) and all(type(entry) is int for entry in value):
+            found |= {f"{name}.{index}": entry for index, entry in enumerate(value) if entry > 0}
+    return found
+
+
 def locate_axes(
     model: PreTrainedModel, structure: Structure, space: StockSpace
 ) -> dict[str, AxisKey]:
     """Find for every axis the config value that counts its units, and the layers it belongs to.
 
     Unlike `find_stock_space`, this also answers for axes that the stock class cannot express
-    (BERT's heads). Axes of which the config has no word are left out.
+    (BERT's heads). Axes of which the config has no word are left out, and all channels: they stand
+    in stages, which a value per layer cannot count.
 
     Args:
         model: The model, cut or not; only its modules' names and configs are read.
@@ -155,6 +182,8 @@ def locate_axes(
     modules = dict(model.named_modules())
     located: dict[str, AxisKey] = {}
     for axis in structure.axes:
+        if axis.kind == Kind.CHANNELS:
+            continue
         if axis.name in measured and axis.kind in measured[axis.name].keys:
             group = measured[axis.name]
             path, _, key = group.keys[axis.kind].rpartition(".")

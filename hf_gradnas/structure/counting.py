@@ -6,7 +6,8 @@ Knows how to run a model and read its trace; the formulas stand in `costs.closed
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -22,23 +23,30 @@ ATTENTION_DIMS = 4
 
 
 def count_costs(
-    model: nn.Module, structure: Structure, inputs: Mapping[str, Any], *, layout: str
+    model: nn.Module,
+    structure: Structure,
+    inputs: Mapping[str, Any],
+    *,
+    layout: str,
+    args: tuple[Any, ...] = (),
 ) -> dict[str, CostModel]:
     """Closed forms of parameters and FLOPs.
 
     Args:
         model: The model that holds the axes of `structure`.
         structure: Its proved axes.
-        inputs: Batch 1 at the length that FLOPs are counted for (see `flops_inputs`).
+        inputs: Batch 1 at the length that FLOPs are counted for (see `flops_inputs`), by keyword.
         layout: ``"stock"`` or ``"per_layer"``; see `params_cost`.
+        args: Positional arguments before the keywords.
 
     Returns:
         ``{"flops": …, "params": …}``; FLOPs are 2 x MACs of all matmuls and convolutions of one
-        forward under eager attention, as `FlopCounterMode` counts them; look-ups are 0.
+        forward under eager attention, as `FlopCounterMode` counts them; look-ups are 0. A weight
+        that a forward computes first (weight norm) is not known by name: its FLOPs are constant.
     """
-    axes = structure.axes
+    axes = _with_counted_names(model, structure.axes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    total_flops, trace = count_flops(model, inputs)
+    total_flops, trace = count_flops(model, inputs, args=args)
     rows: dict[str, int] = defaultdict(int)
     for event in trace.events:
         if isinstance(event, Matmul) and event.parameter is not None:
@@ -55,12 +63,29 @@ def count_costs(
     }
 
 
-def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, Trace]:
+def count_flops(
+    model: nn.Module, inputs: Mapping[str, Any], *, args: tuple[Any, ...] = ()
+) -> tuple[float, Trace]:
     """FLOPs of one forward under eager attention, and its trace."""
     counter = FlopCounterMode(display=False)
     with evaluating(model), attention_implementation(model, "eager"), frozen(model), counter:
-        trace = trace_forward(model, inputs, keep_calls=False)
+        trace = trace_forward(model, inputs, args=args, keep_calls=False)
     return float(counter.get_total_flops()), trace
+
+
+def _with_counted_names(model: nn.Module, axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """Axes whose slices call a shared parameter by the one name that it is counted under."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    names = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    return tuple(
+        replace(
+            axis,
+            slices=tuple(
+                dict.fromkeys(replace(s, tensor=names.get(s.tensor, s.tensor)) for s in axis.slices)
+            ),
+        )
+        for axis in axes
+    )
 
 
 def _macs_per_head(axis: Axis, trace: Trace) -> float:

@@ -36,6 +36,8 @@ MAX_TRIES = 3
 PROBE_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 LOOK_AHEAD = 4
 LOOK_BACK = 6
+LAYER = re.compile(r".*\.\d+(?=\.|$)")
+"""The part of a module path that ends with the innermost layer."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,15 @@ class _Site:
     heads: int = 0
 
 
-def discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
+def discover(
+    model: nn.Module, inputs: Mapping[str, Any], *, allow_nothing: bool = False
+) -> Discovery:
     """Find the attentions and FFNs that a forward of `model` runs.
 
     Args:
         model: A Transformers model.
         inputs: Keyword arguments of its forward; short ones suffice (`samples.probe_inputs`).
+        allow_nothing: Return an empty discovery rather than raise (it has convolutions besides).
 
     Raises:
         DataError: The model cannot run the inputs.
@@ -101,7 +106,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     with evaluating(model), attention_implementation(model, "eager"):
         trace = trace_forward(model, inputs)
         places, refusals = _probe_all(model, trace)
-    if not places:
+    if not places and not allow_nothing:
         seen = "; ".join(f"{r.module} ({r.reason})" for r in refusals) or "no attention, no FFN"
         raise StructureError(
             f"{type(model).__name__}: found nothing to prune. Seen: {seen}. "
@@ -189,6 +194,7 @@ def _producers(trace: Trace, index: int, owned: set[str | None]) -> tuple[str, .
     if isinstance(event, Attention):
         return ()
     features = event.x_shape[-1]
+    layer = ""
     found = []
     for earlier in reversed(trace.events[max(0, index - LOOK_BACK) : index]):
         if isinstance(earlier, Attention):
@@ -198,9 +204,17 @@ def _producers(trace: Trace, index: int, owned: set[str | None]) -> tuple[str, .
             fits
             and earlier.parameter not in (None, event.parameter)
             and earlier.parameter not in owned
+            and f"{earlier.module}.".startswith(layer)
         ):
             found.append(earlier.parameter)
+            layer = layer or _layer_of(common_path(event.module, earlier.module))
     return tuple(dict.fromkeys(name for name in found if name is not None))
+
+
+def _layer_of(path: str) -> str:
+    """Prefix of everything in the innermost layer around a module; "" outside of layers."""
+    found = LAYER.match(f".{path}")
+    return f"{found[0][1:]}." if found else ""
 
 
 def _scope_of(event: Matmul, producers: tuple[str, ...], trace: Trace) -> str:

@@ -33,6 +33,8 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
@@ -46,13 +48,14 @@ Record = Mapping[str, Any]
 Rows = Mapping[str, Mapping[int, list[int]]]
 Modules = Mapping[str, Any]  # what a path leads to: modules with attributes of any kind
 
-# Attributes in which a generic module repeats a dimension of its weight.
+# Attributes in which a generic module repeats a dimension of its weight (convolutions: `_sync`).
 SIZES: tuple[tuple[type[nn.Module], Mapping[str, int]], ...] = (
     (nn.Linear, {"out_features": 0, "in_features": 1}),
     (Conv1D, {"nx": 0, "nf": 1}),
     (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
-    (nn.Conv1d, {"out_channels": 0, "in_channels": 1}),
-    (nn.Conv2d, {"out_channels": 0, "in_channels": 1}),
+    (_NormBase, {"num_features": 0}),
+    (nn.GroupNorm, {"num_channels": 0}),
+    (nn.PReLU, {"num_parameters": 0}),
 )
 
 
@@ -190,9 +193,9 @@ def resize(
 ) -> None:
     """Bring a model to the record's shapes, in place, after checking everything.
 
-    Parameters keep dtype, device and ``requires_grad``; tied ones are sliced once and stay tied.
-    Parameters that end up empty become buffers outside the state dict. A tensor that already has
-    its shape is left alone, so a second call changes nothing.
+    Tensors are parameters and buffers. They keep dtype, device and ``requires_grad``; tied ones are
+    sliced once and stay tied. Parameters that end up empty become buffers outside the state dict. A
+    tensor that already has its shape is left alone, so a second call changes nothing.
 
     Args:
         model: The model; of another class than the record's architecture, paths are translated.
@@ -209,8 +212,8 @@ def resize(
     wanted = _wanted_shapes(modules, record, rows, new_tensors or {})
     _check_shapes(wanted, modules, record, rows)
     _check_removals(modules, record)
+    _set_attributes(modules, record)  # first: the channels of a convolution follow its groups
     _slice(model, modules, wanted, rows)
-    _set_attributes(modules, record)
     _own_position_biases(modules, record, new_tensors or {})
     for path, spec in record["removed"].items():
         if not _is_removed(modules[path]):
@@ -232,6 +235,11 @@ def translated(record: Record, model: nn.Module) -> Record:
     """The record with the paths that `model` uses, if it is another class of the same family."""
     if type(model).__name__ == record["architecture"]:
         return record
+    if not isinstance(model, PreTrainedModel):
+        raise RecordError(
+            f"{type(model).__name__}: config.gradnas holds sizes of {record['architecture']}, and "
+            "only classes of Transformers have paths that translate; build that class instead."
+        )
     sections = ("modules", "removed", "own_position_bias")
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     prefix = f"{model.base_model_prefix}."
@@ -386,7 +394,9 @@ def _set_attributes(modules: Modules, record: Record) -> None:
                 base = vars(modules[path].config).get("_base", modules[path].config)
                 modules[path].config = _LayerConfig(base, value)
             elif not isinstance(value, list):
-                setattr(modules[path], name, value)
+                old = getattr(modules[path], name)  # `normalized_shape` of a norm without weight
+                whole = (value, *old[1:]) if isinstance(old, tuple) else value
+                setattr(modules[path], name, whole)
 
 
 def _own_position_biases(
@@ -402,7 +412,8 @@ def _own_position_biases(
         if values is None and size and TABLE not in module._modules:
             values = next(module.parameters()).new_zeros(size)
         if values is not None:
-            module.add_module(TABLE, nn.Embedding(size[0], size[1], _weight=values.clone()))
+            table = nn.Embedding(size[0], size[1], _weight=values.clone())
+            module.add_module(TABLE, table.train(module.training))
         module.has_relative_attention_bias = bool(size)
 
 
@@ -417,15 +428,23 @@ def _without_input(projection: Any) -> Any:
     return projection
 
 
-def _sync(module: Any) -> None:
-    """Repeat the weight's sizes in a generic module's attributes, and hide empty tensors."""
+def _repeat_sizes(module: Any) -> None:
+    """Repeat the weight's sizes in a generic module's attributes."""
     for kind, sizes in SIZES:
         if isinstance(module, kind):
-            weight: Any = module.weight
+            weight: Any = module.weight if module.weight is not None else module.running_mean
             for attribute, dim in sizes.items():
                 setattr(module, attribute, weight.shape[dim])
+    if isinstance(module, _ConvNd):
+        sides = (module.weight.shape[0], module.weight.shape[1] * module.groups)
+        module.in_channels, module.out_channels = sides if module.transposed else sides[::-1]
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(module.weight.shape)
+
+
+def _sync(module: Any) -> None:
+    """Bring a module's attributes in line with its tensors, and hide empty ones."""
+    _repeat_sizes(module)
     if isinstance(module, Conv1D) and module.nx == 0:
         module.__class__ = _EmptyConv1D
     for name, parameter in list(module._parameters.items()):

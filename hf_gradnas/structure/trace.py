@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import DataError
 
-MATMULS = frozenset(
-    "linear addmm matmul bmm baddbmm mm einsum conv1d conv2d __matmul__ __rmatmul__".split()
+CONVS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
+MATMULS = CONVS | frozenset(
+    "linear addmm matmul bmm baddbmm mm einsum __matmul__ __rmatmul__".split()
 )
 ATTENTIONS = frozenset(["softmax", "scaled_dot_product_attention"])
 
@@ -127,7 +128,8 @@ class Recorder(TorchFunctionMode):
             return
         x = plain[0]
         parameter, weight = weights[0] if weights else (None, plain[-1])
-        depth = weight[0].numel() if name.startswith("conv") else x.shape[-1]
+        if name in CONVS:  # (input, weight, bias): the bias may be a computed tensor too
+            parameter, weight = named[1]
         self.trace.events.append(
             Matmul(
                 module=self.running[-1],
@@ -135,7 +137,7 @@ class Recorder(TorchFunctionMode):
                 parameter=parameter,
                 x_shape=tuple(x.shape),
                 out_shape=tuple(out.shape),
-                macs=out.numel() * depth,
+                macs=_macs(name, x, weight, out),
                 x=x if self.keep_graph else None,
             )
         )
@@ -212,25 +214,49 @@ def above(path: str, scope: str) -> str:
     return ".".join(part for part in (scope, path) if part)
 
 
+def _macs(function: str, x: Tensor, weight: Tensor, out: Tensor) -> int:
+    """Multiply-accumulates of one product.
+
+    A convolution applies ``weight[c]`` (in/groups x kernel) at every position of output channel
+    ``c``; a transposed one scatters ``weight[c]`` (out/groups x kernel) from every position of
+    input channel ``c``. Products with padding are counted, as `FlopCounterMode` counts them.
+    """
+    if function not in CONVS:
+        return out.numel() * x.shape[-1]
+    channels = x if "transpose" in function else out
+    return channels.numel() * weight[0].numel()
+
+
 def rows_of(event: Matmul, weight: Tensor) -> int:
-    """Number of row vectors that a recorded product multiplied with `weight`."""
+    """Number of row vectors that a recorded product multiplied with `weight`.
+
+    For a convolution its output positions, for a transposed one its input positions: whatever the
+    groups, they do not depend on the channels.
+    """
     return event.macs // weight.numel() if weight.numel() else 0
 
 
 @torch.no_grad()
-def trace_forward(model: nn.Module, inputs: Mapping[str, Any], *, keep_calls: bool = True) -> Trace:
-    """Trace of ``model(**inputs)`` without a graph.
+def trace_forward(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    args: tuple[Any, ...] = (),
+    keep_calls: bool = True,
+) -> Trace:
+    """Trace of ``model(*args, **inputs)`` without a graph.
 
     Raises:
         DataError: The model cannot run the inputs.
     """
     with record(model, keep_calls=keep_calls) as trace:
         try:
-            model(**inputs)
+            model(*args, **inputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shapes = {n: tuple(v.shape) for n, v in inputs.items() if isinstance(v, Tensor)}
+            given = {f"args[{index}]": value for index, value in enumerate(args)} | dict(inputs)
+            shapes = {n: tuple(v.shape) for n, v in given.items() if isinstance(v, Tensor)}
             raise DataError(
                 f"{type(model).__name__} cannot run a batch of {shapes}: "
                 f"{str(error).partition(chr(10))[0]} Check that its columns are what the forward "

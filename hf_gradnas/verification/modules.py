@@ -1,4 +1,4 @@
-"""Prove that cutting a module equals masking it, before anything is cut.
+"""Prove for the heads and neurons of a module that cutting it equals masking it.
 
 For each kind of module: a copy in float64 runs on its captured input, once with masks and once cut,
 for several choices of kept units and every attention kernel the model offers. What cannot be proved
@@ -13,25 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ._compat import attention_implementation
-from .errors import DataError, GradNASError, StructureError
-from .masks import masked
-from .structure.discovery import (
+from .._compat import attention_implementation
+from ..errors import GradNASError, StructureError
+from ..masks import masked
+from ..structure.discovery import (
     MAX_TRIES,
     PROBE_ERRORS,
     Discovery,
     Place,
     Template,
-    discover,
     move_axis,
 )
-from .structure.probe import double_call, double_copy
-from .structure.samples import probe_inputs
-from .structure.trace import Call
-from .surgery import cut
-from .types import Axis, Kind, Refusal, Structure
+from ..structure.probe import double_call, double_copy
+from ..structure.trace import Call
+from ..surgery import cut
+from ..types import Axis, Kind, Refusal, Structure
 
 TOLERANCE = 1e-10
 """Largest difference between masked and cut, relative to the largest output, in float64."""
@@ -45,31 +42,33 @@ ROUNDING = 1e-6
 RETRY_SCALES = (1.0, 1.01, 0.97)
 
 
-def find_structure(model: PreTrainedModel, batch: Mapping[str, Any]) -> Structure:
-    """Discover the axes of `model` and keep those that are proved.
-
-    Args:
-        model: On a device with float64 (CPU, CUDA), in any dtype; it is left as it was.
-        batch: Keyword arguments of its forward, as a dataloader yields them.
-
-    Raises:
-        DataError: The model cannot run the batch.
-        StructureError: Nothing prunable was found, or nothing could be proved.
-    """
-    decoder = bool(model.config.is_encoder_decoder)
-    try:
-        discovery = discover(model, probe_inputs(batch, decoder=decoder))
-    except DataError:  # some heads need more than the first tokens
-        discovery = discover(model, {k: v for k, v in batch.items() if k != "labels" or decoder})
-    return prove(model, discovery)
-
-
 def prove(model: nn.Module, discovery: Discovery) -> Structure:
     """Axes whose kind is proved; the others become refusals.
 
     Raises:
         StructureError: No axis could be proved.
     """
+    return some_axes(model, proved(model, discovery))
+
+
+def some_axes(model: nn.Module, structure: Structure) -> Structure:
+    """The structure itself, if it has an axis.
+
+    Raises:
+        StructureError: It has none.
+    """
+    refusals = structure.refusals
+    if not structure.axes:
+        reasons = "; ".join(f"{r.module} {r.kind}: {r.reason}" for r in refusals[:4])
+        raise StructureError(
+            f"{type(model).__name__}: found {len(refusals)} modules, but none can be pruned with "
+            f"proof ({reasons or 'no attention, no FFN, no channels'}). Report the model type."
+        )
+    return structure
+
+
+def proved(model: nn.Module, discovery: Discovery) -> Structure:
+    """As `prove`, but the structure may be empty."""
     kernels = _kernels(model)
     same: dict[int, list[Place]] = {}
     for place in discovery.places:
@@ -84,12 +83,6 @@ def prove(model: nn.Module, discovery: Discovery) -> Structure:
         else:
             axes += [move_axis(axis, place.scope, tied=place.tied) for axis in outcome]
     refusals = [r for r in refusals if not _is_settled(r, axes)]
-    if not axes:
-        reasons = "; ".join(f"{r.module} {r.kind}: {r.reason}" for r in refusals[:4])
-        raise StructureError(
-            f"{type(model).__name__}: found {len(refusals)} modules, but none can be pruned with "
-            f"proof ({reasons}). Report the model type."
-        )
     return Structure(tuple(axes), tuple(refusals))
 
 

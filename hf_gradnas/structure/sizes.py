@@ -1,0 +1,156 @@
+"""What kept units mean for tensors and attributes: the rows that stay, and the new sizes.
+
+Knows axes and the module tree. Nothing of the model is changed here: what is done to the modules
+stands in `modeling_gradnas`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..types import Attribute, Axis, Kind
+from . import modeling_gradnas
+from .trace import above, below
+
+PART = "part"
+
+Kept = Mapping[str, Sequence[int]]
+Rows = dict[str, dict[int, list[int]]]
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that full name."""
+    path, _, leaf = name.rpartition(".")
+    return cast(Tensor, getattr(model.get_submodule(path), leaf))
+
+
+def lost_units(axis: Axis, kept: Kept) -> list[int]:
+    """Units of an axis that go; an axis that `kept` does not name stays whole."""
+    stay = set(kept.get(axis.name, range(axis.size)))
+    return [unit for unit in range(axis.size) if unit not in stay]
+
+
+def kept_rows(model: nn.Module, axes: Iterable[Axis], kept: Kept) -> Rows:
+    """Rows that stay, per tensor and dim; several axes may take rows of one dim."""
+    lost: dict[str, dict[int, set[int]]] = {}
+    for axis in axes:
+        gone = lost_units(axis, kept)
+        for s in axis.slices:
+            lost.setdefault(s.tensor, {}).setdefault(s.dim, set()).update(s.rows(gone))
+    return {
+        name: {
+            dim: [row for row in range(tensor_at(model, name).shape[dim]) if row not in rows]
+            for dim, rows in dims.items()
+        }
+        for name, dims in lost.items()
+    }
+
+
+def new_sizes(
+    model: nn.Module,
+    attributes: Iterable[tuple[Attribute, Axis]],
+    counts: Mapping[str, int],
+    rows: Mapping[str, Mapping[int, Sequence[int]]],
+) -> dict[str, dict[str, Any]]:
+    """Per module path the shapes of its tensors and the values of its attributes.
+
+    Args:
+        model: The model before the cut.
+        attributes: Each with the axis whose units it counts.
+        counts: Number of kept units per axis name.
+        rows: Rows that stay (see `kept_rows`).
+    """
+    modules: dict[str, dict[str, Any]] = {}
+    for name, dims in rows.items():
+        path, _, leaf = name.rpartition(".")
+        shape = list(tensor_at(model, name).shape)
+        for dim, stay in dims.items():
+            shape[dim] = len(stay)
+        modules.setdefault(path, {})[leaf] = shape
+    for attribute, axis in attributes:
+        entry = modules.setdefault(attribute.module, {})
+        if axis.kind is Kind.CHANNELS and not attribute.in_config:
+            # Counted down: the channels of a concatenation belong to several axes, or to none.
+            before = entry.get(attribute.name, _size_at(model, attribute))
+            entry[attribute.name] = before - attribute.factor * (axis.size - counts[axis.name])
+        else:
+            _set_attribute(entry, attribute, counts)
+    return modules
+
+
+def _size_at(model: nn.Module, attribute: Attribute) -> int:
+    value = getattr(model.get_submodule(attribute.module), attribute.name)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _set_attribute(entry: dict[str, Any], attribute: Attribute, counts: Mapping[str, int]) -> None:
+    value = attribute.factor * counts[attribute.axis]
+    if attribute.per is not None:
+        value //= counts[attribute.per]
+    if attribute.in_config:
+        entry.setdefault("config", {})[attribute.name] = value
+    else:
+        entry[attribute.name] = value
+
+
+def cut_part(
+    model: nn.Module, path: str, axes: Iterable[Axis], kept: Kept
+) -> tuple[nn.Module, Rows]:
+    """Copy of one module as a cut of the model leaves it, and the rows that its tensors kept.
+
+    Args:
+        model: Root of the names in `axes`; it is left as it is, and its hooks are not copied.
+        path: The module's path.
+        axes: Axes that own rows or attributes inside the module.
+        kept: Kept units per axis name.
+
+    Raises:
+        RecordError: The axes do not fit the module.
+    """
+    holder = nn.ModuleDict({PART: _copy_without_hooks(model.get_submodule(path))})
+    inside = [_within(axis, path) for axis in axes]
+    rows = kept_rows(holder, inside, kept)
+    counts = {axis.name: axis.size - len(lost_units(axis, kept)) for axis in inside}
+    attributes = [(attribute, axis) for axis in inside for attribute in axis.attributes]
+    record = {
+        "format_version": modeling_gradnas.FORMAT_VERSION,
+        "architecture": type(holder).__name__,
+        "modules": new_sizes(holder, attributes, counts, rows),
+    }
+    modeling_gradnas.resize(holder, record, rows=rows)
+    return holder[PART], {name.removeprefix(f"{PART}."): dims for name, dims in rows.items()}
+
+
+def _copy_without_hooks(module: nn.Module) -> nn.Module:
+    """Copy of a module; what its forward hooks hold is not copied either."""
+    own = [hooks for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    twin = copy.deepcopy(module, {id(hook): hook for hooks in own for hook in hooks.values()})
+    for part in twin.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return twin
+
+
+def _within(axis: Axis, path: str) -> Axis:
+    """The axis with what it owns inside the module at `path` only, by its names in `cut_part`."""
+
+    def moved(name: str) -> str:
+        return above(below(name, path), PART)
+
+    inside = f"{path}." if path else ""
+    return replace(
+        axis,
+        slices=tuple(
+            replace(s, tensor=moved(s.tensor)) for s in axis.slices if s.tensor.startswith(inside)
+        ),
+        attributes=tuple(
+            replace(a, module=moved(a.module))
+            for a in axis.attributes
+            if f"{a.module}.".startswith(inside)
+        ),
+    )
