@@ -7,14 +7,14 @@ import torch
 import zoo
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_gradnas import GradNASPruner
+from hf_gradnas import GradNASPruner, nas
 from hf_gradnas.masks import masked
 from hf_gradnas.structure.modeling_gradnas import resize
 from hf_gradnas.surgery import cut
 from hf_gradnas.verification import find_structure
 
-# Axes per kind: a silent loss shows. RegNet's and EfficientNet's squeeze-excitations have one to
-# three channels here, most of them dead.
+# Axes per kind: a silent loss shows. Counted with them are channels that have no effect on the
+# input: RegNet's and EfficientNet's squeeze-excitations have one to three here, some of them dead.
 AXES = {
     "resnet": {"channels": 8},
     "resnet_bottleneck": {"channels": 14},
@@ -23,15 +23,16 @@ AXES = {
     "convnextv2": {"channels": 7},
     "mobilenet_v1": {"channels": 14},
     "mobilenet_v2": {"channels": 25},
-    "efficientnet": {"channels": 9},
+    "efficientnet": {"channels": 12},
     "segformer": {"heads": 3, "channels": 6},
     "wav2vec2": {"heads": 2, "neurons": 2, "channels": 4},
     "wav2vec2_layer": {"heads": 2, "neurons": 2, "channels": 3},
     "hubert": {"heads": 2, "neurons": 2, "channels": 4},
 }
+NO_EFFECT = "has no effect on the input"
 REASONS = (
     "too few to probe",
-    "has no effect on the input",
+    NO_EFFECT,
     "residual stream of attention layers",
     "inside an attention, whose heads are pruned instead",
 )
@@ -58,6 +59,7 @@ def test_cut_is_masked_for_all_axes_at_once_and_one_at_a_time(family):
         model, inputs = zoo.build(family)
         structure = find_structure(model, inputs)
         kinds = [str(axis.kind) for axis in structure.axes]
+        kinds += [r.kind for r in structure.refusals if r.reason.endswith(NO_EFFECT)]
         assert {kind: kinds.count(kind) for kind in kinds} == AXES[family]
         assert all(any(known in r.reason for known in REASONS) for r in structure.refusals)
         whole, kept = outputs(model, inputs), irregular(structure.axes)
@@ -134,3 +136,30 @@ def test_a_stock_resnet_has_its_widths_in_the_config():
     fresh = type(model)(type(config).from_dict(config.to_dict()))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in fresh.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnextv2", "mobilenet_v2", "wav2vec2"])
+def test_the_references_calls_prune_and_save_them(family, tmp_path):
+    model, inputs = zoo.build(family, dtype=torch.float32)
+    key = next(name for name in inputs if name != "labels")
+    fine = {"channels_ratio": [0.25, 0.5, 0.75], "channel_divisor": 1}
+    rule = {"features_ratio": [0.25, 0.5, 0.75], "feature_divisor": 1}
+    config = {"nn.Conv1d": fine, "nn.Conv2d": fine, "nn.BatchNorm2d": rule, "nn.LayerNorm": rule}
+    _, history = nas.prune(
+        model,
+        [("gradnas", config | {"nn.Linear": rule, "nn.GroupNorm": {}})],
+        {"flops": "70%"},
+        ({key: inputs[key][:1]},),
+        {
+            "data_loader": [inputs],
+            "collect_func": lambda batch: (batch,),
+            "loss_func": lambda output, batch: output.loss,
+            "verbose": False,
+        },
+    )
+    assert history["best"]["constraints"]["flops"] <= 0.7 * history["original"]["flops"]
+    suffixes = {name.rpartition(".")[2] for name in history["best"]["config"]}
+    assert "out_channels" in suffixes
+    model.save_pretrained(tmp_path / "pruned")
+    loaded = type(model).from_pretrained(tmp_path / "pruned", attn_implementation="eager")
+    torch.testing.assert_close(outputs(loaded, inputs), outputs(model, inputs), rtol=0, atol=1e-5)

@@ -265,7 +265,14 @@ CONV_FAMILIES: dict[str, Family] = {
         "RegNetConfig",
         "RegNetForImageClassification",
         "image",
-        {**STAGES, "hidden_sizes": [16, 24, 32], "groups_width": 8, "layer_type": "y"},
+        {
+            **STAGES,
+            "embedding_size": 32,
+            "hidden_sizes": [32, 40, 48],
+            "depths": [1, 2, 1],
+            "groups_width": 8,
+            "layer_type": "y",
+        },
     ),
     "convnext": Family("ConvNextConfig", "ConvNextForImageClassification", "image", CONVNEXT),
     "convnextv2": Family("ConvNextV2Config", "ConvNextV2ForImageClassification", "image", CONVNEXT),
@@ -387,7 +394,8 @@ def float64_throughout() -> Iterator[None]:
 def _randomise(model: transformers.PreTrainedModel, *, generator: torch.Generator) -> None:
     """Draw every parameter anew: vectors keep their mean (norms 1, biases 0), matrices do not.
 
-    The running statistics of batch norms are drawn too.
+    The running statistics of batch norms are drawn too, and their weights, which some classes
+    set to 0, are near 1.
     """
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -397,8 +405,11 @@ def _randomise(model: transformers.PreTrainedModel, *, generator: torch.Generato
             noise += parameter
         parameter.copy_(noise)
     for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.bias is not None:
+            module.bias.add_(1)  # keeps the few ReLUs of a squeeze-and-excite alive
         if isinstance(module, torch.nn.BatchNorm2d):
             shape = module.running_mean.shape
+            module.weight.copy_(torch.randn(shape, generator=generator) * SPREAD + 1)
             module.running_mean.copy_(torch.randn(shape, generator=generator) * SPREAD)
             module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
 

@@ -216,8 +216,10 @@ def _progress(work: Pass) -> Iterator[Callable[[], None]]:
     total = work.max_iter
     if hasattr(work.batches, "__len__"):
         total = min(len(work.batches), total or len(work.batches))  # type: ignore[arg-type]
-    is_shown = work.verbose and PartialState().is_main_process
-    with Progress(console=Console(stderr=True), disable=not is_shown) as bar:
+    if not (work.verbose and PartialState().is_main_process):
+        yield lambda: None
+        return
+    with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("Estimating gradient scores", total=total)
         yield lambda: bar.advance(task)
 
