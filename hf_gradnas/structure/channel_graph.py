@@ -8,7 +8,7 @@ stand is what autograd saved (`channel_rules`), so that nothing is guessed from 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from .channel_rules import (
     kind_of,
     unknown,
 )
-from .states import evaluating
+from .states import evaluating, unfrozen
 from .trace import map_tensors
 
 
@@ -50,19 +50,6 @@ class Forward:
     outputs: tuple[Edge, ...]
 
 
-@contextmanager
-def _wanting_gradients(model: nn.Module) -> Iterator[None]:
-    """Every parameter asks for gradients inside the ``with``; each gets its own flag back."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def trace_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward:
     """Run the model in eval mode, and collect the graph of the forward.
 
@@ -71,7 +58,7 @@ def trace_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(_wanting_gradients(model))
+        stack.enter_context(unfrozen(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for path, module in model.named_modules():

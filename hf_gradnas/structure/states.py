@@ -23,11 +23,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for gradients inside the ``with``; each gets its own flag back."""
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with _asking(model, False):
+        yield
+
+
+@contextmanager
+def unfrozen(model: nn.Module) -> Iterator[None]:
+    """Every floating-point parameter asks for gradients inside the ``with``; see `frozen`."""
+    with _asking(model, True):
+        yield
+
+
+@contextmanager
+def _asking(model: nn.Module, flag: bool) -> Iterator[None]:
+    others = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.requires_grad is not flag and parameter.is_floating_point()
+    ]
     try:
-        for parameter in wanting:
-            parameter.requires_grad_(False)
+        for parameter in others:
+            parameter.requires_grad_(flag)
         yield
     finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
+        for parameter in others:
+            parameter.requires_grad_(not flag)
