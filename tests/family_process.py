@@ -32,9 +32,11 @@ for folder in sorted(Path(FOLDER).iterdir()):
         # AutoModelForPreTraining and the like name the same class; any of them will do.
         auto = next(k for k, v in config["auto_map"].items() if v == f"modeling_gradnas.{name}")
         loader = getattr(transformers, auto)
-    model = loader.from_pretrained(
-        folder, trust_remote_code=trust, attn_implementation="eager"
-    ).eval()
+    model, info = loader.from_pretrained(
+        folder, trust_remote_code=trust, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), (folder.name, info)
+    model.eval()
     with torch.no_grad():
         difference = (model(**batch).logits - want).abs().max().item()
     assert difference <= 1e-5, (folder.name, difference)

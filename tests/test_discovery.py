@@ -125,6 +125,21 @@ def test_heads_coupled_by_a_norm_are_refused_and_the_rest_is_pruned() -> None:
     assert all(r.reason for r in structure.refusals)
 
 
+def test_ffns_that_follow_each_other_without_an_attention_are_told_apart() -> None:
+    model, inputs = zoo.build("convnext", depths=[1, 3, 1])
+    places = discover(model, inputs).places
+    stages = [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
+    wanted = [f"convnext.encoder.stages.{stage}.layers.{layer}" for stage, layer in stages]
+    assert [place.scope for place in places] == wanted
+
+
+def test_the_width_of_an_image_is_no_number_of_features() -> None:
+    model, inputs = zoo.build("efficientnet")
+    found = discover(model, inputs, allow_nothing=True)
+    assert found.places == ()
+    assert found.refusals == ()
+
+
 def test_targets_of_one_token_are_enough() -> None:
     model, inputs = zoo.build("t5")
     inputs["labels"] = inputs["labels"][:, :1]

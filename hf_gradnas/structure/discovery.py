@@ -21,6 +21,7 @@ from .attention import attention_versions
 from .probe import NotAPair, double_call, double_copy, probe_heads, probe_neurons
 from .states import evaluating
 from .trace import (
+    CONVS,
     Attention,
     Call,
     Matmul,
@@ -189,9 +190,12 @@ def _following_weights(trace: Trace, index: int) -> Iterator[Matmul]:
 
 
 def _producers(trace: Trace, index: int, owned: set[str | None]) -> tuple[str, ...]:
-    """Weights that ran shortly before and put out as many features as event `index` reads."""
+    """Weights that ran shortly before and put out as many features as event `index` reads.
+
+    Convolutions have no features in their last dimension.
+    """
     event = trace.events[index]
-    if isinstance(event, Attention):
+    if isinstance(event, Attention) or event.function in CONVS:
         return ()
     features = event.x_shape[-1]
     layer = ""
@@ -202,6 +206,7 @@ def _producers(trace: Trace, index: int, owned: set[str | None]) -> tuple[str, .
         fits = earlier.out_shape[-1] in (features, 2 * features)
         if (
             fits
+            and earlier.function not in CONVS
             and earlier.parameter not in (None, event.parameter)
             and earlier.parameter not in owned
             and f"{earlier.module}.".startswith(layer)
