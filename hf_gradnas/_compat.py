@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -33,4 +34,16 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
             previous = config._attn_implementation_internal
             stack.callback(setattr, config, "_attn_implementation_internal", previous)
             config._attn_implementation_internal = name
+        yield
+
+
+@contextmanager
+def peft_reads_an_old_name() -> Iterator[None]:
+    """Wrap a model in adapters without a warning that no user can act on.
+
+    Cause: PEFT up to 0.21 asks a model for ``is_gradient_checkpointing``, which Transformers 5.23
+    renamed. Remove when the oldest supported PEFT asks for ``is_activation_checkpointing``.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         yield

@@ -8,28 +8,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan
-from .checkpoint.save import check_target, save_pruned
+from .checkpoint.save import save_pruned
 from .config.budgets import parse_budgets
-from .config.rules import parse_rules, rule_for
+from .config.rules import check_rules, parse_rules, rule_for
 from .costs.closed_form import unsplit_table_params
 from .errors import OrderError, PlanError, StructureError
 from .masks import masked
 from .scores import METHODS, check_scores, collect_scores
 from .scores.batches import to_device
-from .scores.sample import Batch, check_positions, longest_batch, reiterable
+from .scores.processes import Processes
+from .scores.sample import Batch, check_positions, from_main, longest_of_all, reiterable
+from .scores.wrappers import check_parameters, uncompiled, unwrapped
 from .search.solver import STRATEGIES, check_budgets, find_plan
 from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
-from .structure.counting import count_costs
+from .structure.counting import count_costs, original_totals
 from .structure.samples import flops_inputs
 from .surgery import check_kept
 from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
 from .verification import find_structure
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .repair import Recovery
 
 Progress = Callable[[int, int | None], None]
 
@@ -38,7 +46,8 @@ class GradNASPruner:
     """Prune a Transformers model: score once with gradients, then plan and cut to any budget.
 
     Args:
-        model: Any ``PreTrainedModel``. It is left as it is until `apply`.
+        model: Any ``PreTrainedModel``, also inside DDP or ``torch.compile``; `model` is then the
+            inner one. It is left as it is until `apply`.
         score: ``fisher`` (default), ``gradnas``, ``taylor``, ``magnitude`` or ``random``.
         search: ``lagrangian`` (default) or ``binary``.
         layout: ``stock`` (one width for all layers, plain Transformers loads it), ``per_layer``
@@ -46,6 +55,8 @@ class GradNASPruner:
             expressed by the stock class.
         rules: Ordered mapping from a glob over module paths to None (keep) or ``{"min": …,
             "multiple": …}``; later entries win.
+        accelerator: An ``accelerate.Accelerator``: all its processes score their share, get the
+            same plan and cut; the main one writes. Each of them must call the same methods.
 
     Raises:
         PlanError: An unknown score, search, layout or rule.
@@ -64,16 +75,19 @@ class GradNASPruner:
         search: str = "lagrangian",
         layout: str = "auto",
         rules: Mapping[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         _check_choice("score", score, METHODS)
         _check_choice("search", search, STRATEGIES)
         _check_choice("layout", layout, LAYOUTS)
-        if not isinstance(model, PreTrainedModel):
+        inner = unwrapped(model)
+        if not isinstance(inner, PreTrainedModel):
             raise StructureError(
-                f"model: found a {type(model).__name__}, needed a Transformers PreTrainedModel; "
-                "pass the model itself, unwrapped."
+                f"model: found a {type(inner).__name__}, needed a Transformers PreTrainedModel; "
+                "pass the model itself."
             )
-        self.model = model
+        self.model = inner
+        self._processes = Processes(accelerator)
         self.score_method = score
         self.search = search
         self.rules = parse_rules(rules)
@@ -140,16 +154,18 @@ class GradNASPruner:
             StructureError: Nothing in the model can be pruned, or a rule's glob matches nothing.
         """
         check_positions(batch, self.model.config)
-        batch = to_device(batch, self.model)
-        structure = find_structure(self.model, batch)
-        self._check_rules(structure)
+        check_parameters(self.model, "discover")
+        batch = to_device(from_main(batch, self._processes), self.model)
+        with uncompiled():
+            structure = find_structure(self.model, batch)
+        check_rules(self.rules, structure)
         self._space = find_stock_space(self.model, structure)
         allowed = [a for a in structure.axes if rule_for(a.module, self.rules) is not None]
         self.layout, self.layout_reason = layout_for(self._space, allowed, requested=self.layout)
         decoder = bool(self.model.config.is_encoder_decoder)
         self._sample = flops_inputs(batch, flops_length, decoder=decoder)
         self._costs = count_costs(self.model, structure, self._sample, layout=self.layout)
-        self._totals = _original_totals(self._costs, structure, self.model)
+        self._totals = original_totals(self._costs, structure, self.model)
         self._structure = structure
         return structure
 
@@ -196,7 +212,7 @@ class GradNASPruner:
         """
         if self._structure is None:
             dataloader = reiterable(dataloader)
-            self.discover(longest_batch(dataloader, num_examples))
+            self.discover(longest_of_all(dataloader, self.model, num_examples, self._processes))
         self._scores = collect_scores(
             self.model,
             self.structure.axes,
@@ -207,6 +223,7 @@ class GradNASPruner:
             seed=seed,
             file=file,
             progress=progress,
+            accelerator=self._processes.accelerator,
         )
         return self._scores
 
@@ -227,7 +244,8 @@ class GradNASPruner:
             OrderError: There are no scores yet.
         """
         budgets = self.check(budget)
-        plan = find_plan(
+        make = partial(
+            find_plan,
             self.structure.axes,
             self.scores,
             self.costs,
@@ -237,7 +255,7 @@ class GradNASPruner:
             rules=self.rules,
             stock=self._space,
         )
-        return self._settle(plan)
+        return self._settle(self._processes.from_main(make))
 
     def masked(self, plan: Plan) -> AbstractContextManager[None]:
         """Try a plan without cutting: inside the ``with``, pruned units are multiplied by 0.
@@ -246,7 +264,7 @@ class GradNASPruner:
             PlanError: The plan does not fit this model.
         """
         self._check_plan(plan)
-        return masked(self.model, self.structure.axes, plan.kept)
+        return uncompiled(masked(self.model, self.structure.axes, plan.kept))
 
     def apply(self, plan: Plan) -> PreTrainedModel:
         """Cut the model in place and rewrite its config; a plan that does not fit changes nothing.
@@ -260,10 +278,30 @@ class GradNASPruner:
                 "uncut one; make a new GradNASPruner of the cut model to prune it further."
             )
         self._check_plan(plan)
+        check_parameters(self.model, "apply")
         space = _need(self._space, "config", "discover(batch) or score(dataloader)")
         apply_plan(self.model, plan, self.structure, space)
         self._plan, self._applied = plan, True
         return self.model
+
+    def recover(self, teacher: PreTrainedModel, train_dataset: Any, **options: Any) -> Recovery:
+        """Train the cut model for a short time with `teacher`, the uncut one, as its example.
+
+        Args:
+            teacher: The original, loaded again or a deep copy from before `apply`.
+            train_dataset: Examples as for ``Trainer``, with labels or without.
+            **options: Further arguments of `repair.recover`.
+
+        Raises:
+            OrderError: `apply` was not called.
+            RecipeError: An option that cannot be used.
+            StructureError: The teacher does not fit the model.
+        """
+        if not self._applied:
+            raise OrderError("recover: the model is not cut yet; call apply(plan) first.")
+        from .repair import recover  # noqa: PLC0415 - the Trainer takes seconds to import
+
+        return recover(self.model, teacher, train_dataset, **options)
 
     def save_pretrained(
         self,
@@ -289,9 +327,9 @@ class GradNASPruner:
         """
         if not self._applied or self._plan is None:
             raise OrderError("save_pretrained: the model is not cut yet; call apply(plan) first.")
-        check_target(directory, overwrite=overwrite)
         metadata = {} if self._scores is None else dict(self._scores.metadata)
-        return save_pruned(
+        write = partial(
+            save_pruned,
             self.model,
             directory,
             plan=self._plan,
@@ -301,6 +339,7 @@ class GradNASPruner:
             files=files,
             overwrite=overwrite,
         )
+        return self._processes.from_main(write)
 
     def prune(self, dataloader: Iterable[Batch], budget: Mapping[str, Any], **score: Any) -> Plan:
         """Discover, check the budget, score, plan and cut in one call.
@@ -315,7 +354,8 @@ class GradNASPruner:
         """
         if self._structure is None:
             dataloader = reiterable(dataloader)
-            self.discover(longest_batch(dataloader, score.get("num_examples")))
+            limit = score.get("num_examples")
+            self.discover(longest_of_all(dataloader, self.model, limit, self._processes))
         self.check(budget)
         self.score(dataloader, **score)
         plan = self.plan(budget)
@@ -344,15 +384,6 @@ class GradNASPruner:
         half = plan.score == "fisher"  # second-order Taylor term: ½·Σ g²
         return replace(plan, costs=costs, loss_increase=plan.loss_increase * (0.5 if half else 1))
 
-    def _check_rules(self, structure: Structure) -> None:
-        for glob in self.rules:
-            if not any(rule_for(a.module, {glob: None}) is None for a in structure.axes):
-                raise StructureError(
-                    f"rules[{glob!r}] matches no axis of this model; axes stand in "
-                    f"{', '.join(sorted({a.module for a in structure.axes})[:6])}, …. "
-                    "Give a glob over these module paths."
-                )
-
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
@@ -363,13 +394,3 @@ def _need(value: Any, what: str, call: str) -> Any:
     if value is None:
         raise OrderError(f"{what}: not known yet; call {call} first.")
     return value
-
-
-def _original_totals(
-    costs: Mapping[str, CostModel], structure: Structure, model: PreTrainedModel
-) -> dict[str, float]:
-    """Costs of the model as it is."""
-    sizes = {axis.name: axis.size for axis in structure.axes}
-    totals = {name: cost.of(sizes) for name, cost in costs.items()}
-    totals["params"] = float(sum(p.numel() for p in model.parameters()))
-    return totals

@@ -5,8 +5,9 @@ import re
 import pytest
 import yaml
 
-from hf_gradnas.config import recipe as recipes
-from hf_gradnas.config.recipe import Recipe, build_recipe, read_recipe_file, shipped_recipes
+from hf_gradnas.config import recipe_files
+from hf_gradnas.config.recipe import Recipe, build_recipe
+from hf_gradnas.config.recipe_files import read_recipe_file, shipped_recipes
 from hf_gradnas.errors import RecipeError
 
 
@@ -102,6 +103,7 @@ def test_a_missing_file_names_the_nearest_shipped_recipe():
 
 def test_recipes_are_found_in_the_package_too(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("model: m\n", encoding="utf-8")
-    monkeypatch.setattr(recipes, "RECIPE_FOLDERS", (tmp_path, *recipes.RECIPE_FOLDERS))
+    folders = (tmp_path, *recipe_files.RECIPE_FOLDERS)
+    monkeypatch.setattr(recipe_files, "RECIPE_FOLDERS", folders)
     assert next(iter(shipped_recipes())) == "own"
     assert build_recipe({}, file="own").model == "m"

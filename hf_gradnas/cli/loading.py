@@ -74,16 +74,20 @@ def load_model(recipe: Recipe, source: Source, folder: str) -> tuple[PreTrainedM
     Raises:
         RecipeError: The checkpoint cannot be loaded with that class or onto that device.
     """
-    model, info = _load(
-        source.cls.from_pretrained,
-        folder,
-        what=f"--model {recipe.model}: its weights cannot be loaded",
-        advice="check --task, --revision and --dtype.",
-        config=source.config,
-        dtype=recipe.dtype,
-        output_loading_info=True,
-        **_hub_options(recipe),
-    )
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # missing weights are the same in every run and process
+        model, info = _load(
+            source.cls.from_pretrained,
+            folder,
+            what=f"--model {recipe.model}: its weights cannot be loaded",
+            advice="check --task, --revision and --dtype.",
+            config=source.config,
+            dtype=recipe.dtype,
+            output_loading_info=True,
+            **_hub_options(recipe),
+        )
     device = recipe.device or best_device()
     try:
         model = model.to(device)

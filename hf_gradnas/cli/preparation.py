@@ -39,6 +39,7 @@ class Job:
         folder: Where the model is loaded from.
         calibration: Examples to score on.
         evaluation: Examples to measure on, if any.
+        recovery: Examples to train the pruned model on, if that was asked for.
         labels: ``"data"`` or ``"model"``.
         scores: Scores of an earlier run, if they were given.
         settings: Rows for the table of settings: option, value, where it comes from.
@@ -50,6 +51,7 @@ class Job:
     folder: str
     calibration: Examples
     evaluation: Examples | None
+    recovery: Examples | None
     labels: str
     scores: Scores | None
     settings: tuple[tuple[str, str, str], ...]
@@ -136,7 +138,7 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
             "score": scores.metadata.get("method", recipe.score) if scores else recipe.score,
         }
     )
-    rows = _open_calibration(filled, source)
+    rows = _open_training_split(filled, source, filled.num_examples)
     feed, columns = _feed(rows, filled, source, labelled=labels == "data")
     calibration = encode(feed)
     notes = [*rows.notes, *([calibration.note] if calibration.note else [])]
@@ -145,9 +147,20 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
             f"no task is known for {source.cls.__name__}: labels are sampled from its own output"
         )
     evaluation = _open_evaluation(filled, source)
-    settings = _settings(filled, given, source, columns, calibration, padding)
+    recovery = _open_recovery(filled, source)
+    if recovery is not None:
+        notes.append(f"the pruned model is recovered on {len(recovery)} examples")
     return Job(
-        filled, source, folder, calibration, evaluation, labels, scores, settings, tuple(notes)
+        filled,
+        source,
+        folder,
+        calibration,
+        evaluation,
+        recovery,
+        labels,
+        scores,
+        _settings(filled, given, source, columns, calibration, padding),
+        tuple(notes),
     )
 
 
@@ -177,14 +190,15 @@ def _resolve_labels(recipe: Recipe, source: Source) -> str:
     return recipe.labels
 
 
-def _open_calibration(recipe: Recipe, source: Source) -> Rows:
+def _open_training_split(recipe: Recipe, source: Source, examples: int | None) -> Rows:
+    """Rows for so many examples at least; None: all rows."""
     if recipe.dataset is not None:
         return open_dataset(
             recipe.dataset,
             split=recipe.split,
             seed=recipe.seed,
             shuffle=recipe.shuffle,
-            take=_rows_needed(recipe.num_examples, recipe, source),
+            take=None if examples is None else _rows_needed(examples, recipe, source),
         )
     if source.input != "text":
         raise DataError(
@@ -219,6 +233,21 @@ def _open_evaluation(recipe: Recipe, source: Source) -> Examples | None:
     changed = recipe.model_copy(update={"num_examples": limit or len(rows.dataset) * 10**6})
     changed = changed.model_copy(update={"shuffle": False})
     feed, _ = _feed(rows, changed, source, labelled=True)
+    return encode(feed)
+
+
+def _open_recovery(recipe: Recipe, source: Source) -> Examples | None:
+    """Examples to train on after the cut: more of what is calibrated on."""
+    if not recipe.recover_epochs or recipe.dry_run:
+        return None
+    from ..repair.lora import check_lora
+
+    check_lora(recipe.recover_lora_rank)
+    limit = recipe.recover_num_examples
+    rows = _open_training_split(recipe, source, limit)
+    # Running text has more examples than lines, but fewer than characters.
+    changed = recipe.model_copy(update={"num_examples": limit or 10**12})
+    feed, _ = _feed(rows, changed, source, labelled=recipe.labels == "data")
     return encode(feed)
 
 
@@ -286,6 +315,7 @@ def _settings(
         "save_scores": None if recipe.scores else recipe.save_scores,
         "device": recipe.device,
         "dtype": recipe.dtype,
+        **(_recovery_settings(recipe) if recipe.recover_epochs else {}),
         "seed": recipe.seed,
         "output": None if recipe.dry_run else recipe.output,
     }
@@ -300,6 +330,21 @@ def _settings(
     if padding:
         rows.append(("pad token", padding, "found"))
     return tuple(rows)
+
+
+def _recovery_settings(recipe: Recipe) -> dict[str, Any]:
+    from ..repair.recovery import LEARNING_RATE, LORA_LEARNING_RATE
+
+    adapters = recipe.recover_lora_rank is not None
+    default = LORA_LEARNING_RATE if adapters else LEARNING_RATE
+    return {
+        "recover_epochs": recipe.recover_epochs,
+        "recover_num_examples": recipe.recover_num_examples or "all",
+        "recover_batch_size": recipe.recover_batch_size,
+        "recover_learning_rate": recipe.recover_learning_rate or default,
+        "recover_temperature": recipe.recover_temperature,
+        "recover_lora_rank": recipe.recover_lora_rank,
+    }
 
 
 _LABELS = {"data": "data: as the head needs them", "model": "model: sampled from its prediction"}

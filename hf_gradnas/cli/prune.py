@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Recipe, build_recipe
-from ..errors import GradNASError
+from ..errors import GradNASError, RecipeError
 from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
 
 if TYPE_CHECKING:
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..pruner import GradNASPruner
+    from ..scores.processes import Processes
     from ..types import Plan
     from .evaluate import Metrics
+    from .examples import Examples
     from .preparation import Job
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -37,12 +40,14 @@ def prune_from_options(
     Returns:
         0 done, 1 pruning or verification failed, 2 bad input, 130 interrupted.
     """
-    screen = Screen()
+    from .launch import is_main, launched
+
+    screen = Screen(quiet=not is_main())
     run: _Run | None = None
     try:
         recipe = build_recipe(flags, settings=settings, file=file)
-        run = _Run(recipe, screen)
-        with quiet_libraries(screen):
+        with launched(recipe) as (own, processes), quiet_libraries(screen):
+            run = _Run(own, screen, processes, given=frozenset(recipe.model_fields_set))
             run.execute()
     except KeyboardInterrupt:
         screen.error(run.interruption() if run else "interrupted; nothing was written.")
@@ -61,10 +66,13 @@ def prune_from_options(
 class _Run:
     """State of one run: the recipe with its defaults filled in, and how far it came."""
 
-    def __init__(self, recipe: Recipe, screen: Screen) -> None:
+    def __init__(
+        self, recipe: Recipe, screen: Screen, processes: Processes, *, given: frozenset[str]
+    ) -> None:
         self.recipe = recipe
-        self.given = frozenset(recipe.model_fields_set)
+        self.given = given
         self.screen = screen
+        self.processes = processes
         self.cutting = False
         self.scoring = False
         self.started = time.monotonic()
@@ -75,14 +83,16 @@ class _Run:
         from .preparation import prepare, resolve_paths
         from .show import show_settings
 
-        self.recipe = resolve_paths(self.recipe)
+        with self.processes.joint():
+            self.recipe = resolve_paths(self.recipe)
         folder = self._model_folder()
-        job = prepare(self.recipe, folder=folder, given=self.given)
+        opened = partial(prepare, self.recipe, folder=folder, given=self.given)
+        job = self.processes.main_first(opened)
         self.recipe = job.recipe
         show_settings(self.screen, job.settings)
         for note in job.notes:
             self.screen.line(f"Note: {note}.")
-        model, loader, evaluation = self._load(job)
+        model, loader, evaluation = self.processes.main_first(partial(self._load, job))
         pruner = self._discover(model, loader, job)
         before = self._evaluate(model, evaluation, job, "Evaluating the original")
         plan = self._plan(pruner, loader, job)
@@ -122,7 +132,8 @@ class _Run:
         training = Training(seed=self.recipe.seed)
         self.screen.line(f"Quickstart: training a small Llama into {folder} (about a minute).")
         with self.screen.progress("Training") as report:
-            made = make_quickstart(folder, training, progress=report)
+            make = partial(make_quickstart, folder, training, progress=report)
+            made = self.processes.from_main(make)
         self.screen.line(
             f"Perplexity of the held-out text by token frequencies: {made.unigram_perplexity:.1f}."
         )
@@ -139,6 +150,12 @@ class _Run:
         from .loading import load_model
 
         model, missing = load_model(self.recipe, job.source, job.folder)
+        if missing and job.recovery is not None:
+            raise RecipeError(
+                f"--recover-epochs {self.recipe.recover_epochs:g}: the checkpoint has no weights "
+                f"for {', '.join(missing[:_MISSING_SHOWN])}, so there is nothing to learn from "
+                "it; fine-tune it first, or leave --recover-epochs away."
+            )
         if missing:
             shown = ", ".join(missing[:_MISSING_SHOWN]) + (
                 ", …" if len(missing) > _MISSING_SHOWN else ""
@@ -162,6 +179,7 @@ class _Run:
             search=self.recipe.search,
             layout=self.recipe.layout,
             rules=self.recipe.rules(),
+            accelerator=self.processes.accelerator,
         )
         # Images have a size of their own; for audio the length counts the decoder's tokens.
         length = None if job.source.input == "image" else self.recipe.flops_length
@@ -234,25 +252,60 @@ class _Run:
 
         model = pruner.apply(plan)
         after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")
+        columns = {"before": before, "after": after}
+        document = _document(self.recipe, job)
+        if job.recovery is not None:
+            document["recovery"] = self._recover(model, job.recovery, job)
+            columns["recovered"] = self._evaluate(
+                model, evaluation, job, "Evaluating the recovered model"
+            )
+        measured = {name: found for name, found in columns.items() if found is not None}
+        if measured:
+            document["metrics"] = {name: found.to_dict() for name, found in measured.items()}
         output = str(self.recipe.output)
         pruner.save_pretrained(
             output,
             job.source.processor,
             overwrite=self.recipe.overwrite,
-            document=_document(self.recipe, job, before, after),
+            document=document,
             files={"recipe.yaml": self.recipe.to_yaml()},
         )
-        if before is not None and after is not None:
-            columns = {"before": before, "after": after}
+        if measured:
             if self.is_quickstart:
                 again = self._reload(output, evaluation, job)
                 if again is not None:
-                    columns["reloaded"] = again
-            show_metrics(self.screen, columns)
+                    measured["reloaded"] = again
+            show_metrics(self.screen, measured)
         self.screen.line(f"Saved: {output}")
         self.screen.line("Load it with:")
         for line in loading_snippet(model, plan.layout, output).splitlines():
             self.screen.line(f"    {line}")
+
+    def _recover(self, model: PreTrainedModel, examples: Examples, job: Job) -> dict[str, Any]:
+        """Train the cut model; the teacher is loaded again from where the original came."""
+        from ..repair import recover
+        from .examples import Collator
+        from .loading import load_model
+
+        teacher, _ = load_model(self.recipe, job.source, job.folder)
+        with self.screen.progress("Recovering") as report:
+            done = recover(
+                model,
+                teacher,
+                examples,
+                epochs=self.recipe.recover_epochs,
+                learning_rate=self.recipe.recover_learning_rate,
+                batch_size=self.recipe.recover_batch_size,
+                temperature=self.recipe.recover_temperature,
+                lora=self.recipe.recover_lora_rank,
+                seed=self.recipe.seed,
+                data_collator=Collator(job.source, model),
+                progress=report,
+            )
+        self.screen.line(
+            f"Recovered in {done.steps} steps on {len(examples)} examples in {done.seconds:.1f} s."
+        )
+        return {"examples": len(examples), "steps": done.steps, "loss": done.loss}
 
     def _reload(self, output: str, evaluation: DataLoader[Any] | None, job: Job) -> Metrics | None:
         from .loading import load_model, open_source
@@ -262,11 +315,9 @@ class _Run:
         return self._evaluate(model, evaluation, job, "Evaluating the reloaded model")
 
 
-def _document(
-    recipe: Recipe, job: Job, before: Metrics | None, after: Metrics | None
-) -> dict[str, Any]:
-    """What the command adds to ``gradnas.json``."""
-    document: dict[str, Any] = {
+def _document(recipe: Recipe, job: Job) -> dict[str, Any]:
+    """What the command adds to ``gradnas.json``, apart from what it measures."""
+    return {
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "calibration": {
             "dataset": recipe.dataset or "bundled text",
@@ -274,9 +325,6 @@ def _document(
             "labels": job.labels,
         },
     }
-    if before is not None and after is not None:
-        document["metrics"] = {"before": before.to_dict(), "after": after.to_dict()}
-    return document
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -31,11 +31,15 @@ Report = Callable[[int, "int | None"], None]
 
 
 class Screen:
-    """Standard output for results, standard error for warnings and errors."""
+    """Standard output for results, standard error for warnings and errors.
 
-    def __init__(self) -> None:
-        self.out = _console(stderr=False)
-        self.err = _console(stderr=True)
+    Args:
+        quiet: Print nothing: another process does.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.out = _console(stderr=False, quiet=quiet)
+        self.err = _console(stderr=True, quiet=quiet)
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """One line, never broken, so that paths in it can be copied."""
@@ -71,7 +75,10 @@ class Screen:
             TimeRemainingColumn(),
         )
         with Progress(
-            *columns, console=self.err, disable=not self.err.is_terminal, transient=True
+            *columns,
+            console=self.err,
+            disable=self.err.quiet or not self.err.is_terminal,
+            transient=True,
         ) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -177,10 +184,10 @@ def _bar(share: float, width: int = 20) -> str:
     return "#" * round(share * width)
 
 
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
+def _console(*, stderr: bool, quiet: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+        console = Console(stderr=stderr, highlight=False, quiet=quiet, width=_PLAIN_WIDTH)
     return console
 
 

@@ -8,7 +8,6 @@ knows neither models nor data sets.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +15,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import RecipeError
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-# An installed wheel carries the recipes inside the package; a checkout has them at its root.
-RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+from .recipe_files import nearest, read_recipe_file
 
 _Extra = dict[str, Any]
 _MODEL: _Extra = {"panel": "Model"}
 _DATA: _Extra = {"panel": "Calibration data"}
 _EVAL: _Extra = {"panel": "Evaluation"}
 _PLAN: _Extra = {"panel": "Scores and plan"}
+_RECOVERY: _Extra = {"panel": "Recovery"}
 _OUTPUT: _Extra = {"panel": "Output"}
 
 
@@ -215,6 +212,43 @@ class Recipe(BaseModel):
         json_schema_extra=_PLAN,
     )
 
+    recover_epochs: float = Field(
+        default=0.0,
+        ge=0,
+        description="Train the pruned model for so many epochs of --dataset, with the original as "
+        "its teacher; 0 does not. The original is loaded a second time for it.",
+        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+    )
+    recover_num_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Recover on the first N examples only. Default: on all of the split.",
+        json_schema_extra=_RECOVERY,
+    )
+    recover_batch_size: int = Field(
+        default=32, ge=1, description="Examples per training step.", json_schema_extra=_RECOVERY
+    )
+    recover_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Highest learning rate of recovery. Default: 1e-4, or 1e-3 with LoRA.",
+        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+    )
+    recover_temperature: float = Field(
+        default=2.0,
+        gt=0,
+        description="Temperature of the teacher's predictions; where the data has labels, these "
+        "count as much as the teacher.",
+        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+    )
+    recover_lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train adapters of this rank with PEFT, merged at the end, instead of all "
+        "weights.",
+        json_schema_extra=_RECOVERY,
+    )
+
     output: str | None = Field(
         default=None,
         description="Folder of the pruned model. Default: ./<last part of model>-gradnas.",
@@ -289,50 +323,6 @@ def build_recipe(
         raise RecipeError(_explain(error)) from error
 
 
-def read_recipe_file(file: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping from a path or, by its name, from the shipped recipes.
-
-    Raises:
-        RecipeError: There is no such file, or it is not a YAML mapping.
-    """
-    path = _find_recipe(file)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"--recipe {file}: cannot be read as YAML ({error}); write one 'key: value' per line."
-        ) from error
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"--recipe {file}: found {type(values).__name__}, needed a mapping of options; write "
-            "one 'key: value' per line."
-        )
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Recipes that come with the package, by name."""
-    found: dict[str, Path] = {}
-    for folder in RECIPE_FOLDERS:
-        for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, path)
-    return found
-
-
-def _find_recipe(file: str | Path) -> Path:
-    path = Path(file)
-    if path.is_file():
-        return path
-    shipped = shipped_recipes()
-    name = str(file).removesuffix(".yaml")
-    if name in shipped:
-        return shipped[name]
-    raise RecipeError(
-        f"--recipe {file}: no such file, and no shipped recipe of that name"
-        f"{_nearest(name, shipped)}; shipped are {', '.join(shipped) or 'none'}."
-    )
-
-
 def _apply_setting(values: dict[str, Any], setting: str) -> None:
     key, separator, text = setting.partition("=")
     if not separator:
@@ -357,14 +347,9 @@ def _refuse_unknown(keys: Iterable[str], *, where: str) -> None:
     for key in keys:
         if key not in known:
             raise RecipeError(
-                f"{where}: unknown option {key!r}{_nearest(key, known)}; "
+                f"{where}: unknown option {key!r}{nearest(key, known)}; "
                 f"options are {', '.join(known)}."
             )
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    close = get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _explain(error: ValidationError) -> str:

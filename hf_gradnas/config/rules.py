@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import PlanError
+from ..errors import PlanError, StructureError
+from ..types import Structure
 
 
 class Rule(BaseModel):
@@ -51,3 +52,18 @@ def rule_for(module: str, rules: Rules) -> Rule | None:
         if fnmatchcase(module, glob):
             found = rule
     return found
+
+
+def check_rules(rules: Rules, structure: Structure) -> None:
+    """Check that every glob matches a module with an axis.
+
+    Raises:
+        StructureError: One does not.
+    """
+    for glob in rules:
+        if not any(rule_for(a.module, {glob: None}) is None for a in structure.axes):
+            raise StructureError(
+                f"rules[{glob!r}] matches no axis of this model; axes stand in "
+                f"{', '.join(sorted({a.module for a in structure.axes})[:6])}, …. "
+                "Give a glob over these module paths."
+            )

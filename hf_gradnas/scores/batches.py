@@ -56,15 +56,9 @@ def read_batches(
         raise DataError("num_examples=0: nothing to score; give 1 or more, or None for all.")
     index = -1
     for index, columns in enumerate(batches):
-        if not isinstance(columns, Mapping):
-            raise DataError(
-                f"Batch {index} is a {type(columns).__name__}, needed a dict for model(**batch); "
-                "give the loader a collate function that returns a dict."
-            )
-        labels = tuple(key for key in known if columns.get(key) is not None)
-        batch = Batch(index, columns, _count(index, columns, labels, model), labels)
+        batch = check_batch(index, columns, known)
         if left is not None and batch.examples > left:
-            batch = Batch(index, batch.select(list(range(left))), left, labels)
+            batch = Batch(index, batch.select(list(range(left))), left, batch.labels)
         yield batch
         if left is not None:
             left -= batch.examples
@@ -74,9 +68,22 @@ def read_batches(
         raise DataError("The loader yields no batch; give at least one example to score with.")
 
 
-def _count(
-    index: int, columns: Mapping[str, Any], labels: tuple[str, ...], model: nn.Module
-) -> int:
+def check_batch(index: int, columns: Any, known: Iterable[str]) -> Batch:
+    """A batch from what a loader yields; `known` are the names of the model's labels.
+
+    Raises:
+        DataError: It is not a dict of tensors, or holds no example.
+    """
+    if not isinstance(columns, Mapping):
+        raise DataError(
+            f"Batch {index} is a {type(columns).__name__}, needed a dict for model(**batch); "
+            "give the loader a collate function that returns a dict."
+        )
+    labels = tuple(key for key in known if columns.get(key) is not None)
+    return Batch(index, columns, _count(index, columns, labels), labels)
+
+
+def _count(index: int, columns: Mapping[str, Any], labels: tuple[str, ...]) -> int:
     """Number of examples of a batch."""
     preferred = [*labels, "input_ids", "pixel_values", "input_features", *columns]
     for key in preferred:

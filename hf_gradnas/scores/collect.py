@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._compat import configs_of
 from ..errors import DataError, ScoresError
 from ..types import Axis, Scores
-from .batches import Batch, digest, read_batches
-from .fingerprints import axes_fingerprint, model_fingerprint
+from .batches import digest
+from .fingerprints import axes_fingerprint, check_same_everywhere, model_fingerprint
 from .gradients import GradientRecorder
 from .losses import DataLoss, Objective, SampledLoss
-from .methods import GRADIENT_METHODS, METHODS, WEIGHT_METHODS, PerBatch
-from .state import Record, State, is_continued
+from .measure import GlobalBatch, Measure
+from .methods import GLOBAL_METHODS, METHODS, WEIGHT_METHODS
+from .processes import Processes
+from .state import Record, State, continued
+from .steps import Step, read_steps
+from .wrappers import check_parameters, uncompiled
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Progress = Callable[[int, "int | None"], None]
 LABELS = ("data", "model")
@@ -41,70 +49,95 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     save_every_s: float = 30.0,
     progress: Progress | None = None,
     resume: bool = True,
+    accelerator: Accelerator | None = None,
 ) -> Scores:
     """Measure how much the loss is hurt when a unit goes, for every unit, in one pass.
 
-    Parameters are frozen and modules in eval mode meanwhile; all of it is restored at any end.
+    Parameters are frozen, modules in eval mode and compiled code off; all is restored at any end.
+    All processes of an `accelerator` must call this; each scores its share of the examples, and
+    all get the same scores.
 
     Args:
         model: A Transformers model; its class tells which columns are labels.
         structure_axes: Axes to score.
-        batches: Dicts for ``model(**batch)``. `magnitude` and `random` do not read them.
+        batches: Dicts for ``model(**batch)``, not read by `magnitude` and `random`. For several
+            processes: a prepared or plain ``DataLoader``, or the same iterable on all of them.
         method: A key of `METHODS`.
         labels: ``"data"`` (the batches'), or ``"model"`` (drawn from the model's own predictions).
-        num_examples: Score the first so many examples; None: all.
+        num_examples: Score the first so many examples, over all processes; None: all.
         seed: For drawn labels and for `random`.
         file: Safetensors file to keep the scores in, also unfinished ones.
-        save_every_s: Seconds between writes of unfinished scores; Ctrl-C writes them too.
-        progress: Called with the examples done and the total (None: not known).
-        resume: Go on from `file` where model, settings and data are the same; scores that are
-            complete are returned without scoring.
+        save_every_s: Seconds between such writes; Ctrl-C in a single process writes too.
+        progress: Called on the main process: examples done and the total (None: not known).
+        resume: Go on from `file` where model, settings and data are the same.
+        accelerator: For several processes, or to accumulate gradients.
 
     Raises:
-        DataError: No batch, no labels, no loss, one that is not finite, or gradients that are
-            not finite or all zero.
-        ScoresError: The method or kind of labels is unknown, or `file` is damaged or not writable.
+        DataError: No batch, no labels, no loss, or gradients that are not finite or all zero.
+        ScoresError: An unknown choice, a `file` of no use, or processes with different models.
         StructureError: An axis does not fit the model.
     """
     axes = tuple(structure_axes)
-    _check_choice("method", method, METHODS)
-    _check_choice("labels", labels, LABELS)
-    settings = _settings(axes, method, labels, num_examples, seed)
-    record = Record(axes, settings, model_fingerprint(model), None if file is None else Path(file))
-    record.check_writable()
+    _check_choices(method=(method, METHODS), labels=(labels, LABELS))
+    processes = Processes(accelerator)
+    settings = _settings(axes, method, labels, num_examples, seed, processes)
+    record = _open(model, axes, settings, file, processes)
     if method in WEIGHT_METHODS:
-        return record.save(_from_weights(model, axes, method, seed), complete=True)
-    state, stream = _begin(record, model, batches, num_examples, resume=resume)
-    if stream is None:
-        return record.scores(state, complete=True)
-    objective = SampledLoss(model, seed) if labels == "model" else DataLoss(model, state.normaliser)
-    recorder = GradientRecorder(model, axes)
-    step = _Step(axes, recorder, objective, GRADIENT_METHODS[method])
-    with _quiet(model), recorder.attached(), _kept(record, state, save_every_s) as keep:
-        for batch in stream:
-            state = step(state, batch)
-            keep(state)
-            if progress is not None:
-                progress(state.examples, num_examples)
-    _check_not_zero(state)
-    return record.save(state, complete=True)
+        state = _from_weights(model, axes, method, seed)
+        return record.write(record.scores(state, complete=True))
+    objective = SampledLoss(model, seed) if labels == "model" else DataLoss(model, "")
+    read = partial(read_steps, batches, model, num_examples, processes)
+    with ExitStack() as stack:
+        state, stream = _begin(stack, record, batches, read, resume=resume)
+        keep = stack.enter_context(_kept(record, state, save_every_s))
+        latest = state
+        for latest in stack.enter_context(closing(_states(record, state, stream, objective))):
+            keep(latest)
+            if progress is not None and processes.is_main:
+                progress(latest.examples, num_examples)
+        return _finish(record, latest)
 
 
-def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ScoresError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
+def _open(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    settings: Mapping[str, object],
+    file: str | Path | None,
+    processes: Processes,
+) -> Record:
+    """What stays the same during the pass, after a check that it is so on all processes."""
+    check_parameters(model, "score", shards=True)
+    path = None if file is None else Path(file)
+    record = Record(axes, settings, model_fingerprint(model), path, processes)
+    check_same_everywhere(record.model, settings, processes)
+    processes.from_main(record.check_writable)
+    return record
+
+
+def _check_choices(**choices: tuple[str, Iterable[str]]) -> None:
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ScoresError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
 
 
 def _settings(
-    axes: Sequence[Axis], method: str, labels: str, num_examples: int | None, seed: int
+    axes: Sequence[Axis],
+    method: str,
+    labels: str,
+    num_examples: int | None,
+    seed: int,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Everything that scores depend on besides model and data; the seed only where it is used."""
+    is_global = method in GLOBAL_METHODS
     return {
+        "accumulation_steps": processes.accumulation_steps if is_global else 1,
         "axes": axes_fingerprint(axes),
         "labels": labels,
         "mask_place": _mask_place(axes),
         "method": method,
         "num_examples": num_examples,
+        "processes": 1 if method in WEIGHT_METHODS else processes.count,
         "seed": seed if labels == "model" or method == "random" else None,
     }
 
@@ -121,22 +154,24 @@ def _from_weights(model: nn.Module, axes: Iterable[Axis], method: str, seed: int
 
 
 def _begin(
+    stack: ExitStack,
     record: Record,
-    model: nn.Module,
     batches: Iterable[Any],
-    num_examples: int | None,
+    read: Callable[[], Generator[Step]],
     *,
     resume: bool,
-) -> tuple[State, Iterator[Batch] | None]:
-    """State to start from and the batches that are left; no batches where all is scored."""
-    stream = read_batches(batches, model, num_examples)
+) -> tuple[State, Iterator[Step]]:
+    """State to start from and the steps that are left, closed with the stack."""
+    stream = stack.enter_context(closing(read()))
     empty = State(np.zeros(sum(axis.size for axis in record.axes)))
-    earlier = record.earlier() if resume else None
+    earlier = record.processes.from_main(record.earlier) if resume else None
     if earlier is None:
         return empty, stream
-    state, complete = earlier
-    if is_continued(stream, state, complete=complete):
-        return state, None if complete else stream
+    joint, complete = earlier
+    state = continued(stream, joint, record.processes, complete=complete)
+    if state is not None:
+        return state, stream
+    stream.close()
     record.log_restart("of other data")
     if isinstance(batches, Iterator):
         raise ScoresError(
@@ -144,7 +179,47 @@ def _begin(
             f"gone, since a {type(batches).__name__} can be read only once; give a list or a "
             "DataLoader, or remove the file."
         )
-    return empty, read_batches(batches, model, num_examples)
+    return empty, stack.enter_context(closing(read()))
+
+
+def _states(
+    record: Record, state: State, stream: Iterator[Step], objective: Objective
+) -> Generator[State]:
+    """Score the steps of a stream, and yield the state at the end of every global batch.
+
+    Raises:
+        DataError: A loss or a gradient is not finite, on any process.
+    """
+    method, processes, model = str(record.settings["method"]), record.processes, objective.model
+    objective.normaliser = state.normaliser or objective.normaliser
+    recorder = GradientRecorder(model, record.axes)
+    measure = Measure(model, record.axes, recorder, objective, method)
+    batch = GlobalBatch(method, processes)
+    latest = state
+    with _quiet(model), recorder.attached():
+        for step in stream:
+            measure.agree(step, processes)
+            with processes.joint():
+                batch.add(measure(step))
+                latest = _after(latest, step, objective.normaliser)
+            if batch.is_complete:
+                state = latest = replace(latest, totals=state.totals + batch.scores())
+                yield state
+        if latest is not state:  # the data ended within a global batch
+            yield replace(latest, totals=state.totals + batch.scores())
+
+
+def _after(state: State, step: Step, normaliser: str) -> State:
+    """State with a step more, apart from its scores."""
+    batch = step.batch
+    return State(
+        totals=state.totals,
+        examples=state.examples + step.examples,
+        batches=state.batches + step.batches,
+        steps=state.steps + 1,
+        data=state.data if batch is None else digest(state.data, batch.columns),
+        normaliser=normaliser,
+    )
 
 
 @contextmanager
@@ -163,6 +238,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             if hasattr(config, "use_cache"):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False
+        stack.enter_context(uncompiled())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
@@ -170,90 +246,42 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _kept(record: Record, state: State, every_s: float) -> Iterator[Callable[[State], None]]:
-    """Write the latest state now and then, and on Ctrl-C; yields what takes each new state."""
+    """Write the latest state now and then, and on Ctrl-C; yields what takes each new state.
+
+    Several processes write only now and then, when the main one's clock says so: Ctrl-C may find
+    them at different places.
+    """
     latest, saved_at = state, time.monotonic()
+    processes = record.processes
 
     def keep(state: State) -> None:
         nonlocal latest, saved_at
         latest = state
-        if record.file is not None and time.monotonic() - saved_at >= every_s:
+        if record.file is None:
+            return
+        is_due = time.monotonic() - saved_at >= every_s
+        if processes.gather([is_due])[0, 0]:
             record.save(latest, complete=False)
             saved_at = time.monotonic()
 
     try:
         yield keep
     except KeyboardInterrupt:
-        if latest is not state:
+        if processes.count == 1 and latest is not state:
             record.save(latest, complete=False)
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One forward and backward: from a batch to its share of the scores."""
+def _finish(record: Record, state: State) -> Scores:
+    """Scores of all processes, written.
 
-    axes: Sequence[Axis]
-    recorder: GradientRecorder
-    objective: Objective
-    per_batch: PerBatch
-
-    def __call__(self, state: State, batch: Batch) -> State:
-        """State with a batch more.
-
-        Raises:
-            DataError: Its loss or a gradient is not finite.
-        """
-        totals = state.totals
-        measured = None
-        while measured is None:  # once more for a batch in which outputs had to be copied first
-            measured = self._measure(batch, state.examples)
-        loss, count, gradients = measured
-        if loss is not None and gradients:
-            terms = [self.per_batch(gradients[a.name], count).to(loss.device) for a in self.axes]
-            # The only time per batch that the host waits for the device.
-            values = torch.cat([loss.detach()[None], *terms]).double().cpu().numpy()
-            self._check_finite(values, batch)
-            totals = totals + values[1:]
-        return State(
-            totals=totals,
-            examples=state.examples + batch.examples,
-            batches=state.batches + 1,
-            data=digest(state.data, batch.columns),
-            normaliser=self.objective.normaliser,
-        )
-
-    def _measure(
-        self, batch: Batch, first: int
-    ) -> tuple[Tensor | None, int, dict[str, Tensor]] | None:
-        """Loss sum, count of labels and gradients of a batch; None: the recorder asks again."""
-        self.recorder.start(batch.examples)
-        loss, count = self.objective(batch, first)
-        if loss is None or not loss.requires_grad:
-            return loss, count, {}
-        loss.backward()
-        gradients = self.recorder.gradients()
-        return None if gradients is None else (loss, count, gradients)
-
-    def _check_finite(self, values: np.ndarray, batch: Batch) -> None:
-        if np.isfinite(values).all():
-            return
-        if not np.isfinite(values[0]):
-            raise DataError(
-                f"Batch {batch.index}: the loss is {values[0]}; look for broken inputs or labels "
-                "in it, or load the model in float32 or bfloat16."
-            )
-        ends = np.cumsum([axis.size for axis in self.axes])
-        first = int(np.flatnonzero(~np.isfinite(values[1:]))[0])
-        axis = self.axes[int(np.searchsorted(ends, first, side="right"))]
-        raise DataError(
-            f"Batch {batch.index}: a gradient of {axis.name} is {values[1 + first]} though the "
-            "loss is finite; load the model in float32 or bfloat16, or leave the batch out."
-        )
-
-
-def _check_not_zero(state: State) -> None:
-    if not state.totals.any():
+    Raises:
+        DataError: They are all zero.
+    """
+    found = record.joined(state)
+    if not found.totals.any():
         raise DataError(
             f"All scores are zero after {state.examples} examples: the loss depends on no axis; "
             "check that labels are not all ignored (-100) and that the head is trained."
         )
+    return record.write(record.scores(found, complete=True))

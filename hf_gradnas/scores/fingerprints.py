@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple
 
 from torch import nn
@@ -12,6 +12,8 @@ from torch import nn
 from ..errors import ScoresError
 from ..types import Axis, Scores
 from .batches import tensor_bytes
+from .processes import Processes
+from .wrappers import whole
 
 SAMPLED_VALUES = 1024  # per parameter: cheap for 7B, and no training step leaves them all alone
 
@@ -22,7 +24,7 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         state.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}:".encode())
         stride = max(1, -(-parameter.numel() // SAMPLED_VALUES))
-        state.update(tensor_bytes(parameter.detach().flatten()[::stride]))
+        state.update(tensor_bytes(whole(parameter.detach()).flatten()[::stride]))
     return state.hexdigest()
 
 
@@ -32,6 +34,23 @@ def axes_fingerprint(axes: Iterable[Axis]) -> str:
         [axis.name, axis.size, axis.read_at, axis.width, *map(astuple, axis.taps)] for axis in axes
     ]
     return hashlib.sha256(json.dumps(places).encode()).hexdigest()
+
+
+def check_same_everywhere(model: str, settings: Mapping[str, object], processes: Processes) -> None:
+    """Check that all processes score the same, given the fingerprint of the model.
+
+    Raises:
+        ScoresError: A process holds other weights, or was given other settings.
+    """
+    found = processes.gather_objects({"weights": model, **settings})
+    for index, other in enumerate(found):
+        wrong = [name for name, value in found[0].items() if other[name] != value]
+        if wrong:
+            raise ScoresError(
+                f"Scores: process {index} has other {' and '.join(wrong)} than process 0, so that "
+                "their sum means nothing; load the same checkpoint on all processes, seed what is "
+                "initialised anew (accelerate.utils.set_seed), and give the same arguments."
+            )
 
 
 def check_scores(scores: Scores, model: nn.Module, axes: Iterable[Axis]) -> None:

@@ -17,7 +17,11 @@ from .sampling import inputs_to_sample, predict
 class Objective(Protocol):
     """From a batch and the running number of its first example to loss sum and label count."""
 
+    model: nn.Module
     normaliser: str
+
+    def prepare(self, batch: Batch) -> None:
+        """Find the normaliser on a first batch."""
 
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor | None, int]:
         """Sum of the examples' losses, None where there is no label, and the count of labels."""
@@ -34,8 +38,8 @@ class DataLoss:
         self.model = model
         self.normaliser = normaliser
 
-    def __call__(self, batch: Batch, first: int) -> tuple[Tensor | None, int]:
-        """Loss sum of a batch and the count of its labels.
+    def prepare(self, batch: Batch) -> None:
+        """Find the normaliser, unless it is known.
 
         Raises:
             DataError: The batch has no labels, or the model returns no loss.
@@ -48,6 +52,14 @@ class DataLoss:
             )
         if not self.normaliser:
             self.normaliser = find_normaliser(self.model, batch)
+
+    def __call__(self, batch: Batch, first: int) -> tuple[Tensor | None, int]:
+        """Loss sum of a batch and the count of its labels.
+
+        Raises:
+            DataError: The batch has no labels, or the model returns no loss.
+        """
+        self.prepare(batch)
         count = count_labels(self.normaliser, batch)
         if not count:
             return None, 0
@@ -66,6 +78,9 @@ class SampledLoss:
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.model = model
         self.seed = seed
+
+    def prepare(self, batch: Batch) -> None:
+        """Nothing: the drawn labels are counted."""
 
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor | None, int]:
         """Loss sum of a batch and the number of labels drawn.

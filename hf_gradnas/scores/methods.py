@@ -8,7 +8,8 @@ them):
   depend on the batch size.
 - ``gradnas``: ``Σ_batches (Σ_{n in batch} g[n, i] / c)²``, where the batch's loss is its sum over
   ``c``: the squared gradient of the loss as the model returns it. This is the formula of NVIDIA
-  ModelOpt's GradNAS at our mask place; it depends on the batch size.
+  ModelOpt's GradNAS at our mask place; it depends on the batch size. A batch is a global one: what
+  all processes run in one step, times the Accelerator's ``gradient_accumulation_steps``.
 - ``taylor``: ``Σ_n |g[n, i]|`` (Michel et al. 2019, "Are sixteen heads really better than one?").
 - ``magnitude``: the squared L2 norm of all parameters that belong to the unit.
 - ``random``: uniform in [0, 1).
@@ -25,6 +26,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..types import Axis, Kind
+from .wrappers import whole
 
 PerBatch = Callable[[Tensor, int], Tensor]
 FromWeights = Callable[[nn.Module, Iterable[Axis], int], dict[str, np.ndarray]]
@@ -64,7 +66,7 @@ def _norms(axis: Axis, parameters: dict[str, Tensor]) -> np.ndarray:
     for part in axis.slices:
         if part.tensor not in parameters:
             continue  # a buffer: running statistics say nothing of a unit's weight
-        tensor = parameters[part.tensor].detach().movedim(part.dim, 0)
+        tensor = whole(parameters[part.tensor].detach()).movedim(part.dim, 0)
         rows = tensor.reshape(tensor.shape[0], -1)  # a bias has one dimension
         squares = rows.double().square().sum(1)[part.rows(range(axis.size))]
         total += squares.reshape(axis.size, part.width).sum(1).cpu().numpy()
@@ -81,5 +83,7 @@ GRADIENT_METHODS: dict[str, PerBatch] = {
     "gradnas": _gradnas,
     "taylor": _taylor,
 }
+# Of these, gradients add up over a global batch before the formula is applied.
+GLOBAL_METHODS = ("gradnas",)
 WEIGHT_METHODS: dict[str, FromWeights] = {"magnitude": _magnitude, "random": _random}
 METHODS: dict[str, PerBatch | FromWeights] = {**GRADIENT_METHODS, **WEIGHT_METHODS}

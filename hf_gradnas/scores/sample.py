@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import DataError
+from .processes import Processes
+from .steps import read_steps
 
 Batch = Mapping[str, Any]
 
@@ -33,7 +37,7 @@ def longest_batch(batches: Iterable[Batch], num_examples: int | None) -> Batch:
                 "as model(**batch); yield dicts of tensors."
             )
         shapes = [v.shape for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim]
-        here = max((shape[1] for shape in shapes if len(shape) > 1), default=0)
+        here = _length(batch)
         if here > length:
             longest, length = batch, here
         examples += shapes[0][0] if shapes else 0
@@ -42,6 +46,44 @@ def longest_batch(batches: Iterable[Batch], num_examples: int | None) -> Batch:
     if longest is None:
         raise DataError("dataloader: it yields no batch; give it at least one example.")
     return longest
+
+
+def longest_of_all(
+    batches: Iterable[Batch], model: nn.Module, num_examples: int | None, processes: Processes
+) -> Batch:
+    """The longest batch of all processes, the same one on each: their plans must be the same.
+
+    Raises:
+        DataError: There is no batch, or one is not a dict.
+    """
+    if processes.count == 1:
+        return longest_batch(batches, num_examples)
+    longest: Batch | None = None
+    length = place = -1
+    with closing(read_steps(batches, model, num_examples, processes)) as steps:
+        for index, step in enumerate(steps):
+            here = -1 if step.batch is None else _length(step.batch.columns)
+            if step.batch is not None and here > length:
+                longest, length, place = step.batch.columns, here, index
+    # The longest, the first of several, as a single process would find it.
+    found = processes.gather([-length, place])
+    owner = min(range(processes.count), key=lambda index: (*found[index], index))
+    return processes.from_process(owner, _on_cpu(longest or {}))
+
+
+def from_main(batch: Batch, processes: Processes) -> Batch:
+    """The main process's batch, on all of them."""
+    return batch if processes.count == 1 else processes.from_main(lambda: _on_cpu(batch))
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    return {key: v.cpu() if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+
+
+def _length(batch: Batch) -> int:
+    """Length of the longest sequences of a batch, its second dimension."""
+    shapes = [v.shape for v in batch.values() if isinstance(v, torch.Tensor)]
+    return max((shape[1] for shape in shapes if len(shape) > 1), default=0)
 
 
 def check_positions(batch: Batch, config: PreTrainedConfig) -> None:

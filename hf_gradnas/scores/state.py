@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,11 +16,14 @@ import numpy as np
 
 from ..errors import ScoresError
 from ..types import Axis, Scores
-from .batches import Batch, digest
+from .batches import digest
+from .processes import Processes
+from .steps import Step
 
 logger = logging.getLogger(__name__)
 
 NAMED_SETTINGS = ("method", "labels", "seed", "mask_place")
+SINGLE = {"processes": 1, "accumulation_steps": 1}  # in files that do not say
 PACKAGES = ("hf_gradnas", "torch", "transformers")
 
 
@@ -28,16 +32,18 @@ class State:
     """Sums so far and what they were taken over.
 
     Attributes:
-        totals: ``(units of all axes,)``, float64.
-        examples: Examples done.
-        batches: Batches done.
-        data: Rolling digest of these batches.
+        totals: ``(units of all axes,)``, float64; where several processes score, this one's part.
+        examples: Examples done, by all processes.
+        batches: Batches done, by all processes.
+        steps: Steps done; one of all processes at a time.
+        data: Rolling digest of this process's batches.
         normaliser: Name of the count that the model divides its loss by.
     """
 
     totals: np.ndarray
     examples: int = 0
     batches: int = 0
+    steps: int = 0
     data: str = ""
     normaliser: str = ""
 
@@ -51,12 +57,14 @@ class Record:
         settings: What must not change when a pass is resumed.
         model: Fingerprint of the model.
         file: Where scores are kept; None: nowhere.
+        processes: All that score; the main one writes.
     """
 
     axes: Sequence[Axis]
     settings: Mapping[str, object]
     model: str
     file: Path | None
+    processes: Processes = field(default_factory=Processes)
 
     def scores(self, state: State, *, complete: bool) -> Scores:
         """Scores of a state; those of an unfinished pass are its sums so far."""
@@ -69,6 +77,7 @@ class Record:
             "normaliser": state.normaliser,
             "examples": str(state.examples),
             "batches": str(state.batches),
+            "steps": str(state.steps),
             "complete": str(complete).lower(),
             "model_fingerprint": self.model,
             "data_fingerprint": state.data,
@@ -77,11 +86,23 @@ class Record:
         }
         return Scores(values, metadata)
 
+    def joined(self, state: State) -> State:
+        """State of all processes together, the same on each; they must ask together."""
+        processes = self.processes
+        if processes.count == 1:
+            return state
+        data = joint_digest(processes.gather_objects(state.data))
+        return replace(state, totals=processes.sum(state.totals), data=data)
+
     def save(self, state: State, *, complete: bool) -> Scores:
-        """Scores of a state, written to the file if there is one."""
-        scores = self.scores(state, complete=complete)
-        if self.file is not None:
-            scores.save(self.file)
+        """Scores of all processes' states, written to the file if there is one."""
+        return self.write(self.scores(self.joined(state), complete=complete))
+
+    def write(self, scores: Scores) -> Scores:
+        """The scores, written to the file by the main process if there is one."""
+        file = self.file
+        if file is not None:
+            self.processes.from_main(lambda: scores.save(file))
         return scores
 
     def check_writable(self) -> None:
@@ -112,7 +133,7 @@ class Record:
             return None
         scores = Scores.load(self.file)
         found = scores.metadata
-        settings = json.loads(found.get("settings", "{}"))
+        settings = {**SINGLE, **json.loads(found.get("settings", "{}"))}
         changed = [key for key, value in self.settings.items() if settings.get(key) != value]
         if found.get("model_fingerprint") != self.model:
             changed = ["model"]
@@ -123,6 +144,7 @@ class Record:
             totals=np.concatenate([scores.values[axis.name] for axis in self.axes]),
             examples=int(found["examples"]),
             batches=int(found["batches"]),
+            steps=int(found.get("steps", found["batches"])),
             data=found["data_fingerprint"],
             normaliser=found["normaliser"],
         )
@@ -130,18 +152,32 @@ class Record:
 
     def log_restart(self, reason: str) -> None:
         """Say why the scores in the file are not gone on from."""
-        logger.warning("The scores in %s are %s: scoring starts over.", self.file, reason)
+        if self.processes.is_main:
+            logger.warning("The scores in %s are %s: scoring starts over.", self.file, reason)
 
 
-def is_continued(stream: Iterator[Batch], state: State, *, complete: bool) -> bool:
-    """Whether a stream begins with the batches of a state, which are read and not scored.
+def joint_digest(digests: Sequence[str]) -> str:
+    """One digest for those of all processes; that of a single process as it is."""
+    return digests[0] if len(digests) == 1 else sha256(" ".join(digests).encode()).hexdigest()
 
-    A complete state must be the whole of it.
+
+def continued(
+    stream: Iterator[Step], state: State, processes: Processes, *, complete: bool
+) -> State | None:
+    """State of this process, if a stream begins with the batches of the joint `state`; else None.
+
+    These batches are read and not scored. A complete state must be the whole stream. The main
+    process takes over all sums.
     """
     data = ""
-    for _ in range(state.batches):
-        batch = next(stream, None)
-        if batch is None:
-            return False
-        data = digest(data, batch.columns)
-    return data == state.data and not (complete and next(stream, None) is not None)
+    for _ in range(state.steps):
+        step = next(stream, None)
+        if step is None:
+            return None
+        data = data if step.batch is None else digest(data, step.batch.columns)
+    if joint_digest(processes.gather_objects(data)) != state.data:
+        return None
+    if complete and next(stream, None) is not None:
+        return None
+    totals = state.totals if processes.is_main else np.zeros_like(state.totals)
+    return replace(state, totals=totals, data=data)

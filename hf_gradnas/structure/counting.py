@@ -106,3 +106,13 @@ def _macs_per_head(axis: Axis, trace: Trace) -> float:
 def _heads_of(event: Matmul) -> int:
     """Heads of a product ``(1, heads, …)``, or ``(heads, …)`` where batch and heads are one."""
     return event.out_shape[1 if len(event.out_shape) == ATTENTION_DIMS else 0]
+
+
+def original_totals(
+    costs: Mapping[str, CostModel], structure: Structure, model: nn.Module
+) -> dict[str, float]:
+    """Costs of the model as it is."""
+    sizes = {axis.name: axis.size for axis in structure.axes}
+    totals = {name: cost.of(sizes) for name, cost in costs.items()}
+    totals["params"] = float(sum(p.numel() for p in model.parameters()))
+    return totals

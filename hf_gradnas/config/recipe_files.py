@@ -1,0 +1,66 @@
+"""Finds and reads recipe files: paths, and recipes that ship with the package by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# An installed wheel carries the recipes inside the package; a checkout has them at its root.
+RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+
+
+def read_recipe_file(file: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping from a path or, by its name, from the shipped recipes.
+
+    Raises:
+        RecipeError: There is no such file, or it is not a YAML mapping.
+    """
+    path = _find_recipe(file)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"--recipe {file}: cannot be read as YAML ({error}); write one 'key: value' per line."
+        ) from error
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"--recipe {file}: found {type(values).__name__}, needed a mapping of options; write "
+            "one 'key: value' per line."
+        )
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    found: dict[str, Path] = {}
+    for folder in RECIPE_FOLDERS:
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def _find_recipe(file: str | Path) -> Path:
+    path = Path(file)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    name = str(file).removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    raise RecipeError(
+        f"--recipe {file}: no such file, and no shipped recipe of that name"
+        f"{nearest(name, shipped)}; shipped are {', '.join(shipped) or 'none'}."
+    )
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known key that `key` is likely a slip of, as a question; else nothing."""
+    close = get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,6 @@
+"""Repair: bring a cut model back towards the model that it was cut from."""
+
+from .distillation import Distillation, DistillationTrainer
+from .recovery import Recovery, recover
+
+__all__ = ["Distillation", "DistillationTrainer", "Recovery", "recover"]

@@ -1,0 +1,301 @@
+"""A Trainer whose student learns from a teacher's outputs, with or without labels.
+
+    L = α·T²·KL(p_teacher^T ‖ p_student^T) + (1 − α)·L_labels + β·mean_layers ‖h − h_t‖²/‖h_t‖²
+
+(Hinton et al. 2015, arXiv 1503.02531, equation 4 and the remark on T²; hidden states as in Sun et
+al. 2019, arXiv 1908.09355, there with both sides normalised). Every term is the mean over what
+counts in it: examples for a head with one prediction per example, tokens for one per token. That
+mean is taken over the whole accumulated batch of all processes, so that gradient accumulation gives
+the gradient of one large batch.
+
+Knows losses and the Trainer; what is saved and restored around a training stands in `recovery`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from ..errors import RecipeError, StructureError
+from ..scores.batches import Batch, read_batches, to_device
+from ..scores.normaliser import IGNORED, TOKEN_COUNTS, count_labels, find_normaliser
+from ..scores.normaliser import is_token_labels as is_tokens
+from ..scores.sampling import predict
+from ..structure.states import evaluating, frozen
+from .divergence import DIVERGENCES, relative_error, weighted_divergence
+
+# Outputs that hold the residual stream, and the mask of their positions.
+HIDDEN = {
+    "hidden_states": "attention_mask",
+    "encoder_hidden_states": "attention_mask",
+    "decoder_hidden_states": "decoder_attention_mask",
+}
+# What a term of the loss is the mean over.
+UNITS = ("labels", "label_tokens", "tokens", "decoder_tokens", "examples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Weights of the loss.
+
+    Attributes:
+        temperature: T; above 1, small probabilities of the teacher count for more.
+        alpha: α; 1 ignores labels, 0 ignores the teacher's predictions. Batches without labels
+            are distilled with α = 1.
+        hidden_weight: β; 0 does not compare hidden states.
+
+    Raises:
+        RecipeError: A number out of its range.
+    """
+
+    temperature: float = 2.0
+    alpha: float = 0.5
+    hidden_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (0 < self.temperature < float("inf"), "a number above 0"),
+            "alpha": (0 <= self.alpha <= 1, "a number from 0 to 1"),
+            "hidden_weight": (0 <= self.hidden_weight < float("inf"), "0 or more"),
+        }
+        for name, (is_good, needed) in ranges.items():
+            if not is_good:
+                raise RecipeError(
+                    f"distillation: {name} is {vars(self)[name]!r}, needed {needed}; "
+                    f"leave it away for {type(self).__dataclass_fields__[name].default}."
+                )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term looks at the teacher."""
+        return self.alpha > 0 or self.hidden_weight > 0
+
+
+class DistillationTrainer(Trainer):
+    """``transformers.Trainer`` with a teacher.
+
+    The teacher is put onto the training device for `train`, frozen, in eval mode and without
+    gradients; where it was, its flags and its device come back afterwards. Evaluation and
+    prediction are the plain Trainer's: the evaluation loss is that of the labels.
+
+    Args:
+        teacher: Model whose outputs are learnt, of the same task and vocabulary.
+        distillation: Weights of the loss.
+        **trainer: Arguments of ``Trainer``: model, args, train_dataset, …
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: PreTrainedModel,
+        distillation: Distillation | None = None,
+        **trainer: Any,
+    ) -> None:
+        super().__init__(**trainer)
+        self.teacher = teacher
+        self.distillation = distillation or Distillation()
+        # The Trainer then divides every loss by the accumulation steps, whatever the model does
+        # with its number of items; `_mean` undoes that.
+        self.model_accepts_loss_kwargs = False
+        self._normaliser = ""
+        self._totals: dict[str, Tensor] = {}
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train with the teacher at hand; see ``Trainer.train``."""
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.teacher))
+            stack.enter_context(frozen(self.teacher))
+            if "hf_device_map" not in vars(self.teacher):
+                stack.callback(self.teacher.to, self.teacher.device)
+                self.teacher.to(self.args.device)
+            return super().train(*args, **options)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **options: Any) -> Any:
+        """Batches of one optimizer step; what the terms are means over is counted on the way."""
+        samples, items = super().get_batch_samples(epoch_iterator, *args, **options)
+        counts = torch.zeros(len(UNITS), dtype=torch.float64)
+        for columns in samples:
+            found = self._count(self._read(columns))
+            counts += torch.tensor([found.get(unit, 0) for unit in UNITS], dtype=torch.float64)
+        if self.args.device.type == "mps":  # no float64 there
+            counts = counts.float()
+        together = self.accelerator.gather(counts.to(self.args.device)[None]).sum(0)
+        self._totals = dict(zip(UNITS, together.clamp_min(1), strict=True))
+        return samples, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one batch: the labels' alone in evaluation, all terms in training."""
+        inputs = to_device(inputs, self._student)
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = self._read(inputs)
+        if self.distillation.hidden_weight:
+            inputs["output_hidden_states"] = True
+        loss, outputs = self._label_term(model, inputs, batch)
+        if self.distillation.needs_teacher or not batch.labels:
+            wanted = self._ask_teacher(inputs)
+            alpha = self.distillation.alpha if batch.labels else 1.0
+            if alpha:
+                loss = loss + alpha * self._output_term(outputs, wanted, batch)
+            if self.distillation.hidden_weight:
+                loss = loss + self.distillation.hidden_weight * self._hidden_term(
+                    outputs, wanted, batch
+                )
+        return (loss, outputs) if return_outputs else loss
+
+    # -- terms -------------------------------------------------------------------------------
+
+    def _label_term(
+        self, model: nn.Module, inputs: dict[str, Any], batch: Batch
+    ) -> tuple[Tensor, Any]:
+        """Weighted loss of the labels, as the plain Trainer computes it, and the outputs."""
+        nothing = torch.zeros((), device=self._student.device)
+        weight = 1 - self.distillation.alpha
+        if not batch.labels:
+            return nothing, model(**inputs)
+        if not weight:
+            return nothing, model(**self._without_labels(inputs))
+        loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+        count = self._count(batch)["labels"]
+        # Without a single label the mean is 0/0.
+        return (weight * self._mean(loss.mean() * count, "labels") if count else nothing), outputs
+
+    def _output_term(self, outputs: Any, wanted: Any, batch: Batch) -> Tensor:
+        mask = batch.columns.get("attention_mask")
+        # The span heads read it: no answer begins in the padding.
+        mask = mask.bool() if isinstance(mask, Tensor) else None
+        found = predict(outputs, self.model, mask)
+        teacher = predict(wanted, self.model, mask).logits
+        if found.logits.shape != teacher.shape:
+            raise StructureError(
+                f"{type(self.teacher).__name__} (the teacher) predicts {_shape(teacher)}, the "
+                f"student {_shape(found.logits)} (examples, positions, values); give the model "
+                "that the student was cut from, or one of the same labels or vocabulary."
+            )
+        weights, unit = self._places(found.logits, batch)
+        total = weighted_divergence(
+            found.logits,
+            teacher,
+            weights,
+            divergence=DIVERGENCES[found.distribution],
+            temperature=self.distillation.temperature,
+        )
+        return self._mean(total, unit)
+
+    def _hidden_term(self, outputs: Any, wanted: Any, batch: Batch) -> Tensor:
+        terms = []
+        for name, mask in HIDDEN.items():
+            if outputs.get(name) is None:
+                continue
+            pairs = list(zip(outputs[name], wanted[name], strict=False))
+            if len(outputs[name]) != len(wanted[name]) or any(s.shape != t.shape for s, t in pairs):
+                raise StructureError(
+                    f"{name}: the student has {[_shape(s) for s in outputs[name]]}, the teacher "
+                    f"{[_shape(t) for t in wanted[name]]}; their widths must match, so distil with "
+                    "hidden_weight=0."
+                )
+            for student, teacher in pairs:
+                weights, unit = self._masked_places(_rows(student), batch, mask)
+                error = relative_error(_rows(student), _rows(teacher), weights)
+                terms.append(self._mean(error, unit))
+        if not terms:
+            raise StructureError(
+                f"{type(self._student).__name__} returns no hidden states; distil with "
+                "hidden_weight=0."
+            )
+        return torch.stack(terms).mean()
+
+    def _ask_teacher(self, inputs: dict[str, Any]) -> Any:
+        inputs = self._without_labels(inputs)
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.teacher(**to_device(inputs, self.teacher))
+
+    # -- what counts -------------------------------------------------------------------------
+
+    def _mean(self, total: Tensor, unit: str) -> Tensor:
+        """This batch's part of a mean over the accumulated batches of all processes."""
+        shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        return total * (shares / self._totals[unit]).to(total)
+
+    def _places(self, logits: Tensor, batch: Batch) -> tuple[Tensor, str]:
+        """Weight of each position ``(examples, positions)``, and what the sum is a mean over.
+
+        Tokens with a label count where labels lie side by side with the outputs, shifted as the
+        model's loss shifts them; else the tokens that the attention mask keeps; else every example
+        counts 1, shared by its positions (frames of speech, start and end of a span).
+        """
+        for name in batch.labels:
+            labels = batch.columns[name]
+            if is_tokens(labels) and labels.shape == logits.shape[:2]:
+                return self._labelled(labels), "label_tokens"
+        is_decoder = self._student.config.is_encoder_decoder
+        return self._masked_places(
+            logits, batch, "decoder_attention_mask" if is_decoder else "attention_mask"
+        )
+
+    def _masked_places(self, values: Tensor, batch: Batch, mask: str) -> tuple[Tensor, str]:
+        found = batch.columns.get(mask)
+        if isinstance(found, Tensor) and found.shape == values.shape[:2]:
+            return found != 0, "decoder_tokens" if mask.startswith("decoder") else "tokens"
+        examples, positions = values.shape[:2]
+        return torch.full((examples, positions), 1 / positions, device=values.device), "examples"
+
+    def _labelled(self, labels: Tensor) -> Tensor:
+        """Outputs that predict a label ``(examples, positions)``."""
+        counted = labels != IGNORED
+        if self._normaliser == "labels_after_shift":
+            return nn.functional.pad(counted[:, 1:], (0, 1), value=False)
+        return counted
+
+    def _count(self, batch: Batch) -> dict[str, int]:
+        """How many of each of `UNITS` a batch holds."""
+        counts = {"examples": batch.examples}
+        for unit in ("tokens", "decoder_tokens"):
+            mask = batch.columns.get(unit.replace("tokens", "attention_mask"))
+            if isinstance(mask, Tensor):
+                counts[unit] = int((mask != 0).sum())
+        if batch.labels:
+            # Measured once, on the teacher: dropout would blur it on a student in training.
+            self._normaliser = self._normaliser or find_normaliser(self.teacher, batch)
+            counts["labels"] = count_labels(self._normaliser, batch)
+        tokens = [batch.columns[name] for name in batch.labels if is_tokens(batch.columns[name])]
+        if tokens:
+            counts["label_tokens"] = TOKEN_COUNTS.get(self._normaliser, TOKEN_COUNTS["labels"])(
+                tokens[0]
+            )
+        return counts
+
+    def _read(self, columns: Mapping[str, Any]) -> Batch:
+        return next(read_batches([columns], self._student, None))
+
+    def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a forward needs: an encoder-decoder reads its labels, shifted."""
+        batch = self._read(inputs)
+        return dict(inputs) if self._student.config.is_encoder_decoder else batch.inputs()
+
+    @property
+    def _student(self) -> PreTrainedModel:
+        """The model without a PEFT wrapper around it."""
+        model = self.model
+        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def _rows(states: Tensor) -> Tensor:
+    """``(examples, positions, values)`` of hidden states; maps of a conv net are one position."""
+    return states if states.dim() == 3 else states.flatten(1)[:, None]  # noqa: PLR2004
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

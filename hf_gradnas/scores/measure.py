@@ -1,0 +1,179 @@
+"""From a batch to its share of the scores: one forward and backward, and the formula.
+
+Knows the loss, the recorder and the formulas; knows nothing of files and loaders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..types import Axis
+from .batches import Batch
+from .gradients import GradientRecorder
+from .losses import Objective
+from .methods import GLOBAL_METHODS, GRADIENT_METHODS
+from .processes import Processes
+from .steps import Step
+from .wrappers import is_sharded
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one batch adds.
+
+    Attributes:
+        values: ``(units of all axes,)`` float64: scores, or for a method of `GLOBAL_METHODS` sums
+            of gradients.
+        count: Labels that they were summed over.
+    """
+
+    values: np.ndarray
+    count: int
+
+
+class Measure:
+    """Runs a model on batches.
+
+    Args:
+        model: The model; a sharded one runs as often on all processes.
+        axes: What to score.
+        recorder: Attached to the model by the caller.
+        objective: The loss.
+        method: A key of `GRADIENT_METHODS`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Sequence[Axis],
+        recorder: GradientRecorder,
+        objective: Objective,
+        method: str,
+    ) -> None:
+        self.axes, self.recorder, self.objective = axes, recorder, objective
+        self._method = method
+        self._is_sharded = is_sharded(model)
+        self._latest: Batch | None = None
+        self._units = sum(axis.size for axis in axes)
+
+    def agree(self, step: Step, processes: Processes) -> None:
+        """Let all processes multiply losses by the same count: the first process's.
+
+        Raises:
+            DataError: The batch has no labels, or a sharded model has nothing to run on.
+        """
+        if self._is_sharded and self._latest is None and step.batches < processes.count:
+            raise DataError(
+                f"dataloader: {step.batches} batches for {processes.count} processes, but all must "
+                "run a sharded model from the first step; give smaller batches."
+            )
+        if processes.count == 1 or self.objective.normaliser:
+            return
+        with processes.joint():
+            if step.batch is not None:
+                self.objective.prepare(step.batch)
+        found = processes.gather_objects(self.objective.normaliser)
+        self.objective.normaliser = next(filter(None, found), "")
+
+    def __call__(self, step: Step) -> Part:
+        """Share of this process's batch in the scores; zeros where it has none.
+
+        A process without a batch still runs a sharded model, for the others' sake: on its latest
+        batch, of which nothing counts.
+
+        Raises:
+            DataError: The loss or a gradient is not finite.
+        """
+        nothing = Part(np.zeros(self._units), 0)
+        if step.batch is None:
+            if self._is_sharded and self._latest is not None:
+                self._gradients(self._latest, step.first)
+            return nothing
+        self._latest = step.batch
+        loss, count, gradients = self._gradients(step.batch, step.first)
+        if loss is None or not gradients:
+            return nothing
+        terms = [self._term(gradients[a.name], count).to(loss.device) for a in self.axes]
+        # The only time per batch that the host waits for the device.
+        values = torch.cat([loss.detach()[None], *terms]).double().cpu().numpy()
+        self._check_finite(values, step.batch)
+        return Part(values[1:], count)
+
+    def _term(self, gradients: Tensor, count: int) -> Tensor:
+        """``(units,)`` of gradients ``(examples, units)``."""
+        if self._method in GLOBAL_METHODS:
+            return gradients.sum(0)
+        return GRADIENT_METHODS[self._method](gradients, count)
+
+    def _gradients(self, batch: Batch, first: int) -> tuple[Tensor | None, int, dict[str, Tensor]]:
+        """Loss sum, count of labels and gradients of a batch."""
+        while True:  # once more for a batch in which outputs had to be copied first
+            self.recorder.start(batch.examples)
+            loss, count = self.objective(batch, first)
+            if loss is None or not loss.requires_grad:
+                return loss, count, {}
+            loss.backward()
+            gradients = self.recorder.gradients()
+            if gradients is not None:
+                return loss, count, gradients
+
+    def _check_finite(self, values: np.ndarray, batch: Batch) -> None:
+        if np.isfinite(values).all():
+            return
+        if not np.isfinite(values[0]):
+            raise DataError(
+                f"Batch {batch.index}: the loss is {values[0]}; look for broken inputs or labels "
+                "in it, or load the model in float32 or bfloat16."
+            )
+        ends = np.cumsum([axis.size for axis in self.axes])
+        first = int(np.flatnonzero(~np.isfinite(values[1:]))[0])
+        axis = self.axes[int(np.searchsorted(ends, first, side="right"))]
+        raise DataError(
+            f"Batch {batch.index}: a gradient of {axis.name} is {values[1 + first]} though the "
+            "loss is finite; load the model in float32 or bfloat16, or leave the batch out."
+        )
+
+
+class GlobalBatch:
+    """Adds up parts until a global batch is complete, and gives what it adds to the scores.
+
+    Where the formula looks at one batch of one process, every step is complete at once.
+
+    Args:
+        method: A key of `GRADIENT_METHODS`.
+        processes: All that score.
+    """
+
+    def __init__(self, method: str, processes: Processes) -> None:
+        self._method, self._processes = method, processes
+        is_global = method in GLOBAL_METHODS
+        self._size = processes.accumulation_steps if is_global else 1
+        self._parts: list[Part] = []
+
+    def add(self, part: Part) -> None:
+        """Take the part of one more step."""
+        self._parts.append(part)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no step is missing."""
+        return len(self._parts) == self._size
+
+    def scores(self) -> np.ndarray:
+        """This process's share in the scores of the global batch, which may lack its last steps."""
+        parts, self._parts = self._parts, []
+        values = np.sum([part.values for part in parts], axis=0)
+        if self._method not in GLOBAL_METHODS or not parts:
+            return values
+        count = np.array([float(sum(part.count for part in parts))])
+        *sums, labels = self._processes.sum(np.concatenate([values, count]))
+        if not (labels and self._processes.is_main):
+            return np.zeros_like(values)
+        gradients = torch.tensor(np.array(sums))
+        return GRADIENT_METHODS[self._method](gradients[None], int(labels)).numpy()

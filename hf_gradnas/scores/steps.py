@@ -1,0 +1,116 @@
+"""Steps: what all processes score at the same time, one batch each.
+
+Knows which examples count and what number they have among all; knows nothing of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers.utils import find_labels
+
+from ..errors import DataError
+from .batches import Batch, check_batch
+from .loaders import Dealt, deal
+from .processes import Processes
+
+ENDED = -1  # instead of a number of examples
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One batch of every process.
+
+    Attributes:
+        batch: This process's; None where none is left for it.
+        first: Number of its first example among those of all processes and steps.
+        examples: Examples of all processes.
+        batches: Batches of all processes.
+    """
+
+    batch: Batch | None
+    first: int
+    examples: int
+    batches: int
+
+
+def read_steps(
+    batches: Iterable[Any],
+    model: nn.Module,
+    num_examples: int | None,
+    processes: Processes,
+) -> Generator[Step]:
+    """Yield steps, `num_examples` examples in all; the last batches are cut to fit.
+
+    All processes read the same number of steps. Examples count in the order of steps, and within
+    one in the order of the processes.
+
+    Raises:
+        DataError: A batch is not a dict of tensors, there is none, or the processes read
+            different data.
+    """
+    if num_examples == 0:
+        raise DataError("num_examples=0: nothing to score; give 1 or more, or None for all.")
+    known = find_labels(type(model))
+    left = np.inf if num_examples is None else num_examples
+    done = index = 0
+    with deal(batches, processes) as share:
+        stream = iter(share.batches)
+        while done < left:
+            batch, check = None, 0
+            with nullcontext() if share.exchanges else processes.joint():
+                dealt = next(stream, None)
+                if dealt is not None:
+                    batch, check = _batch_of(dealt, index, known), dealt.check
+            size = ENDED if dealt is None else batch.examples if batch else 0
+            found = processes.gather([size, check])
+            if (found[:, 0] == ENDED).all():
+                break
+            _check_same(found)
+            sizes = np.maximum(found[:, 0], 0).astype(int)
+            starts = np.cumsum(sizes) - sizes
+            taken = np.clip(left - done - starts, 0, sizes).astype(int)
+            first = done + int(starts[processes.index])
+            own = _first_rows(batch, int(taken[processes.index]))
+            if taken.any():
+                yield Step(own, first, int(taken.sum()), int((taken > 0).sum()))
+            done += int(taken.sum())
+            index += 1
+    if not done:
+        raise DataError("The loader yields no batch; give at least one example to score with.")
+
+
+def _batch_of(dealt: Dealt, index: int, known: list[str]) -> Batch | None:
+    """A checked batch of the rows that count; None where there are none."""
+    if dealt.rows == 0:
+        return None
+    batch = check_batch(index, dealt.columns, known)
+    return batch if dealt.rows is None else _first_rows(batch, dealt.rows)
+
+
+def _first_rows(batch: Batch | None, count: int) -> Batch | None:
+    """The first examples of a batch; None where there are none."""
+    if batch is None or count == 0:
+        return None
+    if count >= batch.examples:
+        return batch
+    return Batch(batch.index, batch.select(list(range(count))), count, batch.labels)
+
+
+def _check_same(found: np.ndarray) -> None:
+    """Check that all processes that read all batches read the same ones.
+
+    Raises:
+        DataError: They did not.
+    """
+    if len(np.unique(found[:, 1])) > 1:
+        raise DataError(
+            "dataloader: the processes read different batches, so that some examples would count "
+            "twice and others not at all; give an iterable with the same order everywhere (seed "
+            "its shuffling), or a torch DataLoader, which is shared by Accelerate."
+        )

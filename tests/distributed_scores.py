@@ -1,0 +1,309 @@
+"""Score and prune on this process's share of the batches, and write down what came out.
+
+Arguments: a folder. Every process writes ``<processes>-<rank>.json`` there, a case each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import zoo
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from score_examples import build, examples_of, in_batches
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_gradnas import GradNASPruner
+from hf_gradnas.errors import CheckpointError, StructureError
+from hf_gradnas.scores import collect_scores
+
+COUNT, SIZE, WIDTH = 101, 8, 16
+TEXT = ("input_ids", "attention_mask")
+BUDGET = {"flops": "60%"}
+
+
+class Stream(IterableDataset):
+    """The examples, one after the other."""
+
+    def __init__(self, examples: list[dict[str, torch.Tensor]]) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(self.examples)
+
+
+def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return in_batches(examples, len(examples))[0]
+
+
+def collate_wide(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All of one length, which Accelerate needs to send them."""
+    batch = collate(examples)
+    ids, mask = (nn.functional.pad(batch[key], (0, WIDTH - batch[key].shape[1])) for key in TEXT)
+    return {**batch, "input_ids": ids, "attention_mask": mask}
+
+
+def loader(examples: Any, size: int = SIZE, **options: Any) -> DataLoader:
+    return DataLoader(examples, batch_size=size, collate_fn=collate, **options)
+
+
+def accelerator_of(steps: int = 1, **options: Any) -> Accelerator:
+    """An Accelerator with its own settings; all share one group of processes."""
+    return Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(**options),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
+    )
+
+
+def lists(scores: Any) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in scores.values.items()}
+
+
+Case = Callable[[Path], Any]
+EXAMPLES = examples_of("bert", COUNT)
+
+
+def scored(batches: Any, accelerator: Accelerator, family: str = "bert", **options: Any) -> Any:
+    dtype = options.pop("dtype", torch.float64)
+    model, axes, _ = build(family, dtype=dtype)
+    found = collect_scores(model, axes, batches, accelerator=accelerator, **options)
+    return {**lists(found), "examples": found.metadata["examples"]}
+
+
+def plain(folder: Path) -> Any:
+    """A plain loader is as it was afterwards, and so is the Accelerator."""
+    accelerator = accelerator_of()
+    batches = loader(EXAMPLES, shuffle=True)
+    before = batches.batch_sampler, batches.sampler, batches.sampler.generator
+    found = scored(batches, accelerator)
+    assert before == (batches.batch_sampler, batches.sampler, batches.sampler.generator)
+    assert not accelerator._dataloaders
+    assert accelerator.gradient_state.active_dataloader is None
+    return found
+
+
+def prepared(folder: Path) -> Any:
+    """A prepared loader is used as it is, and goes back to repeating examples."""
+    accelerator = accelerator_of()
+    batches = accelerator.prepare(loader(EXAMPLES))
+    found = scored(batches, accelerator, method="taylor")
+    assert batches.batch_sampler.even_batches
+    assert batches.iteration == 0
+    assert accelerator.gradient_state.active_dataloader is None
+    assert sum(len(batch["labels"]) for batch in batches) > COUNT / 2
+    return found
+
+
+def single_precision(folder: Path) -> Any:
+    return scored(loader(EXAMPLES), accelerator_of(), dtype=torch.float32)
+
+
+def of_a_list(folder: Path) -> Any:
+    return scored(in_batches(EXAMPLES, SIZE), accelerator_of())
+
+
+def of_a_stream(folder: Path) -> Any:
+    return scored(loader(Stream(EXAMPLES)), accelerator_of())
+
+
+def dispatched(folder: Path) -> Any:
+    """The main process reads for all; the last five examples are three for each."""
+    accelerator = accelerator_of(dispatch_batches=True, split_batches=True)
+    batches = DataLoader(Stream(EXAMPLES), batch_size=SIZE, collate_fn=collate_wide)
+    return scored(accelerator.prepare(batches), accelerator)
+
+
+def sampled_labels(folder: Path) -> Any:
+    return scored(loader(EXAMPLES), accelerator_of(), labels="model", seed=5, num_examples=37)
+
+
+def global_batches(folder: Path) -> Any:
+    """The same batches of 8: split, of 4 per process, and of 2 per process in two steps."""
+    split = accelerator_of(split_batches=True)
+    prepared = split.prepare(loader(EXAMPLES))
+    return [
+        scored(prepared, split, method="gradnas"),
+        scored(loader(EXAMPLES), split, method="gradnas"),
+        scored(loader(EXAMPLES, SIZE // 2), accelerator_of(), method="gradnas"),
+        scored(loader(EXAMPLES, SIZE // 4), accelerator_of(steps=2), method="gradnas"),
+        scored(in_batches(EXAMPLES, SIZE // 2), accelerator_of(), method="gradnas"),
+    ]
+
+
+def grouped_heads(folder: Path) -> Any:
+    with zoo.float64_throughout():
+        return scored(loader(examples_of("llama", COUNT)), accelerator_of(), family="llama")
+
+
+def weights(folder: Path) -> Any:
+    accelerator = accelerator_of()
+    file = folder / f"magnitude-{accelerator.num_processes}"
+    return scored((), accelerator, method="magnitude", file=file)
+
+
+def resumed(folder: Path) -> Any:
+    """Interrupted after four steps, and gone on from there."""
+    accelerator = accelerator_of()
+    file = folder / f"resumed-{accelerator.num_processes}.safetensors"
+    model, axes, _ = build("bert")
+    batches = in_batches(EXAMPLES, SIZE)
+    options = {"file": file, "accelerator": accelerator}
+
+    def broken() -> Iterator[Any]:
+        yield from batches[: 4 * accelerator.num_processes]
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        collect_scores(model, axes, broken(), save_every_s=0, **options)
+    calls = []
+    with model.register_forward_hook(lambda *_: calls.append(1)):
+        found = collect_scores(model, axes, batches, **options)
+        done = len(calls)
+        again = collect_scores(model, axes, batches, **options)
+    assert lists(again) == lists(found)
+    assert len(calls) == done  # complete scores are read, not measured
+    written = sorted(path.name for path in folder.glob("resumed-*"))
+    return {"scores": lists(found), "calls": done, "files": written}
+
+
+def failures(folder: Path) -> list[list[str]]:
+    """What every process raises where one of them has a fault."""
+    accelerator = accelerator_of()
+    rank = accelerator.process_index
+    batches = in_batches(EXAMPLES, SIZE)
+    texts = [dict(batch) for batch in batches]
+    texts[3] = {"text": ["a"]}
+    other, _ = zoo.build("bert", seed=rank)
+    model, axes, _ = build("bert")
+    score = partial(collect_scores, accelerator=accelerator)
+
+    def broken_model() -> None:
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of luck")
+
+        with model.register_forward_hook(fail if rank else lambda *_: None):
+            score(model, axes, batches)
+
+    cases = {
+        "batch": lambda: score(model, axes, texts),
+        "order": lambda: score(model, axes, batches[:: 1 - 2 * rank]),
+        "weights": lambda: score(other, axes, batches),
+        "settings": lambda: score(model, axes, batches, num_examples=20 + rank),
+        "model": broken_model,
+        "interrupt": lambda: score(model, axes, stopping(batches, rank)),
+    }
+    found = []
+    for name, case in cases.items():
+        try:
+            case()
+        except (Exception, KeyboardInterrupt) as error:
+            found.append([name, type(error).__name__, str(error)])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    return found
+
+
+def stopping(batches: list[Any], rank: int) -> Iterator[Any]:
+    yield from batches[:5]
+    if rank == 1:
+        raise KeyboardInterrupt
+    yield from batches[5:]
+
+
+def pruned(folder: Path) -> Any:
+    """A model inside DDP is pruned to one plan, and the main process writes it."""
+    accelerator = accelerator_of()
+    model, _ = zoo.build("bert", dtype=torch.float32, seed=accelerator.process_index)
+    wrapped = accelerator.prepare(model)  # gives all processes the weights of the first
+    pruner = GradNASPruner(wrapped, accelerator=accelerator)
+    plan = pruner.prune(loader(EXAMPLES), BUDGET)
+    output = folder / f"pruned-{accelerator.num_processes}"
+    saved = pruner.save_pretrained(output)
+    found = []
+    for directory in (output, output):  # it is there already
+        with contextlib.suppress(CheckpointError):
+            pruner.save_pretrained(directory)
+            found.append("written")
+    shapes = [list(parameter.shape) for parameter in pruner.model.parameters()]
+    return {"kept": plan.kept, "shapes": shapes, "saved": str(saved), "again": found}
+
+
+def trained_afterwards(folder: Path) -> Any:
+    """Scoring leaves DDP as it was: it still averages gradients over the processes."""
+    accelerator = accelerator_of()
+    model, axes, _ = build("bert", dtype=torch.float32)
+    wrapped = accelerator.prepare(model)
+    batches = in_batches(EXAMPLES, SIZE)
+    collect_scores(model, axes, batches[:2], accelerator=accelerator)
+    wrapped.train()
+    wrapped(**batches[accelerator.process_index]).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    wrapped.eval()
+    return [float(gradient.double().abs().sum()) for gradient in gradients]
+
+
+def sharded(folder: Path) -> Any:
+    """FSDP2: found before sharding, scored as shards, refused where whole weights are needed."""
+    accelerator = accelerator_of()
+    model, inputs = zoo.build("bert", dtype=torch.float32)
+    pruner = GradNASPruner(model, accelerator=accelerator)
+    pruner.discover(inputs)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    scores = pruner.score(loader(EXAMPLES))  # a batch more for one of the processes
+    refusals = []
+    for call in (lambda: pruner.apply(pruner.plan(BUDGET)), lambda: pruner.discover(inputs)):
+        try:
+            call()
+        except StructureError as error:
+            refusals.append(str(error))
+    return {"scores": lists(scores), "model": scores.metadata["model_fingerprint"]} | {
+        "refusals": refusals
+    }
+
+
+CASES: dict[str, Case] = {
+    case.__name__: case
+    for case in (
+        plain,
+        prepared,
+        single_precision,
+        of_a_list,
+        of_a_stream,
+        dispatched,
+        sampled_labels,
+        global_batches,
+        grouped_heads,
+        weights,
+        resumed,
+        failures,
+        pruned,
+        trained_afterwards,
+        sharded,
+    )
+}
+
+
+def main() -> None:
+    """Run all cases, or those named after the folder."""
+    torch.set_num_threads(1)
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    found = {name: CASES[name](folder) for name in names or CASES}
+    accelerator = accelerator_of()
+    file = folder / f"{accelerator.num_processes}-{accelerator.process_index}.json"
+    file.write_text(json.dumps(found), encoding="utf-8")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

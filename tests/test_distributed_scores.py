@@ -1,0 +1,149 @@
+"""One process ≡ two processes ≡ gradient accumulation, on 101 examples in batches of 8."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distributed_scores as script
+import numpy as np
+import pytest
+import torch
+import zoo
+from distributed_scores import BUDGET, COUNT, EXAMPLES, SIZE, loader
+from score_examples import build, examples_of, in_batches
+
+from hf_gradnas import GradNASPruner
+from hf_gradnas.scores import collect_scores, model_fingerprint
+
+Found = list[dict[str, Any]]
+
+
+def launch(folder: Path, *cases: str, processes: int = 2) -> Found:
+    """What every process wrote, in the order of the processes."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command = [sys.executable, *launcher, script.__file__, str(folder), *cases]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, env=settings, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = [folder / f"{processes}-{rank}.json" for rank in range(processes)]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Every case on two processes."""
+    return launch(tmp_path_factory.mktemp("two"))
+
+
+def alone(batches: Any = None, *, family: str = "bert", **options: Any) -> dict[str, np.ndarray]:
+    """Scores of a single process, without an Accelerator."""
+    model, axes, _ = build(family, dtype=options.pop("dtype", torch.float64))
+    batches = in_batches(EXAMPLES, SIZE) if batches is None else batches
+    return dict(collect_scores(model, axes, batches, **options).values)
+
+
+def assert_same(found: Any, expected: dict[str, np.ndarray], rtol: float = 1e-9) -> None:
+    """Equal up to `rtol` of each axis's largest score, over all examples."""
+    for name, values in expected.items():
+        difference = np.abs(np.array(found[name]) - values).max()
+        assert difference <= rtol * np.abs(values).max(), name
+
+
+@pytest.mark.parametrize("case", ["plain", "of_a_list", "of_a_stream", "dispatched"])
+def test_every_example_counts_once_however_batches_are_dealt(two: Found, case: str) -> None:
+    assert two[0][case] == two[1][case]
+    assert two[0][case]["examples"] == str(COUNT)
+    assert_same(two[0][case], alone())
+
+
+def test_a_prepared_loader_is_used_as_it_is(two: Found) -> None:
+    assert two[0]["prepared"] == two[1]["prepared"]
+    assert_same(two[0]["prepared"], alone(method="taylor"))
+
+
+def test_single_precision(two: Found) -> None:
+    expected = alone(dtype=torch.float32)
+    assert_same(two[0]["single_precision"], expected, rtol=1e-5)
+
+
+def test_labels_are_drawn_per_example_whoever_scores_it(two: Found) -> None:
+    expected = alone(labels="model", seed=5, num_examples=37)
+    assert two[0]["sampled_labels"]["examples"] == "37"
+    assert_same(two[0]["sampled_labels"], expected)
+
+
+def test_heads_in_groups(two: Found) -> None:
+    with zoo.float64_throughout():
+        batches = in_batches(examples_of("llama", COUNT), SIZE)
+        assert_same(two[0]["grouped_heads"], alone(batches, family="llama"))
+
+
+def test_gradnas_is_the_same_for_the_same_global_batches(two: Found) -> None:
+    expected = alone(method="gradnas")
+    assert two[0]["global_batches"] == two[1]["global_batches"]
+    for found in two[0]["global_batches"]:
+        assert_same(found, expected)
+
+
+def test_scores_of_weights_alone(two: Found) -> None:
+    expected = alone((), method="magnitude")
+    assert_same(two[0]["weights"], expected, rtol=0)
+    assert_same(two[1]["weights"], expected, rtol=0)
+
+
+def test_a_pass_that_broke_off_goes_on_from_the_joint_sums(two: Found) -> None:
+    first, second = (found["resumed"] for found in two)
+    assert first["scores"] == second["scores"]
+    assert_same(first["scores"], alone())
+    assert (first["calls"], second["calls"]) == (7 - 4, 6 - 4)
+    assert first["files"] == ["resumed-2.safetensors"]
+
+
+def test_an_error_of_one_process_is_the_error_of_all(two: Found) -> None:
+    first, second = ({name: rest for name, *rest in found["failures"]} for found in two)
+    of_another = "Process 1 failed, so all 2 stop. "
+    assert second["batch"][0] == first["batch"][0] == "DataError"
+    assert first["batch"][1] == of_another + second["batch"][1]
+    assert first["model"] == ["GradNASError", of_another + "RuntimeError: out of luck"]
+    assert second["model"] == ["RuntimeError", "out of luck"]
+    assert first["interrupt"] == second["interrupt"] == ["KeyboardInterrupt", ""]
+    for name, message in {
+        "order": "the processes read different batches",
+        "weights": "process 1 has other weights than process 0",
+        "settings": "process 1 has other num_examples than process 0",
+    }.items():
+        assert first[name] == second[name]
+        assert message in first[name][1]
+
+
+def test_all_processes_cut_alike_and_one_writes(two: Found) -> None:
+    first, second = (found["pruned"] for found in two)
+    model, _ = zoo.build("bert", dtype=torch.float32)
+    plan = GradNASPruner(model).prune(in_batches(EXAMPLES, SIZE), BUDGET)
+    assert first == second
+    assert first["kept"] == {name: list(units) for name, units in plan.kept.items()}
+    assert first["shapes"] == [list(parameter.shape) for parameter in model.parameters()]
+    assert first["again"] == []
+    type(model).from_pretrained(first["saved"])
+
+
+def test_scoring_leaves_ddp_as_it_was(two: Found) -> None:
+    assert two[0]["trained_afterwards"] == two[1]["trained_afterwards"]
+
+
+def test_a_sharded_model_is_scored_and_not_cut(two: Found) -> None:
+    first, second = (found["sharded"] for found in two)
+    assert first == second
+    model, _ = zoo.build("bert", dtype=torch.float32)
+    assert first["model"] == model_fingerprint(model)
+    assert len(loader(EXAMPLES)) % 2 == 1
+    assert_same(first["scores"], alone(dtype=torch.float32), rtol=1e-5)
+    cut, discovered = first["refusals"]
+    assert cut.startswith("apply: bert.embeddings.word_embeddings.weight is sharded by FSDP2")
+    assert "use_scores() of a pruner of an unsharded copy" in discovered
