@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.install import install_when_imported
 
 if TYPE_CHECKING:
+    from .callback import GradNASCallback
     from .errors import GradNASError, GradNASWarning
     from .nas import (
         GradientBinarySearcher,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "GradNASCallback",
     "GradNASConfig",
     "GradNASError",
     "GradNASModeDescriptor",
@@ -41,6 +43,7 @@ __all__ = [
 
 _HOME = {
     "Budget": "types",
+    "GradNASCallback": "callback",
     "GradNASConfig": "config.gradnas",
     "GradNASError": "errors",
     "GradNASModeDescriptor": "nas",

@@ -1,0 +1,332 @@
+"""The callback: what is done at which event of a ``Trainer``.
+
+Knows the order of a trainer's events. Scoring, masks, schedule and files stand beside it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import barrier
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.training_args import ParallelMode
+
+from ..checkpoint.save import check_target
+from ..errors import OrderError, PlanError
+from ..scores.sample import reiterable
+from ..types import Plan, Scores
+from .batches import private_batches
+from .handover import names_of, renew_optimizer, renew_trainer
+from .run import Run
+from .scoring import processes
+from .settings import Settings
+
+FOLDER = "pruned"
+NAME = "gradnas"
+
+
+class GradNASCallback(TrainerCallback, ExportableState):
+    """Prune the model that a ``transformers.Trainer`` trains: it is smaller when training ends.
+
+    The model is cut in place and saved at the end of training, whatever `when` is; ``evaluate``,
+    ``predict``, ``save_model`` and ``push_to_hub`` then work on the cut model, and so does a second
+    ``train()``, which prunes no further. `plan`, `scores` and `directory` say what was done.
+
+    Args:
+        budget: Such as ``{"flops": "50%"}``: what is kept of the model as it comes.
+        when: ``"end"``: scored and cut when training ends. ``"begin"``: cut before training, where
+            `dataloader` is given or `attach` is called; otherwise trained under the masks of the
+            plan, which is the same function, and cut at the end. ``"gradual"``: masked in
+            `stages` while training, and cut at the end.
+        score: As of `GradNASPruner`, and so are `search`, `layout` and `rules`.
+        search: Strategy of the search.
+        layout: How the result is written.
+        rules: What must stay.
+        dataloader: Batches to score with, in private passes; None: a sample of the trainer's data.
+        num_examples: How many examples to score with; None: all of the data.
+        labels: ``"data"`` or ``"model"`` (drawn from the model's predictions), in private passes.
+        schedule: Of ``"gradual"``: ``"cubic"`` (Zhu & Gupta 2017) or ``"linear"``.
+        start_ratio: Share of the run's steps after which pruning begins.
+        end_ratio: Share of the run's steps after which the budget is met.
+        stages: Rises of the sparsity between them; each is scored anew.
+        mask: ``"soft"``: units fade during a stage. ``"hard"``: they are gone at its end at once.
+        scores_from: ``"private"``: passes in eval mode over `dataloader` or a sample.
+            ``"training"``: the training's own backward passes, at no pass more.
+        output_dir: Where the cut model is saved; None: ``pruned`` in the trainer's ``output_dir``.
+
+    Raises:
+        PlanError: An argument is unknown, or two contradict each other.
+
+    Example:
+        >>> trainer = Trainer(                                         # doctest: +SKIP
+        ...     model, args, train_dataset=data,
+        ...     callbacks=[GradNASCallback({"flops": "50%"}, when="gradual")],
+        ... )
+        >>> trainer.train()                                            # doctest: +SKIP
+    """
+
+    def __init__(  # noqa: PLR0913 - what a pruner, a search and a schedule take, all with defaults
+        self,
+        budget: Mapping[str, Any],
+        *,
+        when: str = "end",
+        score: str = "fisher",
+        search: str = "lagrangian",
+        layout: str = "auto",
+        rules: Mapping[str, Any] | None = None,
+        dataloader: Iterable[Mapping[str, Any]] | None = None,
+        num_examples: int | None = 512,
+        labels: str = "data",
+        schedule: str = "cubic",
+        start_ratio: float = 0.1,
+        end_ratio: float = 0.7,
+        stages: int = 10,
+        mask: str = "soft",
+        scores_from: str = "private",
+        output_dir: str | Path | None = None,
+    ) -> None:
+        self.settings = Settings(
+            budget=budget,
+            when=when,
+            score=score,
+            search=search,
+            layout=layout,
+            rules=rules,
+            num_examples=num_examples,
+            labels=labels,
+            schedule=schedule,
+            start_ratio=start_ratio,
+            end_ratio=end_ratio,
+            stages=stages,
+            mask=mask,
+            scores_from=scores_from,
+            output_dir=None if output_dir is None else str(output_dir),
+        )
+        if dataloader is not None and scores_from == "training":
+            raise PlanError(
+                "scores_from='training' with dataloader=…: the training's own batches are scored; "
+                "leave dataloader out, or use scores_from='private'."
+            )
+        self.dataloader = dataloader
+        self.progress: dict[str, Any] = {}
+        self.directory: Path | None = None
+        self._run: Run | None = None
+        self._trainer: weakref.ReferenceType[Trainer] | None = None
+        self._makes_optimizer = False
+        self._holds_whole = False  # a trainer that is not known still refers to the whole model
+
+    # -- what was done -----------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is pruned, or masked by now; None: nothing yet."""
+        return None if self._run is None else self._run.progress.plan
+
+    @property
+    def scores(self) -> Scores | None:
+        """Scores that the latest plan was made from; None: nothing was scored in this process."""
+        return None if self._run is None else self._run.scores
+
+    def attach(self, trainer: Trainer) -> None:
+        """Tell the callback which trainer it belongs to, which a trainer's events do not say.
+
+        It is added to the trainer if it is not there yet, before all that report, so that what it
+        logs reaches them. With ``when="begin"`` the model is cut at once, scored with the
+        trainer's own data. A trainer on several processes needs this to train a second time.
+
+        Raises:
+            BudgetError: The budget cannot be reached.
+            OrderError: The trainer is training.
+        """
+        if trainer.is_in_train:
+            raise OrderError("attach: the trainer is training already; attach before train().")
+        handler = trainer.callback_handler
+        handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
+        self._trainer, self._makes_optimizer = weakref.ref(trainer), trainer.optimizer is None
+        if self.settings.when == "begin" and trainer.model_init is None and self._run is None:
+            loader = trainer.get_train_dataloader()
+            self._cut_before(trainer.args, trainer.model, loader, trainer.optimizer)
+
+    def release(self) -> None:
+        """Take every hook off the model; needed only after a training that was interrupted."""
+        if self._run is not None:
+            self._run.release()
+
+    def state(self) -> dict[str, Any]:
+        """Arguments and progress for ``trainer_state.json``."""
+        if self._run is not None:
+            self.progress = self._run.progress.to_dict()
+        return {"args": self.settings.to_dict(), "attributes": {"progress": self.progress}}
+
+    # -- events ------------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cut before training, where that was asked for and data is there."""
+        if self.settings.when == "begin" and self.dataloader is not None and self._run is None:
+            self._cut_before(args, kwargs["model"], self.dataloader, kwargs["optimizer"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin a run: check everything that can be checked before training; mask for `begin`."""
+        self.release()
+        model = kwargs["model"]
+        if self._run is not None and self._run.is_cut and self._run.model is model:
+            self._check_trains_again(args)
+            return
+        self._holds_whole = False
+        earlier = self._running
+        run = self._begin_run(args, model, kwargs["train_dataloader"])
+        run.was_masked = earlier is not None and earlier.model is model
+        run.begin(state, self._saved(state), _checkpoint(args, state))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the next forward."""
+        if run := self._running:
+            run.before_pass()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the micro-batch, and measure the next."""
+        if run := self._running:
+            run.after_pass()
+            run.before_pass()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the last micro-batch of the step."""
+        if run := self._running:
+            run.after_pass()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep masked units at zero."""
+        if run := self._running:
+            run.mask_again()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on with the schedule."""
+        if run := self._running:
+            run.after_step(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a best model that is not at final sparsity."""
+        if run := self._running:
+            run.forget_best(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save sums of scores beside the checkpoint."""
+        if run := self._running:
+            run.forget_best(state)
+            run.save(_checkpoint(args, state), writes=args.should_save)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log what is kept."""
+        if self._run is None:
+            return
+        self._run.forget_best(state)
+        values = {f"{NAME}/{name}": value for name, value in self._run.logs().items()}
+        kwargs["logs"].update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cut the model, save it, and let go of what belonged to the whole one."""
+        run, model = self._run, kwargs["model"]
+        if run is None or run.model is not model:
+            return
+        if not run.is_cut:
+            names = names_of(model)
+            run.finish(state)
+            if kwargs["optimizer"] is not None:
+                renew_optimizer(kwargs["optimizer"], names, model)
+            trainer = None if self._trainer is None else self._trainer()
+            self._holds_whole = trainer is None
+            if trainer is not None:
+                renew_trainer(trainer, makes_optimizer=self._makes_optimizer)
+        target = self._target(args)
+        if args.should_save:
+            run.write(target, kwargs["processing_class"])
+        if processes()[1] > 1:
+            barrier()
+        self.directory = target
+
+    # -- parts -------------------------------------------------------------------------------
+
+    @property
+    def _running(self) -> Run | None:
+        return None if self._run is None or self._run.is_cut else self._run
+
+    def _begin_run(self, args: Any, model: PreTrainedModel, loader: Any) -> Run:
+        _check_whole(args)
+        check_target(self._target(args), overwrite=True)
+        if self.dataloader is None:
+            batches = private_batches(
+                loader,
+                num_examples=self.settings.num_examples,
+                batch_size=args.per_device_train_batch_size,
+                seed=args.seed,
+                shard=processes(),
+            )
+        else:
+            batches = self.dataloader = reiterable(self.dataloader)
+        self._run = Run(self.settings, model, batches, args)
+        return self._run
+
+    def _cut_before(self, args: Any, model: PreTrainedModel, loader: Any, optimizer: Any) -> None:
+        """Cut a model whose training has not begun."""
+        names = names_of(model)
+        self._begin_run(args, model, loader).cut_at_once()
+        if optimizer is not None:
+            renew_optimizer(optimizer, names, model)
+
+    def _target(self, args: Any) -> Path:
+        chosen = self.settings.output_dir
+        return Path(args.output_dir) / FOLDER if chosen is None else Path(chosen)
+
+    def _saved(self, state: Any) -> dict[str, Any] | None:
+        """What the checkpoint that training goes on from kept of this callback; None: no such.
+
+        Raises:
+            PlanError: It was made with other settings.
+        """
+        if not state.global_step:
+            return None
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, list):
+            saved = saved[-1]
+        if saved is None:
+            return None
+        mine = self.settings.to_dict()
+        changed = [key for key, value in mine.items() if saved["args"].get(key, value) != value]
+        if changed:
+            raise PlanError(
+                f"resume_from_checkpoint: the checkpoint of step {state.global_step} was made with "
+                f"another {' and '.join(changed)}; give the same, or begin a new training."
+            )
+        return dict(saved["attributes"]["progress"]) or None
+
+    def _check_trains_again(self, args: Any) -> None:
+        if self._holds_whole and args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise OrderError(
+                "train: the model was cut, but the trainer still wraps the whole one for several "
+                "processes; call callback.attach(trainer) before the first train()."
+            )
+
+
+def _check_whole(args: Any) -> None:
+    """Check that every process holds all weights.
+
+    Raises:
+        PlanError: They are sharded.
+    """
+    sharded = [name for name in ("fsdp", "deepspeed") if getattr(args, name)]
+    if sharded:
+        raise PlanError(
+            f"{sharded[0]}: GradNASCallback reads and cuts weights in place, which are sharded "
+            "here; train without the callback, and prune what was saved with GradNASPruner."
+        )
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    """Folder of the checkpoint of this step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

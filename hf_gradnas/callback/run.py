@@ -1,0 +1,309 @@
+"""One pruning run over one training: what is pruned so far, and what comes next.
+
+Knows steps, stages and masks; the events stand in `callback`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import GradNASWarning, PlanError
+from ..pruner import GradNASPruner
+from ..scores.sample import longest_batch
+from ..types import Budget, Plan, Scores
+from .batches import Batches, undisturbed, without_autocast, without_zeros
+from .progress import Progress, load_tensors, save_tensors
+from .riding import TrainingScores
+from .schedule import Stage, budget_at, make_stages
+from .scoring import from_main, private_scores, processes, summed, training_scores, without_lost
+from .settings import Settings
+from .weights import WeightMask, check_maskable
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """Prunes one model over one training.
+
+    Args:
+        settings: What is asked for.
+        model: The unwrapped model.
+        batches: What to score with; can be read more than once.
+        args: The trainer's arguments.
+
+    Attributes:
+        progress: What is pruned so far.
+        scores: What the latest plan was made from.
+        is_cut: Whether the model is cut.
+        was_masked: Whether a run that did not end may have left masks in the model.
+    """
+
+    def __init__(
+        self, settings: Settings, model: PreTrainedModel, batches: Batches, args: Any
+    ) -> None:
+        self.settings, self.model = settings, model
+        self.progress = Progress()
+        self.scores: Scores | None = None
+        self.is_cut = False
+        self.was_masked = False
+        self._args, self._batches = args, batches
+        self._pruner = GradNASPruner(
+            model,
+            score=settings.score,
+            search=settings.search,
+            layout=settings.layout,
+            rules=settings.rules,
+        )
+        self._budgets: tuple[Budget, ...] = ()
+        self._stages: tuple[Stage, ...] = ()
+        self._riding: TrainingScores | None = None
+        self._mask: WeightMask | None = None
+        self._fading: WeightMask | None = None
+
+    # -- the beginning -----------------------------------------------------------------------
+
+    def begin(self, state: Any, saved: Mapping[str, Any] | None, checkpoint: Path) -> None:
+        """Find what can be pruned, check the budget, and go on from a checkpoint if there is one.
+
+        Raises:
+            BudgetError: The budget cannot be reached.
+            StructureError: Nothing can be pruned, or not while training.
+        """
+        settings = self.settings
+        batch = self._discover(is_masked=self.was_masked or saved is not None)
+        if settings.when != "end":
+            check_maskable(self.model, self._pruner.structure.axes, self._pruner.rules)
+        if settings.when == "gradual":
+            self._stages = make_stages(
+                state.max_steps,
+                schedule=settings.schedule,
+                start_ratio=settings.start_ratio,
+                end_ratio=settings.end_ratio,
+                count=settings.stages,
+            )
+        if settings.scores_from == "training":
+            self._ride(batch)
+        if saved is not None:
+            self._resume(saved, checkpoint)
+        elif settings.when == "begin":
+            self._score()
+            self._set(self._plan(1.0), is_final=True)
+
+    def cut_at_once(self) -> None:
+        """Score and cut before training."""
+        self._discover()
+        self._score()
+        plan = self._plan(1.0)
+        self.progress = Progress(plan=plan, is_final=True)
+        self._cut(plan)
+
+    def _discover(self, *, is_masked: bool = False) -> Mapping[str, Any]:
+        """Find the axes with the longest of the batches, and return it."""
+        with undisturbed(self.model, self._args.seed):
+            batch = from_main(longest_batch(self._batches, self.settings.num_examples))
+            with without_zeros(self.model) if is_masked else nullcontext():
+                self._pruner.discover(batch)
+        self._budgets = self._pruner.check(self.settings.budget)
+        return batch
+
+    def _ride(self, batch: Mapping[str, Any]) -> None:
+        kinds = ("activation", "gradient")  # two names of the same argument
+        options = [vars(self._args).get(f"{kind}_checkpointing_kwargs") or {} for kind in kinds]
+        if self._args.torch_compile or any(found.get("use_reentrant") for found in options):
+            raise PlanError(
+                "scores_from='training' with torch_compile, or with checkpointing that is "
+                "reentrant: gradients of activations cannot be seen there; use "
+                "scores_from='private', or use_reentrant=False."
+            )
+        if self._args.label_smoothing_factor:
+            raise PlanError(
+                f"scores_from='training' with label_smoothing_factor="
+                f"{self._args.label_smoothing_factor}: the loss is not the model's own then; use "
+                "scores_from='private'."
+            )
+        window = self.settings.num_examples
+        with undisturbed(self.model, self._args.seed):
+            self._riding = TrainingScores(
+                self.model,
+                self._pruner.structure.axes,
+                method=self.settings.score,
+                batch=batch,
+                window=None if window is None else -(-window // processes()[1]),
+            )
+
+    def _resume(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        """Go on from what a checkpoint keeps."""
+        progress = Progress.from_dict(saved)
+        self.progress.stage = progress.stage
+        for plan in (progress.plan, progress.coming):
+            if plan is not None:
+                self._pruner.masked(plan)  # checks that it fits, before anything is changed
+        if progress.plan is not None:
+            self._set(progress.plan, is_final=progress.is_final)
+        if progress.coming is not None:
+            self._prepare(progress.coming)
+        if self._riding is None or processes()[0]:  # the main process goes on with all sums
+            return
+        tensors = load_tensors(checkpoint)
+        if tensors is None:
+            warnings.warn(
+                f"{checkpoint}: holds no sums of scores (the process was killed while it was "
+                "written, or it was moved); scores of the training's passes begin anew.",
+                GradNASWarning,
+                stacklevel=2,
+            )
+        else:
+            self._riding.load(tensors)
+
+    # -- events ------------------------------------------------------------------------------
+
+    def before_pass(self) -> None:
+        """Measure the next forward, where scores come from the training."""
+        if self._riding is not None and not self.progress.is_final:
+            self._riding.arm()
+
+    def after_pass(self) -> None:
+        """Add what its backward gave."""
+        if self._riding is not None:
+            self._riding.collect()
+
+    def mask_again(self) -> None:
+        """Set masked units to zero, which the optimizer moved."""
+        if self._mask is not None:
+            self._mask.zero()
+
+    def after_step(self, state: Any) -> None:
+        """Fade, or end a stage, and begin the next."""
+        step = state.global_step
+        while self.progress.stage < len(self._stages):
+            stage = self._stages[self.progress.stage]
+            is_soft = self.settings.mask == "soft"
+            if is_soft and step >= stage.begin and self.progress.coming is None:
+                self._score()
+                self._prepare(self._plan(stage.share))
+            if is_soft and stage.begin < step < stage.step and self._fading is not None:
+                self._fading.scale(stage.fade(step))
+            if step < stage.step:
+                break
+            if not is_soft:
+                self._score()
+                self.progress.coming = self._plan(stage.share)
+            self._end(stage)
+        self.forget_best(state)
+
+    def forget_best(self, state: Any) -> None:
+        """Forget which checkpoint is best while the budget is not met."""
+        if self._stages and not self.progress.is_final:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def save(self, checkpoint: Path, *, writes: bool) -> None:
+        """Write sums of scores, over all processes, beside a checkpoint."""
+        if self._riding is None:
+            return
+        tensors = self._riding.tensors()
+        for name, tensor in tensors.items():
+            tensors[name] = tensor if name == "seen" else summed(tensor.clone())
+        if writes and checkpoint.is_dir():
+            save_tensors(checkpoint, tensors)
+
+    def release(self) -> None:
+        """Take every hook off the model."""
+        if self._riding is not None:
+            self._riding.release()
+
+    def logs(self) -> dict[str, float]:
+        """What is kept now, as shares of the whole model's costs."""
+        totals, plan = self._pruner.totals, self.progress.plan
+        costs = totals if plan is None else plan.costs
+        values = {f"kept_{name}": costs[name] / totals[name] for name in totals if name in costs}
+        if self._stages:
+            values["stage"] = float(self.progress.stage)
+        return values
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def finish(self, state: Any) -> None:
+        """Cut the model to the budget; score it first where it is not masked to it."""
+        self.release()
+        plan = self.progress.plan
+        if plan is None or not self.progress.is_final:
+            if self._stages:
+                warnings.warn(
+                    f"Training ended at step {state.global_step}, before the last stage "
+                    f"(step {self._stages[-1].step}): the model is cut to its budget now, and not "
+                    "trained after it.",
+                    GradNASWarning,
+                    stacklevel=2,
+                )
+            self._score()
+            plan = self._plan(1.0)
+            self._set(plan, is_final=True)
+        self._cut(plan)
+
+    def write(self, target: Path, processing_class: Any) -> None:
+        """Save the cut model."""
+        scores = {} if self.scores is None else dict(self.scores.metadata)
+        document = {"scores": scores, "callback": self.settings.to_dict()}
+        with without_autocast(self.model):
+            self._pruner.save_pretrained(
+                target, processing_class, overwrite=True, document=document
+            )
+
+    def _cut(self, plan: Plan) -> None:
+        self.release()
+        self._pruner.apply(plan)
+        self.is_cut, self._mask, self._fading, self._riding = True, None, None, None
+        self._batches = ()
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _score(self) -> None:
+        """Measure what every unit is worth now."""
+        settings, seed = self.settings, self._args.seed
+        if self._riding is not None:
+            scores = training_scores(self._pruner, self._riding)
+        else:
+            with undisturbed(self.model, seed):
+                scores = private_scores(
+                    self._pruner,
+                    self._batches,
+                    num_examples=settings.num_examples,
+                    labels=settings.labels,
+                    seed=seed,
+                )
+        self.scores = without_lost(scores, self._pruner, self.progress.kept)
+        self._pruner.use_scores(self.scores)
+
+    def _plan(self, share: float) -> Plan:
+        """Plan for the budget, or on the way to it."""
+        if share >= 1:
+            return self._pruner.plan(self.settings.budget)
+        return self._pruner.plan(budget_at(self._budgets, share))
+
+    def _prepare(self, plan: Plan) -> None:
+        """Let the units that a plan prunes fade from now on."""
+        self.progress.coming = plan
+        self._fading = WeightMask(self.model, self._pruner.structure.axes, plan.kept, whole=False)
+
+    def _end(self, stage: Stage) -> None:
+        """Mask what the stage prunes."""
+        plan, self.progress.coming, self._fading = self.progress.coming, None, None
+        self.progress.stage += 1
+        if plan is not None:
+            self._set(plan, is_final=self.progress.stage == len(self._stages))
+            logger.info("gradnas: stage %d, kept %s", self.progress.stage, self.logs())
+
+    def _set(self, plan: Plan, *, is_final: bool) -> None:
+        """Mask the units that a plan prunes; for good, if it is the final one."""
+        self.progress.plan, self.progress.is_final = plan, is_final
+        if self.settings.when != "end":
+            axes = self._pruner.structure.axes
+            self._mask = WeightMask(self.model, axes, plan.kept, whole=is_final)
+            self._mask.zero()

@@ -1,0 +1,75 @@
+"""What a user asks the callback for, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import PlanError
+from ..scores.methods import GRADIENT_METHODS
+from .schedule import SCHEDULES
+
+WHENS = ("end", "begin", "gradual")
+SOURCES = ("private", "training")
+MASKS = ("soft", "hard")
+LABELS = ("data", "model")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Arguments of `GradNASCallback` that JSON can hold; see there."""
+
+    budget: Mapping[str, Any]
+    when: str = "end"
+    score: str = "fisher"
+    search: str = "lagrangian"
+    layout: str = "auto"
+    rules: Mapping[str, Any] | None = None
+    num_examples: int | None = 512
+    labels: str = "data"
+    schedule: str = "cubic"
+    start_ratio: float = 0.1
+    end_ratio: float = 0.7
+    stages: int = 10
+    mask: str = "soft"
+    scores_from: str = "private"
+    output_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _check("when", self.when, WHENS)
+        _check("labels", self.labels, LABELS)
+        _check("schedule", self.schedule, SCHEDULES)
+        _check("mask", self.mask, MASKS)
+        _check("scores_from", self.scores_from, SOURCES)
+        if not 0 <= self.start_ratio < self.end_ratio <= 1:
+            raise PlanError(
+                f"start_ratio={self.start_ratio}, end_ratio={self.end_ratio}: needed are shares of "
+                "the training's steps with 0 <= start_ratio < end_ratio <= 1."
+            )
+        if self.stages < 1:
+            raise PlanError(f"stages={self.stages}: needed is 1 or more.")
+        if self.scores_from == "training":
+            self._check_training()
+
+    def _check_training(self) -> None:
+        if self.when == "begin":
+            raise PlanError(
+                "scores_from='training' with when='begin': there is no training before the "
+                "beginning; use scores_from='private', or another when."
+            )
+        if self.score not in GRADIENT_METHODS or self.labels != "data":
+            raise PlanError(
+                f"scores_from='training' with score={self.score!r}, labels={self.labels!r}: the "
+                "training's passes have gradients of the data's labels, which give "
+                f"{', '.join(GRADIENT_METHODS)}; choose one, or scores_from='private'."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Arguments that make these settings again, ready for JSON."""
+        return asdict(self)
+
+
+def _check(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise PlanError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")

@@ -1,0 +1,110 @@
+"""Masks that stand in the weights: the rows of pruned units are zero, and nothing is hooked.
+
+A unit whose columns of the reading weight (the out-projection, or for channels every layer that
+reads them) are zero gives nothing to the rest of the model: the function is that of a mask at 0,
+with or without this package, in training and in evaluation, under DDP, compilation and gradient
+checkpointing, and after any exception. Where all of a unit's rows are zero, its gradients are zero
+too, so that training goes on exactly as that of the cut model would.
+
+The exception are channels that pass a norm over channels, whose statistics count the zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from transformers.pytorch_utils import Conv1D
+
+from ..config.rules import Rules, rule_for
+from ..errors import StructureError
+from ..structure.sizes import Kept, lost_units, tensor_at
+from ..types import Axis, Kind, Slice
+
+# Dimension of a weight that counts its inputs; first match wins.
+INPUT_DIMS: tuple[tuple[type[nn.Module], int], ...] = (
+    (nn.Linear, 1),
+    (Conv1D, 0),
+    (_ConvTransposeNd, 0),
+    (_ConvNd, 1),
+)
+
+
+def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None:
+    """Check that zeros in the weights mask the units of every axis that rules do not keep.
+
+    Raises:
+        StructureError: Channels pass a norm over channels, or no weight reads the units.
+    """
+    for axis in axes:
+        if rule_for(axis.module, rules) is None:
+            continue
+        for tap in axis.norms:
+            if not _is_per_channel(model.get_submodule(tap.module)):
+                raise StructureError(
+                    f"{axis.name}: its channels pass {tap.module}, a norm over channels, which "
+                    "cannot be masked while the model trains; use when='end', when='begin' with "
+                    f"dataloader=…, or keep them with rules={{{axis.module!r}: None}}."
+                )
+        if axis.kind is not Kind.KV_GROUPS and not any(_is_reading(model, s) for s in axis.slices):
+            raise StructureError(
+                f"{axis.name}: no weight was found that reads its units; use when='end', or keep "
+                f"them with rules={{{axis.module!r}: None}}."
+            )
+
+
+class WeightMask:
+    """The rows of units that are not kept.
+
+    Args:
+        model: The model.
+        axes: All its axes.
+        kept: Kept units per axis name; an axis that is not named stays whole.
+        whole: All rows of a unit, so that nothing of it has a gradient; otherwise only those by
+            which it is read, so that it can come back.
+    """
+
+    def __init__(self, model: nn.Module, axes: Iterable[Axis], kept: Kept, *, whole: bool) -> None:
+        lost: dict[tuple[int, int], set[int]] = {}
+        found: dict[int, Tensor] = {}
+        for axis in axes:
+            gone = lost_units(axis, kept)
+            for part in axis.slices if gone else ():
+                tensor = tensor_at(model, part.tensor)
+                if isinstance(tensor, nn.Parameter) and (whole or _is_reading(model, part)):
+                    found[id(tensor)] = tensor  # a tied one once
+                    lost.setdefault((id(tensor), part.dim), set()).update(part.rows(gone))
+        self._rows = [
+            (found[key], dim, torch.tensor(sorted(rows), device=found[key].device))
+            for (key, dim), rows in lost.items()
+        ]
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Set the rows to zero, in place."""
+        for parameter, dim, rows in self._rows:
+            parameter.index_fill_(dim, rows, 0)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply the rows by a factor, in place."""
+        for parameter, dim, rows in self._rows:
+            parameter.index_copy_(dim, rows, parameter.index_select(dim, rows) * factor)
+
+
+def _is_reading(model: nn.Module, part: Slice) -> bool:
+    """Whether rows are those by which a layer reads a unit: columns of its weight."""
+    path, _, leaf = part.tensor.rpartition(".")
+    module = model.get_submodule(path)
+    dim = next((dim for kind, dim in INPUT_DIMS if isinstance(module, kind)), None)
+    return leaf == "weight" and part.dim == dim
+
+
+def _is_per_channel(norm: nn.Module) -> bool:
+    """Whether each channel has statistics of its own."""
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups == norm.num_channels
+    return isinstance(norm, _NormBase)

@@ -1,0 +1,85 @@
+"""Trains with the callback in a process of its own: one that is killed, or one of several.
+
+``python callback_process.py FOLDER kill`` and, by torchrun, ``FOLDER ddp``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from callback_runs import make_trainer, numel, pruning
+from transformers import Trainer, TrainerCallback
+
+from hf_gradnas.errors import OrderError
+
+KILLED_AT = 6
+
+
+class Kill(TrainerCallback):
+    """Ends the process as ``kill -9`` does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resumable(folder: Path, *, killed: bool) -> tuple[Any, Trainer]:
+    """A gradual run that saves every other step."""
+    callback = pruning(when="gradual")
+    more = (Kill(),) if killed else ()
+    return callback, make_trainer(
+        folder, callback, more=more, save_strategy="steps", save_steps=2, save_total_limit=2
+    )
+
+
+def train_with_others(folder: Path) -> dict[str, Any]:
+    """What this process ends up with, by kind of run."""
+    still = {"learning_rate": 0.0, "max_steps": 2, "gradient_accumulation_steps": 2, "rows": 16}
+    found: dict[str, Any] = {}
+    for kind, options in {
+        "private": {},
+        "training": {"scores_from": "training"},
+        "gradual": {"when": "gradual"},
+    }.items():
+        callback = pruning(**{"num_examples": None, **options})
+        trainer = make_trainer(folder / kind, callback, **({} if kind == "gradual" else still))
+        if kind == "gradual":
+            callback.attach(trainer)
+        trainer.train()
+        found[kind] = {
+            "scores": {name: v.tolist() for name, v in callback.scores.values.items()},
+            "examples": callback.scores.metadata["examples"],
+            "kept": callback.plan.kept,
+            "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()),
+            "is_cut": numel(trainer.model) == callback.plan.costs["params"],
+        }
+        if kind == "training":
+            continue
+        try:
+            trainer.train()
+            found[kind]["again"] = "trained"
+        except OrderError as error:
+            found[kind]["again"] = str(error)
+    return found
+
+
+def main() -> None:
+    """Do what the arguments say."""
+    torch.set_num_threads(1)
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    if mode == "ddp":
+        rank = os.environ["RANK"]
+        (folder / f"{rank}.json").write_text(json.dumps(train_with_others(folder)))
+        torch.distributed.destroy_process_group()
+    else:
+        resumable(folder, killed=True)[1].train()
+
+
+if __name__ == "__main__":
+    main()
