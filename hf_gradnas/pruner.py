@@ -35,7 +35,7 @@ from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
 from .verification import find_structure
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
     from .repair import Recovery
 
@@ -55,8 +55,9 @@ class GradNASPruner:
             expressed by the stock class.
         rules: Ordered mapping from a glob over module paths to None (keep) or ``{"min": …,
             "multiple": …}``; later entries win.
-        accelerator: An ``accelerate.Accelerator``: all its processes score their share, get the
-            same plan and cut; the main one writes. Each of them must call the same methods.
+        accelerator: An ``accelerate.Accelerator`` or ``PartialState``: all its processes score
+            their share, get the same plan and cut; the main one writes. Each of them must call the
+            same methods.
 
     Raises:
         PlanError: An unknown score, search, layout or rule.
@@ -75,7 +76,7 @@ class GradNASPruner:
         search: str = "lagrangian",
         layout: str = "auto",
         rules: Mapping[str, Any] | None = None,
-        accelerator: Accelerator | None = None,
+        accelerator: Accelerator | PartialState | None = None,
     ) -> None:
         _check_choice("score", score, METHODS)
         _check_choice("search", search, STRATEGIES)

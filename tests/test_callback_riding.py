@@ -19,6 +19,7 @@ from hf_gradnas.callback import riding
 from hf_gradnas.callback.scoring import training_scores
 from hf_gradnas.errors import DataError, PlanError, ScoresError
 from hf_gradnas.scores.batches import Batch, read_batches
+from hf_gradnas.scores.processes import Processes
 from hf_gradnas.types import Scores
 
 pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
@@ -316,4 +317,4 @@ def test_sums_of_nothing_are_refused() -> None:
     axes = pruner.discover(inputs).axes
     sums = riding.TrainingScores(model, axes, method="fisher", batch=inputs, window=None)
     with pytest.raises(DataError, match="all scores are zero after 0 examples of the training"):
-        training_scores(pruner, sums)
+        training_scores(pruner, sums, Processes())

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -27,28 +28,27 @@ def private_batches(
     num_examples: int | None,
     batch_size: int,
     seed: int,
-    shard: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Batches of a fixed random sample of a loader's data set, this process's share of them.
+    """Batches of a fixed random sample of a loader's data set, the same on all processes.
 
     Args:
         loader: The trainer's; its data set and its collate function are used. One that is not a
             torch ``DataLoader`` is read as it is.
-        num_examples: Size of the sample over all processes; None: all. Of a data set that can only
-            be iterated, the first ones are meant to be taken by who reads.
+        num_examples: Size of the sample; None: all. Of a data set that can only be iterated, the
+            first ones are meant to be taken by who reads.
         batch_size: Examples per batch.
         seed: Decides the sample.
-        shard: Number of this process, and of all processes.
     """
     if not isinstance(loader, DataLoader):
         return loader
     dataset: Dataset[Any] = loader.dataset
+    while isinstance(dataset, IterableDatasetShard):  # accelerate's share of one process
+        dataset = dataset.dataset
     options: dict[str, Any] = {"batch_size": batch_size, "collate_fn": loader.collate_fn}
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return DataLoader(dataset, **options)
     order = np.random.default_rng(seed).permutation(len(dataset))[:num_examples]
-    rank, processes = shard
-    return DataLoader(Subset(dataset, order[rank::processes].tolist()), **options)
+    return DataLoader(Subset(dataset, order.tolist()), **options)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import barrier
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
@@ -22,7 +21,6 @@ from ..types import Plan, Scores
 from .batches import private_batches
 from .handover import names_of, renew_optimizer, renew_trainer
 from .run import Run
-from .scoring import processes
 from .settings import Settings
 
 FOLDER = "pruned"
@@ -243,12 +241,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             self._holds_whole = trainer is None
             if trainer is not None:
                 renew_trainer(trainer, makes_optimizer=self._makes_optimizer)
-        target = self._target(args)
-        if args.should_save:
-            run.write(target, kwargs["processing_class"])
-        if processes()[1] > 1:
-            barrier()
-        self.directory = target
+        self.directory = run.write(self._target(args), kwargs["processing_class"])
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -265,7 +258,6 @@ class GradNASCallback(TrainerCallback, ExportableState):
                 num_examples=self.settings.num_examples,
                 batch_size=args.per_device_train_batch_size,
                 seed=args.seed,
-                shard=processes(),
             )
         else:
             batches = self.dataloader = reiterable(self.dataloader)

@@ -33,6 +33,7 @@ from ..scores.normaliser import count_labels, find_normaliser, loss_of
 from ..types import Axis
 
 NUM_ITEMS = "num_items_in_batch"
+SEEN = "seen"  # of the tensors, the one that is no sum
 
 
 class _Recorder(GradientRecorder):
@@ -146,7 +147,7 @@ class TrainingScores:
             f"{name}.{part}": getattr(window, part)
             for name, window in windows.items()
             for part in Sums.__slots__
-        } | {"seen": torch.tensor(self._seen)}
+        } | {SEEN: torch.tensor(self._seen)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from windows that `tensors` gave.
@@ -164,7 +165,7 @@ class TrainingScores:
             for part in Sums.__slots__:
                 old = getattr(window, part)
                 setattr(window, part, tensors[f"{name}.{part}"].to(old))
-        self._seen = int(tensors["seen"])
+        self._seen = int(tensors[SEEN])
 
     def values(self, totals: np.ndarray) -> dict[str, np.ndarray]:
         """Totals of all axes, per axis name."""

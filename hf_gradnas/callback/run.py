@@ -12,17 +12,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..errors import GradNASWarning, PlanError
 from ..pruner import GradNASPruner
-from ..scores.sample import longest_batch
+from ..scores.processes import Processes
+from ..scores.sample import longest_of_all
 from ..types import Budget, Plan, Scores
 from .batches import Batches, undisturbed, without_autocast, without_zeros
 from .progress import Progress, load_tensors, save_tensors
-from .riding import TrainingScores
+from .riding import SEEN, TrainingScores
 from .schedule import Stage, budget_at, make_stages
-from .scoring import from_main, private_scores, processes, summed, training_scores, without_lost
+from .scoring import private_scores, training_scores, without_lost
 from .settings import Settings
 from .weights import WeightMask, check_maskable
 
@@ -54,12 +56,14 @@ class Run:
         self.is_cut = False
         self.was_masked = False
         self._args, self._batches = args, batches
+        self._processes = Processes(args.distributed_state)
         self._pruner = GradNASPruner(
             model,
             score=settings.score,
             search=settings.search,
             layout=settings.layout,
             rules=settings.rules,
+            accelerator=args.distributed_state,
         )
         self._budgets: tuple[Budget, ...] = ()
         self._stages: tuple[Stage, ...] = ()
@@ -107,7 +111,8 @@ class Run:
     def _discover(self, *, is_masked: bool = False) -> Mapping[str, Any]:
         """Find the axes with the longest of the batches, and return it."""
         with undisturbed(self.model, self._args.seed):
-            batch = from_main(longest_batch(self._batches, self.settings.num_examples))
+            limit = self.settings.num_examples
+            batch = longest_of_all(self._batches, self.model, limit, self._processes)
             with without_zeros(self.model) if is_masked else nullcontext():
                 self._pruner.discover(batch)
         self._budgets = self._pruner.check(self.settings.budget)
@@ -135,7 +140,7 @@ class Run:
                 self._pruner.structure.axes,
                 method=self.settings.score,
                 batch=batch,
-                window=None if window is None else -(-window // processes()[1]),
+                window=None if window is None else -(-window // self._processes.count),
             )
 
     def _resume(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
@@ -149,7 +154,7 @@ class Run:
             self._set(progress.plan, is_final=progress.is_final)
         if progress.coming is not None:
             self._prepare(progress.coming)
-        if self._riding is None or processes()[0]:  # the main process goes on with all sums
+        if self._riding is None or not self._processes.is_main:  # it goes on with all sums
             return
         tensors = load_tensors(checkpoint)
         if tensors is None:
@@ -207,9 +212,10 @@ class Run:
         """Write sums of scores, over all processes, beside a checkpoint."""
         if self._riding is None:
             return
-        tensors = self._riding.tensors()
+        tensors = {name: tensor.cpu() for name, tensor in self._riding.tensors().items()}
         for name, tensor in tensors.items():
-            tensors[name] = tensor if name == "seen" else summed(tensor.clone())
+            if name != SEEN:
+                tensors[name] = torch.from_numpy(self._processes.sum(tensor.double().numpy()))
         if writes and checkpoint.is_dir():
             save_tensors(checkpoint, tensors)
 
@@ -247,12 +253,12 @@ class Run:
             self._set(plan, is_final=True)
         self._cut(plan)
 
-    def write(self, target: Path, processing_class: Any) -> None:
-        """Save the cut model."""
+    def write(self, target: Path, processing_class: Any) -> Path:
+        """Save the cut model, and return where; all processes wait for the main one."""
         scores = {} if self.scores is None else dict(self.scores.metadata)
         document = {"scores": scores, "callback": self.settings.to_dict()}
         with without_autocast(self.model):
-            self._pruner.save_pretrained(
+            return self._pruner.save_pretrained(
                 target, processing_class, overwrite=True, document=document
             )
 
@@ -268,7 +274,7 @@ class Run:
         """Measure what every unit is worth now."""
         settings, seed = self.settings, self._args.seed
         if self._riding is not None:
-            scores = training_scores(self._pruner, self._riding)
+            scores = training_scores(self._pruner, self._riding, self._processes)
         else:
             with undisturbed(self.model, seed):
                 scores = private_scores(

@@ -29,7 +29,7 @@ from .steps import Step, read_steps
 from .wrappers import check_parameters, uncompiled
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 Progress = Callable[[int, "int | None"], None]
 LABELS = ("data", "model")
@@ -49,7 +49,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     save_every_s: float = 30.0,
     progress: Progress | None = None,
     resume: bool = True,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
 ) -> Scores:
     """Measure how much the loss is hurt when a unit goes, for every unit, in one pass.
 

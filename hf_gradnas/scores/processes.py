@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object, reduce
 
 from .. import errors
@@ -28,7 +28,8 @@ class Processes:
     """All processes of a run, seen from one of them.
 
     Args:
-        accelerator: Of the run; None: this process is alone.
+        accelerator: Of the run, or the state that all its Accelerators share, which a ``Trainer``'s
+            arguments hold; None: this process is alone.
 
     Attributes:
         accelerator: As given.
@@ -38,13 +39,14 @@ class Processes:
         splits_batches: Whether a loader's batch is split among processes; else each gets its own.
     """
 
-    def __init__(self, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, accelerator: Accelerator | PartialState | None = None) -> None:
         self.accelerator = accelerator
         self.count: int = 1 if accelerator is None else accelerator.num_processes
         self.index: int = 0 if accelerator is None else accelerator.process_index
-        steps = 1 if accelerator is None else accelerator.gradient_accumulation_steps
-        self.accumulation_steps = int(steps)
-        self.splits_batches: bool = accelerator is not None and accelerator.split_batches
+        self.accumulation_steps, self.splits_batches = 1, False
+        if isinstance(accelerator, Accelerator):
+            self.accumulation_steps = int(accelerator.gradient_accumulation_steps)
+            self.splits_batches = bool(accelerator.split_batches)
 
     @property
     def is_main(self) -> bool:
