@@ -25,7 +25,7 @@ from .scores import METHODS, check_scores, collect_scores
 from .scores.batches import to_device
 from .scores.processes import Processes
 from .scores.sample import Batch, check_positions, from_main, longest_of_all, reiterable
-from .scores.wrappers import check_parameters, uncompiled, unwrapped
+from .scores.wrappers import check_parameters, gathered, is_sharded, uncompiled, unwrapped
 from .search.solver import STRATEGIES, check_budgets, find_plan
 from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
 from .structure.counting import count_costs, original_totals
@@ -55,9 +55,8 @@ class GradNASPruner:
             expressed by the stock class.
         rules: Ordered mapping from a glob over module paths to None (keep) or ``{"min": …,
             "multiple": …}``; later entries win.
-        accelerator: An ``accelerate.Accelerator`` or ``PartialState``: all its processes score
-            their share, get the same plan and cut; the main one writes. Each of them must call the
-            same methods.
+        accelerator: An ``accelerate.Accelerator`` or ``PartialState``: all processes score their
+            share, get the same plan and cut; the main one writes. Each calls the same methods.
 
     Raises:
         PlanError: An unknown score, search, layout or rule.
@@ -270,17 +269,21 @@ class GradNASPruner:
     def apply(self, plan: Plan) -> PreTrainedModel:
         """Cut the model in place and rewrite its config; a plan that does not fit changes nothing.
 
+        Of shards (FSDP2), a plain copy of the whole is cut and becomes `model`, on all processes.
+
         Raises:
             PlanError: The plan does not fit this model or its class, or it was cut already.
         """
         if self._applied:
             raise PlanError(
-                "apply: this model was cut already, and a plan's indices count the units of the "
-                "uncut one; make a new GradNASPruner of the cut model to prune it further."
+                "apply: this model was cut already, and a plan counts the units of the uncut one; "
+                "make a new GradNASPruner of the cut model to prune it further."
             )
         self._check_plan(plan)
-        check_parameters(self.model, "apply")
+        check_parameters(self.model, "apply", shards=True)
         space = _need(self._space, "config", "discover(batch) or score(dataloader)")
+        if is_sharded(self.model):
+            self.model = gathered(self.model)
         apply_plan(self.model, plan, self.structure, space)
         self._plan, self._applied = plan, True
         return self.model
@@ -317,10 +320,10 @@ class GradNASPruner:
 
         Args:
             directory: Target; must not exist unless `overwrite`.
-            processing_class: Tokenizer, image processor or processor to save beside the model.
+            processing_class: Tokenizer or processor to save beside the model.
             overwrite: Replace a checkpoint that stands there.
             document: More to keep in ``gradnas.json`` (metrics, data).
-            files: Further text files to save beside the model, by name.
+            files: Further text files beside the model, by name.
 
         Raises:
             OrderError: `apply` was not called.

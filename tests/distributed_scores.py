@@ -252,7 +252,7 @@ def trained_afterwards(folder: Path) -> Any:
 
 
 def sharded(folder: Path) -> Any:
-    """FSDP2: found before sharding, scored as shards, refused where whole weights are needed."""
+    """FSDP2: found before sharding, scored as shards, cut with gathered weights."""
     accelerator = accelerator_of()
     model, inputs = zoo.build("bert", dtype=torch.float32)
     pruner = GradNASPruner(model, accelerator=accelerator)
@@ -261,14 +261,21 @@ def sharded(folder: Path) -> Any:
         fully_shard(layer)
     fully_shard(model)
     scores = pruner.score(loader(EXAMPLES))  # a batch more for one of the processes
-    refusals = []
-    for call in (lambda: pruner.apply(pruner.plan(BUDGET)), lambda: pruner.discover(inputs)):
-        try:
-            call()
-        except StructureError as error:
-            refusals.append(str(error))
-    return {"scores": lists(scores), "model": scores.metadata["model_fingerprint"]} | {
-        "refusals": refusals
+    refused = ""
+    try:
+        pruner.discover(inputs)
+    except StructureError as error:
+        refused = str(error)
+    plan = pruner.plan(BUDGET)
+    cut = pruner.apply(plan)
+    assert cut is pruner.model is not model
+    return {
+        "scores": lists(scores),
+        "model": scores.metadata["model_fingerprint"],
+        "refused": refused,
+        "kept": plan.kept,
+        "logits": cut(**inputs).logits.tolist(),
+        "saved": str(pruner.save_pretrained(folder / "sharded")),
     }
 
 

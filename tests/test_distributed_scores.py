@@ -137,13 +137,16 @@ def test_scoring_leaves_ddp_as_it_was(two: Found) -> None:
     assert two[0]["trained_afterwards"] == two[1]["trained_afterwards"]
 
 
-def test_a_sharded_model_is_scored_and_not_cut(two: Found) -> None:
+def test_a_sharded_model_is_scored_as_shards_and_cut_whole(two: Found) -> None:
     first, second = (found["sharded"] for found in two)
     assert first == second
-    model, _ = zoo.build("bert", dtype=torch.float32)
+    model, inputs = zoo.build("bert", dtype=torch.float32)
     assert first["model"] == model_fingerprint(model)
     assert len(loader(EXAMPLES)) % 2 == 1
     assert_same(first["scores"], alone(dtype=torch.float32), rtol=1e-5)
-    cut, discovered = first["refusals"]
-    assert cut.startswith("apply: bert.embeddings.word_embeddings.weight is sharded by FSDP2")
-    assert "use_scores() of a pruner of an unsharded copy" in discovered
+    message = "discover: bert.embeddings.word_embeddings.weight is sharded by FSDP2"
+    assert first["refused"].startswith(message)
+    plan = GradNASPruner(model).prune(in_batches(EXAMPLES, SIZE), BUDGET)
+    assert first["kept"] == {name: list(units) for name, units in plan.kept.items()}
+    for cut in (model, type(model).from_pretrained(first["saved"])):
+        assert torch.allclose(cut.eval()(**inputs).logits, torch.tensor(first["logits"]), atol=1e-6)

@@ -203,7 +203,7 @@ def test_the_older_sharding_is_named() -> None:
     model, _, _ = build("bert")
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapped)  # its constructor needs a group of processes
-    wrapped.add_module("_fsdp_wrapped_module", model)
+    wrapped._modules["_fsdp_wrapped_module"] = model  # add_module asks for it first
     with pytest.raises(StructureError, match="wrapped by FSDP1, which merges parameters"):
         GradNASPruner(wrapped)
 

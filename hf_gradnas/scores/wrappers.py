@@ -6,6 +6,7 @@ error that says what to do.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ..errors import StructureError
 
@@ -55,6 +58,23 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its rows; of a sharded one, all processes must ask together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain copy of a model that FSDP2 has sharded, with all weights, on every process.
+
+    All processes must call it together. It stands on the shards' device, in memory for a whole
+    model per process; the sharded one is left as it is.
+    """
+    options = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(model, options=options)
+    # fully_shard puts a class of its own before the model's.
+    classes: tuple[type[Any], ...] = type(model).__mro__
+    plain_class = next(c for c in classes if not issubclass(c, FSDPModule))
+    plain: PreTrainedModel = plain_class.from_pretrained(
+        None, config=copy.deepcopy(model.config), state_dict=weights, dtype=model.dtype
+    )
+    return plain.to(model.device).train(model.training)
 
 
 def check_parameters(model: nn.Module, what: str, *, shards: bool = False) -> None:
@@ -100,6 +120,5 @@ def _trouble(parameter: nn.Parameter, *, shards: bool) -> tuple[str, str]:
         return "", ""
     return (
         "sharded by FSDP2",
-        "call discover(batch) before sharding, score the sharded model, save the scores, and give "
-        "them to use_scores() of a pruner of an unsharded copy, which plans and cuts",
+        "call discover(batch) before sharding; score and apply then work on the sharded model",
     )
