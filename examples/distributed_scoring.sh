@@ -25,6 +25,10 @@ fi
 "${LAUNCH[@]}" hf_gradnas.prune --model "$MODEL" --target flops=60% \
   --output "$OUTPUT" --save-scores "$SCORES" "$@"
 
-# Any other budget: seconds, on one process.
+# Any other budget: seconds, on one process. The quickstart model was trained by the first command.
+if [ "$MODEL" = quickstart ]; then
+  MODEL="$OUTPUT.quickstart/model"
+  set -- --dataset "$OUTPUT.quickstart/train.txt" "$@"
+fi
 python -m hf_gradnas.prune --model "$MODEL" --target flops=40% \
   --output "$OUTPUT-40" --scores "$SCORES" "$@"

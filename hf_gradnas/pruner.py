@@ -25,12 +25,13 @@ from .scores import METHODS, check_scores, collect_scores
 from .scores.batches import to_device
 from .scores.processes import Processes
 from .scores.sample import Batch, check_positions, from_main, longest_of_all, reiterable
-from .scores.wrappers import check_parameters, gathered, is_sharded, uncompiled, unwrapped
+from .scores.shards import gathered, is_sharded, shape_of
+from .scores.wrappers import check_parameters, uncompiled, unwrapped
 from .search.solver import STRATEGIES, check_budgets, find_plan
 from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
 from .structure.counting import count_costs, original_totals
 from .structure.samples import flops_inputs
-from .surgery import check_kept
+from .surgery import check_plan
 from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
 from .verification import find_structure
 
@@ -156,7 +157,7 @@ class GradNASPruner:
         check_positions(batch, self.model.config)
         check_parameters(self.model, "discover")
         batch = to_device(from_main(batch, self._processes), self.model)
-        with uncompiled():
+        with uncompiled(), self._processes.joint():
             structure = find_structure(self.model, batch)
         check_rules(self.rules, structure)
         self._space = find_stock_space(self.model, structure)
@@ -263,7 +264,7 @@ class GradNASPruner:
         Raises:
             PlanError: The plan does not fit this model.
         """
-        self._check_plan(plan)
+        check_plan(self.structure.axes, plan)
         return uncompiled(masked(self.model, self.structure.axes, plan.kept))
 
     def apply(self, plan: Plan) -> PreTrainedModel:
@@ -279,12 +280,13 @@ class GradNASPruner:
                 "apply: this model was cut already, and a plan counts the units of the uncut one; "
                 "make a new GradNASPruner of the cut model to prune it further."
             )
-        self._check_plan(plan)
+        check_plan(self.structure.axes, plan)
         check_parameters(self.model, "apply", shards=True)
         space = _need(self._space, "config", "discover(batch) or score(dataloader)")
         if is_sharded(self.model):
             self.model = gathered(self.model)
-        apply_plan(self.model, plan, self.structure, space)
+        with self._processes.joint():
+            apply_plan(self.model, plan, self.structure, space)
         self._plan, self._applied = plan, True
         return self.model
 
@@ -366,22 +368,9 @@ class GradNASPruner:
         self.apply(plan)
         return plan
 
-    def _check_plan(self, plan: Plan) -> None:
-        """Check that a plan was made for a model of these sizes."""
-        sizes = {axis.name: axis.size for axis in self.structure.axes}
-        for name in [*sizes, *plan.sizes]:
-            if plan.sizes.get(name) != sizes.get(name):
-                raise PlanError(
-                    f"{name}: the plan counts {plan.sizes.get(name, 'no')} units, this model has "
-                    f"{sizes.get(name, 'none')}; make the plan from this model's scores."
-                )
-        if plan.layout not in LAYOUTS[1:]:
-            raise PlanError(f"layout {plan.layout!r} of the plan: known are {LAYOUTS[1:]}.")
-        check_kept(self.structure.axes, plan.kept)
-
     def _settle(self, plan: Plan) -> Plan:
         """The plan with its loss in units of the loss, and with the costs after the cut."""
-        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        shapes = {name: shape_of(p) for name, p in self.model.named_parameters()}
         costs = dict(plan.costs)
         if plan.layout == "per_layer":
             costs["params"] -= unsplit_table_params(self.structure.axes, shapes, plan.counts())

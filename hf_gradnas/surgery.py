@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .errors import PlanError
 from .structure import couplings, modeling_gradnas
+from .structure.config_keys import LAYOUTS
 from .structure.sizes import Kept, kept_rows, new_sizes, tensor_at
-from .types import Axis, Kind
+from .types import Axis, Kind, Plan
 
 Record = Mapping[str, Any]
 
@@ -54,6 +55,24 @@ def cut(
     record = {**_record_of(model, axes, changed, counts, rows), "own_position_bias": own}
     modeling_gradnas.resize(model, record, rows=rows, new_tensors=new_tensors)
     return record
+
+
+def check_plan(axes: Sequence[Axis], plan: Plan) -> None:
+    """Check that a plan was made for a model with these axes.
+
+    Raises:
+        PlanError: It counts other units, or keeps what cannot be kept.
+    """
+    sizes = {axis.name: axis.size for axis in axes}
+    for name in [*sizes, *plan.sizes]:
+        if plan.sizes.get(name) != sizes.get(name):
+            raise PlanError(
+                f"{name}: the plan counts {plan.sizes.get(name, 'no')} units, this model has "
+                f"{sizes.get(name, 'none')}; make the plan from this model's scores."
+            )
+    if plan.layout not in LAYOUTS[1:]:
+        raise PlanError(f"layout {plan.layout!r} of the plan: known are {LAYOUTS[1:]}.")
+    check_kept(axes, plan.kept)
 
 
 def check_kept(axes: Sequence[Axis], kept: Kept) -> None:

@@ -6,24 +6,27 @@ Arguments: a folder. Every process writes ``<processes>-<rank>.json`` there, a c
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import zoo
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
-from score_examples import build, examples_of, in_batches
+from score_examples import IGNORED, build, examples_of, in_batches
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, IterableDataset
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from hf_gradnas import GradNASPruner
-from hf_gradnas.errors import CheckpointError, StructureError
+from hf_gradnas.errors import CheckpointError, DataError, StructureError
 from hf_gradnas.scores import collect_scores
 
 COUNT, SIZE, WIDTH = 101, 8, 16
@@ -194,7 +197,11 @@ def failures(folder: Path) -> list[list[str]]:
         with model.register_forward_hook(fail if rank else lambda *_: None):
             score(model, axes, batches)
 
+    def report(done: int, total: int | None) -> None:
+        raise ValueError("a broken bar")
+
     cases = {
+        "progress": lambda: score(model, axes, batches, progress=report),
         "batch": lambda: score(model, axes, texts),
         "order": lambda: score(model, axes, batches[:: 1 - 2 * rank]),
         "weights": lambda: score(other, axes, batches),
@@ -253,13 +260,89 @@ def trained_afterwards(folder: Path) -> Any:
 
 def sharded(folder: Path) -> Any:
     """FSDP2: found before sharding, scored as shards, cut with gathered weights."""
+
+    def shard(model: Any) -> None:
+        for layer in model.bert.encoder.layer:
+            fully_shard(layer)
+        fully_shard(model)
+
+    return pruned_as_shards(folder / "sharded", shard)
+
+
+def without_labels(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The second batch, which is another process's, loses its labels."""
+    labels = torch.full_like(batches[1]["labels"], IGNORED)
+    return [batches[0], {**batches[1], "labels": labels}, *batches[2:]]
+
+
+def sharded_without_labels(folder: Path) -> Any:
+    """A process runs shards for the others' sake where it has nothing to add."""
+    model, axes, _ = build("llama", dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    batches = without_labels(in_batches(examples_of("llama", 40), SIZE))
+    return lists(collect_scores(model, axes, batches, accelerator=accelerator_of()))
+
+
+def unseeded(folder: Path) -> str:
+    """Processes that shuffle in orders of their own."""
+    accelerator = accelerator_of()
+
+    class Shuffled(Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            order = np.random.default_rng(accelerator.process_index).permutation(COUNT)
+            return iter(order.tolist())
+
+        def __len__(self) -> int:
+            return COUNT
+
+    batches = loader(EXAMPLES, sampler=Shuffled())
+    messages = []
+    for prepares in (False, True):
+        try:
+            scored(accelerator.prepare(batches) if prepares else batches, accelerator)
+        except DataError as error:
+            messages.append(str(error))
+    return " ".join(messages)
+
+
+def partitioned(folder: Path) -> Any:
+    """The same with ZeRO-3; only where DeepSpeed is installed."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = importlib.import_module("deepspeed")
+    accelerator_of()  # makes the group of processes
+    deepspeed.init_distributed(dist_backend="gloo")
+    settings = {
+        "train_micro_batch_size_per_gpu": SIZE,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+
+    def shard(model: Any) -> Any:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+    return pruned_as_shards(folder / "partitioned", shard)
+
+
+def train(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """One step."""
+    loss = model(**inputs).loss
+    if hasattr(model, "step"):  # an engine
+        model.backward(loss)
+        model.step()
+    else:
+        loss.backward()
+
+
+def pruned_as_shards(output: Path, shard: Callable[[Any], Any]) -> Any:
+    """Found before sharding, scored as shards, cut with gathered weights."""
     accelerator = accelerator_of()
     model, inputs = zoo.build("bert", dtype=torch.float32)
     pruner = GradNASPruner(model, accelerator=accelerator)
     pruner.discover(inputs)
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer)
-    fully_shard(model)
+    engine = shard(model)
     scores = pruner.score(loader(EXAMPLES))  # a batch more for one of the processes
     refused = ""
     try:
@@ -268,6 +351,7 @@ def sharded(folder: Path) -> Any:
         refused = str(error)
     plan = pruner.plan(BUDGET)
     cut = pruner.apply(plan)
+    train(model if engine is None else engine, inputs)  # it still can be
     assert cut is pruner.model is not model
     return {
         "scores": lists(scores),
@@ -275,7 +359,8 @@ def sharded(folder: Path) -> Any:
         "refused": refused,
         "kept": plan.kept,
         "logits": cut(**inputs).logits.tolist(),
-        "saved": str(pruner.save_pretrained(folder / "sharded")),
+        "saved": str(pruner.save_pretrained(output)),
+        "is_plain": not isinstance(cut, FSDPModule),
     }
 
 
@@ -297,15 +382,18 @@ CASES: dict[str, Case] = {
         pruned,
         trained_afterwards,
         sharded,
+        sharded_without_labels,
+        unseeded,
     )
 }
+OPTIONAL: dict[str, Case] = {"partitioned": partitioned}
 
 
 def main() -> None:
     """Run all cases, or those named after the folder."""
     torch.set_num_threads(1)
     folder, names = Path(sys.argv[1]), sys.argv[2:]
-    found = {name: CASES[name](folder) for name in names or CASES}
+    found = {name: {**CASES, **OPTIONAL}[name](folder) for name in names or CASES}
     accelerator = accelerator_of()
     file = folder / f"{accelerator.num_processes}-{accelerator.process_index}.json"
     file.write_text(json.dumps(found), encoding="utf-8")

@@ -113,6 +113,8 @@ def test_an_error_of_one_process_is_the_error_of_all(two: Found) -> None:
     assert first["model"] == ["GradNASError", of_another + "RuntimeError: out of luck"]
     assert second["model"] == ["RuntimeError", "out of luck"]
     assert first["interrupt"] == second["interrupt"] == ["KeyboardInterrupt", ""]
+    assert first["progress"] == ["ValueError", "a broken bar"]
+    assert second["progress"][1].startswith("Process 0 failed, so all 2 stop. ValueError")
     for name, message in {
         "order": "the processes read different batches",
         "weights": "process 1 has other weights than process 0",
@@ -138,15 +140,38 @@ def test_scoring_leaves_ddp_as_it_was(two: Found) -> None:
 
 
 def test_a_sharded_model_is_scored_as_shards_and_cut_whole(two: Found) -> None:
-    first, second = (found["sharded"] for found in two)
+    assert_pruned_as_shards(*(found["sharded"] for found in two), "sharded by FSDP2")
+
+
+def test_shards_run_where_a_process_has_no_label(two: Found) -> None:
+    batches = script.without_labels(in_batches(examples_of("llama", 40), SIZE))
+    expected = alone(batches, family="llama", dtype=torch.float32)
+    assert_same(two[0]["sharded_without_labels"], expected, rtol=1e-5)
+
+
+def test_orders_that_differ_between_processes_are_refused(two: Found) -> None:
+    for found in two:
+        assert found["unseeded"].count("the processes read different batches") == 2
+
+
+@pytest.mark.long
+def test_a_partitioned_model_is_scored_as_parts_and_cut_whole(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    two = launch(tmp_path, "partitioned")
+    assert_pruned_as_shards(*(found["partitioned"] for found in two), "partitioned by ZeRO-3")
+
+
+def assert_pruned_as_shards(first: Any, second: Any, what: str) -> None:
+    """Scores, plan and cut model of two processes are those of a single, whole one."""
     assert first == second
     model, inputs = zoo.build("bert", dtype=torch.float32)
     assert first["model"] == model_fingerprint(model)
     assert len(loader(EXAMPLES)) % 2 == 1
+    batches = in_batches(EXAMPLES, SIZE)
     assert_same(first["scores"], alone(dtype=torch.float32), rtol=1e-5)
-    message = "discover: bert.embeddings.word_embeddings.weight is sharded by FSDP2"
-    assert first["refused"].startswith(message)
-    plan = GradNASPruner(model).prune(in_batches(EXAMPLES, SIZE), BUDGET)
+    assert f"bert.embeddings.word_embeddings.weight is {what}" in first["refused"]
+    assert first["is_plain"]
+    plan = GradNASPruner(model).prune(batches, BUDGET)
     assert first["kept"] == {name: list(units) for name, units in plan.kept.items()}
     for cut in (model, type(model).from_pretrained(first["saved"])):
         assert torch.allclose(cut.eval()(**inputs).logits, torch.tensor(first["logits"]), atol=1e-6)

@@ -193,10 +193,13 @@ def test_offloaded_weights_are_named() -> None:
 
 
 def test_weights_partitioned_by_zero_are_named() -> None:
-    model, axes, _ = build("bert")
+    model, _, _ = build("bert")
     vars(model.classifier.weight)["ds_id"] = 1
-    with pytest.raises(StructureError, match=r"classifier.weight is partitioned by ZeRO-3"):
-        collect_scores(model, axes, BATCHES)
+    message = (
+        r"discover: classifier.weight is partitioned by ZeRO-3.* call discover\(batch\) before"
+    )
+    with pytest.raises(StructureError, match=message):
+        GradNASPruner(model).discover(BATCHES[0])
 
 
 def test_the_older_sharding_is_named() -> None:
@@ -216,6 +219,26 @@ def test_a_forward_with_mixed_precision_is_scored_in_it() -> None:
     for name, values in expected.items():
         error = np.abs(found[name] - values).max() / values.max()
         assert 1e-7 < error < 0.1, name
+
+
+def test_a_model_prepared_for_mixed_precision_is_saved_as_it_is(tmp_path: Path) -> None:
+    model, _, _ = build("bert", dtype=torch.float32)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    pruner = GradNASPruner(accelerator.prepare(model), accelerator=accelerator)
+    pruner.prune(BATCHES[:2], BUDGET)
+    forward = vars(pruner.model)["forward"]
+    pruner.save_pretrained(tmp_path / "saved")
+    assert vars(pruner.model)["forward"] is forward
+
+
+def test_a_prepared_loader_that_is_not_read_to_its_end_is_as_before() -> None:
+    model, _, _ = build("bert")
+    accelerator = Accelerator(cpu=True)
+    batches = accelerator.prepare(loader(EXAMPLES[:8], 2))
+    pruner = GradNASPruner(model, score="magnitude", accelerator=accelerator)
+    pruner.prune(batches, BUDGET, num_examples=4)
+    assert accelerator.gradient_state.active_dataloader is None
+    assert batches.iteration == 0
 
 
 def test_layers_whose_forward_runs_again_in_the_backward_count_once(monkeypatch) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..scores.batches import to_device
+from ..scores.wrappers import without_autocast
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
 
@@ -250,7 +251,7 @@ def _output(model: PreTrainedModel, sample: Mapping[str, Any]) -> Tensor:
     """First floating-point output that is not the loss, of a forward in eval mode."""
     flags = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(model):
             outputs = model.eval()(**sample)
     finally:
         for module, training in flags.items():

@@ -93,8 +93,9 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         latest = state
         for latest in stack.enter_context(closing(_states(record, state, stream, objective))):
             keep(latest)
-            if progress is not None and processes.is_main:
-                progress(latest.examples, num_examples)
+            with processes.joint():
+                if progress is not None and processes.is_main:
+                    progress(latest.examples, num_examples)
         return _finish(record, latest)
 
 

@@ -13,7 +13,7 @@ from ..errors import ScoresError
 from ..types import Axis, Scores
 from .batches import tensor_bytes
 from .processes import Processes
-from .wrappers import whole
+from .shards import whole
 
 SAMPLED_VALUES = 1024  # per parameter: cheap for 7B, and no training step leaves them all alone
 
@@ -22,9 +22,10 @@ def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and evenly strided values of every parameter."""
     state = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        state.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}:".encode())
-        stride = max(1, -(-parameter.numel() // SAMPLED_VALUES))
-        state.update(tensor_bytes(whole(parameter.detach()).flatten()[::stride]))
+        tensor = whole(parameter)
+        state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        stride = max(1, -(-tensor.numel() // SAMPLED_VALUES))
+        state.update(tensor_bytes(tensor.flatten()[::stride]))
     return state.hexdigest()
 
 

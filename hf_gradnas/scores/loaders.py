@@ -84,10 +84,50 @@ def deal(batches: Iterable[Any], processes: Processes) -> Iterator[Share]:
             yield Share(_without_repeats(batches, processes), exchanges=True)
             return
         shard = _sampler_shard(batches)
-        if shard is not None:
-            stack.callback(setattr, shard, "even_batches", shard.even_batches)
-            shard.even_batches = False
-        yield Share(map(Dealt, batches))
+        if shard is None:
+            yield Share(map(Dealt, batches))
+            return
+        for name in ("even_batches", "batch_sampler"):
+            stack.callback(setattr, shard, name, getattr(shard, name))
+        shard.even_batches, shard.batch_sampler = False, _Watched(shard.batch_sampler)
+        yield Share(_with_checks(batches, shard))
+
+
+class _Watched:
+    """A batch sampler that every process reads whole, and what it gave so far.
+
+    Attributes:
+        seen: A digest of all indices up to each batch.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.seen: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:  # Accelerate asks it for its sampler and size
+        return getattr(vars(self)["sampler"], name)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.seen = [""]
+        for indices in self.sampler:
+            state = hashlib.sha256(f"{self.seen[-1]}{list(indices)}".encode())
+            self.seen.append(state.hexdigest())
+            yield indices
+
+
+def _with_checks(loader: Any, shard: BatchSamplerShard) -> Iterator[Dealt]:
+    """Batches of a prepared loader, and a check that all processes share out the same ones."""
+    watched: Any = shard.batch_sampler
+    per_step = 1 if shard.split_batches else shard.num_processes
+    step = 0
+    for step, columns in enumerate(loader, 1):
+        end = min(step * per_step, len(watched.seen) - 1)
+        yield Dealt(columns, check=_short(watched.seen[end]))
+    if step * per_step < len(watched.seen) - 1:  # the last step has no batch for this process
+        yield Dealt(None, rows=0, check=_short(watched.seen[-1]))
 
 
 def _check_prepared(loader: Any, processes: Processes) -> None:
@@ -145,7 +185,7 @@ def _can_prepare(batches: Iterable[Any]) -> bool:
 def _prepare(stack: ExitStack, loader: Any, processes: Processes) -> Any:
     """Loader of this process's share; the given one and the Accelerator do not change."""
     sampler = get_sampler(loader)
-    if isinstance(sampler, RandomSampler):  # gets a generator, for one order on all processes
+    if "generator" in vars(sampler):  # it gets one, for one order on all processes
         stack.callback(setattr, sampler, "generator", sampler.generator)
     return prepare_data_loader(
         loader,

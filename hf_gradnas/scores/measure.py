@@ -5,7 +5,7 @@ Knows the loss, the recorder and the formulas; knows nothing of files and loader
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..types import Axis
-from .batches import Batch
+from .batches import Batch, to_device
 from .gradients import GradientRecorder
 from .losses import Objective
 from .methods import GLOBAL_METHODS, GRADIENT_METHODS
 from .processes import Processes
+from .shards import is_sharded
 from .steps import Step
-from .wrappers import is_sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +84,39 @@ class Measure:
     def __call__(self, step: Step) -> Part:
         """Share of this process's batch in the scores; zeros where it has none.
 
-        A process without a batch still runs a sharded model, for the others' sake: on its latest
-        batch, of which nothing counts.
+        A process without a batch, or without a label in it, still runs a sharded model for the
+        others' sake.
 
         Raises:
             DataError: The loss or a gradient is not finite.
         """
         nothing = Part(np.zeros(self._units), 0)
         if step.batch is None:
-            if self._is_sharded and self._latest is not None:
-                self._gradients(self._latest, step.first)
+            self._run_along()
             return nothing
         self._latest = step.batch
         loss, count, gradients = self._gradients(step.batch, step.first)
         if loss is None or not gradients:
+            self._run_along()
             return nothing
         terms = [self._term(gradients[a.name], count).to(loss.device) for a in self.axes]
         # The only time per batch that the host waits for the device.
         values = torch.cat([loss.detach()[None], *terms]).double().cpu().numpy()
         self._check_finite(values, step.batch)
         return Part(values[1:], count)
+
+    def _run_along(self) -> None:
+        """A forward and backward of a sharded model, of which nothing counts."""
+        if not self._is_sharded or self._latest is None:
+            return
+        model = self.objective.model
+        outputs = model(**to_device(self._latest.columns, model))
+        values = outputs.values() if isinstance(outputs, Mapping) else outputs
+        for value in values:
+            if isinstance(value, Tensor) and value.dim() and value.requires_grad:
+                value.sum().backward()
+                break
+        self.recorder.start(1)
 
     def _term(self, gradients: Tensor, count: int) -> Tensor:
         """``(units,)`` of gradients ``(examples, units)``."""

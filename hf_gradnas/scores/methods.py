@@ -26,7 +26,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..types import Axis, Kind
-from .wrappers import whole
+from .shards import whole
 
 PerBatch = Callable[[Tensor, int], Tensor]
 FromWeights = Callable[[nn.Module, Iterable[Axis], int], dict[str, np.ndarray]]
@@ -66,7 +66,7 @@ def _norms(axis: Axis, parameters: dict[str, Tensor]) -> np.ndarray:
     for part in axis.slices:
         if part.tensor not in parameters:
             continue  # a buffer: running statistics say nothing of a unit's weight
-        tensor = whole(parameters[part.tensor].detach()).movedim(part.dim, 0)
+        tensor = whole(parameters[part.tensor]).movedim(part.dim, 0)
         rows = tensor.reshape(tensor.shape[0], -1)  # a bias has one dimension
         squares = rows.double().square().sum(1)[part.rows(range(axis.size))]
         total += squares.reshape(axis.size, part.width).sum(1).cpu().numpy()

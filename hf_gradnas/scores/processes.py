@@ -37,6 +37,7 @@ class Processes:
         index: Number of this one, from 0.
         accumulation_steps: Batches per process that make one global batch.
         splits_batches: Whether a loader's batch is split among processes; else each gets its own.
+        have_failed: Whether an error of one was made the error of all.
     """
 
     def __init__(self, accelerator: Accelerator | PartialState | None = None) -> None:
@@ -44,6 +45,7 @@ class Processes:
         self.count: int = 1 if accelerator is None else accelerator.num_processes
         self.index: int = 0 if accelerator is None else accelerator.process_index
         self.accumulation_steps, self.splits_batches = 1, False
+        self.have_failed = False
         if isinstance(accelerator, Accelerator):
             self.accumulation_steps = int(accelerator.gradient_accumulation_steps)
             self.splits_batches = bool(accelerator.split_batches)
@@ -97,6 +99,7 @@ class Processes:
 
     def _fail(self, error: BaseException | None) -> None:
         """Raise this process's own error, or else that of the first process that has one."""
+        self.have_failed = True
         own = None if error is None else (type(error).__name__, str(error))
         found = self.gather_objects(own)
         if error is not None:

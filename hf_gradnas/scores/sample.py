@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import DataError
+from .loaders import deal
 from .processes import Processes
 from .steps import read_steps
 
@@ -30,22 +31,31 @@ def longest_batch(batches: Iterable[Batch], num_examples: int | None) -> Batch:
     """
     longest: Batch | None = None
     length, examples = -1, 0
-    for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            raise DataError(
-                f"dataloader: batch {index} is a {type(batch).__name__}, but the model is called "
-                "as model(**batch); yield dicts of tensors."
-            )
-        shapes = [v.shape for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim]
-        here = _length(batch)
-        if here > length:
-            longest, length = batch, here
-        examples += shapes[0][0] if shapes else 0
-        if num_examples is not None and examples >= num_examples:
-            break
+    with closing(_columns(batches)) as stream:
+        for index, batch in enumerate(stream):
+            if not isinstance(batch, Mapping):
+                raise DataError(
+                    f"dataloader: batch {index} is a {type(batch).__name__}, but the model is "
+                    "called as model(**batch); yield dicts of tensors."
+                )
+            shapes = [v.shape for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim]
+            here = _length(batch)
+            if here > length:
+                longest, length = batch, here
+            examples += shapes[0][0] if shapes else 0
+            if num_examples is not None and examples >= num_examples:
+                break
     if longest is None:
         raise DataError("dataloader: it yields no batch; give it at least one example.")
     return longest
+
+
+def _columns(batches: Iterable[Batch]) -> Generator[Batch]:
+    """Batches of a single process; a prepared loader that is left early is as before at the end."""
+    with deal(batches, Processes()) as share:
+        for dealt in share.batches:
+            if dealt.rows != 0:
+                yield dealt.columns
 
 
 def longest_of_all(

@@ -58,11 +58,11 @@ def read_steps(
         raise DataError("num_examples=0: nothing to score; give 1 or more, or None for all.")
     known = find_labels(type(model))
     left = np.inf if num_examples is None else num_examples
-    done = index = 0
+    done = index = check = 0
     with deal(batches, processes) as share:
         stream = iter(share.batches)
         while done < left:
-            batch, check = None, 0
+            batch = None
             with nullcontext() if share.exchanges else processes.joint():
                 dealt = next(stream, None)
                 if dealt is not None:

@@ -6,20 +6,18 @@ error that says what to do.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from ..errors import StructureError
+from .shards import is_partitioned
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -50,31 +48,23 @@ def uncompiled(context: AbstractContextManager[Any] | None = None) -> Iterator[N
         yield
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of some parameter (FSDP2)."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Let a model run as it is saved, although accelerate has wrapped its forward for bf16 or fp16.
 
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its rows; of a sharded one, all processes must ask together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain copy of a model that FSDP2 has sharded, with all weights, on every process.
-
-    All processes must call it together. It stands on the shards' device, in memory for a whole
-    model per process; the sharded one is left as it is.
+    Cause: ``Accelerator.prepare_model`` stores a wrapper in the instance, which no autocast context
+    turns off, and can only take it away for good. Remove when it can be lifted for a while.
     """
-    options = StateDictOptions(full_state_dict=True)
-    weights = get_model_state_dict(model, options=options)
-    # fully_shard puts a class of its own before the model's.
-    classes: tuple[type[Any], ...] = type(model).__mro__
-    plain_class = next(c for c in classes if not issubclass(c, FSDPModule))
-    plain: PreTrainedModel = plain_class.from_pretrained(
-        None, config=copy.deepcopy(model.config), state_dict=weights, dtype=model.dtype
-    )
-    return plain.to(model.device).train(model.training)
+    instance = vars(model)
+    if "_original_forward" not in instance:
+        yield
+        return
+    wrapped = instance["forward"]
+    try:
+        instance["forward"] = instance["_original_forward"]
+        yield
+    finally:
+        instance["forward"] = wrapped
 
 
 def check_parameters(model: nn.Module, what: str, *, shards: bool = False) -> None:
@@ -83,7 +73,7 @@ def check_parameters(model: nn.Module, what: str, *, shards: bool = False) -> No
     Args:
         model: The model, unwrapped.
         what: What is to be done with it.
-        shards: Whether FSDP2's shards will do.
+        shards: Whether shards of FSDP2 and ZeRO-3 will do.
 
     Raises:
         StructureError: They are not: compiled in part, offloaded, or sharded.
@@ -104,21 +94,14 @@ def check_parameters(model: nn.Module, what: str, *, shards: bool = False) -> No
 
 def _trouble(parameter: nn.Parameter, *, shards: bool) -> tuple[str, str]:
     """What keeps a parameter from being read, and what to do; two empty texts if nothing does."""
-    if "ds_id" in vars(parameter):  # DeepSpeed's mark
-        return "partitioned by ZeRO-3", "use ZeRO-2 or less, or a plain copy of the model"
     if parameter.is_meta:
         return (
             "offloaded (on the meta device)",
             "load the model with a device_map that leaves nothing to cpu offload or disk",
         )
-    if not isinstance(parameter, DTensor):
-        return "", ""
-    names = parameter.device_mesh.mesh_dim_names or ()
-    if "tp" in names:
+    if isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ()):
         return "split by tensor parallelism", "load the model without tp_plan"
-    if shards:
+    by = "partitioned by ZeRO-3" if is_partitioned(parameter) else "sharded by FSDP2"
+    if shards or not (is_partitioned(parameter) or isinstance(parameter, DTensor)):
         return "", ""
-    return (
-        "sharded by FSDP2",
-        "call discover(batch) before sharding; score and apply then work on the sharded model",
-    )
+    return by, "call discover(batch) before that; score and apply then work on the shards"
