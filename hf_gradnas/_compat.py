@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from huggingface_hub import run_as_future
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import hub as transformers_hub
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
@@ -35,6 +37,18 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
             stack.callback(setattr, config, "_attn_implementation_internal", previous)
             config._attn_implementation_internal = name
         yield
+
+
+def wait_for_uploads() -> None:
+    """Wait until all that a trainer began to upload in the background has ended.
+
+    Cause: a trainer's events do not say which trainer it is, and only that knows its uploads. They
+    stand in the queue of one thread, that of the client: Transformers' own, or in versions without
+    one that of huggingface_hub. Remove when Transformers offers to wait for them.
+    """
+    clients = vars(transformers_hub).get("hf_api")
+    for queue in (run_as_future, *([clients().run_as_future] if clients else [])):
+        queue(int).result()  # does nothing, after all that was there before it
 
 
 @contextmanager

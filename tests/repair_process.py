@@ -10,35 +10,40 @@ import zoo
 from repair_cases import arguments, collate, pair
 from score_examples import examples_of
 
-from hf_gradnas.repair import Distillation, DistillationTrainer
+from hf_gradnas.repair import recover
+
+
+def trained(folder: Path, processes: int) -> dict[str, float]:
+    """Sums of the weights after one step, and the loss before it."""
+    student, teacher, _ = pair("llama")
+    with zoo.float64_throughout():
+        done = recover(
+            student,
+            teacher,
+            examples_of("llama", 8),
+            alpha=0.6,
+            hidden_weight=0.5,
+            args=arguments(
+                folder,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=4 // processes,
+            ),
+            data_collator=collate,
+        )
+    generator = torch.Generator().manual_seed(0)
+    sums = {
+        name: float((value * torch.randn(value.shape, generator=generator)).sum())
+        for name, value in student.state_dict().items()
+    }
+    return {"loss": done.loss, **sums}
 
 
 def main() -> None:
     """Arguments: the folder that every process writes ``<processes>-<rank>.json`` to."""
     torch.set_num_threads(1)
     folder, processes = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
-    student, teacher, _ = pair("llama")
-    with zoo.float64_throughout():
-        run = DistillationTrainer(
-            model=student,
-            teacher=teacher,
-            distillation=Distillation(alpha=0.6, hidden_weight=0.5),
-            args=arguments(
-                folder,
-                per_device_train_batch_size=2,
-                gradient_accumulation_steps=4 // processes,
-            ),
-            train_dataset=examples_of("llama", 8),
-            data_collator=collate,
-        )
-        run.train()
-    generator = torch.Generator().manual_seed(0)
-    found = {
-        name: float((value * torch.randn(value.shape, generator=generator)).sum())
-        for name, value in student.state_dict().items()
-    }
     file = folder / f"{processes}-{os.environ['RANK']}.json"
-    file.write_text(json.dumps(found), encoding="utf-8")
+    file.write_text(json.dumps(trained(folder, processes)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from repair_cases import (
 from score_examples import examples_of, in_batches
 from torch.nn import functional
 
-from hf_gradnas.errors import RecipeError, StructureError
+from hf_gradnas.errors import DataError, RecipeError, StructureError
 from hf_gradnas.repair import Distillation, DistillationTrainer
 
 TEMPERATURE, ALPHA = 3.0, 0.7
@@ -287,7 +287,10 @@ def test_evaluation_is_the_plain_trainers(tmp_path):
     [
         ({"temperature": 0.0}, "temperature is 0.0, needed a number above 0"),
         ({"alpha": 1.5}, "alpha is 1.5, needed a number from 0 to 1"),
+        ({"temperature": float("nan")}, "temperature is nan, needed a number above 0"),
+        ({"alpha": "0.5"}, "alpha is '0.5', needed a number from 0 to 1"),
         ({"hidden_weight": -1.0}, "hidden_weight is -1.0, needed 0 or more"),
+        ({"attention_weight": float("inf")}, "attention_weight is inf, needed 0 or more"),
     ],
 )
 def test_weights_out_of_range(weights, message):
@@ -300,6 +303,21 @@ def test_a_teacher_of_other_labels_is_refused(tmp_path):
     teacher, _ = zoo.build("bert", num_labels=5)
     del batch["labels"]
     with pytest.raises(StructureError, match=r"predicts \(4, 1, 5\), the student \(4, 1, 3\)"):
+        loss_of(student, teacher, [batch], tmp_path)
+    student.eval()
+
+
+def test_an_encoder_decoder_needs_something_to_decode(tmp_path):
+    student, teacher, batch = pair("t5", dropout_rate=0.0)
+    labels = batch.pop("labels")
+    message = r"T5ForConditionalGeneration .* only \['attention_mask', 'input_ids'\], needed labels"
+    with pytest.raises(DataError, match=message):
+        loss_of(student, teacher, [batch], tmp_path)
+    student.eval()
+    batch["decoder_input_ids"] = labels.clamp(min=0)
+    assert loss_of(student, teacher, [batch], tmp_path) > 0
+    del batch["input_ids"]
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         loss_of(student, teacher, [batch], tmp_path)
     student.eval()
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from repair_process import trained
 
 SCRIPT = Path(__file__).with_name("repair_process.py")
 
@@ -21,8 +22,10 @@ def _run(folder: Path, processes: int) -> list[dict]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def test_two_processes_train_what_one_does(tmp_path):
-    (alone,) = _run(tmp_path, 1)
+def test_two_processes_train_and_report_what_one_does(tmp_path):
+    alone = trained(tmp_path, 1)
     first, second = _run(tmp_path, 2)
     assert first == second
+    # The Trainer sums losses in single precision.
+    assert first.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-6)
     assert first == pytest.approx(alone, rel=0, abs=1e-10)

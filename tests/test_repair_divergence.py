@@ -5,6 +5,7 @@ import torch
 
 from hf_gradnas.repair.divergence import (
     DIVERGENCES,
+    attention_divergence,
     bernoulli_divergence,
     categorical_divergence,
     relative_error,
@@ -98,3 +99,35 @@ def test_hidden_states_are_compared_relative_to_their_length():
     torch.testing.assert_close(found, (errors * WEIGHTS).sum())
     torch.testing.assert_close(relative_error(1e3 * STUDENT, 1e3 * TEACHER, WEIGHTS), found)
     assert relative_error(TEACHER, torch.zeros_like(TEACHER), 0 * WEIGHTS) == 0
+
+
+def test_attention_is_compared_over_real_keys_as_a_mean_over_heads():
+    """KL(ā_t ‖ ā) written out, for a student of two heads and a teacher of three."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(2, 5, 4, 4, generator=generator, dtype=torch.float64)
+    keys = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    drawn = drawn.masked_fill(~keys[:, None, None], -torch.inf).softmax(-1)
+    student, teacher = drawn[:, :2].requires_grad_(), drawn[:, 2:]
+    weights = torch.tensor([[1, 0.5, 0, 0], [2, 1, 0, 0]], dtype=torch.float64)
+    expected = 0.0
+    for example, query in weights.nonzero().tolist():
+        for key in keys[example].nonzero().flatten().tolist():
+            q = sum(student[example, head, query, key] for head in range(2)) / 2
+            p = sum(teacher[example, head, query, key] for head in range(3)) / 3
+            expected = expected + weights[example, query] * p * (p / q).log()
+    found = attention_divergence(student, teacher, weights, keys)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    broken = student.detach().clone()
+    broken[:, :, 2:] = torch.nan  # queries of padding
+    assert attention_divergence(broken, teacher, weights, keys) == found
+    assert attention_divergence(teacher, teacher, weights, keys) == 0
+
+
+def test_attention_that_a_student_rounds_to_nothing_is_finite():
+    student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]])
+    student = student[:, None, None].requires_grad_()
+    ones = torch.ones(1, 1)
+    loss = attention_divergence(student, teacher[:, None, None], ones, torch.ones(1, 2) != 0)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()

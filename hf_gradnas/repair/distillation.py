@@ -1,12 +1,9 @@
 """A Trainer whose student learns from a teacher's outputs, with or without labels.
 
-    L = α·T²·KL(p_teacher^T ‖ p_student^T) + (1 − α)·L_labels + β·mean_layers ‖h − h_t‖²/‖h_t‖²
-
-(Hinton et al. 2015, arXiv 1503.02531, equation 4 and the remark on T²; hidden states as in Sun et
-al. 2019, arXiv 1908.09355, there with both sides normalised). Every term is the mean over what
-counts in it: examples for a head with one prediction per example, tokens for one per token. That
-mean is taken over the whole accumulated batch of all processes, so that gradient accumulation gives
-the gradient of one large batch.
+The loss itself is that of `objective`. Every term is the mean over what counts in it: examples for
+a head with one prediction per example, tokens for one per token. That mean is taken over the whole
+accumulated batch of all processes, so that gradient accumulation gives the gradient of one large
+batch.
 
 Knows losses and the Trainer; what is saved and restored around a training stands in `recovery`.
 """
@@ -15,66 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from ..errors import RecipeError, StructureError
+from ..errors import DataError, StructureError
 from ..scores.batches import Batch, read_batches, to_device
 from ..scores.normaliser import IGNORED, TOKEN_COUNTS, count_labels, find_normaliser
 from ..scores.normaliser import is_token_labels as is_tokens
 from ..scores.sampling import predict
 from ..structure.states import evaluating, frozen
-from .divergence import DIVERGENCES, relative_error, weighted_divergence
+from .attention import Seen, Site, check_probabilities, find_sites, pair_attentions, watched
+from .divergence import DIVERGENCES, attention_divergence, relative_error, weighted_divergence
+from .objective import ATTENTIONS, HIDDEN, Distillation
 
-# Outputs that hold the residual stream, and the mask of their positions.
-HIDDEN = {
-    "hidden_states": "attention_mask",
-    "encoder_hidden_states": "attention_mask",
-    "decoder_hidden_states": "decoder_attention_mask",
-}
 # What a term of the loss is the mean over.
 UNITS = ("labels", "label_tokens", "tokens", "decoder_tokens", "examples")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distillation:
-    """Weights of the loss.
-
-    Attributes:
-        temperature: T; above 1, small probabilities of the teacher count for more.
-        alpha: α; 1 ignores labels, 0 ignores the teacher's predictions. Batches without labels
-            are distilled with α = 1.
-        hidden_weight: β; 0 does not compare hidden states.
-
-    Raises:
-        RecipeError: A number out of its range.
-    """
-
-    temperature: float = 2.0
-    alpha: float = 0.5
-    hidden_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (0 < self.temperature < float("inf"), "a number above 0"),
-            "alpha": (0 <= self.alpha <= 1, "a number from 0 to 1"),
-            "hidden_weight": (0 <= self.hidden_weight < float("inf"), "0 or more"),
-        }
-        for name, (is_good, needed) in ranges.items():
-            if not is_good:
-                raise RecipeError(
-                    f"distillation: {name} is {vars(self)[name]!r}, needed {needed}; "
-                    f"leave it away for {type(self).__dataclass_fields__[name].default}."
-                )
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term looks at the teacher."""
-        return self.alpha > 0 or self.hidden_weight > 0
 
 
 class DistillationTrainer(Trainer):
@@ -105,6 +60,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._normaliser = ""
         self._totals: dict[str, Tensor] = {}
+        self._sites: list[Site] = []
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train with the teacher at hand; see ``Trainer.train``."""
@@ -140,19 +96,24 @@ class DistillationTrainer(Trainer):
         inputs = to_device(inputs, self._student)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = self._read(inputs)
-        if self.distillation.hidden_weight:
+        batch, weights = self._read(inputs), self.distillation
+        if weights.hidden_weight:
             inputs["output_hidden_states"] = True
-        loss, outputs = self._label_term(model, inputs, batch)
-        if self.distillation.needs_teacher or not batch.labels:
-            wanted = self._ask_teacher(inputs)
-            alpha = self.distillation.alpha if batch.labels else 1.0
+        if weights.attention_weight:
+            inputs["output_attentions"] = True
+            self._sites = self._sites or self._find_sites(inputs)
+        with watched(self._student, self._sites) as own:
+            loss, outputs = self._label_term(model, inputs, batch)
+        if weights.needs_teacher or not batch.labels:
+            with watched(self.teacher, self._sites) as others:
+                wanted = self._ask_teacher(inputs)
+            alpha = weights.alpha if batch.labels else 1.0
             if alpha:
                 loss = loss + alpha * self._output_term(outputs, wanted, batch)
-            if self.distillation.hidden_weight:
-                loss = loss + self.distillation.hidden_weight * self._hidden_term(
-                    outputs, wanted, batch
-                )
+            if weights.hidden_weight:
+                loss = loss + weights.hidden_weight * self._hidden_term(outputs, wanted, batch)
+            if weights.attention_weight:
+                loss = loss + weights.attention_weight * self._attention_term(own, others, batch)
         return (loss, outputs) if return_outputs else loss
 
     # -- terms -------------------------------------------------------------------------------
@@ -164,7 +125,7 @@ class DistillationTrainer(Trainer):
         nothing = torch.zeros((), device=self._student.device)
         weight = 1 - self.distillation.alpha
         if not batch.labels:
-            return nothing, model(**inputs)
+            return nothing, self._ask_unlabelled(model, inputs)
         if not weight:
             return nothing, model(**self._without_labels(inputs))
         loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
@@ -217,6 +178,45 @@ class DistillationTrainer(Trainer):
             )
         return torch.stack(terms).mean()
 
+    def _attention_term(self, own: Seen, others: Seen, batch: Batch) -> Tensor:
+        terms = []
+        for site, student, teacher in pair_attentions(self._student, own, self.teacher, others):
+            queries, keys = ATTENTIONS[site.output]
+            weights, unit = self._query_places(student, batch, queries)
+            check_probabilities(site.path, student, weights)
+            is_real = batch.columns.get(keys)
+            rows = (student.shape[0], student.shape[-1])
+            if not isinstance(is_real, Tensor) or is_real.shape != rows:
+                is_real = torch.ones(rows, device=student.device)
+            divergence = attention_divergence(
+                student, teacher.to(student.device), weights, is_real != 0
+            )
+            terms.append(self._mean(divergence, unit))
+        return torch.stack(terms).mean()
+
+    def _ask_unlabelled(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Outputs of the student.
+
+        Raises:
+            DataError: It is an encoder-decoder and was given nothing to decode.
+        """
+        try:
+            return model(**inputs)
+        except ValueError as error:
+            is_fed = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+            if is_fed or not self._student.config.is_encoder_decoder:
+                raise
+            raise DataError(
+                f"{type(self._student).__name__} is an encoder-decoder, but the batch holds only "
+                f"{sorted(inputs)}, needed labels or decoder_input_ids: the teacher's predictions "
+                "are those for a given text; give the examples labels."
+            ) from error
+
+    def _find_sites(self, inputs: dict[str, Any]) -> list[Site]:
+        inputs = to_device(self._without_labels(inputs), self.teacher)
+        with torch.no_grad(), self.accelerator.autocast():
+            return find_sites(self.teacher, inputs)
+
     def _ask_teacher(self, inputs: dict[str, Any]) -> Any:
         inputs = self._without_labels(inputs)
         with torch.no_grad(), self.accelerator.autocast():
@@ -251,6 +251,12 @@ class DistillationTrainer(Trainer):
             return found != 0, "decoder_tokens" if mask.startswith("decoder") else "tokens"
         examples, positions = values.shape[:2]
         return torch.full((examples, positions), 1 / positions, device=values.device), "examples"
+
+    def _query_places(self, attention: Tensor, batch: Batch, mask: str) -> tuple[Tensor, str]:
+        """Weight of each query; where an example is cut into windows, these share its weight."""
+        weights, unit = self._masked_places(attention[:, 0], batch, mask)
+        share = batch.examples / attention.shape[0]
+        return (weights * share if unit == "examples" else weights), unit
 
     def _labelled(self, labels: Tensor) -> Tensor:
         """Outputs that predict a label ``(examples, positions)``."""

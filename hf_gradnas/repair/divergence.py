@@ -80,6 +80,26 @@ def relative_error(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     return (errors * weights[counted].to(errors)).sum()
 
 
+def attention_divergence(student: Tensor, teacher: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """Sum over queries of weight times KL(ā_teacher ‖ ā_student) over the keys.
+
+    ā is the mean of the probabilities over the heads, of which there may be different numbers.
+
+    Args:
+        student: ``(examples, heads, queries, keys)``.
+        teacher: The same but for the heads.
+        weights: ``(examples, queries)``; queries of weight 0 are not computed at all.
+        keys: Whether a key is real ``(examples, keys)``; others are left out.
+    """
+    counted = weights != 0
+    found, wanted = (at_least_float32(p).mean(1)[counted] for p in (student, teacher))
+    is_real = keys[:, None].expand(-1, weights.shape[1], -1)[counted]
+    # What the student rounds to 0 costs a lot, but not everything.
+    logs = found.clamp_min(torch.finfo(found.dtype).tiny).log()
+    terms = torch.xlogy(wanted, wanted) - wanted * logs
+    return (terms.where(is_real, 0).sum(-1) * weights[counted].to(terms)).sum()
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Same values, without half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -78,7 +78,6 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         StructureError: An axis does not fit the model.
     """
     axes = tuple(structure_axes)
-    _check_choices(method=(method, METHODS), labels=(labels, LABELS))
     processes = Processes(accelerator)
     settings = _settings(axes, method, labels, num_examples, seed, processes)
     record = _open(model, axes, settings, file, processes)
@@ -129,7 +128,12 @@ def _settings(
     seed: int,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Everything that scores depend on besides model and data; the seed only where it is used."""
+    """Everything that scores depend on besides model and data; the seed only where it is used.
+
+    Raises:
+        ScoresError: An unknown choice.
+    """
+    _check_choices(method=(method, METHODS), labels=(labels, LABELS))
     is_global = method in GLOBAL_METHODS
     return {
         "accumulation_steps": processes.accumulation_steps if is_global else 1,

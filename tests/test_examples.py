@@ -1,0 +1,71 @@
+"""The examples run, on tiny models and files, and leave a checkpoint that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from cli_cases import save_bert, save_llama, write_text
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+pytestmark = [
+    pytest.mark.leaves_state,  # training leaves a model in train mode
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    """The example as a script with these options."""
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("when", ["gradual", "end"])
+def test_text_classification(when: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in ("train", "dev"):
+        rows = [f"the film was {word}\t{label}" for label, word in enumerate(["bad", "good"])] * 8
+        (tmp_path / f"{name}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    files = {"model": save_bert(tmp_path / "bert"), "train": "train.tsv", "dev": "dev.tsv"}
+    run("text_classification.py", monkeypatch, **files, when=when, max_steps=4, batch_size=4)
+    assert "sst2-pruned/pruned" in capsys.readouterr().out
+    plan = json.loads(Path("sst2-pruned/pruned/gradnas.json").read_text())["plan"]
+    assert plan["costs"]["flops"] <= 0.5 * plan["budgets"][0]["total"]
+    AutoModelForSequenceClassification.from_pretrained("sst2-pruned/pruned")
+
+
+def test_language_modeling(tmp_path: Path, monkeypatch, capsys) -> None:
+    text = write_text(tmp_path / "text.txt")
+    options = {"model": save_llama(tmp_path / "llama"), "train": text, "dev": text, "length": 8}
+    run("language_modeling.py", monkeypatch, **options, max_steps=4, batch_size=4)
+    assert "perplexity" in capsys.readouterr().out
+    AutoModelForCausalLM.from_pretrained("language-model-pruned/pruned")
+
+
+@pytest.mark.long
+def test_distributed_scoring(tmp_path: Path) -> None:
+    settings = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", str(EXAMPLES / "distributed_scoring.sh"), "quickstart"]
+    done = subprocess.run(command, check=False, capture_output=True, env=settings, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Quickstart: training") == 1
+    for folder in ("distributed", "distributed-40"):
+        AutoModelForCausalLM.from_pretrained(folder)
