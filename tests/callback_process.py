@@ -9,11 +9,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from callback_runs import make_trainer, numel, pruning
+from callback_runs import Rows, make_trainer, numel, pruning
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_gradnas.errors import OrderError
@@ -38,17 +40,37 @@ def resumable(folder: Path, *, killed: bool) -> tuple[Any, Trainer]:
     )
 
 
+class Stream(IterableDataset):
+    """The rows, one after the other."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(Rows("bert").rows)
+
+
+# Arguments of the callback, by kind of run whose scores are those of a process alone.
+SHARED: dict[str, Callable[[], dict[str, Any]]] = {
+    "private": lambda: {"num_examples": None},
+    "training": lambda: {"num_examples": None, "scores_from": "training"},
+    "loader": lambda: {"num_examples": 10, "dataloader": DataLoader(Rows("bert"), 4)},
+    "stream": lambda: {"num_examples": 10},
+}
+
+
+def still_of(kind: str, *, steps: int) -> dict[str, Any]:
+    """Options of a trainer that does not change its weights."""
+    data = {"data": Stream()} if kind == "stream" else {}
+    return {"learning_rate": 0.0, "max_steps": 2, "gradient_accumulation_steps": steps, **data}
+
+
 def train_with_others(folder: Path) -> dict[str, Any]:
     """What this process ends up with, by kind of run."""
-    still = {"learning_rate": 0.0, "max_steps": 2, "gradient_accumulation_steps": 2, "rows": 16}
     found: dict[str, Any] = {}
-    for kind, options in {
-        "private": {},
-        "training": {"scores_from": "training"},
-        "gradual": {"when": "gradual"},
-    }.items():
-        callback = pruning(**{"num_examples": None, **options})
-        trainer = make_trainer(folder / kind, callback, **({} if kind == "gradual" else still))
+    gradual = {"when": "gradual", "num_examples": None}
+    for kind in (*SHARED, "gradual"):
+        is_still = kind in SHARED
+        callback = pruning(**(SHARED[kind]() if is_still else gradual))
+        options = still_of(kind, steps=2) if is_still else {}
+        trainer = make_trainer(folder / kind, callback, **options)
         if kind == "gradual":
             callback.attach(trainer)
         trainer.train()
@@ -59,7 +81,7 @@ def train_with_others(folder: Path) -> dict[str, Any]:
             "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()),
             "is_cut": numel(trainer.model) == callback.plan.costs["params"],
         }
-        if kind == "training":
+        if kind not in ("private", "gradual"):
             continue
         try:
             trainer.train()

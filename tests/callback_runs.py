@@ -82,19 +82,18 @@ def make_trainer(
     model: PreTrainedModel | None = None,
     trainer_class: type[Trainer] = Trainer,
     more: tuple[Any, ...] = (),
-    rows: int = 16,
+    data: Dataset | None = None,
     **options: Any,
 ) -> Trainer:
     """A trainer with a callback; `options` are training arguments."""
     # Not random in the state of a test, or two trainers would differ.
     torch.manual_seed(0)
-    data = Rows(family, rows)
     chosen = {"model_init": options.pop("model_init")} if "model_init" in options else {}
     if not chosen:
         chosen["model"] = build(family) if model is None else model
     return trainer_class(
         args=train_arguments(folder, **options),
-        train_dataset=data,
+        train_dataset=Rows(family) if data is None else data,
         eval_dataset=Rows(family, 4),
         callbacks=[*([] if callback is None else [callback]), *more],
         **chosen,

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from callback_process import resumable
-from callback_runs import Rows, logits_of, make_trainer, pruning
-from torch.utils.data import DataLoader
+import torch
+from callback_process import SHARED, resumable, still_of
+from callback_runs import Rows, logits_of, make_trainer, numel, pruning
+from torch.utils.data import DataLoader, Subset
+from transformers import Trainer, TrainerCallback
 
 from hf_gradnas import Plan
-from hf_gradnas.callback.progress import FILE, Progress, load_tensors
+from hf_gradnas.callback.progress import FILE, Progress, load_tensors, save_tensors
+from hf_gradnas.callback.resuming import checkpoint_folder
 from hf_gradnas.errors import GradNASWarning, PlanError, ScoresError
 
 pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
@@ -82,6 +85,120 @@ def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     assert (ends[0][1] - ends[1][1]).abs().max() < 1e-9
 
 
+def test_a_training_without_the_callback_is_resumed_with_it(tmp_path: Path) -> None:
+    options = {**SAVING, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    make_trainer(tmp_path, None, max_steps=4, **options).train()
+    seen = []
+
+    class Best(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(state.best_model_checkpoint)
+
+    callback = pruning(when="begin")
+    trainer = make_trainer(tmp_path, callback, more=(Best(),), max_steps=8, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert seen[0] is None  # that was the whole model's
+    assert numel(trainer.model) == callback.plan.costs["params"]
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["GradNASCallback"]["attributes"]["progress"]["is_final"]
+
+
+def test_a_longer_training_stays_at_final_sparsity(tmp_path: Path) -> None:
+    first, kept = pruning(when="gradual", stages=10), []
+    make_trainer(tmp_path, first, max_steps=4, save_strategy="steps", save_steps=4).train()
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kept.append(callback.plan)
+
+    callback = pruning(when="gradual", stages=10)
+    trainer = make_trainer(tmp_path, callback, max_steps=12, more=(Note(),))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert set(map(id, kept)) == {id(callback.plan)}
+    assert callback.plan == first.plan
+    assert trainer.state.log_history[-1]["gradnas/stage"] == 3
+
+
+def test_the_report_of_a_resumed_run_says_how_it_was_scored(tmp_path: Path) -> None:
+    first, resumed = (pruning(when="begin") for _ in range(2))
+    make_trainer(tmp_path, first, **SAVING).train()
+    trainer = make_trainer(tmp_path, resumed, **SAVING)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    report = json.loads((resumed.directory / "gradnas.json").read_text())
+    assert report["scores"] == first.scores.metadata
+    assert report["scores"]["normaliser"] == "examples"
+
+
+def test_other_batches_at_a_second_early_cut_are_refused(tmp_path: Path) -> None:
+    def make(seed: int) -> Any:
+        order = np.random.default_rng(seed).permutation(16)
+        loader = DataLoader(Subset(Rows("bert"), order.tolist()), batch_size=4)
+        callback = pruning(when="begin", dataloader=loader, score="random")
+        return make_trainer(tmp_path, callback, seed=seed, save_strategy="steps", save_steps=1)
+
+    make(0).train()
+    trainer = make(1)
+    with pytest.raises(PlanError, match="give them in a fixed order"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_checkpoints_of_a_second_training_name_the_remedy(tmp_path: Path) -> None:
+    callback = pruning()
+    trainer = make_trainer(tmp_path, callback, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # the same goes on
+    assert numel(trainer.model) == callback.plan.costs["params"]
+    cut = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1", dtype=torch.float64)
+    fresh = make_trainer(tmp_path, pruning(), model=cut)
+    with pytest.raises(PlanError, match=r"was cut already.* resume without the callback"):
+        fresh.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    alone = make_trainer(tmp_path, None, model=cut, max_steps=2)
+    alone.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_callback_made_anew_without_its_dataloader_is_refused(tmp_path: Path) -> None:
+    loader = DataLoader(Rows("bert"), batch_size=4)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, pruning(dataloader=loader), **options).train()
+    for restores, given, message in (
+        (True, loader, "the trainer made the callback anew, without its dataloader"),
+        (False, None, "was made with another dataloader"),
+    ):
+        trainer = make_trainer(
+            tmp_path,
+            pruning(dataloader=given),
+            restore_callback_states_from_checkpoint=restores,
+            **options,
+        )
+        with pytest.raises(PlanError, match=message):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_trial_with_a_name_has_a_folder(tmp_path: Path) -> None:
+    callback = pruning(**KINDS["riding"])
+    trainer = make_trainer(tmp_path, callback)
+    state = trainer.state
+    state.trial_params, state.trial_name, state.global_step = {"lr": 1}, "trial-3", 8
+    assert checkpoint_folder(trainer.args, state) == tmp_path / "trial-3" / "checkpoint-8"
+    assert callback._target(trainer.args, state) == tmp_path / "trial-3" / "pruned"
+    state.trial_params = None  # goes on after the search
+    assert callback._target(trainer.args, state) == tmp_path / "pruned"
+
+
+def test_a_checkpoint_folder_that_is_not_there_is_said_once(tmp_path: Path) -> None:
+    class Elsewhere(Trainer):
+        def _get_output_dir(self, trial: Any) -> str:
+            return str(tmp_path / "run-0")
+
+    callback = pruning(**KINDS["riding"])
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, callback, trainer_class=Elsewhere, **options)
+    with pytest.warns(GradNASWarning, match="found no such folder to save sums of scores") as seen:
+        trainer.train()
+    assert len([w for w in seen if w.category is GradNASWarning]) == 1
+
+
 def test_another_budget_is_refused(tmp_path: Path) -> None:
     make_trainer(tmp_path, pruning(when="begin"), **SAVING).train()
     trainer = make_trainer(tmp_path, pruning(when="begin", num_examples=6), **SAVING)
@@ -94,16 +211,34 @@ def test_sums_that_are_not_there_begin_anew(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / FILE).unlink()
     callback = pruning(**KINDS["riding"])
     trainer = make_trainer(tmp_path, callback, **SAVING)
-    with pytest.warns(GradNASWarning, match="holds no sums of scores"):
+    with pytest.warns(GradNASWarning, match="holds no sums of scores of this run"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert callback.scores.metadata["examples"] == "24"
 
 
+def test_sums_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    for name in ("first", "second"):
+        make_trainer(tmp_path / name, pruning(**KINDS["riding"]), **options).train()
+    callback = pruning(**KINDS["riding"])
+    trainer = make_trainer(tmp_path / "second", callback, **options)
+    with pytest.warns(GradNASWarning, match="holds no sums of scores of this run"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert callback.scores.metadata["examples"] == "8"
+    again = pruning(**KINDS["riding"])  # a resumed run is the same run
+    trainer = make_trainer(tmp_path / "second", again, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-4"))
+    assert again.plan == callback.plan
+
+
 def test_a_damaged_file_of_sums_is_an_error(tmp_path: Path) -> None:
-    assert load_tensors(tmp_path) is None
+    assert load_tensors(tmp_path, run_id="a") is None
+    save_tensors(tmp_path, {"x": torch.ones(2)}, run_id="a")
+    assert load_tensors(tmp_path, run_id="a")["x"].tolist() == [1, 1]
+    assert load_tensors(tmp_path, run_id="b") is None
     (tmp_path / FILE).write_bytes(b"nothing of the kind")
     with pytest.raises(ScoresError, match=r"cannot be read .* remove it, and scores are summed up"):
-        load_tensors(tmp_path)
+        load_tensors(tmp_path, run_id="a")
 
 
 def test_progress_is_small_json_and_comes_back() -> None:
@@ -136,11 +271,11 @@ def test_two_processes_reach_one_plan(tmp_path: Path) -> None:
     assert all(result["is_cut"] for result in first.values())
     assert "call callback.attach(trainer) before" in first["private"]["again"]
     assert first["gradual"]["again"] == "trained"
-    for kind in ("private", "training"):
-        alone = pruning(num_examples=None, scores_from=kind)
-        still = {"learning_rate": 0.0, "max_steps": 2, "gradient_accumulation_steps": 4}
-        make_trainer(tmp_path / f"alone-{kind}", alone, **still).train()
-        assert first[kind]["examples"] == alone.scores.metadata["examples"] == "16"
+    for kind, options in SHARED.items():
+        alone = pruning(**options())
+        make_trainer(tmp_path / f"alone-{kind}", alone, **still_of(kind, steps=4)).train()
+        assert first[kind]["examples"] == alone.scores.metadata["examples"]
+        assert first[kind]["examples"] == ("16" if kind in ("private", "training") else "10")
         for name, values in alone.scores.values.items():
             near = 1e-9 * values.max()
             assert np.abs(np.array(first[kind]["scores"][name]) - values).max() < near

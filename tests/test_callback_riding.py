@@ -257,6 +257,55 @@ def test_a_loss_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     assert hooks_on(trainer.model) == 0
 
 
+def test_a_model_called_without_names_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    class Positional(Trainer):
+        def compute_loss(self, model: Any, inputs: dict, **kwargs: Any) -> Any:
+            return model(inputs.pop("input_ids"), **inputs).loss
+
+    trainer = make_trainer(tmp_path, pruning(scores_from="training"), trainer_class=Positional)
+    with pytest.raises(DataError, match="was called with 1 positional arguments, needed are names"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert hooks_on(trainer.model) == 0
+
+
+def test_a_model_that_is_not_called_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    class Around(Trainer):
+        def compute_loss(self, model: Any, inputs: dict, **kwargs: Any) -> Any:
+            return model.forward(**inputs).loss
+
+    trainer = make_trainer(tmp_path, pruning(scores_from="training"), trainer_class=Around)
+    with pytest.raises(DataError, match=r"was not called in training mode .* first micro-batch"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert hooks_on(trainer.model) == 0
+
+
+def test_a_look_at_the_predictions_before_the_loss_is_not_measured(tmp_path: Path) -> None:
+    class Looks(Trainer):
+        def compute_loss(self, model: Any, inputs: dict, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                model(**inputs)
+            return super().compute_loss(model, inputs, **kwargs)
+
+    found = ride(tmp_path / "riding", trainer_class=Looks)
+    assert_equal(found.scores, ride(tmp_path / "plain").scores)
+
+
+def test_a_later_micro_batch_that_is_not_measured_counts_as_skipped() -> None:
+    model, inputs = build("bert").train(), batch_of("bert", 0)
+    axes = GradNASPruner(model).discover(inputs).axes
+    scores = riding.TrainingScores(model, axes, method="fisher", batch=inputs, window=None)
+    for is_called in (True, False):
+        scores.arm()
+        if is_called:
+            model(**inputs).loss.backward()
+        scores.collect()
+    model.zero_grad()
+    assert (scores.sums().batches, scores.sums().skipped) == (1, 1)
+    assert hooks_on(model) == 0
+
+
 def test_label_smoothing_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, pruning(scores_from="training"), label_smoothing_factor=0.1)
     with pytest.raises(PlanError, match=r"label_smoothing_factor=0\.1"):

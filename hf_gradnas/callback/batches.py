@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+from transformers.trainer_utils import RemoveColumnsCollator
+
+from ..errors import DataError
+from ..scores.wrappers import without_autocast
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -36,14 +40,23 @@ def private_batches(
             torch ``DataLoader`` is read as it is.
         num_examples: Size of the sample; None: all. Of a data set that can only be iterated, the
             first ones are meant to be taken by who reads.
-        batch_size: Examples per batch.
+        batch_size: Examples per batch, where the loader does not say how many it has.
         seed: Decides the sample.
+
+    Raises:
+        DataError: All are asked for, and nothing says that the data ends.
     """
-    if not isinstance(loader, DataLoader):
-        return loader
-    dataset: Dataset[Any] = loader.dataset
+    dataset: Any = loader.dataset if isinstance(loader, DataLoader) else loader
     while isinstance(dataset, IterableDatasetShard):  # accelerate's share of one process
         dataset = dataset.dataset
+    if num_examples is None and not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"num_examples=None: all of the trainer's data is scored, but {type(dataset).__name__} "
+            "has no length and may never end; give a number of examples, or dataloader=…."
+        )
+    if not isinstance(loader, DataLoader):
+        return loader
+    batch_size = _batch_size(loader) or batch_size
     options: dict[str, Any] = {"batch_size": batch_size, "collate_fn": loader.collate_fn}
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return DataLoader(dataset, **options)
@@ -51,14 +64,42 @@ def private_batches(
     return DataLoader(Subset(dataset, order.tolist()), **options)
 
 
+def _batch_size(loader: DataLoader[Any]) -> int | None:
+    """Examples per batch of one process; None where its batches are of no fixed size."""
+    sampler = loader.batch_sampler
+    if isinstance(sampler, BatchSampler | BatchSamplerShard) and not loader.batch_size:
+        return sampler.batch_size
+    return loader.batch_size
+
+
+def collators_of(loader: DataLoader[Any]) -> list[dict[str, Any]]:
+    """Attributes of a loader's collate function, and of the one that it may wrap."""
+    found = [loader.collate_fn]
+    if isinstance(loader.collate_fn, RemoveColumnsCollator):
+        found.append(loader.collate_fn.data_collator)
+    return [vars(collator) for collator in found if hasattr(collator, "__dict__")]
+
+
 @contextmanager
-def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Eval mode, full precision and a random state of its own; everything restored after it."""
+def undisturbed(model: nn.Module, seed: int, batches: Any = ()) -> Iterator[None]:
+    """Eval mode, full precision and a random state of its own; everything restored after it.
+
+    Args:
+        model: The model.
+        seed: Of the random state.
+        batches: What is read within the block. Where it is a loader whose collate function draws
+            from a generator of its own (masked language modelling), that one is seeded and restored
+            as well.
+    """
     flags = {module: module.training for module in model.modules()}
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=sorted(cuda)), without_autocast(model):
+        with (
+            torch.random.fork_rng(devices=sorted(cuda)),
+            without_autocast(model),
+            _own_generators(batches, seed),
+        ):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.manual_seed(seed)
@@ -72,22 +113,25 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Let a model run as it is saved, although accelerate has wrapped its forward for bf16 or fp16.
+def _own_generators(batches: Any, seed: int) -> Iterator[None]:
+    """Seed the generators of a loader's collate function; restore them, also to not made yet."""
+    with ExitStack() as stack:
+        for attributes in collators_of(batches) if isinstance(batches, DataLoader) else ():
+            stack.callback(_set_attributes, attributes, dict(attributes))
+            for value in attributes.values():
+                if isinstance(value, torch.Generator):
+                    stack.callback(value.set_state, value.get_state())
+                    value.manual_seed(seed)
+                elif isinstance(value, np.random.Generator):
+                    bits = value.bit_generator
+                    stack.callback(setattr, bits, "state", bits.state)
+                    bits.state = type(bits)(seed).state
+        yield
 
-    Cause: ``Accelerator.prepare_model`` stores a wrapper in the instance, which no autocast context
-    turns off, and can only take it away for good. Remove when it can be lifted for a while.
-    """
-    instance = vars(model)
-    if "_original_forward" not in instance:
-        yield
-        return
-    wrapped = instance["forward"]
-    try:
-        instance["forward"] = instance["_original_forward"]
-        yield
-    finally:
-        instance["forward"] = wrapped
+
+def _set_attributes(attributes: dict[str, Any], values: Mapping[str, Any]) -> None:
+    attributes.clear()
+    attributes.update(values)
 
 
 @contextmanager

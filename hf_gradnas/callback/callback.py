@@ -5,6 +5,7 @@ Knows the order of a trainer's events. Scoring, masks, schedule and files stand 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,19 +13,28 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.training_args import ParallelMode
 
 from ..checkpoint.save import check_target
-from ..errors import OrderError, PlanError
+from ..errors import GradNASWarning, OrderError, PlanError
 from ..scores.sample import reiterable
 from ..types import Plan, Scores
 from .batches import private_batches
-from .handover import names_of, renew_optimizer, renew_trainer
+from .checks import check_no_adapters, check_only_one, check_unwrapped, check_whole
+from .handover import names_of, renew_optimizer, renew_trainer, swap_parameters, tokenizer_of
+from .publishing import check_publishing, complete_output, publish
+from .resuming import (
+    check_not_cut,
+    check_same_cut,
+    checkpoint_folder,
+    run_folder,
+    saved_progress,
+)
 from .run import Run
 from .settings import Settings
 
 FOLDER = "pruned"
 NAME = "gradnas"
+TRAINING_LOGS = {"loss", "train_loss"}  # keys of what is logged while training, and at its end
 
 
 class GradNASCallback(TrainerCallback, ExportableState):
@@ -45,7 +55,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         layout: How the result is written.
         rules: What must stay.
         dataloader: Batches to score with, in private passes; None: a sample of the trainer's data.
-        num_examples: How many examples to score with; None: all of the data.
+        num_examples: How many examples to score with; None: all of the data, which must end.
         labels: ``"data"`` or ``"model"`` (drawn from the model's predictions), in private passes.
         schedule: Of ``"gradual"``: ``"cubic"`` (Zhu & Gupta 2017) or ``"linear"``.
         start_ratio: Share of the run's steps after which pruning begins.
@@ -110,11 +120,13 @@ class GradNASCallback(TrainerCallback, ExportableState):
                 "leave dataloader out, or use scores_from='private'."
             )
         self.dataloader = dataloader
+        self.has_dataloader = dataloader is not None
         self.progress: dict[str, Any] = {}
         self.directory: Path | None = None
         self._run: Run | None = None
+        self._cut: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         self._trainer: weakref.ReferenceType[Trainer] | None = None
-        self._makes_optimizer = False
+        self._makes_optimizer, self._makes_scheduler = False, True
         self._holds_whole = False  # a trainer that is not known still refers to the whole model
 
     # -- what was done -----------------------------------------------------------------------
@@ -138,16 +150,22 @@ class GradNASCallback(TrainerCallback, ExportableState):
 
         Raises:
             BudgetError: The budget cannot be reached.
-            OrderError: The trainer is training.
+            OrderError: The trainer is training, or the callback belongs to another one.
         """
         if trainer.is_in_train:
             raise OrderError("attach: the trainer is training already; attach before train().")
+        if self._trainer is not None and self._trainer() not in (None, trainer):
+            raise OrderError(
+                "attach: the callback belongs to another trainer already; give each trainer a "
+                "GradNASCallback of its own."
+            )
         handler = trainer.callback_handler
         handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
         self._trainer, self._makes_optimizer = weakref.ref(trainer), trainer.optimizer is None
+        self._makes_scheduler = trainer.lr_scheduler is None
         if self.settings.when == "begin" and trainer.model_init is None and self._run is None:
             loader = trainer.get_train_dataloader()
-            self._cut_before(trainer.args, trainer.model, loader, trainer.optimizer)
+            self._cut_before(trainer.args, trainer.state, trainer.model, loader, trainer.optimizer)
 
     def release(self) -> None:
         """Take every hook off the model; needed only after a training that was interrupted."""
@@ -158,27 +176,35 @@ class GradNASCallback(TrainerCallback, ExportableState):
         """Arguments and progress for ``trainer_state.json``."""
         if self._run is not None:
             self.progress = self._run.progress.to_dict()
-        return {"args": self.settings.to_dict(), "attributes": {"progress": self.progress}}
+        attributes = {"progress": self.progress, "has_dataloader": self.has_dataloader}
+        return {"args": self.settings.to_dict(), "attributes": attributes}
 
     # -- events ------------------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut before training, where that was asked for and data is there."""
-        if self.settings.when == "begin" and self.dataloader is not None and self._run is None:
-            self._cut_before(args, kwargs["model"], self.dataloader, kwargs["optimizer"])
+        model = kwargs["model"]
+        self._makes_scheduler = kwargs["lr_scheduler"] is None
+        is_new = self._run is None or self._run.model is not model
+        if self.settings.when == "begin" and self.dataloader is not None and is_new:
+            self._cut_before(args, state, model, self.dataloader, kwargs["optimizer"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a run: check everything that can be checked before training; mask for `begin`."""
         self.release()
         model = kwargs["model"]
-        if self._run is not None and self._run.is_cut and self._run.model is model:
-            self._check_trains_again(args)
-            return
-        self._holds_whole = False
-        earlier = self._running
-        run = self._begin_run(args, model, kwargs["train_dataloader"])
-        run.was_masked = earlier is not None and earlier.model is model
-        run.begin(state, self._saved(state), _checkpoint(args, state))
+        check_only_one(self, model, state)
+        self._check_restored()
+        saved = saved_progress(state, self)
+        if model in self._cut:
+            self._train_again(args, state, model, saved)
+        else:
+            check_not_cut(state, saved)
+            self._holds_whole = False
+            run = self._begin_run(args, state, model, kwargs["train_dataloader"])
+            run.begin(state, saved, checkpoint_folder(args, state))
+        # A trainer that goes on from a checkpoint without the callback knows nothing of it.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the next forward."""
@@ -215,13 +241,15 @@ class GradNASCallback(TrainerCallback, ExportableState):
         """Save sums of scores beside the checkpoint."""
         if run := self._running:
             run.forget_best(state)
-            run.save(_checkpoint(args, state), writes=args.should_save)
+            run.save(checkpoint_folder(args, state), writes=args.should_save)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log what is kept."""
+        """Log what is kept beside the training's loss, and leave metrics of evaluations alone."""
         if self._run is None:
             return
         self._run.forget_best(state)
+        if not TRAINING_LOGS & kwargs["logs"].keys():
+            return
         values = {f"{NAME}/{name}": value for name, value in self._run.logs().items()}
         kwargs["logs"].update(values)
         if state.log_history:
@@ -235,13 +263,18 @@ class GradNASCallback(TrainerCallback, ExportableState):
         if not run.is_cut:
             names = names_of(model)
             run.finish(state)
-            if kwargs["optimizer"] is not None:
-                renew_optimizer(kwargs["optimizer"], names, model)
-            trainer = None if self._trainer is None else self._trainer()
-            self._holds_whole = trainer is None
-            if trainer is not None:
-                renew_trainer(trainer, makes_optimizer=self._makes_optimizer)
-        self.directory = run.write(self._target(args), kwargs["processing_class"])
+            self._hand_over(model, names, kwargs["optimizer"])
+        tokenizer = kwargs["processing_class"]
+        if tokenizer is None:
+            tokenizer = tokenizer_of(kwargs["train_dataloader"])
+        self.directory = run.write(self._target(args, state), tokenizer)
+        publish(self.directory, args)
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let a push by the trainer end with the same repository."""
+        if state.is_world_process_zero:
+            folder = self._target(args, state)
+            complete_output(folder, args, is_cut=self.directory == folder)
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -249,13 +282,15 @@ class GradNASCallback(TrainerCallback, ExportableState):
     def _running(self) -> Run | None:
         return None if self._run is None or self._run.is_cut else self._run
 
-    def _begin_run(self, args: Any, model: PreTrainedModel, loader: Any) -> Run:
-        _check_whole(args)
-        check_target(self._target(args), overwrite=True)
+    def _begin_run(self, args: Any, state: Any, model: PreTrainedModel, loader: Any) -> Run:
+        check_whole(args)
+        check_no_adapters(model)
+        check_target(self._target(args, state), overwrite=True)
+        check_publishing(args)
         if self.dataloader is None:
             batches = private_batches(
                 loader,
-                num_examples=self.settings.num_examples,
+                num_examples=self.settings.sample_size,
                 batch_size=args.per_device_train_batch_size,
                 seed=args.seed,
             )
@@ -264,61 +299,71 @@ class GradNASCallback(TrainerCallback, ExportableState):
         self._run = Run(self.settings, model, batches, args)
         return self._run
 
-    def _cut_before(self, args: Any, model: PreTrainedModel, loader: Any, optimizer: Any) -> None:
+    def _cut_before(
+        self, args: Any, state: Any, model: PreTrainedModel, loader: Any, optimizer: Any
+    ) -> None:
         """Cut a model whose training has not begun."""
         names = names_of(model)
-        self._begin_run(args, model, loader).cut_at_once()
+        self._begin_run(args, state, model, loader).cut_at_once()
+        self._cut.add(model)
         if optimizer is not None:
-            renew_optimizer(optimizer, names, model)
+            swap_parameters(optimizer, names, model)
 
-    def _target(self, args: Any) -> Path:
-        chosen = self.settings.output_dir
-        return Path(args.output_dir) / FOLDER if chosen is None else Path(chosen)
+    def _hand_over(self, model: PreTrainedModel, names: dict[int, str], optimizer: Any) -> None:
+        """Let optimizer and trainer, which have trained, follow a cut."""
+        self._cut.add(model)
+        if optimizer is not None:
+            renew_optimizer(optimizer, names, model, rewinds=self._makes_scheduler)
+        trainer = None if self._trainer is None else self._trainer()
+        is_known = trainer is not None and trainer.model is model
+        self._holds_whole = not is_known
+        if is_known:
+            renew_trainer(
+                trainer,
+                makes_optimizer=self._makes_optimizer,
+                makes_scheduler=self._makes_scheduler,
+            )
 
-    def _saved(self, state: Any) -> dict[str, Any] | None:
-        """What the checkpoint that training goes on from kept of this callback; None: no such.
+    def _train_again(
+        self, args: Any, state: Any, model: PreTrainedModel, saved: dict[str, Any] | None
+    ) -> None:
+        """Check that a model that is cut already can be trained, and saved at the end.
 
         Raises:
-            PlanError: It was made with other settings.
+            OrderError: Another model was pruned since, or the trainer wraps the whole one.
+            PlanError: It goes on from a checkpoint of other units.
         """
-        if not state.global_step:
-            return None
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if isinstance(saved, list):
-            saved = saved[-1]
-        if saved is None:
-            return None
-        mine = self.settings.to_dict()
-        changed = [key for key, value in mine.items() if saved["args"].get(key, value) != value]
-        if changed:
-            raise PlanError(
-                f"resume_from_checkpoint: the checkpoint of step {state.global_step} was made with "
-                f"another {' and '.join(changed)}; give the same, or begin a new training."
-            )
-        return dict(saved["attributes"]["progress"]) or None
-
-    def _check_trains_again(self, args: Any) -> None:
-        if self._holds_whole and args.parallel_mode == ParallelMode.DISTRIBUTED:
+        run = self._run
+        if run is None or run.model is not model or run.progress.plan is None:
             raise OrderError(
-                "train: the model was cut, but the trainer still wraps the whole one for several "
-                "processes; call callback.attach(trainer) before the first train()."
+                "train: the callback cut this model, and began to prune another one since; give "
+                "each trainer a GradNASCallback of its own."
+            )
+        if self._holds_whole:
+            check_unwrapped(args)
+        check_same_cut(state, saved, run.progress.plan)
+        if self.directory is not None and not self._makes_scheduler:
+            warnings.warn(
+                "train: the scheduler in optimizers=… goes on where the first training left it, "
+                "which may be at a learning rate of zero; make a new Trainer with a new optimizer "
+                "and scheduler to begin again.",
+                GradNASWarning,
+                stacklevel=2,
             )
 
+    def _check_restored(self) -> None:
+        """Check that a callback that the trainer made anew lacks nothing.
 
-def _check_whole(args: Any) -> None:
-    """Check that every process holds all weights.
+        Raises:
+            PlanError: It had a dataloader.
+        """
+        if self.has_dataloader and self.dataloader is None:
+            raise PlanError(
+                "restore_callback_states_from_checkpoint=True with dataloader=…: the trainer made "
+                "the callback anew, without its dataloader; leave the option out, since the "
+                "callback resumes from the checkpoint by itself."
+            )
 
-    Raises:
-        PlanError: They are sharded.
-    """
-    sharded = [name for name in ("fsdp", "deepspeed") if getattr(args, name)]
-    if sharded:
-        raise PlanError(
-            f"{sharded[0]}: GradNASCallback reads and cuts weights in place, which are sharded "
-            "here; train without the callback, and prune what was saved with GradNASPruner."
-        )
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    """Folder of the checkpoint of this step."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def _target(self, args: Any, state: Any) -> Path:
+        chosen = self.settings.output_dir
+        return run_folder(args, state) / FOLDER if chosen is None else Path(chosen)

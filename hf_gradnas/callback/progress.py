@@ -6,8 +6,9 @@ at all; sums of scores stand beside the weights in ``gradnas.safetensors``.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..structure.sizes import Kept
 from ..types import Plan
 
 FILE = "gradnas.safetensors"
+RUN_ID = "run_id"
 
 
 @dataclass(slots=True)
@@ -32,12 +34,18 @@ class Progress:
         plan: What is pruned now: reached by the last stage that is done; None: nothing.
         coming: What the stage that is under way will reach; None: not planned yet.
         is_final: Whether `plan` meets the budget.
+        is_cut: Whether the model is cut to `plan`, and not only masked.
+        scores: What the latest scores say about themselves.
+        run_id: Random name of the run, the same after it was resumed.
     """
 
     stage: int = 0
     plan: Plan | None = None
     coming: Plan | None = None
     is_final: bool = False
+    is_cut: bool = False
+    scores: Mapping[str, str] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def kept(self) -> Kept:
@@ -49,6 +57,9 @@ class Progress:
         return {
             "stage": self.stage,
             "is_final": self.is_final,
+            "is_cut": self.is_cut,
+            "scores": dict(self.scores),
+            RUN_ID: self.run_id,
             "plan": _packed(self.plan),
             "coming": _packed(self.coming),
         }
@@ -56,9 +67,8 @@ class Progress:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Progress:
         """Inverse of `to_dict`."""
-        return cls(
-            data["stage"], _unpacked(data["plan"]), _unpacked(data["coming"]), data["is_final"]
-        )
+        plans = {name: _unpacked(data[name]) for name in ("plan", "coming")}
+        return cls(**{**data, **plans})
 
 
 def _packed(plan: Plan | None) -> dict[str, Any] | None:
@@ -80,15 +90,16 @@ def _unpacked(data: Mapping[str, Any] | None) -> Plan | None:
     return Plan.from_dict({**data, "kept": kept})
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors beside a checkpoint; the file is there whole or not."""
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, run_id: str) -> None:
+    """Write a run's tensors beside a checkpoint; the file is there whole or not."""
     sibling = folder / f"{FILE}.tmp"
-    save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, sibling)
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    save_file(on_cpu, sibling, {RUN_ID: run_id})
     sibling.replace(folder / FILE)
 
 
-def load_tensors(folder: Path) -> dict[str, torch.Tensor] | None:
-    """Tensors that `save_tensors` wrote; None where there is no such file.
+def load_tensors(folder: Path, *, run_id: str) -> dict[str, torch.Tensor] | None:
+    """Tensors that `save_tensors` wrote; None where there is no such file of that run.
 
     Raises:
         ScoresError: The file is damaged.
@@ -98,6 +109,8 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor] | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
+            if (opened.metadata() or {}).get(RUN_ID) != run_id:
+                return None
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ScoresError(

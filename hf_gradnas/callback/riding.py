@@ -127,6 +127,7 @@ class TrainingScores:
         self._count = find_normaliser(model, first)
         self._heeds = heeds_num_items(model, first, self._count)
         self._stack = ExitStack()
+        self._is_armed = self._is_measured = False
         self._running: _Running | None = None
         self.earlier, self.current, self._seen = self._empty(), self._empty(), 0
 
@@ -175,8 +176,9 @@ class TrainingScores:
     # -- one micro-batch ---------------------------------------------------------------------
 
     def arm(self) -> None:
-        """Wait for the next forward of the model, and measure it."""
+        """Wait for the next forward of the model that is trained on, and measure it."""
         self.release()
+        self._is_armed = True
         hooks = (
             self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -192,12 +194,21 @@ class TrainingScores:
         """Add the micro-batch whose backward has ended.
 
         Raises:
-            DataError: The model's own loss was not trained on.
+            DataError: The model's own loss was not trained on, or no forward of it was seen.
         """
         self.release()
         running, self._running = self._running, None
+        is_armed, self._is_armed = self._is_armed, False
         if running is None:
+            if is_armed and not self._is_measured:
+                raise DataError(
+                    f"scores_from='training': {type(self.model).__name__} was not called in "
+                    "training mode with gradients during the first micro-batch, so that nothing "
+                    "can be measured; call it as model(**inputs), or use scores_from='private'."
+                )
+            self.current.skipped += is_armed
             return
+        self._is_measured = True
         if running.arrived is None:
             raise DataError(
                 "scores_from='training': no gradient arrived at the loss that the model returned, "
@@ -239,9 +250,14 @@ class TrainingScores:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: hook into the places of the units."""
-        if not (model.training and torch.is_grad_enabled()) or args:
-            self.release()
-            return None
+        if not (model.training and torch.is_grad_enabled()):
+            return None  # such as a look at the predictions before the step's own forward
+        if args:
+            raise DataError(
+                f"scores_from='training': {type(model).__name__} was called with {len(args)} "
+                "positional arguments, needed are names, by which labels are known; call it as "
+                "model(**inputs), or use scores_from='private'."
+            )
         columns = {key: value for key, value in kwargs.items() if key != NUM_ITEMS}
         batch = next(read_batches([columns], model, None))
         if not batch.labels:
@@ -265,8 +281,10 @@ class TrainingScores:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> None:
         """Forward hook of the model, called at errors too: unhook, and watch the loss."""
-        self.release()
         running = self._running
+        if running is None and outputs is not None:
+            return  # not the forward that is waited for
+        self.release()
         if running is None or outputs is None:
             self._running = None
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from ..pruner import GradNASPruner
 from ..scores.processes import Processes
 from ..scores.sample import longest_of_all
 from ..types import Budget, Plan, Scores
-from .batches import Batches, undisturbed, without_autocast, without_zeros
+from .batches import Batches, undisturbed, without_zeros
+from .checks import check_labels
 from .progress import Progress, load_tensors, save_tensors
 from .riding import SEEN, TrainingScores
 from .schedule import Stage, budget_at, make_stages
 from .scoring import private_scores, training_scores, without_lost
 from .settings import Settings
-from .weights import WeightMask, check_maskable
+from .weights import WeightMask, check_maskable, is_masked
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,6 @@ class Run:
     Attributes:
         progress: What is pruned so far.
         scores: What the latest plan was made from.
-        is_cut: Whether the model is cut.
-        was_masked: Whether a run that did not end may have left masks in the model.
     """
 
     def __init__(
@@ -53,8 +52,6 @@ class Run:
         self.settings, self.model = settings, model
         self.progress = Progress()
         self.scores: Scores | None = None
-        self.is_cut = False
-        self.was_masked = False
         self._args, self._batches = args, batches
         self._processes = Processes(args.distributed_state)
         self._pruner = GradNASPruner(
@@ -70,6 +67,12 @@ class Run:
         self._riding: TrainingScores | None = None
         self._mask: WeightMask | None = None
         self._fading: WeightMask | None = None
+        self._warned = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the model is cut."""
+        return self.progress.is_cut
 
     # -- the beginning -----------------------------------------------------------------------
 
@@ -78,10 +81,11 @@ class Run:
 
         Raises:
             BudgetError: The budget cannot be reached.
+            DataError: There are no labels, or no data.
             StructureError: Nothing can be pruned, or not while training.
         """
         settings = self.settings
-        batch = self._discover(is_masked=self.was_masked or saved is not None)
+        batch = self._discover()
         if settings.when != "end":
             check_maskable(self.model, self._pruner.structure.axes, self._pruner.rules)
         if settings.when == "gradual":
@@ -99,24 +103,31 @@ class Run:
         elif settings.when == "begin":
             self._score()
             self._set(self._plan(1.0), is_final=True)
+            _forget_best(state)  # of a training without the callback
 
     def cut_at_once(self) -> None:
         """Score and cut before training."""
         self._discover()
         self._score()
         plan = self._plan(1.0)
-        self.progress = Progress(plan=plan, is_final=True)
+        self.progress.plan, self.progress.is_final = plan, True
         self._cut(plan)
 
-    def _discover(self, *, is_masked: bool = False) -> Mapping[str, Any]:
+    def _discover(self) -> Mapping[str, Any]:
         """Find the axes with the longest of the batches, and return it."""
-        with undisturbed(self.model, self._args.seed):
-            limit = self.settings.num_examples
+        limit = self.settings.sample_size
+        with self._undisturbed():
             batch = longest_of_all(self._batches, self.model, limit, self._processes)
-            with without_zeros(self.model) if is_masked else nullcontext():
+            if self.settings.needs_labels:
+                check_labels(self.model, batch)
+            # An earlier run, or one that was broken off, may have left masks.
+            with without_zeros(self.model) if is_masked(self.model) else nullcontext():
                 self._pruner.discover(batch)
         self._budgets = self._pruner.check(self.settings.budget)
         return batch
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return undisturbed(self.model, self._args.seed, self._batches)
 
     def _ride(self, batch: Mapping[str, Any]) -> None:
         kinds = ("activation", "gradient")  # two names of the same argument
@@ -134,7 +145,7 @@ class Run:
                 "scores_from='private'."
             )
         window = self.settings.num_examples
-        with undisturbed(self.model, self._args.seed):
+        with self._undisturbed():
             self._riding = TrainingScores(
                 self.model,
                 self._pruner.structure.axes,
@@ -146,7 +157,10 @@ class Run:
     def _resume(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
         """Go on from what a checkpoint keeps."""
         progress = Progress.from_dict(saved)
-        self.progress.stage = progress.stage
+        self.progress.stage, self.progress.run_id = progress.stage, progress.run_id
+        self.progress.scores = progress.scores
+        if progress.is_final:
+            self._stages = ()  # also if this training is longer
         for plan in (progress.plan, progress.coming):
             if plan is not None:
                 self._pruner.masked(plan)  # checks that it fits, before anything is changed
@@ -156,11 +170,12 @@ class Run:
             self._prepare(progress.coming)
         if self._riding is None or not self._processes.is_main:  # it goes on with all sums
             return
-        tensors = load_tensors(checkpoint)
+        tensors = load_tensors(checkpoint, run_id=progress.run_id)
         if tensors is None:
             warnings.warn(
-                f"{checkpoint}: holds no sums of scores (the process was killed while it was "
-                "written, or it was moved); scores of the training's passes begin anew.",
+                f"{checkpoint}: holds no sums of scores of this run (the process was killed while "
+                "it was written, or output_dir is another); scores of the training's passes begin "
+                "anew.",
                 GradNASWarning,
                 stacklevel=2,
             )
@@ -206,7 +221,7 @@ class Run:
     def forget_best(self, state: Any) -> None:
         """Forget which checkpoint is best while the budget is not met."""
         if self._stages and not self.progress.is_final:
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            _forget_best(state)
 
     def save(self, checkpoint: Path, *, writes: bool) -> None:
         """Write sums of scores, over all processes, beside a checkpoint."""
@@ -216,8 +231,19 @@ class Run:
         for name, tensor in tensors.items():
             if name != SEEN:
                 tensors[name] = torch.from_numpy(self._processes.sum(tensor.double().numpy()))
-        if writes and checkpoint.is_dir():
-            save_tensors(checkpoint, tensors)
+        if not writes:
+            return
+        if checkpoint.is_dir():
+            save_tensors(checkpoint, tensors, run_id=self.progress.run_id)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{checkpoint}: found no such folder to save sums of scores in (a hyperparameter "
+                "search has one for each trial, which only hp_name=… tells the callback); a "
+                "training that goes on from this checkpoint sums them up anew.",
+                GradNASWarning,
+                stacklevel=2,
+            )
 
     def release(self) -> None:
         """Take every hook off the model."""
@@ -229,7 +255,7 @@ class Run:
         totals, plan = self._pruner.totals, self.progress.plan
         costs = totals if plan is None else plan.costs
         values = {f"kept_{name}": costs[name] / totals[name] for name in totals if name in costs}
-        if self._stages:
+        if self.settings.when == "gradual":
             values["stage"] = float(self.progress.stage)
         return values
 
@@ -255,36 +281,36 @@ class Run:
 
     def write(self, target: Path, processing_class: Any) -> Path:
         """Save the cut model, and return where; all processes wait for the main one."""
-        scores = {} if self.scores is None else dict(self.scores.metadata)
-        document = {"scores": scores, "callback": self.settings.to_dict()}
-        with without_autocast(self.model):
-            return self._pruner.save_pretrained(
-                target, processing_class, overwrite=True, document=document
-            )
+        document = {"scores": dict(self.progress.scores), "callback": self.settings.to_dict()}
+        return self._pruner.save_pretrained(
+            target, processing_class, overwrite=True, document=document
+        )
 
     def _cut(self, plan: Plan) -> None:
         self.release()
         self._pruner.apply(plan)
-        self.is_cut, self._mask, self._fading, self._riding = True, None, None, None
+        self.progress.is_cut = True
+        self._mask, self._fading, self._riding = None, None, None
         self._batches = ()
 
     # -- parts -------------------------------------------------------------------------------
 
     def _score(self) -> None:
         """Measure what every unit is worth now."""
-        settings, seed = self.settings, self._args.seed
+        settings = self.settings
         if self._riding is not None:
             scores = training_scores(self._pruner, self._riding, self._processes)
         else:
-            with undisturbed(self.model, seed):
+            with self._undisturbed():
                 scores = private_scores(
                     self._pruner,
                     self._batches,
                     num_examples=settings.num_examples,
                     labels=settings.labels,
-                    seed=seed,
+                    seed=self._args.seed,
                 )
         self.scores = without_lost(scores, self._pruner, self.progress.kept)
+        self.progress.scores = self.scores.metadata
         self._pruner.use_scores(self.scores)
 
     def _plan(self, share: float) -> Plan:
@@ -313,3 +339,7 @@ class Run:
             axes = self._pruner.structure.axes
             self._mask = WeightMask(self.model, axes, plan.kept, whole=is_final)
             self._mask.zero()
+
+
+def _forget_best(state: Any) -> None:
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -38,7 +38,7 @@ def training_scores(pruner: GradNASPruner, riding: TrainingScores, processes: Pr
     if not found[:-3].any():
         raise DataError(
             f"scores_from='training': all scores are zero after {found[-3]:.0f} examples of the "
-            f"training ({found[-1]:.0f} batches were skipped, since a gradient was not finite); "
+            f"training ({found[-1]:.0f} batches were skipped: gradients not finite, or not seen); "
             "use scores_from='private'."
         )
     metadata = {

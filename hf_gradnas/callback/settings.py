@@ -6,14 +6,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..config.rules import parse_rules
 from ..errors import PlanError
+from ..scores import METHODS
 from ..scores.methods import GRADIENT_METHODS
+from ..search.solver import STRATEGIES
+from ..structure.config_keys import LAYOUTS
 from .schedule import SCHEDULES
 
 WHENS = ("end", "begin", "gradual")
 SOURCES = ("private", "training")
 MASKS = ("soft", "hard")
 LABELS = ("data", "model")
+DISCOVERED = 512  # examples among which the longest is looked for, where all are scored in training
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check("when", self.when, WHENS)
+        _check("score", self.score, METHODS)
+        _check("search", self.search, STRATEGIES)
+        _check("layout", self.layout, LAYOUTS)
         _check("labels", self.labels, LABELS)
         _check("schedule", self.schedule, SCHEDULES)
         _check("mask", self.mask, MASKS)
         _check("scores_from", self.scores_from, SOURCES)
+        parse_rules(self.rules)
+        if self.num_examples is not None and self.num_examples < 1:
+            raise PlanError(
+                f"num_examples={self.num_examples}: needed is 1 or more, or None for all of the "
+                "data."
+            )
         if not 0 <= self.start_ratio < self.end_ratio <= 1:
             raise PlanError(
                 f"start_ratio={self.start_ratio}, end_ratio={self.end_ratio}: needed are shares of "
@@ -65,9 +79,24 @@ class Settings:
                 f"{', '.join(GRADIENT_METHODS)}; choose one, or scores_from='private'."
             )
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether scores come from the gradients of a loss with the data's labels."""
+        return self.score in GRADIENT_METHODS and self.labels == "data"
+
+    @property
+    def sample_size(self) -> int | None:
+        """Examples that are read besides the training, at most; None: all of the data."""
+        is_read_once = self.scores_from == "private"
+        return self.num_examples or (None if is_read_once else DISCOVERED)
+
     def to_dict(self) -> dict[str, Any]:
         """Arguments that make these settings again, ready for JSON."""
-        return asdict(self)
+        rules = {
+            glob: None if rule is None else rule.model_dump()
+            for glob, rule in parse_rules(self.rules).items()
+        }
+        return {**asdict(self), "rules": None if self.rules is None else rules}
 
 
 def _check(name: str, value: str, known: Iterable[str]) -> None:

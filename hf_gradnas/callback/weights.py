@@ -56,6 +56,17 @@ def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None
             )
 
 
+def is_masked(model: nn.Module) -> bool:
+    """Whether some layer reads nothing of an input, as masks that stand in the weights leave it."""
+    for module in model.modules():
+        dim = next((dim for kind, dim in INPUT_DIMS if isinstance(module, kind)), None)
+        if dim is not None and isinstance(module.weight, Tensor):
+            columns = module.weight.detach().movedim(dim, 0).flatten(1)
+            if not (columns != 0).any(1).all():
+                return True
+    return False
+
+
 class WeightMask:
     """The rows of units that are not kept.
 

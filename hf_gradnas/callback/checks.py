@@ -1,0 +1,90 @@
+"""What is refused before the first step, since it would fail or mislead at the last one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers.training_args import ParallelMode
+
+from ..errors import DataError, OrderError, PlanError, StructureError
+from ..scores.batches import read_batches
+
+# Which callback prunes a model, and in the training of which state.
+_PRUNES: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], weakref.ref[Any]]]
+_PRUNES = weakref.WeakKeyDictionary()
+
+
+def check_whole(args: Any) -> None:
+    """Check that every process holds all weights.
+
+    Raises:
+        PlanError: They are sharded.
+    """
+    sharded = [name for name in ("fsdp", "deepspeed") if getattr(args, name)]
+    if sharded:
+        raise PlanError(
+            f"{sharded[0]}: GradNASCallback reads and cuts weights in place, which are sharded "
+            "here; train without the callback, and prune what was saved with GradNASPruner."
+        )
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Check that no adapter of PEFT stands in a model, or around it.
+
+    Raises:
+        StructureError: One does; it would not follow the cut.
+    """
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise StructureError(
+                f"model: found a {type(module).__name__} of PEFT (at {path or 'the top'}), needed "
+                "is one without adapters, which would not follow the cut; merge them first "
+                "(merge_and_unload), or prune the model and add adapters then."
+            )
+
+
+def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Check that a batch has the labels that gradients are taken with.
+
+    Raises:
+        DataError: It has none.
+    """
+    found = next(read_batches([batch], model, None))
+    if not found.labels:
+        raise DataError(
+            f"labels='data': found no labels among {', '.join(sorted(found.columns))} in what is "
+            f"scored with; give the labels that {type(model).__name__} takes, in dataloader=… if "
+            "the training computes its loss without them, or use labels='model'."
+        )
+
+
+def check_only_one(callback: Any, model: nn.Module, state: Any) -> None:
+    """Check that one callback prunes a model in one training.
+
+    Raises:
+        OrderError: Another one does.
+    """
+    if model in _PRUNES:
+        training, other = (reference() for reference in _PRUNES[model])
+        if training is state and other is not callback:
+            raise OrderError(
+                f"train: found two {type(callback).__name__}s on one trainer, needed is one, since "
+                "each counts the units of the whole model; remove one of them."
+            )
+    _PRUNES[model] = weakref.ref(state), weakref.ref(callback)
+
+
+def check_unwrapped(args: Any) -> None:
+    """Check that a trainer, which is not known, can train a cut model.
+
+    Raises:
+        OrderError: It wraps the whole one for several processes.
+    """
+    if args.parallel_mode == ParallelMode.DISTRIBUTED:
+        raise OrderError(
+            "train: the model was cut, but the trainer still wraps the whole one for several "
+            "processes; call callback.attach(trainer) before the first train()."
+        )
