@@ -39,6 +39,10 @@ class CheckpointError(GradNASError, OSError):
     """A checkpoint that cannot be written, or that does not load back as it was."""
 
 
+class HubError(GradNASError, OSError):
+    """A push to the Hub that cannot be made, or that failed; the local result is as it was."""
+
+
 class OrderError(GradNASError, RuntimeError):
     """A step was called before the one it needs; the message names the missing call."""
 

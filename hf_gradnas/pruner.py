@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan
-from .checkpoint.save import save_pruned
+from .checkpoint.reporting import Findings, save_with_report
 from .config.budgets import parse_budgets
 from .config.rules import check_rules, parse_rules, rule_for
 from .costs.closed_form import unsplit_table_params
 from .errors import OrderError, PlanError, StructureError
+from .hub import push
 from .masks import masked
 from .scores import METHODS, check_scores, collect_scores
 from .scores.batches import to_device
@@ -102,6 +103,7 @@ class GradNASPruner:
         self._scores: Scores | None = None
         self._plan: Plan | None = None
         self._applied = False
+        self._saved: Path | None = None
 
     # -- what was found ----------------------------------------------------------------------
 
@@ -177,14 +179,8 @@ class GradNASPruner:
             BudgetError: It cannot be read, or not be reached; the message says what can.
         """
         budgets = parse_budgets(budget, self.totals)
-        check_budgets(
-            self.structure.axes,
-            self.costs,
-            budgets,
-            layout=self.layout,
-            rules=self.rules,
-            stock=self._space,
-        )
+        axes, space = self.structure.axes, self._space
+        check_budgets(axes, self.costs, budgets, layout=self.layout, rules=self.rules, stock=space)
         return budgets
 
     def score(
@@ -316,16 +312,18 @@ class GradNASPruner:
         *,
         overwrite: bool = False,
         document: Mapping[str, Any] | None = None,
-        files: Mapping[str, str] | None = None,
+        files: Mapping[str, str | bytes] | None = None,
+        report: bool = True,
     ) -> Path:
-        """Write the cut model, its tokenizer or processor and ``gradnas.json``, all or nothing.
+        """Write the cut model, its tokenizer or processor, ``gradnas.json`` and model card.
 
         Args:
             directory: Target; must not exist unless `overwrite`.
             processing_class: Tokenizer or processor to save beside the model.
             overwrite: Replace a checkpoint that stands there.
             document: More to keep in ``gradnas.json`` (metrics, data).
-            files: Further text files beside the model, by name.
+            files: Further files beside the model, by path.
+            report: Write the pictures and tables of the folder ``report`` too.
 
         Raises:
             OrderError: `apply` was not called.
@@ -333,19 +331,26 @@ class GradNASPruner:
         """
         if not self._applied or self._plan is None:
             raise OrderError("save_pretrained: the model is not cut yet; call apply(plan) first.")
-        metadata = {} if self._scores is None else dict(self._scores.metadata)
-        write = partial(
-            save_pruned,
-            self.model,
-            directory,
-            plan=self._plan,
-            processing_class=processing_class,
-            sample=self._sample,
-            document={"totals": self._totals, "scores": metadata, **(document or {})},
-            files=files,
-            overwrite=overwrite,
-        )
-        return self._processes.from_main(write)
+        found = Findings(self._plan, self.structure, self._costs, self._totals, self._scores)
+        options = {"processing_class": processing_class, "overwrite": overwrite, "report": report}
+        more: dict[str, Any] = {"document": document, "files": files, "sample": self._sample}
+        write = partial(save_with_report, self.model, directory, found, **more, **options)
+        self._saved = self._processes.from_main(write)
+        return self._saved
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Push what `save_pretrained` wrote to the Hub, and return the repository's address.
+
+        Args:
+            repo_id: ``user/name``; made if it is not there, else it gets a commit more.
+            **options: ``private``, ``token``, ``commit_message`` and ``revision`` of `hub.push`.
+
+        Raises:
+            HubError: The push failed; what was saved is as it was.
+            OrderError: `save_pretrained` was not called.
+        """
+        folder = _need(self._saved, "push_to_hub", "save_pretrained(directory)")
+        return self._processes.from_main(partial(push, folder, repo_id, **options)).url
 
     def prune(self, dataloader: Iterable[Batch], budget: Mapping[str, Any], **score: Any) -> Plan:
         """Discover, check the budget, score, plan and cut in one call.

@@ -21,7 +21,7 @@ import transformers  # noqa: E402
 import zoo  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-import hf_gradnas  # noqa: E402, F401 - per-layer loading is installed in every test
+import hf_gradnas  # noqa: E402 - per-layer loading is installed in every test
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 transformers.utils.logging.disable_progress_bar()
@@ -51,6 +51,13 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave reports out where a test does not ask for one: their pictures take a second or two."""
+    defaults = hf_gradnas.GradNASPruner.save_pretrained.__kwdefaults__
+    monkeypatch.setitem(defaults, "report", False)
 
 
 @pytest.fixture(autouse=True)

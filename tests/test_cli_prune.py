@@ -28,7 +28,7 @@ from hf_gradnas.cli.app import main
 from hf_gradnas.cli.examples import Collator
 from hf_gradnas.types import Scores
 
-TINY = ["--num-examples", "8", "--batch-size", "4"]
+TINY = ["--num-examples", "8", "--batch-size", "4", "--no-report"]  # pictures take seconds
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import yaml
 from cli_cases import save_bert, save_llama, save_t5, save_vit, write_images, write_text, write_tsv
 
 from hf_gradnas.cli.app import main
+from hf_gradnas.repair import Recovery
 
 TINY = ["--num-examples", "8", "--batch-size", "4", "--target", "flops=70%"]
 RECOVER = ["--recover-epochs", "1", "--recover-batch-size", "4"]
@@ -116,7 +117,28 @@ def _never(*_, **__):
     raise AssertionError("an expensive step was reached")
 
 
+def test_the_loss_of_the_recipe_is_that_of_the_training(prune, bert, tsv, monkeypatch):
+    seen = {}
+
+    def spy(student, teacher, examples, **options):
+        seen.update(options)
+        return Recovery(steps=0, loss=0.0, seconds=0.0)
+
+    monkeypatch.setattr("hf_gradnas.repair.recover", spy)
+    data = ("--model", bert, "--dataset", tsv, *TINY, *RECOVER)
+    weights = {"--recover-temperature": 3, "--recover-alpha": 0.9, "--recover-hidden-weight": 0.1}
+    options = [str(item) for pair in weights.items() for item in pair]
+    code, out, err = prune(*data, *options)
+    assert (code, err) == (0, "")
+    assert [seen[name] for name in ("temperature", "alpha", "hidden_weight")] == [3.0, 0.9, 0.1]
+    for flag, value in weights.items():
+        assert re.search(rf"{flag} +{float(value)} +given", out)
+
+
 EARLY = {
+    "endless": (["--recover-epochs", "inf"], "--recover-epochs: .*finite"),
+    "alpha": (["--recover-alpha", "1.5"], "--recover-alpha: .*less than or equal to 1"),
+    "hidden": (["--recover-hidden-weight", "-1"], "--recover-hidden-weight: .*or equal to 0"),
     "negative": (["--recover-epochs", "-1"], "--recover-epochs: .*greater than or equal to 0"),
     "temperature": (["--recover-temperature", "0"], "--recover-temperature: .*greater than 0"),
     "rank": (["--recover-lora-rank", "0"], "--recover-lora-rank: .*greater than or equal to 1"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from cli_cases import save_bert, write_tsv
 
 from hf_gradnas.cli.app import main
+from hf_gradnas.cli.prune import _say as say
+from hf_gradnas.cli.show import Screen
 from hf_gradnas.types import Scores
 
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
@@ -69,6 +72,15 @@ def test_an_error_is_said_once(tmp_path: Path) -> None:
     code, out, err = run("--model", model, "--dataset", data, "--output", "taken")
     assert (code, out) == (1, "")
     assert err.count("the output folder exists") == 1
+
+
+def test_an_error_that_only_one_process_knows_of_is_said_by_it(capsys) -> None:
+    run = SimpleNamespace(processes=SimpleNamespace(is_main=False, index=1, have_failed=False))
+    say(Screen(quiet=True), run, "out of luck")
+    assert capsys.readouterr().err == "Error: process 1: out of luck\n"
+    run.processes.have_failed = True  # the main process says it
+    say(Screen(quiet=True), run, "out of luck")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.long

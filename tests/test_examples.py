@@ -11,8 +11,25 @@ from pathlib import Path
 
 import datasets
 import pytest
-from cli_cases import save_bert, save_llama, write_text
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from cli_cases import (
+    save_bert,
+    save_llama,
+    save_t5,
+    save_vit,
+    save_whisper,
+    sentences,
+    write_images,
+    write_jsonl,
+    write_text,
+    write_wave,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+)
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 pytestmark = [
@@ -58,6 +75,38 @@ def test_language_modeling(tmp_path: Path, monkeypatch, capsys) -> None:
     run("language_modeling.py", monkeypatch, **options, max_steps=4, batch_size=4)
     assert "perplexity" in capsys.readouterr().out
     AutoModelForCausalLM.from_pretrained("language-model-pruned/pruned")
+
+
+def test_image_classification(tmp_path: Path, monkeypatch, capsys) -> None:
+    images = write_images(tmp_path / "images", 8)
+    options = {"model": save_vit(tmp_path / "vit"), "data": images, "flops": "80%"}
+    run("image_classification.py", monkeypatch, **options)
+    assert "of the predictions as before" in capsys.readouterr().out
+    AutoModelForImageClassification.from_pretrained("vit-pruned")
+
+
+def test_summarization(tmp_path: Path, monkeypatch, capsys) -> None:
+    texts = sentences(12)
+    records = [{"article": text, "highlights": text.split()[0]} for text in texts]
+    options = {
+        "model": save_t5(tmp_path / "t5"),
+        "train": write_jsonl(tmp_path / "a.jsonl", records),
+    }
+    run("summarization.py", monkeypatch, **options, prefix="", params="80%")
+    assert "recovered; saved in" in capsys.readouterr().out
+    AutoModelForSeq2SeqLM.from_pretrained("t5-pruned")
+
+
+def test_speech_recognition(tmp_path: Path, monkeypatch, capsys) -> None:
+    sounds = [write_wave(tmp_path / f"{n}.wav", hertz=200 * n) for n in range(1, 5)]
+    records = [
+        {"audio": str(file), "text": text} for file, text in zip(sounds, sentences(4), strict=True)
+    ]
+    data = write_jsonl(tmp_path / "speech.jsonl", records)
+    options = {"model": save_whisper(tmp_path / "whisper"), "data": data, "params": "85%"}
+    run("speech_recognition.py", monkeypatch, **options)
+    assert "of the parameters are kept" in capsys.readouterr().out
+    AutoModelForSpeechSeq2Seq.from_pretrained("whisper-pruned")
 
 
 @pytest.mark.long

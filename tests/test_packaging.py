@@ -14,10 +14,16 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 def _requirements(key: str) -> dict[str, Requirement]:
     """Requirements of a list in pyproject.toml, by name (tomllib needs Python 3.11)."""
-    block = re.search(rf"^{key} = \[\n(.*?)^\]", PYPROJECT, re.DOTALL | re.MULTILINE)
+    block = re.search(rf"^{key} = \[(.*?)\]$", PYPROJECT, re.DOTALL | re.MULTILINE)
     assert block
-    found = [Requirement(text) for text in re.findall(r'^\s*"([^"]+)"', block.group(1), re.M)]
-    return {canonicalize_name(item.name): item for item in found}
+    found = {}
+    for item in map(Requirement, re.findall(r'"([^"]+)"', block.group(1))):
+        if item.name == "hf_gradnas":  # extras of its own
+            for extra in sorted(item.extras):
+                found |= _requirements(extra)
+        else:
+            found[canonicalize_name(item.name)] = item
+    return found
 
 
 def _pins(file: str) -> dict[str, str]:

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from hf_gradnas.config import recipe_files
-from hf_gradnas.config.recipe import Recipe, build_recipe
+from hf_gradnas.config.recipe import Recipe
+from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.config.recipe_files import read_recipe_file, shipped_recipes
 from hf_gradnas.errors import RecipeError
 
@@ -36,6 +37,39 @@ def test_targets_of_flags_replace_those_of_the_file(tmp_path):
     file.write_text("model: m\ntarget: {flops: 50%}\n", encoding="utf-8")
     recipe = build_recipe({"target": ["params=66e6", "flops = 1.2G"]}, file=file)
     assert recipe.target == {"params": "66e6", "flops": "1.2G"}
+
+
+DATA = """model: m
+dataset: a
+split: b
+text_column: c
+eval_split: d
+batch_size: 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [({"dataset": "own"}, []), ({}, ["dataset=own"]), ({}, ["dataset = own"])],
+)
+def test_another_data_set_leaves_split_and_columns_of_the_files(flags, settings, tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(DATA, encoding="utf-8")
+    recipe = build_recipe(flags, settings=settings, file=file)
+    assert (recipe.dataset, recipe.batch_size) == ("own", 3)
+    assert (recipe.text_column, recipe.eval_split) == (None, None)
+    assert recipe.split == Recipe.model_fields["split"].default
+    own = build_recipe({"dataset": "own", "split": "s", "text_column": "t"}, file=file)
+    assert (own.split, own.text_column) == ("s", "t")
+
+
+def test_another_data_set_to_evaluate_on_leaves_the_files_split(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(DATA, encoding="utf-8")
+    recipe = build_recipe({"eval_dataset": "own"}, file=file)
+    assert (recipe.split, recipe.text_column, recipe.eval_split) == ("b", "c", None)
+    file.write_text(DATA + "eval_dataset: e\n", encoding="utf-8")
+    assert build_recipe({"dataset": "own"}, file=file).eval_split == "d"
 
 
 def test_the_recipe_survives_yaml(tmp_path):
@@ -81,7 +115,13 @@ BAD = {
     "setting not yaml": ({"model": "m"}, ["exclude=[a"], None, "is not a YAML value"),
     "file not yaml": ({}, [], "model: [", "cannot be read as YAML"),
     "file not a mapping": ({}, [], "- model", "found list, needed a mapping"),
-    "newer format": ({}, [], "model: m\nformat_version: 2", "--format-version: .*found 2"),
+    "newer format": (
+        {},
+        [],
+        "modle: m\nformat_version: 2",
+        "in format 2, newer than the 1",
+    ),
+    "no format": ({}, [], "model: m\nformat_version: x", "--format-version: .*found 'x'"),
 }
 
 

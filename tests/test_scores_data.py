@@ -162,6 +162,16 @@ def test_normalisers_of_the_heads(head: str, labels, normaliser: str) -> None:
     assert scores.metadata["normaliser"] == normaliser
 
 
+def test_labels_of_one_token_are_counted() -> None:
+    model, axes, inputs = build("t5")
+    columns = {key: value for key, value in inputs.items() if not key.startswith("decoder")}
+    batch = {**columns, "labels": inputs["labels"][:, :1]}
+    together = collect_scores(model, axes, [batch])
+    assert together.metadata["normaliser"] == "labels"
+    rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(zoo.BATCH)]
+    assert_equal(collect_scores(model, axes, rows), together.values)
+
+
 def test_a_loss_that_is_a_sum_is_found_and_one_that_fits_nothing_warned_of() -> None:
     model, axes, inputs = build("llama")
     losses = SimpleNamespace(plain=model.loss_function)

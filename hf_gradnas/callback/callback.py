@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..checkpoint.save import check_target
+from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
 from ..scores.sample import reiterable
 from ..types import Plan, Scores
@@ -128,6 +129,31 @@ class GradNASCallback(TrainerCallback, ExportableState):
         self._trainer: weakref.ReferenceType[Trainer] | None = None
         self._makes_optimizer, self._makes_scheduler = False, True
         self._holds_whole = False  # a trainer that is not known still refers to the whole model
+
+    @classmethod
+    def from_recipe(cls, recipe: str | Path, **changes: Any) -> GradNASCallback:
+        """Callback with the options of a recipe: a YAML file, or the name of a shipped one.
+
+        Args:
+            recipe: Its budget, scores, search, layout, limits and ``training`` are taken; model,
+                data and everything else are the trainer's.
+            **changes: Arguments of the constructor, which beat the recipe's.
+
+        Raises:
+            RecipeError: The recipe cannot be read.
+        """
+        found = build_recipe({}, file=recipe)
+        options: dict[str, Any] = {
+            "budget": found.target,
+            "score": found.score,
+            "search": found.search,
+            "layout": found.layout,
+            "rules": found.rules() or None,
+            "num_examples": found.num_examples,
+            "labels": found.labels or "data",
+        }
+        training = {} if found.training is None else found.training.model_dump()
+        return cls(**{**options, **training, **changes})
 
     # -- what was done -----------------------------------------------------------------------
 

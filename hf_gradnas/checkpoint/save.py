@@ -22,10 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from ..report import FOLDER
 from ..scores.batches import to_device
 from ..scores.wrappers import without_autocast
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
+from .reference import Reference, file_digests, make_reference
+from .replay import first_output
 
 DOCUMENT = "gradnas.json"
 FORMAT_VERSION = 1
@@ -33,6 +36,8 @@ CHECKPOINT_SUFFIXES = frozenset(
     [".json", ".safetensors", ".py", ".txt", ".model", ".yaml", ".md", ".jinja"]
 )
 """Suffixes of files that a checkpoint folder may hold and still be replaced."""
+REPORT_SUFFIXES = frozenset([".json", ".md", ".csv", ".png", ".svg"])
+"""The same for its one sub-folder, that of the report."""
 TOLERANCE = 1e-5
 """Largest difference of reloaded float32 or float64 outputs, relative to max(1, largest output)."""
 HALF_TOLERANCE_EPS = 8
@@ -47,14 +52,15 @@ def save_pruned(
     document: Mapping[str, Any],
     processing_class: Any = None,
     sample: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write model, tokenizer or processor and ``gradnas.json``, reload, compare, then rename.
 
     Everything is written to ``.<name>.tmp-<pid>`` beside the target and reloaded from there with
     the model's own class. All tensors must be equal bit by bit, and outputs on `sample` agree to
-    `TOLERANCE` (float32, float64) or `HALF_TOLERANCE_EPS` (16 bits and less).
+    `TOLERANCE` (float32, float64) or `HALF_TOLERANCE_EPS` (16 bits and less). For
+    ``verify``, ``gradnas.json`` keeps digests of weights and code, and outputs on random inputs.
 
     Args:
         model: A cut model, its config rewritten.
@@ -63,7 +69,7 @@ def save_pruned(
         document: More to keep in ``gradnas.json``, ready for JSON.
         processing_class: Tokenizer, image processor or processor to save beside the model.
         sample: Batch for ``model(**sample)``.
-        files: Further text files by name, e.g. ``recipe.yaml``.
+        files: Further files by path, e.g. ``recipe.yaml``; text, or bytes of a picture.
         overwrite: Replace a checkpoint that stands there.
 
     Returns:
@@ -78,12 +84,14 @@ def save_pruned(
         model.save_pretrained(written)
         if processing_class is not None:
             processing_class.save_pretrained(written)
-        content = {**document, "plan": plan.to_dict(), "versions": _versions()}
+        content = {**document, "plan": plan.to_dict(), "versions": versions()}
         content["format_version"] = FORMAT_VERSION
+        for name, data in (files or {}).items():
+            (written / name).parent.mkdir(exist_ok=True)
+            (written / name).write_bytes(data.encode() if isinstance(data, str) else data)
+        reference = _check_reload(model, written, sample)
+        content |= {"sha256": file_digests(written), "reference": reference.to_dict()}
         (written / DOCUMENT).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for name, text in (files or {}).items():
-            (written / name).write_text(text, encoding="utf-8")
-        _check_reload(model, written, sample)
         _put_in_place(written, target)
     return target
 
@@ -130,8 +138,16 @@ def _foreign(target: Path) -> str:
     content = sorted(target.iterdir())
     if content and not (target / "config.json").is_file():
         return "is a folder without config.json"
-    others = [p.name for p in content if p.is_dir() or p.suffix not in CHECKPOINT_SUFFIXES]
+    others = [p.name for p in content if not _is_own(p)]
     return f"holds more than a checkpoint ({', '.join(others[:4])})" if others else ""
+
+
+def _is_own(path: Path) -> bool:
+    """Whether something in a folder is what a checkpoint has there."""
+    if not path.is_dir():
+        return path.suffix in CHECKPOINT_SUFFIXES
+    inside = path.iterdir() if path.name == FOLDER else [path]
+    return all(p.is_file() and p.suffix in REPORT_SUFFIXES for p in inside)
 
 
 @contextmanager
@@ -178,7 +194,8 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(libc.renameat2(here, paths[0], here, paths[1], exchange) == 0)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what a checkpoint depends on."""
     packages = (__name__.split(".", maxsplit=1)[0], "transformers", "torch")
     return {package: sys.modules[package].__version__ for package in packages}
 
@@ -186,8 +203,10 @@ def _versions() -> dict[str, str]:
 # --- does it load? --------------------------------------------------------------------------------
 
 
-def _check_reload(model: PreTrainedModel, folder: Path, sample: Mapping[str, Any] | None) -> None:
-    """Load what was written with the model's own class, and compare."""
+def _check_reload(
+    model: PreTrainedModel, folder: Path, sample: Mapping[str, Any] | None
+) -> Reference:
+    """Load what was written with the model's own class, compare, and run it for later checks."""
     reloaded, info = type(model).from_pretrained(
         folder,
         dtype=model.dtype,
@@ -202,10 +221,12 @@ def _check_reload(model: PreTrainedModel, folder: Path, sample: Mapping[str, Any
         )
     reloaded = reloaded.to(model.device)
     _compare_tensors(model, reloaded)
+    reference = make_reference(reloaded, sample)
     if sample is not None:
         _copy_derived(model, reloaded)
         sample = to_device(sample, model)
         _compare_outputs(_output(model, sample), _output(reloaded, sample))
+    return reference
 
 
 def _compare_tensors(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
@@ -256,22 +277,28 @@ def _output(model: PreTrainedModel, sample: Mapping[str, Any]) -> Tensor:
     finally:
         for module, training in flags.items():
             module.training = training
-    values = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    for name, value in values:
-        if name != "loss" and isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise CheckpointError(
-        f"{type(model).__name__}: has no floating-point output on the sample (found "
-        f"{[name for name, _ in values]}), so that reloading cannot be checked; pass sample=None."
-    )
+    found = first_output(outputs)
+    if found is None:
+        names = list(outputs) if isinstance(outputs, Mapping) else list(range(len(outputs)))
+        raise CheckpointError(
+            f"{type(model).__name__}: has no floating-point output on the sample (found {names}), "
+            "so that reloading cannot be checked; pass sample=None."
+        )
+    return found[1]
 
 
 def loading_snippet(model: PreTrainedModel, layout: str, directory: str | Path) -> str:
     """Python lines that load the checkpoint with plain Transformers, for users to copy."""
-    stock = vars(type(model)).get("_gradnas_stock_class", type(model))
+    stock = stock_class(model)
     name = auto_class_name(stock) or stock.__name__
     lines = [f"from transformers import {name}", f'model = {name}.from_pretrained("{directory}")']
     if layout == "per_layer":
         note = "  # or pass trust_remote_code=True to from_pretrained"
         lines = [f"import hf_gradnas{note}", *lines]
     return "\n".join(lines)
+
+
+def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of Transformers that a model is one of, per-layer or not."""
+    found: type[PreTrainedModel] = vars(type(model)).get("_gradnas_stock_class", type(model))
+    return found

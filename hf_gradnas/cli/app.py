@@ -6,11 +6,14 @@ Exit codes: 0 done, 1 pruning or verification failed, 2 bad input, 130 interrupt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import typer
 
-from .options import given_flags, with_recipe_options
+from .options import given_flags, with_options, with_recipe_options
+
+EXIT_CODES = "Exit codes: 0 done, 1 {one}, 2 bad input, 130 interrupted."
+_JSON = "Write one JSON object to standard output, and nothing else."
 
 app = typer.Typer(
     name="hf-gradnas",
@@ -38,7 +41,82 @@ def prune_command(**options: Any) -> int:
     raise typer.Exit(code)
 
 
-app.command("prune")(with_recipe_options(prune_command))
+def inspect_command(**options: Any) -> int:
+    """Show what can be pruned in a model, what is refused and why, and how far budgets reach.
+
+    Needs no data: the model runs on random input. For example:
+    hf-gradnas inspect --model bert-base-uncased
+    """
+    from .inspect import inspect_from_options
+
+    flags = {name: bool(options.pop(name)) for name in _INSPECT_FLAGS}
+    raise typer.Exit(inspect_from_options(given_flags(options), **flags))
+
+
+def verify_command(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
+    device: Annotated[
+        Optional[str],  # noqa: UP045 - Typer reads it at run time, on Python 3.10 too
+        typer.Option(
+            "--device", metavar="DEVICE", help="Where to run. Default: as when it was saved."
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run code of the folder that hf_gradnas did not write."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> int:
+    """Prove again that a saved model is what it was: its files, and its outputs in a new process.
+
+    For example: hf-gradnas verify ./bert-base-uncased-gradnas
+    """
+    from .verify import verify_from_options
+
+    code = verify_from_options(
+        folder, device=device, trust_remote_code=trust_remote_code, as_json=as_json, quiet=quiet
+    )
+    raise typer.Exit(code)
+
+
+def push_command(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to push it.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    message: Annotated[str, typer.Option(metavar="TEXT", help="Message of the commit.")] = "",
+    branch: Annotated[str, typer.Option(metavar="NAME", help="Made if it is not there.")] = "main",
+) -> None:
+    """Push a model that was pruned and saved before to the Hub, in one commit.
+
+    For example: hf-gradnas push ./bert-base-uncased-gradnas me/bert-small
+    """
+    from .publish import push_from_arguments
+
+    code = push_from_arguments(folder, repository, private=private, message=message, branch=branch)
+    raise typer.Exit(code)
+
+
+_INSPECTED: dict[str, str | None] = {
+    "model": "Hub id or folder of the model.",
+    **dict.fromkeys(("task", "revision", "trust_remote_code", "device", "dtype")),
+    "dataset": "Data to take the input from, in the forms of prune. Default: random input.",
+    **dict.fromkeys(("split", "text_column", "label_column", "target_column")),
+    **dict.fromkeys(("image_column", "audio_column", "max_length", "flops_length")),
+    **dict.fromkeys(("layout", "exclude", "min_units", "seed")),
+}
+_INSPECT_FLAGS = {"as_json": _JSON, "quiet": "Print no warnings and no progress."}
+
+app.command("prune", epilog=EXIT_CODES.format(one="pruning or verification failed"))(
+    with_recipe_options(prune_command)
+)
+app.command("inspect", epilog=EXIT_CODES.format(one="nothing in it can be pruned"))(
+    with_options(inspect_command, _INSPECTED, _INSPECT_FLAGS)
+)
+app.command("verify", epilog=EXIT_CODES.format(one="verification failed"))(verify_command)
+app.command("push", epilog=EXIT_CODES.format(one="the upload failed"))(push_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,8 +42,13 @@ class Source:
     head_is_unknown: bool = False
 
 
-def open_source(recipe: Recipe, folder: str) -> Source:
+def open_source(recipe: Recipe, folder: str, *, needs_processor: bool = True) -> Source:
     """Read config and processor of the model in `folder` (or of that Hub id).
+
+    Args:
+        recipe: Options of the run.
+        folder: Where the model is.
+        needs_processor: Whether one that is missing is an error; else it is None.
 
     Raises:
         RecipeError: Nothing is there, the task does not fit, or the processor is missing.
@@ -64,7 +69,12 @@ def open_source(recipe: Recipe, folder: str) -> Source:
     known = asked or task_of(config)
     task = known or TASKS["feature-extraction"]
     feeds = input_of(cls, config, known)
-    processor, tokenizer = _load_processor(recipe, folder, task, feeds)
+    try:
+        processor, tokenizer = _load_processor(recipe, folder, task, feeds)
+    except RecipeError:
+        if needs_processor:
+            raise
+        processor = tokenizer = None
     return Source(config, cls, task, feeds, processor, tokenizer, head_is_unknown=known is None)
 
 

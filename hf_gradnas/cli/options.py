@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 import typer
@@ -12,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from ..config.recipe import Recipe
 
-_NOT_FLAGS = ("format_version",)
+_NOT_FLAGS = ("format_version", "training")
 
 
 def with_recipe_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -34,6 +35,32 @@ def with_recipe_options(command: Callable[..., int]) -> Callable[..., int]:
     for name, field in Recipe.model_fields.items():
         if name not in _NOT_FLAGS:
             parameters.append(_field_parameter(name, field))
+    return _with_parameters(command, parameters)
+
+
+def with_options(
+    command: Callable[..., int], fields: Mapping[str, str | None], flags: Mapping[str, str]
+) -> Callable[..., int]:
+    """Give `command` the options of some fields of `Recipe`, and flags of its own.
+
+    Args:
+        command: Receives every option as a keyword, as in `with_recipe_options`.
+        fields: Names of fields; a text stands in for the field's own description.
+        flags: Help text per flag without a value; ``as_json`` is ``--json``.
+    """
+    parameters = []
+    for name, text in fields.items():
+        field = Recipe.model_fields[name]
+        parameters.append(_field_parameter(name, field, description=text))
+    for name, text in flags.items():
+        flag = "--" + name.removeprefix("as_")
+        parameters.append(_parameter(name, bool, flag, text, None, panel="Output"))
+    return _with_parameters(command, parameters)
+
+
+def _with_parameters(
+    command: Callable[..., int], parameters: list[inspect.Parameter]
+) -> Callable[..., int]:
     # Typer reads both; neither can be written by hand without a second list of options.
     vars(command)["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {item.name: item.annotation for item in parameters}
@@ -49,19 +76,41 @@ def given_flags(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _field_parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def command_line(recipe: Recipe, given: Iterable[str]) -> str:
+    """The command that sets these options of a recipe to what they are."""
+    parts = ["hf-gradnas", "prune"]
+    for name in Recipe.model_fields:
+        value = vars(recipe)[name]
+        if name not in given or name in _NOT_FLAGS or value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            parts += [flag] if value else [f"--no-{flag[2:]}"]
+        elif isinstance(value, Mapping):
+            parts += [part for key, item in value.items() for part in (flag, f"{key}={item}")]
+        elif isinstance(value, tuple):
+            parts += [part for item in value for part in (flag, str(item))]
+        else:
+            parts += [flag, str(value)]
+    return shlex.join(parts)
+
+
+def _field_parameter(
+    name: str, field: FieldInfo, *, description: str | None = None
+) -> inspect.Parameter:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     flag = "--" + name.replace("_", "-")
     kind: Any = str
     if field.annotation is bool:
         kind = bool
+        flag += f"/--no-{flag[2:]}" if field.default else ""
     elif get_origin(field.annotation) in (dict, tuple):
         kind = list[str]
-    help_text = str(field.description)
+    help_text = description or str(field.description)
     choices = _choices(field.annotation)
     if choices:
         help_text += f" One of {', '.join(choices)}."
-    if field.default not in (None, PydanticUndefined, ()) and kind is not bool:
+    if field.default not in (None, PydanticUndefined, ()) and kind is not bool and not description:
         help_text += f" Default: {field.default}."
     metavar = str(extra.get("metavar") or ("CHOICE" if choices else "INTEGER"))
     return _parameter(

@@ -67,6 +67,11 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         CheckpointError: The output exists and `overwrite` is off, or is not writable.
     """
     parse_budgets(recipe.target, dict.fromkeys(COSTS, math.inf))
+    if recipe.training is not None:
+        raise RecipeError(
+            "training: the recipe is for a Trainer, and this command does not train; give it to "
+            "GradNASCallback.from_recipe, or leave `training` out of it."
+        )
     name = Path(recipe.model).expanduser().resolve().name if _is_local(recipe.model) else ""
     output = recipe.output or f"./{name or recipe.model.rstrip('/').rsplit('/', 1)[-1]}-gradnas"
     save_scores = recipe.save_scores or f"{output.rstrip('/')}.scores.safetensors"
@@ -318,6 +323,7 @@ def _settings(
         **(_recovery_settings(recipe) if recipe.recover_epochs else {}),
         "seed": recipe.seed,
         "output": None if recipe.dry_run else recipe.output,
+        "report": None if recipe.dry_run or recipe.report else "no",
     }
     rows = [
         ("--" + name.replace("_", "-"), str(value), "given" if name in given else "default")
@@ -333,7 +339,7 @@ def _settings(
 
 
 def _recovery_settings(recipe: Recipe) -> dict[str, Any]:
-    from ..repair.recovery import LEARNING_RATE, LORA_LEARNING_RATE
+    from ..repair.arguments import LEARNING_RATE, LORA_LEARNING_RATE
 
     adapters = recipe.recover_lora_rank is not None
     default = LORA_LEARNING_RATE if adapters else LEARNING_RATE
@@ -343,6 +349,8 @@ def _recovery_settings(recipe: Recipe) -> dict[str, Any]:
         "recover_batch_size": recipe.recover_batch_size,
         "recover_learning_rate": recipe.recover_learning_rate or default,
         "recover_temperature": recipe.recover_temperature,
+        "recover_alpha": recipe.recover_alpha,
+        "recover_hidden_weight": recipe.recover_hidden_weight,
         "recover_lora_rank": recipe.recover_lora_rank,
     }
 

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.recipe import Recipe, build_recipe
+from ..config.recipe import Recipe
+from ..config.recipe_building import build_recipe
 from ..errors import GradNASError, RecipeError
 from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
 
@@ -53,14 +54,22 @@ def prune_from_options(
         screen.error(run.interruption() if run else "interrupted; nothing was written.")
         return INTERRUPTED
     except GradNASError as error:
-        screen.error(str(error))
+        _say(screen, run, str(error))
         return FAILED if run is not None and run.cutting else BAD_INPUT
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        screen.error(f"out of memory ({error}); give a smaller --batch-size or --max-length.")
+        _say(screen, run, f"out of memory ({error}); give a smaller --batch-size or --max-length.")
         return FAILED
     return DONE
+
+
+def _say(screen: Screen, run: _Run | None, message: str) -> None:
+    """An error: once, by the main process, unless only another one knows of it."""
+    if run is not None and not run.processes.is_main and not run.processes.have_failed:
+        screen = Screen()
+        message = f"process {run.processes.index}: {message}"
+    screen.error(message)
 
 
 class _Run:
@@ -77,6 +86,10 @@ class _Run:
         self.scoring = False
         self.started = time.monotonic()
         self.is_quickstart = False
+        self.repository: str | None = None
+        self.private = False
+        self.batch: Mapping[str, Any] = {}
+        self.length: int | None = None
 
     def execute(self) -> None:
         """All steps in order."""
@@ -85,6 +98,7 @@ class _Run:
 
         with self.processes.joint():
             self.recipe = resolve_paths(self.recipe)
+        self._check_push()
         folder = self._model_folder()
         opened = partial(prepare, self.recipe, folder=folder, given=self.given)
         job = self.processes.main_first(opened)
@@ -116,6 +130,32 @@ class _Run:
         return "interrupted; no model was written."
 
     # -- steps -------------------------------------------------------------------------------
+
+    def _check_push(self) -> None:
+        """Check that the result can be pushed, before all work.
+
+        The recipe then forgets where to: who runs the saved one again does not mean to publish.
+        """
+        asked, self.private = self.recipe.push_to_hub, self.recipe.private
+        if self.private and asked is None:
+            raise RecipeError(
+                "--private: nothing is pushed; give --push-to-hub user/name, or leave --private "
+                "away."
+            )
+        self.recipe = self.recipe.model_copy(update={"push_to_hub": None, "private": False})
+        if asked is not None and not self.recipe.dry_run:
+            from ..hub import check_access
+
+            check = partial(check_access, asked, private=self.private or None)
+            self.repository = self.processes.from_main(check)
+            self.screen.line(f"The result will be pushed to {self.repository}.")
+
+    def _push(self, output: str) -> None:
+        from .publish import push_on
+
+        if self.repository is not None:
+            push = partial(push_on, self.screen, output, self.repository, private=self.private)
+            self.screen.line(f"Pushed: {self.processes.from_main(push)}")
 
     def _model_folder(self) -> str:
         """Where the model is; trains the quickstart model first if that was asked for."""
@@ -183,7 +223,8 @@ class _Run:
         )
         # Images have a size of their own; for audio the length counts the decoder's tokens.
         length = None if job.source.input == "image" else self.recipe.flops_length
-        pruner.discover(next(iter(loader)), flops_length=length)
+        self.batch, self.length = next(iter(loader)), length
+        pruner.discover(self.batch, flops_length=length)
         if job.scores is not None:
             pruner.use_scores(job.scores)
         pruner.check(self.recipe.target)
@@ -197,7 +238,7 @@ class _Run:
 
         if loader is None or job.evaluation is None:
             return None
-        with self.screen.progress(what) as report:
+        with self.processes.joint(), self.screen.progress(what) as report:
             return evaluate(
                 model, loader, job.source.task.head, total=len(job.evaluation), progress=report
             )
@@ -249,11 +290,15 @@ class _Run:
         before: Metrics | None,
     ) -> None:
         from ..checkpoint.save import loading_snippet
+        from .latency import Timing
 
+        timing = Timing(self.batch, self.length, self.processes, is_on=self.recipe.report)
+        timing.begin(pruner.model)
         model = pruner.apply(plan)
         after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")
         columns = {"before": before, "after": after}
-        document = _document(self.recipe, job)
+        document = _document(self.recipe, job, self.given)
+        document |= timing.end(model, self.screen)
         if job.recovery is not None:
             document["recovery"] = self._recover(model, job.recovery, job)
             columns["recovered"] = self._evaluate(
@@ -269,6 +314,7 @@ class _Run:
             overwrite=self.recipe.overwrite,
             document=document,
             files={"recipe.yaml": self.recipe.to_yaml()},
+            report=self.recipe.report,
         )
         if measured:
             if self.is_quickstart:
@@ -280,6 +326,7 @@ class _Run:
         self.screen.line("Load it with:")
         for line in loading_snippet(model, plan.layout, output).splitlines():
             self.screen.line(f"    {line}")
+        self._push(output)
 
     def _recover(self, model: PreTrainedModel, examples: Examples, job: Job) -> dict[str, Any]:
         """Train the cut model; the teacher is loaded again from where the original came."""
@@ -297,6 +344,8 @@ class _Run:
                 learning_rate=self.recipe.recover_learning_rate,
                 batch_size=self.recipe.recover_batch_size,
                 temperature=self.recipe.recover_temperature,
+                alpha=self.recipe.recover_alpha,
+                hidden_weight=self.recipe.recover_hidden_weight,
                 lora=self.recipe.recover_lora_rank,
                 seed=self.recipe.seed,
                 data_collator=Collator(job.source, model),
@@ -315,9 +364,14 @@ class _Run:
         return self._evaluate(model, evaluation, job, "Evaluating the reloaded model")
 
 
-def _document(recipe: Recipe, job: Job) -> dict[str, Any]:
+def _document(recipe: Recipe, job: Job, given: frozenset[str]) -> dict[str, Any]:
     """What the command adds to ``gradnas.json``, apart from what it measures."""
+    from ..report import fetch_card
+    from .options import command_line
+
+    fetch_card(job.folder, revision=recipe.revision)
     return {
+        "command": command_line(recipe, given),
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "calibration": {
             "dataset": recipe.dataset or "bundled text",

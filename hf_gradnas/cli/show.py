@@ -35,11 +35,14 @@ class Screen:
 
     Args:
         quiet: Print nothing: another process does.
+        results: Whether tables and lines go to standard output.
+        notes: Whether warnings and progress go to standard error; errors always do.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.out = _console(stderr=False, quiet=quiet)
+    def __init__(self, *, quiet: bool = False, results: bool = True, notes: bool = True) -> None:
+        self.out = _console(stderr=False, quiet=quiet or not results)
         self.err = _console(stderr=True, quiet=quiet)
+        self.notes = notes
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """One line, never broken, so that paths in it can be copied."""
@@ -47,7 +50,8 @@ class Screen:
 
     def warn(self, text: str) -> None:
         """A warning."""
-        self.err.print(Text(f"Warning: {text}", style="yellow"), soft_wrap=True)
+        if self.notes:
+            self.err.print(Text(f"Warning: {text}", style="yellow"), soft_wrap=True)
 
     def error(self, text: str) -> None:
         """An error; the run ends."""
@@ -77,7 +81,7 @@ class Screen:
         with Progress(
             *columns,
             console=self.err,
-            disable=self.err.quiet or not self.err.is_terminal,
+            disable=self.err.quiet or not self.notes or not self.err.is_terminal,
             transient=True,
         ) as bar:
             task = bar.add_task(what, total=None)
@@ -178,6 +182,18 @@ def show_metrics(screen: Screen, columns: Mapping[str, Metrics]) -> None:
             rows.append((name, *(f"{metrics.to_dict()[name]:.4f}" for metrics in columns.values())))
     title = f"Evaluation on {first.examples:,} examples"
     screen.table(title, ("metric", *columns), rows, right=len(columns))
+
+
+def show_latency(screen: Screen, latency: Mapping[str, Any]) -> None:
+    """Median time of a forward before and after, per batch size."""
+    rows = []
+    for found in latency["batches"]:
+        before, after = found["before_ms"], found["after_ms"]
+        row = (f"{found['batch_size']}", f"{before:.1f} ms", f"{after:.1f} ms")
+        rows.append((*row, f"{before / after:.2f} ×"))
+    headers = ("batch size", "before", "after", "speed-up")
+    screen.table("Latency", headers, rows, right=4)
+    screen.line(f"Median time of a forward ({latency['machine']}).")
 
 
 def _bar(share: float, width: int = 20) -> str:

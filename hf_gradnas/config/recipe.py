@@ -7,15 +7,13 @@ knows neither models nor data sets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..errors import RecipeError
-from .recipe_files import nearest, read_recipe_file
+FORMAT = 1
+"""Version of recipe files that is read and written."""
 
 _Extra = dict[str, Any]
 _MODEL: _Extra = {"panel": "Model"}
@@ -32,6 +30,20 @@ def _named(panel: _Extra, metavar: str) -> _Extra:
 
 def _default_target() -> dict[str, float | str]:
     return {"flops": "60%"}
+
+
+class Training(BaseModel):
+    """How `GradNASCallback` prunes while a model trains; see there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    when: Literal["begin", "gradual", "end"] = "end"
+    schedule: Literal["cubic", "linear"] = "cubic"
+    start_ratio: float = 0.1
+    end_ratio: float = 0.7
+    stages: int = 10
+    mask: Literal["soft", "hard"] = "soft"
+    scores_from: Literal["private", "training"] = "private"
 
 
 class Recipe(BaseModel):
@@ -168,14 +180,10 @@ class Recipe(BaseModel):
         json_schema_extra=_PLAN,
     )
     score: Literal["fisher", "gradnas", "taylor", "magnitude", "random"] = Field(
-        default="fisher",
-        description="How heads and neurons are scored.",
-        json_schema_extra=_PLAN,
+        default="fisher", description="How heads and neurons are scored.", json_schema_extra=_PLAN
     )
     search: Literal["lagrangian", "binary"] = Field(
-        default="lagrangian",
-        description="How the plan is found.",
-        json_schema_extra=_PLAN,
+        default="lagrangian", description="How the plan is found.", json_schema_extra=_PLAN
     )
     layout: Literal["auto", "stock", "per_layer"] = Field(
         default="auto",
@@ -215,6 +223,7 @@ class Recipe(BaseModel):
     recover_epochs: float = Field(
         default=0.0,
         ge=0,
+        allow_inf_nan=False,
         description="Train the pruned model for so many epochs of --dataset, with the original as "
         "its teacher; 0 does not. The original is loaded a second time for it.",
         json_schema_extra=_named(_RECOVERY, "NUMBER"),
@@ -226,19 +235,40 @@ class Recipe(BaseModel):
         json_schema_extra=_RECOVERY,
     )
     recover_batch_size: int = Field(
-        default=32, ge=1, description="Examples per training step.", json_schema_extra=_RECOVERY
+        default=32,
+        ge=1,
+        description="Examples per training step and process.",
+        json_schema_extra=_RECOVERY,
     )
     recover_learning_rate: float | None = Field(
         default=None,
         gt=0,
+        allow_inf_nan=False,
         description="Highest learning rate of recovery. Default: 1e-4, or 1e-3 with LoRA.",
         json_schema_extra=_named(_RECOVERY, "NUMBER"),
     )
     recover_temperature: float = Field(
         default=2.0,
         gt=0,
-        description="Temperature of the teacher's predictions; where the data has labels, these "
-        "count as much as the teacher.",
+        allow_inf_nan=False,
+        description="Softens the predictions of both models where they are compared; above 1, "
+        "unlikely answers of the teacher count for more.",
+        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+    )
+    recover_alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the teacher's predictions in the loss; the rest is that of the "
+        "labels. Data without labels is learnt from the teacher alone.",
+        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+    )
+    recover_hidden_weight: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the difference between the hidden states of the two models; 0 does "
+        "not compare them.",
         json_schema_extra=_named(_RECOVERY, "NUMBER"),
     )
     recover_lora_rank: int | None = Field(
@@ -247,6 +277,13 @@ class Recipe(BaseModel):
         description="Train adapters of this rank with PEFT, merged at the end, instead of all "
         "weights.",
         json_schema_extra=_RECOVERY,
+    )
+
+    training: Training | None = Field(
+        default=None,
+        description="For GradNASCallback.from_recipe, not for the command: when, schedule, "
+        "start_ratio, end_ratio, stages, mask, scores_from.",
+        json_schema_extra=_named({"panel": "Training"}, "MAPPING"),
     )
 
     output: str | None = Field(
@@ -263,6 +300,19 @@ class Recipe(BaseModel):
         default=False,
         description="Replace an output folder that exists.",
         json_schema_extra=_OUTPUT,
+    )
+    report: bool = Field(
+        default=True,
+        description="Write tables and pictures of scores, widths, costs and latencies to report/.",
+        json_schema_extra=_OUTPUT,
+    )
+    push_to_hub: str | None = Field(
+        default=None,
+        description="Repository of the Hub to push the result to; made if it is not there.",
+        json_schema_extra=_named(_OUTPUT, "USER/NAME"),
+    )
+    private: bool = Field(
+        default=False, description="Make the repository private.", json_schema_extra=_OUTPUT
     )
 
     @field_validator("target", mode="before")
@@ -296,71 +346,3 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """The recipe as YAML; options that are None are left out."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
-
-
-def build_recipe(
-    flags: Mapping[str, Any], *, settings: Iterable[str] = (), file: str | Path | None = None
-) -> Recipe:
-    """Merge flags over ``KEY=VALUE`` settings over a YAML file over the defaults.
-
-    Args:
-        flags: Options that were given on the command line, by field name.
-        settings: ``KEY=VALUE`` strings; the value is read as YAML, ``target.flops=50%`` sets one
-            entry of a mapping.
-        file: YAML file, or the name of a recipe that ships with the package.
-
-    Raises:
-        RecipeError: A file, key or value that cannot be used; the message names the nearest key.
-    """
-    values = read_recipe_file(file) if file is not None else {}
-    _refuse_unknown(values, where=f"recipe {file}")
-    for setting in settings:
-        _apply_setting(values, setting)
-    values.update(flags)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
-
-
-def _apply_setting(values: dict[str, Any], setting: str) -> None:
-    key, separator, text = setting.partition("=")
-    if not separator:
-        raise RecipeError(f"--set {setting}: is not of the form KEY=VALUE, e.g. batch_size=8.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"--set {setting}: {text!r} is not a YAML value ({error}); quote it."
-        ) from error
-    name, _, entry = key.strip().replace("-", "_").partition(".")
-    _refuse_unknown([name], where=f"--set {setting}")
-    if entry:
-        previous = values.get(name)
-        values[name] = {**(previous if isinstance(previous, dict) else {}), entry: value}
-    else:
-        values[name] = value
-
-
-def _refuse_unknown(keys: Iterable[str], *, where: str) -> None:
-    known = Recipe.model_fields
-    for key in keys:
-        if key not in known:
-            raise RecipeError(
-                f"{where}: unknown option {key!r}{nearest(key, known)}; "
-                f"options are {', '.join(known)}."
-            )
-
-
-def _explain(error: ValidationError) -> str:
-    parts = []
-    for problem in error.errors():
-        name = str(problem["loc"][0]) if problem["loc"] else "recipe"
-        flag = "--" + name.replace("_", "-")
-        if problem["type"] == "missing":
-            parts.append(f"{flag}: is missing; give it as a flag or in a recipe.")
-            continue
-        message = problem["msg"].removeprefix("Value error, ")
-        needed = Recipe.model_fields[name].description if name in Recipe.model_fields else ""
-        parts.append(f"{flag}: {message} (found {problem['input']!r}). {needed}".rstrip())
-    return "\n".join(parts)

@@ -1,0 +1,121 @@
+"""Saves a pruned model together with its model card and report.
+
+Knows what a report has to be told of a model; what it says and shows is made by `report`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import GradNASWarning
+from ..report import find_origin, report_files, summarise
+from ..structure.modeling_gradnas import auto_class_name
+from ..types import CostModel, Plan, Scores, Structure
+from .save import loading_snippet, save_pruned, stock_class, versions
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a pruner found out about its model.
+
+    Attributes:
+        plan: What was cut.
+        structure: What could be.
+        costs: Closed forms of the costs.
+        totals: Costs of the whole model.
+        scores: What the plan was made from, if it is known.
+    """
+
+    plan: Plan
+    structure: Structure
+    costs: Mapping[str, CostModel]
+    totals: Mapping[str, float]
+    scores: Scores | None
+
+    def document(self, more: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Content of ``gradnas.json``."""
+        metadata = {} if self.scores is None else dict(self.scores.metadata)
+        return {"totals": self.totals, "scores": metadata, **(more or {})}
+
+
+def save_with_report(
+    model: PreTrainedModel,
+    directory: str | Path,
+    findings: Findings,
+    *,
+    document: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+    report: bool = True,
+    **options: Any,
+) -> Path:
+    """Write model, ``gradnas.json``, model card and report, all or nothing.
+
+    Args:
+        model: A cut model, its config rewritten.
+        directory: Target folder.
+        findings: What is known of it.
+        document: More to keep in ``gradnas.json``; the card tells of what it knows in it.
+        files: Further files by path.
+        report: Write the folder of the report; the card comes in any case.
+        **options: Further arguments of `save_pruned`.
+
+    Raises:
+        CheckpointError: As of `save_pruned`.
+    """
+    content = findings.document(document)
+    told: dict[str, str | bytes] = {}
+    try:
+        told = describe(model, Path(directory).resolve().name, findings, content, pictures=report)
+    except Exception as error:  # whatever a picture does, a model that took hours is saved
+        warnings.warn(
+            f"report: could not be made ({type(error).__name__}: {error}), so that the checkpoint "
+            "comes without model card and report; report it with the model's class.",
+            GradNASWarning,
+            stacklevel=2,
+        )
+    return save_pruned(
+        model,
+        directory,
+        plan=findings.plan,
+        document=content,
+        files={**told, **(files or {})},
+        **options,
+    )
+
+
+def describe(
+    model: PreTrainedModel,
+    name: str,
+    findings: Findings,
+    document: Mapping[str, Any],
+    *,
+    pictures: bool = True,
+) -> dict[str, str | bytes]:
+    """Card and report of a cut model that is called `name`, by path."""
+    origin = find_origin(model.name_or_path, revision=document.get("recipe", {}).get("revision"))
+    stock = stock_class(model)
+    summary = summarise(
+        findings.plan,
+        findings.structure,
+        costs=findings.costs,
+        document=document,
+        name=name,
+        model=stock.__name__,
+        base_model=origin.base_model,
+        versions=versions(),
+    )
+    return report_files(
+        summary,
+        findings.plan,
+        findings.scores,
+        origin,
+        auto_class=auto_class_name(stock),
+        loading=loading_snippet(model, findings.plan.layout, name),
+        pictures=pictures,
+    )

@@ -1,0 +1,346 @@
+"""The inspect command: what can be pruned, what is refused and why, and how far budgets reach."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.budgets import format_amount
+from ..config.recipe import Recipe
+from ..config.recipe_building import build_recipe
+from ..config.rules import Rules, check_rules, parse_rules, rule_for
+from ..errors import GradNASError, RecipeError, StructureError
+from ..types import Axis, Budget, CostModel, StockSpace, Structure
+from .show import Screen, quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .loading import Source
+
+DONE, NOTHING, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+LAYOUTS = ("per_layer", "stock")
+_REFUSALS_SHOWN = 40
+_MISSING_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that is known of a model before anything is scored.
+
+    Attributes:
+        source: Config, class and task.
+        structure: Proved axes, and what was refused.
+        rules: What may be pruned, and how far.
+        layout: The one that pruning would choose, or that was asked for.
+        layout_reason: Why, as a sentence.
+        stock: What the unmodified class can express.
+        totals: Costs of the model as it is.
+        costs: Closed forms of the costs, of the layout that was chosen.
+        lowest: Lowest reachable value per cost, per layout; without ``stock`` where that class can
+            express nothing.
+        flops_length: Tokens that FLOPs are counted for; None without tokens.
+        notes: What a user should know of the input and the weights.
+    """
+
+    source: Source
+    structure: Structure
+    rules: Rules
+    layout: str
+    layout_reason: str
+    stock: StockSpace
+    totals: Mapping[str, float]
+    costs: Mapping[str, CostModel]
+    lowest: Mapping[str, Mapping[str, float]]
+    flops_length: int | None
+    notes: tuple[str, ...] = ()
+
+    def unit_cost(self, axis: Axis, cost: str) -> float:
+        """What the whole model saves if one unit of `axis` goes, and nothing else."""
+        sizes = {other.name: other.size for other in self.structure.axes}
+        model = self.costs[cost]
+        return model.of(sizes) - model.of({**sizes, axis.name: axis.size - 1})
+
+    def is_kept(self, axis: Axis) -> bool:
+        """Whether rules keep an axis as it is."""
+        return rule_for(axis.module, self.rules) is None
+
+
+def inspect_from_options(
+    flags: Mapping[str, Any], *, as_json: bool = False, quiet: bool = False
+) -> int:
+    """Run the command with the options that were given; errors become a message and a code.
+
+    Args:
+        flags: Options by field name of `Recipe`.
+        as_json: Write one JSON object to standard output, and nothing else.
+        quiet: No warnings and no progress.
+
+    Returns:
+        0 done, 1 nothing in the model can be pruned, 2 bad input, 130 interrupted.
+    """
+    screen = Screen(results=not as_json, notes=not quiet)
+    try:
+        recipe = build_recipe(flags)
+        with quiet_libraries(screen):
+            found = inspect_recipe(recipe, given=frozenset(flags))
+    except KeyboardInterrupt:
+        screen.error("interrupted; nothing was changed.")
+        return INTERRUPTED
+    except GradNASError as error:
+        screen.error(str(error))
+        return NOTHING if isinstance(error, _NothingError) else BAD_INPUT
+    for note in found.notes:
+        screen.warn(note)
+    if as_json:
+        sys.stdout.write(json.dumps(to_dict(found, recipe), indent=1) + "\n")
+    else:
+        show(screen, found, recipe)
+    return DONE
+
+
+class _NothingError(StructureError):
+    """Nothing in the model can be pruned."""
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def inspect_recipe(recipe: Recipe, *, given: frozenset[str] = frozenset()) -> Inspection:
+    """Load the model of a recipe and look at it.
+
+    Args:
+        recipe: Its model, layout, rules and, if it names one, data.
+        given: Names of the options that were given.
+
+    Raises:
+        RecipeError: The model or an option cannot be used.
+        DataError: The data does not fit the model.
+        StructureError: Nothing can be pruned, or a glob matches nothing.
+        PlanError: Layout ``stock`` was asked for, and the class can express nothing.
+    """
+    from .loading import load_model, open_source, resolve_max_length
+    from .quickstart import NAME
+
+    if recipe.model == NAME:
+        raise RecipeError(
+            f"--model {NAME}: is trained by prune only; inspect the folder that it leaves."
+        )
+    folder = str(Path(recipe.model).expanduser())
+    folder = folder if Path(folder).exists() else recipe.model
+    if recipe.dataset is not None:
+        source, model, missing, batch, length = _with_data(recipe, folder, given)
+    else:
+        from .sample import random_batch
+
+        source = open_source(recipe, folder, needs_processor=False)
+        max_length = resolve_max_length(recipe, source)
+        model, missing = load_model(recipe, source, folder)
+        batch = random_batch(source, model, max_length=max_length, seed=recipe.seed)
+        length = recipe.flops_length or max_length
+    has_tokens = source.input == "text" or bool(source.config.is_encoder_decoder)
+    notes = []
+    if missing:
+        shown = ", ".join(missing[:_MISSING_SHOWN]) + (", …" if missing[_MISSING_SHOWN:] else "")
+        notes.append(f"the checkpoint has no weights for {shown}; they are random")
+    return inspect_model(
+        model,
+        batch,
+        source,
+        layout=recipe.layout,
+        rules=parse_rules(recipe.rules()),
+        flops_length=length if has_tokens else None,
+        notes=tuple(notes),
+    )
+
+
+def _with_data(
+    recipe: Recipe, folder: str, given: frozenset[str]
+) -> tuple[Source, PreTrainedModel, list[str], Mapping[str, Any], int | None]:
+    """The same with the first examples of a data set in place of random input."""
+    from .examples import make_loader
+    from .loading import load_model
+    from .preparation import prepare
+    from .sample import EXAMPLES
+
+    few = recipe.model_copy(update={"num_examples": EXAMPLES})
+    job = prepare(few, folder=folder, given=given)
+    model, missing = load_model(job.recipe, job.source, folder)
+    loader = make_loader(job.calibration, job.source, model, batch_size=EXAMPLES)
+    return job.source, model, missing, next(iter(loader)), job.recipe.flops_length
+
+
+def inspect_model(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    source: Source,
+    *,
+    layout: str = "auto",
+    rules: Rules | None = None,
+    flops_length: int | None = None,
+    notes: tuple[str, ...] = (),
+) -> Inspection:
+    """Find and prove the axes, decide the layout, and count costs in all layouts.
+
+    The same steps as `GradNASPruner.discover`, which keeps one layout only.
+
+    Raises:
+        StructureError: Nothing can be pruned, or a glob matches nothing.
+        PlanError: Layout ``stock`` was asked for, and the class can express nothing.
+    """
+    from ..scores.batches import to_device
+    from ..structure.config_keys import find_stock_space, layout_for
+    from ..structure.counting import count_costs, original_totals
+    from ..structure.samples import flops_inputs
+    from ..verification import find_structure
+
+    rules = rules or {}
+    batch = to_device(batch, model)
+    try:
+        structure = find_structure(model, batch)
+    except StructureError as error:
+        raise _NothingError(str(error)) from error
+    check_rules(rules, structure)
+    stock = find_stock_space(model, structure)
+    allowed = [axis for axis in structure.axes if rule_for(axis.module, rules) is not None]
+    chosen, reason = layout_for(stock, allowed, requested=layout)
+    sample = flops_inputs(batch, flops_length, decoder=bool(model.config.is_encoder_decoder))
+    costs = {name: count_costs(model, structure, sample, layout=name) for name in LAYOUTS}
+    return Inspection(
+        source,
+        structure,
+        rules,
+        chosen,
+        reason,
+        stock,
+        original_totals(costs[chosen], structure, model),
+        costs[chosen],
+        {
+            name: _lowest(structure, forms, layout=name, rules=rules, stock=stock)
+            for name, forms in costs.items()
+            if name == "per_layer" or stock.groups
+        },
+        flops_length,
+        notes,
+    )
+
+
+def _lowest(
+    structure: Structure,
+    costs: Mapping[str, CostModel],
+    *,
+    layout: str,
+    rules: Rules,
+    stock: StockSpace,
+) -> dict[str, float]:
+    """Lowest value of each cost, as if it were the only one that is limited."""
+    from ..search.solver import lowest_costs
+
+    lowest: dict[str, float] = {}
+    for name in costs:
+        only = Budget(cost=name, limit=0.0, total=1.0)
+        lowest |= lowest_costs(
+            structure.axes, costs, layout=layout, rules=rules, stock=stock, budgets=[only]
+        )
+    return lowest
+
+
+# --- saying ---------------------------------------------------------------------------------------
+
+
+def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
+    """Tables for people."""
+    source, length = found.source, found.flops_length
+    screen.line(f"{source.cls.__name__} ({recipe.model}), input: {_input(recipe, found)}.")
+    rows = []
+    for axis in found.structure.axes:
+        units = [format_amount(found.unit_cost(axis, name)) for name in found.costs]
+        state = "proved, kept by --exclude" if found.is_kept(axis) else "proved"
+        kind = str(axis.kind)
+        rows.append((axis.module, kind, state, str(axis.size), str(axis.width), *units))
+    headers = ("module", "axis", "state", "units", "width", *(f"{c}/unit" for c in found.costs))
+    screen.table("Axes", headers, rows, right=3 + len(found.costs) - 1)
+    refusals = found.structure.refusals
+    if refusals:
+        told = [(r.module, r.kind, r.reason) for r in refusals[:_REFUSALS_SHOWN]]
+        hidden = len(refusals) - len(told)
+        told += [(f"and {hidden} more (all with --json)", "", "")] if hidden else []
+        screen.table("Seen but not pruned", ("module", "kind", "reason"), told)
+    screen.line(found.layout_reason or f"Layout {found.layout}, as asked.")
+    if "stock" not in found.lowest:
+        screen.line(f"Layout stock is not possible: {_first_reason(found)}.")
+    screen.line()
+    table = []
+    for name, total in found.totals.items():
+        reached = (found.lowest.get(layout) for layout in LAYOUTS)
+        cells = (_amount(lowest[name], total) if lowest else "-" for lowest in reached)
+        table.append((name, format_amount(total), *cells))
+    headers = ("cost", "now", *(f"lowest {layout}" for layout in LAYOUTS))
+    screen.table("Costs and lowest budgets", headers, table, right=1 + len(LAYOUTS))
+    if length:
+        screen.line(f"FLOPs are counted for {length} tokens (--flops-length).")
+
+
+def to_dict(found: Inspection, recipe: Recipe) -> dict[str, Any]:
+    """The same, complete, for machines; ready for JSON."""
+    axes = [
+        {
+            "name": axis.name,
+            "module": axis.module,
+            "kind": str(axis.kind),
+            "units": axis.size,
+            "width": axis.width,
+            "minimum": axis.minimum,
+            "parent": axis.parent,
+            "proved": True,
+            "kept_by_rules": found.is_kept(axis),
+            "cost_per_unit": {name: found.unit_cost(axis, name) for name in found.costs},
+            "not_in_stock": found.stock.refused.get(axis.name),
+        }
+        for axis in found.structure.axes
+    ]
+    refusals = [
+        {"module": r.module, "kind": str(r.kind), "proved": False, "reason": r.reason}
+        for r in found.structure.refusals
+    ]
+    lowest = {
+        layout: {
+            name: {"amount": amount, "ratio": amount / found.totals[name]}
+            for name, amount in costs.items()
+        }
+        for layout, costs in found.lowest.items()
+    }
+    return {
+        "model": recipe.model,
+        "class": found.source.cls.__name__,
+        "input": _input(recipe, found),
+        "flops_length": found.flops_length,
+        "layout": {
+            "chosen": found.layout,
+            "reason": found.layout_reason,
+            "stock_possible": "stock" in found.lowest,
+        },
+        "totals": dict(found.totals),
+        "lowest": {layout: lowest.get(layout) for layout in LAYOUTS},
+        "axes": axes,
+        "refused": refusals,
+        "notes": list(found.notes),
+    }
+
+
+def _input(recipe: Recipe, found: Inspection) -> str:
+    return recipe.dataset or f"random {found.source.input}"
+
+
+def _amount(lowest: float, total: float) -> str:
+    percent = math.ceil(lowest / total * 1e4) / 1e2  # rounded up, so that asking for it succeeds
+    return f"{format_amount(lowest)} ({percent:.2f}%)"
+
+
+def _first_reason(found: Inspection) -> str:
+    return next(iter(found.stock.refused.values()), "no axis is left to prune")

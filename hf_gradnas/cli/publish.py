@@ -1,0 +1,86 @@
+"""Pushes a saved model to the Hub: the push command, and the end of the prune command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import HubError
+from .show import Screen
+
+if TYPE_CHECKING:
+    from ..hub import Pushed
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def push_from_arguments(
+    folder: str, repo_id: str, *, private: bool, message: str, branch: str
+) -> int:
+    """Run the push command; errors become a message and a code.
+
+    Returns:
+        0 done, 1 the push failed, 2 it cannot be made, 130 interrupted.
+    """
+    from ..hub import check_access, saved_files
+
+    screen, code = Screen(), BAD_INPUT
+    try:
+        saved_files(Path(folder))
+        repo_id = check_access(repo_id, private=private or None)
+        code = FAILED
+        pushed = push_on(screen, folder, repo_id, private=private, message=message, branch=branch)
+    except KeyboardInterrupt:
+        screen.error(f"interrupted; {folder} is as it was, and {repo_id} got no half commit.")
+        return INTERRUPTED
+    except HubError as error:
+        screen.error(str(error))
+        return code
+    screen.line(f"Pushed: {pushed}")
+    return DONE
+
+
+def push_on(
+    screen: Screen,
+    folder: str,
+    repo_id: str,
+    *,
+    private: bool,
+    message: str = "",
+    branch: str = "main",
+) -> Pushed:
+    """Push a folder, with the client's progress bars where `screen` is a terminal.
+
+    Raises:
+        HubError: It failed; the message says what to do.
+    """
+    from ..hub import push
+
+    with _bars(shown=screen.err.is_terminal and not screen.err.quiet):
+        return push(
+            folder,
+            repo_id,
+            private=private or None,
+            commit_message=message or None,
+            revision=None if branch == "main" else branch,
+        )
+
+
+@contextmanager
+def _bars(*, shown: bool) -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -1,0 +1,333 @@
+"""The verify command: does a saved checkpoint still hold what it held, and does it load?
+
+Every way of loading is tried in a process of its own. Code of the checkpoint runs there only if it
+is byte by byte the file that this hf_gradnas writes, or with ``--trust-remote-code``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, GradNASError, RecipeError
+from .show import Screen, quiet_libraries
+
+if TYPE_CHECKING:
+    from ..checkpoint.reference import Reference
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+PACKAGE = __name__.split(".", maxsplit=1)[0]
+CODE = "modeling_gradnas"
+PLAIN = f"plain Transformers, without {PACKAGE}"
+REMOTE = f"trust_remote_code=True, without {PACKAGE}"
+IMPORTED = f"import {PACKAGE}"
+# Run before anything is imported: the parent's import path, and what must not be imported.
+_BOOT = """
+import json, runpy, sys
+with open(sys.argv[1], encoding="utf-8") as file:
+    job = json.load(file)
+sys.path[:] = job["path"]
+sys.modules.update(dict.fromkeys(job["blocks"]))
+runpy.run_path(job["script"], run_name="__main__")
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Outcome of one check.
+
+    Attributes:
+        what: A file's name, or a way of loading.
+        passed: None: it was left out.
+        found: What was found, in words.
+        difference: Largest difference from the reference outputs, where they were compared.
+        limit: Largest one that is accepted.
+    """
+
+    what: str
+    passed: bool | None
+    found: str
+    difference: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A way of loading: the name of the class, and whether hf_gradnas and remote code take part."""
+
+    name: str
+    loader: str
+    imports: bool
+    trust: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """What a checkpoint folder says of itself."""
+
+    folder: Path
+    layout: str
+    digests: Mapping[str, str]
+    reference: Reference
+    auto_map: Mapping[str, str]
+
+
+def verify_from_options(
+    folder: str,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    as_json: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Run the command; errors become a message and a code.
+
+    Args:
+        folder: The checkpoint.
+        device: Where to run it; None: on the kind of device it was saved from, else the CPU.
+        trust_remote_code: Run whatever code is in the folder.
+        as_json: Write one JSON object to standard output, and nothing else.
+        quiet: Print errors only (and the JSON object).
+
+    Returns:
+        0 all is as it was saved, 1 something differs, 2 bad input, 130 interrupted.
+    """
+    screen = Screen(results=not (as_json or quiet), notes=not quiet)
+    try:
+        with quiet_libraries(screen):
+            saved = read_saved(Path(folder).expanduser().resolve())
+            _check_device(device)
+            checks = list(verify(saved, device=device, trust_remote_code=trust_remote_code))
+    except KeyboardInterrupt:
+        screen.error("interrupted; nothing was changed.")
+        return INTERRUPTED
+    except GradNASError as error:
+        screen.error(str(error))
+        return BAD_INPUT
+    failed = [check for check in checks if check.passed is False]
+    if as_json:
+        answer = {"folder": folder, "layout": saved.layout, "verified": not failed}
+        answer["checks"] = [asdict(check) for check in checks]
+        sys.stdout.write(json.dumps(answer, indent=1) + "\n")
+    rows = [(check.what, _WORDS[check.passed], check.found) for check in checks]
+    screen.line(f"{folder}, layout {saved.layout}:")
+    screen.table("Checks", ("file or way of loading", "result", "found"), rows)
+    for check in failed:
+        screen.error(f"{folder}: {check.what}: {check.found}.")
+    if failed:
+        screen.error("verification failed; restore these files, or prune again.")
+        return FAILED
+    screen.line("Verified: the checkpoint is as it was saved.")
+    return DONE
+
+
+_WORDS = {True: "as saved", False: "DIFFERS", None: "left out"}
+
+
+def read_saved(folder: Path) -> _Saved:
+    """Read what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: The folder is no pruned checkpoint, or one that keeps nothing to compare.
+    """
+    from ..checkpoint.reference import Reference
+    from ..checkpoint.save import DOCUMENT, FORMAT_VERSION
+
+    document = _read_json(folder / DOCUMENT)
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / DOCUMENT}: format_version is {version!r}, this {PACKAGE} reads "
+            f"{FORMAT_VERSION}; upgrade {PACKAGE}."
+        )
+    if "sha256" not in document or "reference" not in document:
+        raise CheckpointError(
+            f"{folder / DOCUMENT}: holds no digests and no reference outputs, as the checkpoint "
+            f"was written by an older {PACKAGE}, so there is nothing to compare with; save it "
+            "again (hf-gradnas prune --recipe recipe.yaml makes it from the recipe beside it)."
+        )
+    config = _read_json(folder / "config.json")
+    layout = str(document.get("plan", {}).get("layout"))
+    reference = Reference.from_dict(document["reference"])
+    return _Saved(folder, layout, document["sha256"], reference, config.get("auto_map") or {})
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); give another, "
+            "or leave it away."
+        ) from error
+
+
+def verify(
+    saved: _Saved, *, device: str | None = None, trust_remote_code: bool = False
+) -> Iterator[Check]:
+    """Compare all files, then load in every way and compare outputs; changed files are not loaded.
+
+    Raises:
+        CheckpointError: The checkpoint's class is not in Transformers, and its code not trusted.
+    """
+    from ..checkpoint.reference import file_digests
+
+    wanted, found = saved.digests, file_digests(saved.folder)
+    files = [
+        Check(name, found.get(name) == wanted.get(name), _say(wanted.get(name), found.get(name)))
+        for name in sorted({*wanted, *found})
+    ]
+    yield from files
+    for route in routes(saved, trust_remote_code=trust_remote_code):
+        changed = not all(check.passed for check in files)
+        if changed or _needs_trust(route, saved, trust_remote_code=trust_remote_code):
+            why = "files differ" if changed else _UNKNOWN_CODE
+            yield Check(route.name, None, f"not loaded: {why}")
+        else:
+            yield _check_route(route, saved, device, online=trust_remote_code)
+
+
+_UNKNOWN_CODE = (
+    f"{CODE}.py is not the one of this {PACKAGE}; --trust-remote-code runs it nevertheless"
+)
+
+
+def routes(saved: _Saved, *, trust_remote_code: bool) -> list[Route]:
+    """All ways in which a checkpoint is meant to be loaded.
+
+    Raises:
+        CheckpointError: Only remote code of the original's author could load it.
+    """
+    import transformers
+
+    name, per_layer = saved.reference.model_class, saved.layout == "per_layer"
+    if not hasattr(transformers, name):
+        auto = _auto_class(saved, f".{name}")
+        if auto is None or not trust_remote_code:
+            raise CheckpointError(
+                f"{saved.folder}: its class {name} is not in Transformers; "
+                + ("--trust-remote-code runs the code that loads it." if auto else "")
+                + ("" if auto else "load it where that class is defined.")
+            )
+        return [Route(IMPORTED if per_layer else PLAIN, auto, per_layer, True)]
+    if not per_layer:
+        return [Route(PLAIN, name, False, False)]
+    auto = _auto_class(saved, f"{CODE}.{name}")
+    remote = [Route(REMOTE, auto, False, True)] if auto else []
+    return [*remote, Route(IMPORTED, name, True, False)]
+
+
+def _auto_class(saved: _Saved, target: str) -> str | None:
+    found = (auto for auto, to in saved.auto_map.items() if str(to).endswith(target))
+    return next((auto for auto in found if auto.startswith("AutoModel")), None)
+
+
+def _needs_trust(route: Route, saved: _Saved, *, trust_remote_code: bool) -> bool:
+    """Whether a route would run code that is not this hf_gradnas's own."""
+    from ..checkpoint.reference import sha256
+    from ..structure import modeling_gradnas
+
+    if trust_remote_code or not route.trust:
+        return False
+    others = [to for to in saved.auto_map.values() if not str(to).startswith(f"{CODE}.")]
+    own = sha256(Path(modeling_gradnas.__file__))
+    return bool(others) or saved.digests.get(f"{CODE}.py") != own
+
+
+def _check_route(route: Route, saved: _Saved, device: str | None, *, online: bool) -> Check:
+    from ..checkpoint.reference import output_difference, output_limit
+
+    result = replay(route, saved, device, online=online)
+    if isinstance(result, str):
+        return Check(route.name, False, f"does not load and run ({result})")
+    if result["wrong"]:
+        kinds = "; ".join(f"{kind} {items[:4]}" for kind, items in result["wrong"].items())
+        return Check(route.name, False, f"loads only in part ({kinds})")
+    output = saved.reference.output
+    if output is None:
+        return Check(route.name, True, "loads whole; no reference outputs were kept")
+    limit = output_limit(saved.reference, result["device"])
+    difference = output_difference(output, result["output"])
+    where = f"{output['name']} on {result['device']}"
+    if math.isnan(difference):
+        return Check(route.name, False, f"{where}: another shape, or not finite as before")
+    found = f"{where}: {difference:.2g} apart, at most {limit:.2g} is allowed"
+    return Check(route.name, difference <= limit, found, difference, limit)
+
+
+def replay(
+    route: Route, saved: _Saved, device: str | None, *, online: bool = False
+) -> dict[str, Any] | str:
+    """Load and run a checkpoint in a new process.
+
+    Returns:
+        What `checkpoint.replay` wrote; or the last line of its error.
+    """
+    from ..checkpoint import replay as script
+
+    reference = saved.reference
+    job = {
+        "path": [str(Path(entry).resolve()) if entry == "" else entry for entry in sys.path],
+        "blocks": [] if route.imports else [PACKAGE],
+        "imports": [PACKAGE] if route.imports else [],
+        "script": script.__file__,
+        "folder": str(saved.folder),
+        "loader": route.loader,
+        "trust_remote_code": route.trust,
+        "dtype": reference.dtype,
+        "attention": reference.attention,
+        "device": device or reference.device,
+        "device_is_required": device is not None,
+        "inputs": reference.inputs,
+    }
+    with tempfile.TemporaryDirectory(prefix="hf_gradnas-") as name:
+        here = Path(name)
+        (here / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        # A module cache of its own: the file that is beside the weights runs, no older copy of it.
+        settings = {**os.environ, "HF_MODULES_CACHE": str(here / "modules")}
+        if not online:
+            settings["HF_HUB_OFFLINE"] = "1"
+        done = subprocess.run(
+            [sys.executable, "-c", _BOOT, str(here / "job.json"), str(here / "result.json")],
+            capture_output=True,
+            check=False,
+            text=True,
+            env=settings,
+        )
+        if done.returncode == 0:
+            result: dict[str, Any] = json.loads((here / "result.json").read_text(encoding="utf-8"))
+            return result
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def _say(wanted: str | None, found: str | None) -> str:
+    if wanted is None:
+        return "was not there when the checkpoint was saved"
+    if found is None:
+        return "is missing"
+    same = "SHA-256 " + wanted[:12] + "…"
+    return same if found == wanted else f"SHA-256 is {found[:12]}…, was {wanted[:12]}…"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error}); give the folder of a checkpoint that {PACKAGE} "
+            "saved."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds no JSON object; restore it, or prune again.")
+    return content

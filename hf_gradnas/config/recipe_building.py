@@ -1,0 +1,127 @@
+"""From flags, settings and a file to one recipe: which beats which, and what is said of slips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import RecipeError
+from .recipe import FORMAT, Recipe
+from .recipe_files import nearest, read_recipe_file
+
+# Options that describe a data set, and go with it.
+OF_DATASET = {
+    "split",
+    "text_column",
+    "label_column",
+    "target_column",
+    "image_column",
+    "audio_column",
+}
+OF_EVALUATION = {"eval_split"}
+
+
+def build_recipe(
+    flags: Mapping[str, Any], *, settings: Iterable[str] = (), file: str | Path | None = None
+) -> Recipe:
+    """Merge flags over ``KEY=VALUE`` settings over a YAML file over the defaults.
+
+    Args:
+        flags: Options that were given on the command line, by field name.
+        settings: ``KEY=VALUE`` strings; the value is read as YAML, ``target.flops=50%`` sets one
+            entry of a mapping.
+        file: YAML file, or the name of a recipe that ships with the package.
+
+    A data set that is given here and in the file stands for itself: the file's split and columns
+    belong to its own.
+
+    Raises:
+        RecipeError: A file, key or value that cannot be used; the message names the nearest key.
+    """
+    settings = list(settings)
+    values = read_recipe_file(file) if file is not None else {}
+    _check_format(values, where=f"recipe {file}")
+    _refuse_unknown(values, where=f"recipe {file}")
+    for key in _of_replaced({*flags, *map(_name_of, settings)}, values):
+        values.pop(key, None)
+    for setting in settings:
+        _apply_setting(values, setting)
+    values.update(flags)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def _check_format(values: Mapping[str, Any], *, where: str) -> None:
+    """Say first that a file is newer, since its options may be unknown."""
+    found, known = values.get("format_version", FORMAT), FORMAT
+    if isinstance(found, int) and found > known:
+        raise RecipeError(
+            f"{where}: is written in format {found}, newer than the {known} that this version of "
+            "hf_gradnas reads; update hf_gradnas (pip install -U hf_gradnas)."
+        )
+
+
+def _of_replaced(given: set[str], values: Mapping[str, Any]) -> set[str]:
+    """Options of a file that describe a data set which is not used."""
+    gone: set[str] = set()
+    if "dataset" in given and "dataset" in values:
+        gone |= OF_DATASET
+        if "eval_dataset" not in values:  # evaluated on another split of the same
+            gone |= OF_EVALUATION
+    if "eval_dataset" in given:
+        gone |= OF_EVALUATION
+    return gone
+
+
+def _name_of(setting: str) -> str:
+    """Option that a ``KEY=VALUE`` sets."""
+    return setting.partition("=")[0].strip().replace("-", "_").partition(".")[0]
+
+
+def _apply_setting(values: dict[str, Any], setting: str) -> None:
+    key, separator, text = setting.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {setting}: is not of the form KEY=VALUE, e.g. batch_size=8.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {setting}: {text!r} is not a YAML value ({error}); quote it."
+        ) from error
+    name, entry = _name_of(setting), key.strip().partition(".")[2]
+    _refuse_unknown([name], where=f"--set {setting}")
+    if entry:
+        previous = values.get(name)
+        values[name] = {**(previous if isinstance(previous, dict) else {}), entry: value}
+    else:
+        values[name] = value
+
+
+def _refuse_unknown(keys: Iterable[str], *, where: str) -> None:
+    known = Recipe.model_fields
+    for key in keys:
+        if key not in known:
+            raise RecipeError(
+                f"{where}: unknown option {key!r}{nearest(key, known)}; "
+                f"options are {', '.join(known)}."
+            )
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else "recipe"
+        flag = "--" + name.replace("_", "-")
+        if problem["type"] == "missing":
+            parts.append(f"{flag}: is missing; give it as a flag or in a recipe.")
+            continue
+        message = problem["msg"].removeprefix("Value error, ")
+        needed = Recipe.model_fields[name].description if name in Recipe.model_fields else ""
+        parts.append(f"{flag}: {message} (found {problem['input']!r}). {needed}".rstrip())
+    return "\n".join(parts)

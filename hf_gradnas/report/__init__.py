@@ -1,0 +1,21 @@
+"""Says what was done to a model: a summary, tables, pictures and a model card.
+
+Takes plans, scores and numbers as data; knows no model and writes no file.
+"""
+
+from .files import FOLDER, report_files
+from .origin import Origin, fetch_card, find_origin
+from .summary import AxisWidth, CostChange, Latency, Summary, summarise
+
+__all__ = [
+    "FOLDER",
+    "AxisWidth",
+    "CostChange",
+    "Latency",
+    "Origin",
+    "Summary",
+    "fetch_card",
+    "find_origin",
+    "report_files",
+    "summarise",
+]

@@ -1,0 +1,190 @@
+"""The model card: what a user of the pruned model has to know, in Markdown.
+
+The template is Python text: Jinja is no dependency of ``huggingface_hub``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import yaml
+
+from .metadata import card_data, data_name
+from .origin import Origin
+from .summary import Summary
+from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_table
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+PROJECT = "hf_gradnas"
+_ROWS_SHOWN = 40
+_REFUSALS_SHOWN = 12
+
+
+def make_card(
+    summary: Summary,
+    origin: Origin,
+    *,
+    auto_class: str | None,
+    loading: str,
+    pictures: str | None = None,
+    has_scores: bool = True,
+) -> ModelCard:
+    """The card, ready to be written as ``README.md``.
+
+    Args:
+        summary: What was done.
+        origin: The original, and its card.
+        auto_class: Name of the auto class that builds the model.
+        loading: Python lines that load the model.
+        pictures: Folder of the pictures, relative to the card; None: there are none.
+        has_scores: Whether one of them shows the scores.
+    """
+    from huggingface_hub import ModelCard  # noqa: PLC0415 - takes long to import
+
+    header = card_data(summary, origin, auto_class=auto_class).to_yaml()
+    sections = (
+        _opening(summary, origin),
+        _loading(summary, loading),
+        _what_was_cut(summary, pictures, has_scores),
+        _costs(summary, pictures),
+        _quality(summary),
+        _how(summary),
+        _limits(summary),
+    )
+    body = "\n\n".join(part for section in sections for part in section)
+    return ModelCard(f"---\n{header}\n---\n\n{body}\n")
+
+
+def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
+    base = origin.base_model
+    if base and origin.is_hub:
+        base = f"[{base}](https://huggingface.co/{base})"
+    kept = " and ".join(
+        f"{cost.kept_ratio:.1%} of its {'parameters' if cost.name == 'params' else 'FLOPs'}"
+        if cost.name in ("params", "flops")
+        else f"{cost.kept_ratio:.1%} of its {cost.name}"
+        for cost in summary.costs
+    )
+    yield f"# {summary.name}"
+    yield (
+        f"{base or 'A model'} (`{summary.model}`) after structured pruning: whole attention heads, "
+        f"neurons or channels were removed, and {kept} are left. It runs at that size on any "
+        "hardware, without sparse kernels or masks."
+    )
+
+
+def _loading(summary: Summary, loading: str) -> Iterator[str]:
+    yield "## How to load it"
+    lines = [line.split("  #")[0] for line in loading.splitlines()]
+    yield "\n".join(("```python", *lines, "```"))
+    if summary.layout == "per_layer":
+        yield (
+            "The layout is `per_layer`: each layer has its own width. Plain Transformers loads it "
+            f"after `import {PROJECT}`, or without {PROJECT} through the code in this repository:"
+        )
+        lines = [line for line in lines if not line.startswith("import ")]
+        without = "\n".join(lines).rstrip(")") + ", trust_remote_code=True)"
+        yield f"```python\n{without}\n```"
+    else:
+        yield (
+            "The layout is `stock`: all layers have the same width, and plain Transformers loads "
+            "it as it loads the original."
+        )
+
+
+def _what_was_cut(summary: Summary, pictures: str | None, has_scores: bool) -> Iterator[str]:
+    yield "## What was cut"
+    yield kinds_table(summary)
+    if pictures and has_scores:
+        yield f"![Score of every unit, and which units were cut]({pictures}/scores.png)"
+    if pictures:
+        yield f"![Kept units of every module]({pictures}/widths.png)"
+    table = plan_table(summary)
+    if len(summary.axes) <= _ROWS_SHOWN:
+        yield table
+    else:
+        count = f"{len(summary.axes)} rows"
+        yield f"<details>\n<summary>Every module ({count})</summary>\n\n{table}\n\n</details>"
+    if summary.refusals:
+        named = [f"`{item.module}` ({item.kind})" for item in summary.refusals[:_REFUSALS_SHOWN]]
+        more = len(summary.refusals) - len(named)
+        rest = f" and {more} more" if more else ""
+        yield f"Seen but not pruned: {', '.join(named)}{rest}."
+
+
+def _costs(summary: Summary, pictures: str | None) -> Iterator[str]:
+    yield "## Cost before and after"
+    yield costs_table(summary)
+    length = summary.recipe.get("flops_length")
+    yield "FLOPs are those of one forward of one input" + (
+        f" of {length} tokens." if length else "."
+    )
+    if summary.latencies:
+        yield f"Median time of a forward, measured on {summary.machine}:"
+        yield latency_table(summary)
+    if pictures:
+        yield f"![Cost before and after]({pictures}/costs.png)"
+
+
+def _quality(summary: Summary) -> Iterator[str]:
+    yield "## Quality"
+    if summary.metrics:
+        data = summary.recipe.get("eval_dataset") or summary.recipe.get("dataset")
+        yield f"Measured on {data_name(data)}:" if data else "Measured:"
+        yield metrics_table(summary)
+    else:
+        yield "Nothing was measured when the model was pruned."
+    yield (
+        f"Predicted increase of the loss: {summary.loss_increase:.4g} "
+        f"(from the `{summary.score}` scores, before any training)."
+    )
+
+
+def _how(summary: Summary) -> Iterator[str]:
+    yield "## How it was made"
+    found = summary.calibration
+    said = [f"Scores: `{summary.score}`", f"search: `{summary.search}`"]
+    if "examples" in found:
+        said.append(f"scored on {found['examples']} examples")
+    if "dataset" in found:
+        said.append(f"data: {data_name(found['dataset'])}")
+    if "labels" in found:
+        said.append(f"labels: {found['labels']}")
+    yield "; ".join(said) + "."
+    if summary.recovery:
+        steps, examples = summary.recovery.get("steps"), summary.recovery.get("examples")
+        yield (
+            f"After the cut it was trained for {steps} steps on {examples} examples, with the "
+            "original as its teacher."
+        )
+    if summary.command:
+        yield f"```bash\n{summary.command}\n```"
+    if summary.recipe:
+        text = yaml.safe_dump(dict(summary.recipe), sort_keys=False, allow_unicode=True).rstrip()
+        yield "All options; `hf-gradnas prune --recipe recipe.yaml` runs them again:"
+        yield f"```yaml\n{text}\n```"
+    if summary.versions:
+        said = [f"{package} {version}" for package, version in summary.versions.items()]
+        yield f"Versions: {', '.join(said)}. The kept units are listed in `gradnas.json`."
+
+
+def _limits(summary: Summary) -> Iterator[str]:
+    yield "## Limits"
+    limits = [
+        "What was cut was chosen on the calibration data above; other domains, languages and tasks "
+        "can lose more than the numbers here say.",
+        "Biases, license and intended uses are those of the original.",
+    ]
+    if not summary.recovery:
+        limits.append(
+            "It was not trained after the cut here; fine-tuning usually recovers quality."
+        )
+    if summary.layout == "per_layer":
+        limits.append(
+            "Tools that read one width for all layers from the config (such as vLLM or GGUF "
+            "converters) do not take a `per_layer` checkpoint."
+        )
+    yield "\n".join(f"- {limit}" for limit in limits)

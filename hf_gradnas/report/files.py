@@ -1,0 +1,67 @@
+"""Every file of a report, as bytes by path: the caller writes them beside the model."""
+
+from __future__ import annotations
+
+import json
+
+from ..types import Plan, Scores
+from .card import make_card
+from .origin import CARD, Origin
+from .plots import draw_all
+from .summary import Summary
+from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_csv, plan_table
+
+FOLDER = "report"
+
+
+def report_files(
+    summary: Summary,
+    plan: Plan,
+    scores: Scores | None,
+    origin: Origin,
+    *,
+    auto_class: str | None,
+    loading: str,
+    pictures: bool = True,
+) -> dict[str, str | bytes]:
+    """The card as ``README.md``, and the report in `FOLDER`.
+
+    Args:
+        summary: What was done.
+        plan: What was cut.
+        scores: What it was chosen by; None: not known, so that there is no picture of them.
+        origin: The original, and its card.
+        auto_class: Name of the auto class that builds the model.
+        loading: Python lines that load the model.
+        pictures: Whether to make more than the card.
+
+    Returns:
+        Content by path relative to the model's folder.
+    """
+    card = make_card(
+        summary,
+        origin,
+        auto_class=auto_class,
+        loading=loading,
+        pictures=FOLDER if pictures else None,
+        has_scores=scores is not None,
+    )
+    files: dict[str, str | bytes] = {CARD: str(card)}
+    if pictures:
+        files[f"{FOLDER}/summary.json"] = json.dumps(summary.to_dict(), indent=1) + "\n"
+        files[f"{FOLDER}/plan.md"] = _tables(summary)
+        files[f"{FOLDER}/plan.csv"] = plan_csv(summary)
+        drawn = draw_all(summary, plan, scores)
+        files.update({f"{FOLDER}/{name}": content for name, content in drawn.items()})
+    return files
+
+
+def _tables(summary: Summary) -> str:
+    """All tables under each other."""
+    parts = [f"# {summary.name}", "## Costs", costs_table(summary)]
+    if summary.latencies:
+        parts += [f"## Latency ({summary.machine})", latency_table(summary)]
+    if summary.metrics:
+        parts += ["## Metrics", metrics_table(summary)]
+    parts += ["## Plan", kinds_table(summary), plan_table(summary)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,246 @@
+"""The pictures: scores with the cut line, kept widths, and costs before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config.budgets import format_amount
+from ..types import Plan, Scores
+from .drawing import (
+    BEFORE,
+    CUT,
+    KEPT,
+    LINE,
+    add_title,
+    drawing_style,
+    label_rows,
+    make_panels,
+    panel_height,
+    render,
+)
+from .summary import AxisWidth, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 480
+"""Columns of a heat map: more units are averaged, fewer are drawn wider."""
+_DECADES = 6
+_VEIL = 0.72
+_NUMBERED_ROWS = 24
+_WORDS = {"kv_groups": "key/value groups", "flops": "FLOPs", "params": "parameters"}
+
+
+def draw_all(summary: Summary, plan: Plan, scores: Scores | None) -> dict[str, bytes]:
+    """Every picture as PNG and SVG, by file name; none of the scores where there are none."""
+    found = {}
+    with drawing_style():
+        figures = {"widths": draw_widths(summary), "costs": draw_costs(summary)}
+        if scores is not None:
+            figures["scores"] = draw_scores(summary, plan, scores)
+        for name, figure in figures.items():
+            for suffix, content in render(figure).items():
+                found[f"{name}.{suffix}"] = content
+    return found
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def draw_scores(summary: Summary, plan: Plan, scores: Scores) -> Figure:
+    """A heat map per kind of axis: a row per module, its units best first, and what is cut."""
+    groups = [summary.of_kind(kind) for kind in summary.kinds]
+    figure, panels = make_panels([len(axes) for axes in groups])
+    for panel, kind, axes in zip(panels, summary.kinds, groups, strict=True):
+        _draw_heat_map(figure, panel, kind, axes, plan, scores)
+    add_title(figure, summary.name, f"score of every unit ({summary.score})")
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def sorted_row(
+    values: np.ndarray, kept: Sequence[int], columns: int = COLUMNS
+) -> tuple[np.ndarray, np.ndarray]:
+    """One row of the heat map: scores from best to worst, and the share of each cell that is cut.
+
+    Args:
+        values: ``(units,)`` scores.
+        kept: Units that stay.
+        columns: Cells; several units in one give their mean on the logarithmic scale.
+
+    Returns:
+        ``(columns,)`` scores and ``(columns,)`` shares between 0 and 1.
+    """
+    order = np.argsort(-values, kind="stable")
+    cut = np.ones(len(values))
+    cut[list(kept)] = 0
+    ranked, cut = values[order], cut[order]
+    if len(values) <= columns:
+        places = np.arange(columns) * len(values) // columns
+        return ranked[places], cut[places]
+    edges = np.arange(columns) * len(values) // columns
+    widths = np.diff(np.append(edges, len(values)))
+    tiny = np.finfo(np.float64).tiny
+    logs = np.add.reduceat(np.log(np.maximum(ranked, tiny)), edges) / widths
+    return np.exp(logs), np.add.reduceat(cut, edges) / widths
+
+
+def _draw_heat_map(
+    figure: Figure,
+    panel: Axes,
+    kind: str,
+    axes: Sequence[AxisWidth],
+    plan: Plan,
+    scores: Scores,
+) -> None:
+    rows = [sorted_row(scores.values[axis.name], plan.kept[axis.name]) for axis in axes]
+    image, cut = np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+    is_even = len({axis.size for axis in axes}) == 1
+    right = axes[0].size if is_even else 100
+    extent = (0.0, float(right), len(axes) - 0.5, -0.5)
+    shown: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+    norm = _scale([scores.values[axis.name] for axis in axes])
+    drawn = panel.imshow(image, cmap="viridis", norm=norm, **shown)
+    veil = np.ones((*cut.shape, 4))
+    veil[..., 3] = _VEIL * cut
+    panel.imshow(veil, **shown)
+    for index, axis in enumerate(axes):
+        edge = right * axis.kept_ratio
+        panel.plot([edge, edge], [index - 0.5, index + 0.5], color=LINE, lw=1.6, clip_on=False)
+    panel.set_xlim(0, right)
+    word = _WORDS.get(kind, kind)
+    panel.set_title(f"{word}: {_kept(axes)}")
+    panel.set_xlabel(f"{word}, best first" if is_even else f"% of the {word}, best first")
+    _count_in_whole(panel)
+    height = panel_height(len(axes))
+    bar = figure.colorbar(drawn, ax=panel, pad=0.02, aspect=20 + 4 * height)
+    label_rows(panel, [axis.module for axis in axes], height)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.minorticks_off()
+    bar.set_label("score", fontsize=8)
+
+
+def _scale(values: Sequence[np.ndarray]) -> Any:
+    """Logarithmic colours over the positive scores, at most so many decades; else linear ones."""
+    from matplotlib.colors import LogNorm, Normalize  # noqa: PLC0415 - takes long to import
+
+    joined = np.concatenate(list(values))
+    positive = joined[joined > 0]
+    if not len(positive):
+        return Normalize(0, 1)
+    top = float(positive.max())
+    bottom = max(float(positive.min()), top * 10.0**-_DECADES)
+    return LogNorm(bottom if bottom < top else top / 10, top, clip=True)
+
+
+def _legend() -> list[Any]:
+    from matplotlib.lines import Line2D  # noqa: PLC0415 - takes long to import
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
+    return [
+        Line2D([], [], color=LINE, lw=1.6, label="number of units kept"),
+        Patch(facecolor="#CFC9D6", label="faded: cut"),
+    ]
+
+
+# --- widths ---------------------------------------------------------------------------------------
+
+
+def draw_widths(summary: Summary) -> Figure:
+    """Kept and cut units of every module, a panel per kind of axis."""
+    groups = [summary.of_kind(kind) for kind in summary.kinds]
+    figure, panels = make_panels([len(axes) for axes in groups])
+    for panel, kind, axes in zip(panels, summary.kinds, groups, strict=True):
+        places = np.arange(len(axes))
+        sizes, kept = [axis.size for axis in axes], [axis.kept for axis in axes]
+        panel.barh(places, sizes, height=0.8, color=CUT, label="cut")
+        panel.barh(places, kept, height=0.8, color=KEPT, label="kept")
+        if len(axes) <= _NUMBERED_ROWS:
+            for place, axis in enumerate(axes):
+                text = f" {axis.kept:,}"
+                panel.text(axis.size, place, text, va="center", ha="left", fontsize=8)
+        panel.set_title(f"{_WORDS.get(kind, kind)}: {_kept(axes)}")
+        panel.set_xlabel(_WORDS.get(kind, kind))
+        panel.set_xlim(0, max(sizes))
+        _count_in_whole(panel)
+        label_rows(panel, [axis.module for axis in axes], panel_height(len(axes)))
+    add_title(figure, summary.name, "width of every module")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _count_in_whole(panel: Axes) -> None:
+    """Ticks at whole numbers, few enough to stand side by side."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter  # noqa: PLC0415
+
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _kept(axes: Sequence[AxisWidth]) -> str:
+    kept, size = sum(axis.kept for axis in axes), sum(axis.size for axis in axes)
+    return f"{kept / size:.0%} of {size:,} kept"
+
+
+# --- costs ----------------------------------------------------------------------------------------
+
+
+def draw_costs(summary: Summary) -> Figure:
+    """Costs and latencies after the cut as a share of those before."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes long to import
+
+    rows = _cost_rows(summary)
+    figure = Figure(figsize=(7.6, 1.2 + 0.55 * len(rows)), layout="constrained")
+    panel = figure.add_subplot()
+    for place, (_, before, after, text) in enumerate(rows):
+        share = 100 * after / before
+        hidden = "_" if place else ""  # of the legend, which names each colour once
+        panel.barh(place - 0.2, 100, height=0.36, color=BEFORE, label=f"{hidden}before")
+        panel.barh(place + 0.2, share, height=0.36, color=KEPT, label=f"{hidden}after")
+        panel.text(max(share, 100) + 1.5, place, text, va="center", ha="left")
+    _mark_budgets(panel, summary)
+    panel.set_yticks(range(len(rows)), [row[0] for row in rows])
+    panel.tick_params(axis="y", length=0)
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.set_xlim(0, max(100.0, *(100 * after / before for _, before, after, _ in rows)) * 1.62)
+    panel.set_xticks(range(0, 101, 20))
+    panel.set_xlabel("% of the original", loc="left")
+    panel.spines["bottom"].set_bounds(0, 100)
+    add_title(figure, summary.name, "before and after")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _cost_rows(summary: Summary) -> list[tuple[str, float, float, str]]:
+    """Label, before, after and text of each pair of bars."""
+    rows = []
+    for cost in summary.costs:
+        text = f"{format_amount(cost.before)} → {format_amount(cost.after)}"
+        rows.append(
+            (
+                _WORDS.get(cost.name, cost.name),
+                cost.before,
+                cost.after,
+                f"{text} ({cost.kept_ratio:.1%})",
+            )
+        )
+    for found in summary.latencies:
+        text = f"{found.before_ms:.1f} → {found.after_ms:.1f} ms ({found.speedup:.2f} × as fast)"
+        label = f"latency, batch {found.batch_size}"
+        rows.append((label, found.before_ms, found.after_ms, text))
+    return rows
+
+
+def _mark_budgets(panel: Axes, summary: Summary) -> None:
+    label = "budget"
+    for place, cost in enumerate(summary.costs):
+        if cost.limit is not None:
+            share = 100 * cost.limit / cost.before
+            panel.plot([share] * 2, [place - 0.42, place + 0.42], color=LINE, lw=2, label=label)
+            label = "_"

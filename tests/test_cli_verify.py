@@ -1,0 +1,328 @@
+"""The verify command: what it compares, what it refuses, and what it never runs."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import handmade
+import pytest
+import torch
+from cli_cases import save_bert, save_whisper, write_tsv
+
+from hf_gradnas.checkpoint.replay import encode
+from hf_gradnas.checkpoint.save import save_pruned
+from hf_gradnas.cli import verify as command
+from hf_gradnas.cli.app import main
+from hf_gradnas.structure.modeling_gradnas import make_per_layer, resize
+from hf_gradnas.types import Plan
+
+ROUTES = ["trust_remote_code=True, without hf_gradnas", "import hf_gradnas"]
+
+
+def save(folder, name="llama", *, layout="per_layer", dtype=torch.float32):
+    cut, sample = handmade.build(name, dtype=dtype)
+    model = copy.deepcopy(cut.model)
+    if layout == "per_layer":
+        resize(model, cut.record, rows=cut.rows, new_tensors=cut.new_tensors)
+        make_per_layer(model, cut.record)
+    plan = Plan(kept={"a:heads": (0, 2)}, sizes={"a:heads": 4}, layout=layout)
+    return save_pruned(model, folder, plan=plan, document={}, sample=sample)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("saved") / "pruned")
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy that a test may damage."""
+    target = tmp_path / "pruned"
+    target.mkdir()
+    for file in saved.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+@pytest.fixture
+def verify(capsys):
+    """Runs the command; returns its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        code = main(["verify", *map(str, arguments)])
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err
+        return code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Stands in for new processes: a function that changes what the routes give, and their log."""
+    log = []
+    changes = {}
+
+    def replay(route, saved, device, *, online=False):
+        log.append((route.name, online))
+        result = {
+            "module": "m",
+            "device": "cpu",
+            "wrong": {},
+            "output": saved.reference.output,
+        }
+        return changes.get("error") or {**result, **changes}
+
+    monkeypatch.setattr(command, "replay", replay)
+    return log, changes
+
+
+def edit(folder, name="gradnas.json", **changes):
+    """Change entries of a JSON file; None takes one away."""
+    document = json.loads((folder / name).read_text(encoding="utf-8"))
+    document |= changes
+    document = {key: value for key, value in document.items() if value is not None}
+    (folder / name).write_text(json.dumps(document), encoding="utf-8")
+    return document
+
+
+# --- for real -------------------------------------------------------------------------------------
+
+
+def test_a_per_layer_checkpoint_in_new_processes(verify, saved, monkeypatch):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    results, real = [], command.replay
+    monkeypatch.setattr(
+        command, "replay", lambda *a, **k: results.append(real(*a, **k)) or results[-1]
+    )
+    code, out, err = verify(saved, "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert (answer["verified"], answer["layout"]) == (True, "per_layer")
+    names = ["model.safetensors", "modeling_gradnas.py", *ROUTES]
+    assert [check["what"] for check in answer["checks"]] == names
+    assert all(check["difference"] <= check["limit"] for check in answer["checks"][2:])
+    alone, imported = (result["module"] for result in results)
+    assert alone.startswith("transformers_modules.")
+    assert imported.startswith("hf_gradnas.")
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stock_checkpoint_in_a_new_process(tmp_path, monkeypatch, dtype):
+    monkeypatch.setenv("COLUMNS", "120")  # no cell is folded
+    folder = save(tmp_path / "x", "gpt2", layout="stock", dtype=dtype)
+    line = [sys.executable, "-m", "hf_gradnas.verify"]
+    done = subprocess.run([*line, folder], check=True, capture_output=True, text=True)
+    assert "plain Transformers, without hf_gradnas" in done.stdout
+    assert "Verified" in done.stdout
+    edit(folder, "config.json", n_layer=1)
+    done = subprocess.run([*line, folder], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "loads only in part (unexpected_keys" in done.stderr
+    edit(folder, "config.json", n_head=7)
+    done = subprocess.run([*line, folder], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "does not load and run (" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_what_prune_writes_is_verified(tmp_path, verify, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tsv = write_tsv(tmp_path / "train.tsv")
+    bert = save_bert(tmp_path / "bert")
+    data = ["--dataset", str(tsv), "--num-examples", "8"]
+    assert main(["prune", "--model", str(bert), *data]) == 0
+    assert verify(tmp_path / "bert-gradnas")[0] == 0
+
+
+@pytest.mark.long
+def test_audio_is_drawn_again_in_the_new_process(tmp_path, verify):
+    from transformers import WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(save_whisper(tmp_path / "whisper"))
+    plan = Plan(kept={}, sizes={}, layout="stock")
+    sample = {
+        "input_features": torch.randn(1, 8, 100),
+        "decoder_input_ids": torch.arange(8)[None],
+    }
+    folder = save_pruned(model, tmp_path / "x", plan=plan, document={}, sample=sample)
+    assert verify(folder)[0] == 0
+
+
+# --- what differs ---------------------------------------------------------------------------------
+
+
+def test_what_is_as_it_was_is_said_in_a_table(verify, saved, replayed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, err = verify(saved)
+    assert (code, err) == (0, "")
+    for said in ("model.safetensors", *ROUTES, "as saved", "at most", "Verified: the checkpoint"):
+        assert said in out
+    assert verify(saved, "--quiet") == (0, "", "")
+    assert [name for name, _ in replayed[0]] == ROUTES * 2
+
+
+def test_a_changed_weight_is_named_and_nothing_is_loaded(verify, folder, replayed):
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    code, out, err = verify(folder)
+    assert code == 1
+    assert "pruned: model.safetensors: SHA-256 is" in err
+    assert "restore these files, or prune again" in err
+    assert "not loaded: files differ" in out
+    assert replayed[0] == []
+    code, out, err = verify(folder, "--json", "--quiet")
+    assert code == 1
+    assert [check["passed"] for check in json.loads(out)["checks"]] == [False, True, None, None]
+    assert "model.safetensors" in err
+
+
+def test_missing_and_further_weight_files_are_named(verify, folder, replayed):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    code, _, err = verify(folder)
+    assert code == 1
+    assert "model.safetensors: is missing." in err
+    assert "other.safetensors: was not there when the checkpoint was saved." in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"error": "OSError: no"}, "does not load and run (OSError: no)."),
+        ({"wrong": {"missing_keys": ["a", "b"]}}, "loads only in part (missing_keys ['a', 'b'])."),
+        ({"output": None}, "logits on cpu: another shape, or not finite as before."),
+    ],
+)
+def test_a_checkpoint_that_loads_otherwise_differs(verify, saved, replayed, change, message):
+    replayed[1].update(change)
+    code, out, err = verify(saved)
+    assert code == 1
+    assert out.count("DIFFERS") == 2
+    for name in ROUTES:
+        assert f"{name}: {message}" in err
+
+
+def test_other_outputs_differ(verify, saved, replayed):
+    document = json.loads((saved / "gradnas.json").read_text(encoding="utf-8"))
+    output = document["reference"]["output"]
+    size = math.prod(output["values"]["shape"])
+    replayed[1]["output"] = {**output, "values": encode(torch.full((size,), 1e3))}
+    code, out, err = verify(saved, "--json")
+    assert code == 1
+    assert "1e+03 apart, at most" in err
+    assert json.loads(out)["checks"][-1]["difference"] > 900
+
+
+def test_without_reference_outputs_loading_is_checked(verify, folder, replayed):
+    document = json.loads((folder / "gradnas.json").read_text(encoding="utf-8"))
+    edit(folder, reference={**document["reference"], "inputs": None, "output": None})
+    code, out, _ = verify(folder)
+    assert code == 0
+    assert "loads whole; no reference outputs were kept" in out
+
+
+# --- code of others -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file", "config"])
+def test_code_of_others_is_not_run_unless_trusted(verify, folder, replayed, place):
+    if place == "file":
+        (folder / "modeling_gradnas.py").write_text("raise SystemExit('run')", encoding="utf-8")
+        digests = command.read_saved(folder).digests
+        from hf_gradnas.checkpoint.reference import file_digests
+
+        edit(folder, sha256={**digests, **file_digests(folder)})
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        changed = {**config["auto_map"], "AutoConfig": "someone/else--configuration.Config"}
+        edit(folder, "config.json", auto_map=changed)
+    code, out, _ = verify(folder)
+    assert code == 0
+    assert "not loaded: modeling_gradnas.py is not the one of this hf_gradnas" in " ".join(
+        out.split()
+    )
+    assert replayed[0] == [(ROUTES[1], False)]
+    assert verify(folder, "--trust-remote-code")[0] == 0
+    assert replayed[0][1:] == [(ROUTES[0], True), (ROUTES[1], True)]
+
+
+def test_a_class_that_transformers_lacks_needs_its_own_code(verify, folder, replayed):
+    reference = json.loads((folder / "gradnas.json").read_text(encoding="utf-8"))["reference"]
+    edit(folder, reference={**reference, "model_class": "OwnModel"})
+    code, _, err = verify(folder)
+    assert code == 2
+    assert "its class OwnModel is not in Transformers; load it where" in err
+    edit(folder, "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
+    code, _, err = verify(folder)
+    assert code == 2
+    assert "--trust-remote-code runs the code that loads it" in err
+    assert replayed[0] == []
+    assert verify(folder, "--trust-remote-code")[0] == 0
+    assert replayed[0] == [(ROUTES[1], True)]
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": None}, "holds no digests and no reference outputs"),
+        ({"reference": None}, "written by an older hf_gradnas"),
+        ({"format_version": 99}, "format_version is 99, this hf_gradnas reads 1"),
+        ({"reference": {"a": 1}}, "its reference cannot be read"),
+    ],
+)
+def test_a_document_that_says_too_little_is_bad_input(verify, folder, replayed, change, message):
+    edit(folder, **change)
+    code, out, err = verify(folder, "--json")
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_what_is_no_checkpoint_is_bad_input(verify, tmp_path, folder):
+    code, _, err = verify(tmp_path / "nothing")
+    assert code == 2
+    assert "gradnas.json: cannot be read" in err
+    assert "give the folder of a checkpoint" in err
+    for text, message in (("{", "cannot be read"), ("[]", "holds no JSON object")):
+        (folder / "gradnas.json").write_text(text, encoding="utf-8")
+        code, _, err = verify(folder)
+        assert code == 2
+        assert message in err
+    assert verify()[0] == 2
+
+
+def test_a_device_that_is_not_there_is_bad_input(verify, saved, replayed):
+    code, _, err = verify(saved, "--device", "nonsense")
+    assert code == 2
+    assert "--device nonsense: cannot be used here" in err
+
+
+def test_an_interruption_has_its_own_code(verify, saved, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "replay", interrupt)
+    code, _, err = verify(saved)
+    assert code == 130
+    assert "interrupted; nothing was changed" in err
+
+
+def test_help_is_quick_and_names_the_exit_codes():
+    code = (
+        "import sys\n"
+        "from hf_gradnas.cli.app import main\n"
+        "assert main(['verify', '--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy.random', 'accelerate'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    command_line = [sys.executable, "-c", code]
+    done = subprocess.run(command_line, check=True, capture_output=True, text=True)
+    assert "0 done, 1 verification failed, 2 bad input, 130 interrupted" in done.stdout

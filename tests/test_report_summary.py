@@ -1,0 +1,99 @@
+"""The summary and its tables say what the plan and the measurements say."""
+
+import csv
+import io
+import json
+
+from report_cases import EVALUATED, make_case
+
+from hf_gradnas.report.names import LONGEST, short_names
+from hf_gradnas.report.tables import (
+    costs_table,
+    kinds_table,
+    latency_table,
+    markdown_table,
+    metrics_table,
+    plan_csv,
+    plan_table,
+)
+
+
+def test_the_summary_counts_units_and_costs():
+    plan, structure, _, summary = make_case()
+    assert [axis.name for axis in summary.axes] == [axis.name for axis in structure.axes]
+    assert {axis.name: axis.kept for axis in summary.axes} == plan.counts()
+    costs = {cost.name: cost for cost in summary.costs}
+    assert (costs["flops"].after, costs["flops"].limit, costs["flops"].kept_ratio) == (48, 50, 0.48)
+    # A cost without a budget comes from its closed form.
+    assert costs["params"].after == 10 + 2 * sum(plan.counts().values())
+    assert costs["params"].limit is None
+    assert summary.kinds == ("kv_groups", "neurons")
+
+
+def test_the_summary_survives_json_with_its_ratios():
+    summary = make_case(**EVALUATED)[-1]
+    data = json.loads(json.dumps(summary.to_dict()))
+    assert data["format_version"] == 1
+    assert data["latencies"][1] == {
+        "batch_size": 8,
+        "before_ms": 30.0,
+        "after_ms": 10.0,
+        "speedup": 3.0,
+    }
+    assert data["axes"][0]["kept_ratio"] == 0.5
+    assert data["costs"][0]["kept_ratio"] == 0.48
+    assert data["metrics"] == EVALUATED["metrics"]
+    assert data["refusals"][0]["module"] == "lm_head"
+
+
+def test_without_a_command_calibration_comes_from_the_scores():
+    summary = make_case(scores={"examples": "64", "labels": "data", "method": "fisher"})[-1]
+    assert summary.calibration == {"examples": "64", "labels": "data"}
+
+
+def test_tables_hold_every_number():
+    summary = make_case(**EVALUATED)[-1]
+    assert "| `model.layers.0.mlp` | neurons | 333 | 1,000 | 33% |" in plan_table(summary)
+    assert "| kv_groups | 3 | 3 | 12 | 25% | 0 to 2 |" in kinds_table(summary)
+    assert "| flops | 100 | 48 | 48.00% | 50 (50.0%) |" in costs_table(summary)
+    assert "| 8 | 30.0 ms | 10.0 ms | 3.00 × |" in latency_table(summary)
+    assert "| metric | before | after the cut |" in metrics_table(summary)
+    assert "| perplexity | 2.7000 | 7.4000 |" in metrics_table(summary)
+    assert "| examples | 10 | 10 |" in metrics_table(summary)
+
+
+def test_the_csv_reads_back():
+    plan, _, _, summary = make_case()
+    rows = list(csv.DictReader(io.StringIO(plan_csv(summary))))
+    assert {row["axis"]: int(row["kept"]) for row in rows} == plan.counts()
+    assert {row["axis"]: int(row["size"]) for row in rows} == plan.sizes
+
+
+def test_cells_cannot_break_a_table():
+    assert markdown_table(("a", "b"), [("x|y", "1\n2")], right=1) == (
+        "| a | b |\n| --- | ---: |\n| x\\|y | 1 2 |"
+    )
+
+
+def test_short_names_keep_what_differs():
+    layers = [f"bert.encoder.layer.{i}.attention" for i in range(12)]
+    assert short_names(layers) == [str(i) for i in range(12)]
+    t5 = [
+        "encoder.block.0.layer.0.SelfAttention",
+        "encoder.block.1.layer.0.SelfAttention",
+        "decoder.block.0.layer.0.SelfAttention",
+        "decoder.block.0.layer.1.EncDecAttention",
+    ]
+    assert short_names(t5) == [
+        "encoder.0.SelfAttention",
+        "encoder.1.SelfAttention",
+        "decoder.0.SelfAttention",
+        "decoder.0.EncDecAttention",
+    ]
+    resnet = ["stages.0.layers.0.conv", "stages.0.layers.1.conv", "stages.1.layers.0.conv"]
+    assert short_names(resnet) == ["0.0", "0.1", "1.0"]
+    assert short_names(["model.mlp"]) == ["model.mlp"]
+    assert short_names(["a.b", "b.a"]) == ["a.b", "b.a"]
+    (long,) = short_names(["x" * 50])
+    assert len(long) == LONGEST - 1
+    assert "…" in long
