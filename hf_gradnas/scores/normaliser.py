@@ -107,7 +107,7 @@ def find_normaliser(model: nn.Module, batch: Batch) -> str:
             "broken inputs, labels or weights, or load the model in float32 or bfloat16."
         )
     counts = COUNTS if is_token_labels(_counted(pair)) else EXAMPLE_COUNTS
-    errors = {name: _error(pair, losses, name) for name in counts}
+    errors = {name: _error(pair, losses, name) for name in counts if count_labels(name, pair) > 0}
     best = min(errors.values())
     if not best <= (1e-2 if half else 1e-4):
         warnings.warn(
@@ -149,7 +149,7 @@ def _pair(model: nn.Module, batch: Batch, *, tries: int) -> Batch:
     row = _longest(batch)
     pair = Batch(batch.index, batch.select([row, row]), 2, batch.labels)
     labels = _counted(batch)
-    if not is_token_labels(labels):
+    if not is_token_labels(labels) or labels.shape[1] == 1:  # one label each has no variants
         return pair
     key = _counted_key(batch)
 
