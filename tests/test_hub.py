@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from hf_gradnas.hub import COMMIT_MESSAGE, check_access, push
 # The client hands open files to httpx2 in a way that this calls deprecated (huggingface_hub 2.4).
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 SCRIPT = Path(__file__).with_name("hub_process.py")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -395,3 +397,17 @@ def test_prune_checks_first_and_keeps_what_it_saved(
     assert "push it later: hf-gradnas push bert-gradnas ada/x (or" in shown.err
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert-gradnas")
     assert hub.repositories["ada/x"].files() == {}
+
+
+def test_the_example_prunes_and_pushes(
+    client: Any, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    client(hub)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    model, data = cli_cases.save_bert(tmp_path / "bert"), cli_cases.write_tsv(tmp_path / "a.tsv")
+    flags = ["--model", str(model), "--data", str(data), "--repository", "ada/example"]
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *flags])
+    runpy.run_path(str(EXAMPLES / "push_to_hub.py"), run_name="__main__")
+    assert f"Pushed to {hub.url}/ada/example" in capsys.readouterr().out
+    assert "gradnas.json" in hub.repositories["ada/example"].files()
