@@ -234,7 +234,7 @@ def pruned(folder: Path) -> Any:
     pruner = GradNASPruner(wrapped, accelerator=accelerator)
     plan = pruner.prune(loader(EXAMPLES), BUDGET)
     output = folder / f"pruned-{accelerator.num_processes}"
-    saved = pruner.save_pretrained(output)
+    saved = pruner.save_pretrained(output, report=False)
     found = []
     for directory in (output, output):  # it is there already
         with contextlib.suppress(CheckpointError):
@@ -359,7 +359,7 @@ def pruned_as_shards(output: Path, shard: Callable[[Any], Any]) -> Any:
         "refused": refused,
         "kept": plan.kept,
         "logits": cut(**inputs).logits.tolist(),
-        "saved": str(pruner.save_pretrained(output)),
+        "saved": str(pruner.save_pretrained(output, report=False)),
         "is_plain": not isinstance(cut, FSDPModule),
     }
 

@@ -17,6 +17,12 @@ from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.errors import BudgetError
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line holds the path of a temporary folder, however long."""
+    monkeypatch.setattr("hf_gradnas.cli.show._PLAIN_WIDTH", 400)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Makes the folder of a model once."""

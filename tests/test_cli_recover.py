@@ -13,7 +13,7 @@ from cli_cases import save_bert, save_llama, save_t5, save_vit, write_images, wr
 from hf_gradnas.cli.app import main
 from hf_gradnas.repair import Recovery
 
-TINY = ["--num-examples", "8", "--batch-size", "4", "--target", "flops=70%"]
+TINY = ["--num-examples", "8", "--batch-size", "4", "--target", "flops=70%", "--no-report"]
 RECOVER = ["--recover-epochs", "1", "--recover-batch-size", "4"]
 
 
@@ -75,7 +75,7 @@ def test_a_recovered_classifier(adapters, prune, bert, tsv, tmp_path):
     assert model.state_dict().keys() == other.state_dict().keys()
     assert not torch.equal(model.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
     suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".safetensors", ".tsv", ".yaml", ".py"}
+    assert suffixes <= {".md", ".json", ".safetensors", ".tsv", ".yaml", ".py"}
 
 
 def test_a_language_model_on_some_running_text(prune, tmp_path):

@@ -21,6 +21,12 @@ from hf_gradnas.types import Plan
 ROUTES = ["trust_remote_code=True, without hf_gradnas", "import hf_gradnas"]
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line holds the path of a temporary folder, however long."""
+    monkeypatch.setattr("hf_gradnas.cli.show._PLAIN_WIDTH", 400)
+
+
 def save(folder, name="llama", *, layout="per_layer", dtype=torch.float32):
     cut, sample = handmade.build(name, dtype=dtype)
     model = copy.deepcopy(cut.model)

@@ -21,7 +21,7 @@ from hf_gradnas.types import Scores
 
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
 LAUNCH += " --main_process_port 0 --mixed_precision no --dynamo_backend no -m hf_gradnas.prune"
-OPTIONS = "--target flops=70% --num-examples 29 --batch-size 4 --seed 3"
+OPTIONS = "--target flops=70% --num-examples 29 --batch-size 4 --seed 3 --no-report"
 
 
 @pytest.fixture(autouse=True)
