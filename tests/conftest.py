@@ -61,6 +61,12 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print tables as on a terminal in which no cell is folded, wherever the tests run."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(autouse=True)
 def no_deprecations() -> Iterator[None]:
     """Fail a test during which Transformers logged a deprecation."""
     handler = _Deprecations()

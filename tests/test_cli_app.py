@@ -16,8 +16,7 @@ FLAGS = """--model --task --dataset --split --text-column --label-column --targe
 
 
 @pytest.fixture
-def help_text(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+def help_text(capsys):
     assert main(["prune", "--help"]) == 0
     return capsys.readouterr().out
 

@@ -118,8 +118,7 @@ def test_a_per_layer_checkpoint_in_new_processes(verify, saved, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stock_checkpoint_in_a_new_process(tmp_path, monkeypatch, dtype):
-    monkeypatch.setenv("COLUMNS", "120")  # no cell is folded
+def test_a_stock_checkpoint_in_a_new_process(tmp_path, dtype):
     folder = save(tmp_path / "x", "gpt2", layout="stock", dtype=dtype)
     line = [sys.executable, "-m", "hf_gradnas.verify"]
     done = subprocess.run([*line, folder], check=True, capture_output=True, text=True)
@@ -163,8 +162,7 @@ def test_audio_is_drawn_again_in_the_new_process(tmp_path, verify):
 # --- what differs ---------------------------------------------------------------------------------
 
 
-def test_what_is_as_it_was_is_said_in_a_table(verify, saved, replayed, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_what_is_as_it_was_is_said_in_a_table(verify, saved, replayed):
     code, out, err = verify(saved)
     assert (code, err) == (0, "")
     for said in ("model.safetensors", *ROUTES, "as saved", "at most", "Verified: the checkpoint"):
