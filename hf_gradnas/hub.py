@@ -31,7 +31,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import HubError
+from .report import address
 
+_CARD = "README.md"
 COMMIT_MESSAGE = "Upload pruned model"
 # What decides which weights a loader takes: a repository must not keep those of another model.
 WEIGHTS = (
@@ -117,6 +119,9 @@ def push(
 ) -> Pushed:
     """Push a saved model to a repository, which is made if it is not there, in one commit.
 
+    The card that hf_gradnas wrote names the repository there, in its title and in the lines that
+    load the model.
+
     A repository that exists gets a commit more: files of the same name are replaced, weights of an
     earlier model are taken out of its root, everything else stays.
 
@@ -134,21 +139,18 @@ def push(
     """
     _check_id(repo_id)
     folder = Path(folder)
-    additions = _additions(folder)
+    saved_files(folder)
     api = _api(token)
     with _explained(repo_id, api, folder=folder):
         repo_id, existing = _access(repo_id, api, private=private)
+        additions = _additions(folder, repo_id)
         if existing is None:
             api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    with _explained(
-        repo_id, api, folder=folder, what="the upload failed before its commit was confirmed"
-    ):
+    with _explained(repo_id, api, folder=folder, what=_UNCONFIRMED):
         before = api.model_info(repo_id, revision=revision)
-        sent = {addition.path_in_repo for addition in additions}
-        names = {file.rfilename for file in before.siblings or []} - sent
-        removed = tuple(sorted(name for name in names if _is_weight(name)))
+        removed = _earlier_weights(before, additions)
         done = api.create_commit(
             repo_id,
             operations=[
@@ -176,11 +178,23 @@ def later(folder: str | Path, repo_id: str) -> str:
 # --- what is pushed -------------------------------------------------------------------------------
 
 
-def _additions(folder: Path) -> list[CommitOperationAdd]:
+def _additions(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
+    files: dict[str, Path | bytes] = {
+        file.relative_to(folder).as_posix(): file for file in saved_files(folder)
+    }
+    if _CARD in files:
+        card = (folder / _CARD).read_bytes().decode(errors="surrogateescape")
+        files[_CARD] = address(card, repo_id).encode(errors="surrogateescape")
     return [
-        CommitOperationAdd(path_in_repo=file.relative_to(folder).as_posix(), path_or_fileobj=file)
-        for file in saved_files(folder)
+        CommitOperationAdd(path_in_repo=path, path_or_fileobj=content)
+        for path, content in files.items()
     ]
+
+
+def _earlier_weights(before: ModelInfo, additions: list[CommitOperationAdd]) -> tuple[str, ...]:
+    sent = {addition.path_in_repo for addition in additions}
+    names = {file.rfilename for file in before.siblings or []} - sent
+    return tuple(sorted(name for name in names if _is_weight(name)))
 
 
 def saved_files(folder: Path) -> list[Path]:

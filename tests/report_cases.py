@@ -5,7 +5,8 @@ import numpy as np
 from hf_gradnas.report import summarise
 from hf_gradnas.types import Axis, Budget, CostModel, Kind, Plan, Refusal, Scores, Structure
 
-LOADING = 'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM("small")'
+LOADING = """from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("small")"""
 
 
 def axis(module: str, kind: str, size: int) -> Axis:

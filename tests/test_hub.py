@@ -99,6 +99,16 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
+def pushed_of(folder: Path, repo_id: str) -> dict[str, bytes]:
+    """Content of a repository that a folder was pushed to: all of it, the card with its address."""
+    files = content_of(folder)
+    card = files["README.md"].decode()
+    assert f'from_pretrained("{folder.name}"' in card
+    card = card.replace(f'from_pretrained("{folder.name}"', f'from_pretrained("{repo_id}"')
+    card = card.replace(f"\n# {folder.name}\n", f"\n# {repo_id.split('/')[1]}\n")
+    return {**files, "README.md": card.encode()}
+
+
 def note(pairs: Path, name: str, batch: dict[str, torch.Tensor], **asked: Any) -> None:
     """Write a pair for `hub_process.load`."""
     tensors = {key: tensor.contiguous() for key, tensor in batch.items()}
@@ -140,7 +150,8 @@ def test_the_pruner_pushes_what_it_saved(
     repository = shared.repositories[f"lab/{layout}"]
     assert repository.private
     assert repository.messages == ["initial commit", "Mine"]
-    assert repository.files() == content_of(folder) == before
+    assert repository.files() == pushed_of(folder, f"lab/{layout}")
+    assert content_of(folder) == before
     assert ("modeling_gradnas.py" in before) is (layout == "per_layer")
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -160,7 +171,7 @@ def test_the_command_pushes_at_its_end(shared: Hub, pairs: Path, tmp_path: Path)
     assert done.stderr == ""
     folder, repository = tmp_path / "bert-gradnas", shared.repositories["ada/command"]
     assert repository.private
-    assert repository.files() == content_of(folder)
+    assert repository.files() == pushed_of(folder, "ada/command")
     assert "push_to_hub" not in (folder / "recipe.yaml").read_text()
     pruned = AutoModelForSequenceClassification.from_pretrained(folder)
     batch = {"input_ids": torch.arange(2, 26).reshape(2, 12)}
@@ -187,7 +198,8 @@ def test_the_callback_ends_with_the_cut_model_in_the_root(
     folder = tmp_path / "run" / "pruned"
     written = content_of(folder)
     assert {"gradnas.json", "modeling_gradnas.py"} <= written.keys()
-    assert {path: pruned[path].data for path in written} == written
+    sent = pushed_of(folder, "ada/callback")
+    assert {path: pruned[path].data for path in written} == sent
     # A push by the trainer itself brings its own card, and the rest as it was.
     assert not [path for path in again if path.startswith("pruned/")]
     assert [path for path in written if again[path].data != written[path]] == ["README.md"]

@@ -1,10 +1,11 @@
 """The card, read back by the Hub's own client, says what was done."""
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 from report_cases import EVALUATED, LOADING, make_case
 
-from hf_gradnas.report.card import make_card
+from hf_gradnas.report.card import address, make_card
 from hf_gradnas.report.files import report_files
 from hf_gradnas.report.metadata import data_name, hub_dataset, pipeline_tag
 from hf_gradnas.report.origin import Origin
@@ -168,3 +169,29 @@ def test_files_are_the_card_and_one_folder():
     assert "report/scores.png" not in unscored
     assert "scores.png" not in unscored["README.md"]
     assert "report/widths.png" in unscored["README.md"]
+
+
+@pytest.mark.parametrize("layout", ["stock", "per_layer"])
+def test_a_pushed_card_names_its_repository(tmp_path, layout):
+    summary = make_case(layout=layout, **EVALUATED)[-1]
+    before = str(make_card(summary, ORIGIN, auto_class=None, loading=LOADING))
+    after = address(before, "user/tiny")
+    changed = [
+        (old, new)
+        for old, new in zip(before.splitlines(), after.splitlines(), strict=True)
+        if old != new
+    ]
+    name, title, *loads = changed
+    assert name == ("- name: small", "- name: tiny")
+    assert title == ("# small", "# tiny")
+    assert len(loads) == (1 if layout == "stock" else 2)
+    assert all(new == old.replace('"small"', '"user/tiny"') != old for old, new in loads)
+    assert ModelCard(after).data.model_name == "tiny"
+    assert address(after, "user/tiny") == after
+
+
+@pytest.mark.parametrize(
+    "card", ["", "# small\n", "---\n# small\n---\n", '# mine\nx.from_pretrained("small")\n']
+)
+def test_a_card_of_others_stays(card):
+    assert address(card, "user/tiny") == card

@@ -3,6 +3,7 @@
 Takes plans, scores and numbers as data; knows no model and writes no file.
 """
 
+from .card import address
 from .files import FOLDER, report_files
 from .origin import Origin, fetch_card, find_origin
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
@@ -14,6 +15,7 @@ __all__ = [
     "Latency",
     "Origin",
     "Summary",
+    "address",
     "fetch_card",
     "find_origin",
     "report_files",

@@ -5,6 +5,7 @@ The template is Python text: Jinja is no dependency of ``huggingface_hub``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 PROJECT = "hf_gradnas"
 _ROWS_SHOWN = 40
 _REFUSALS_SHOWN = 12
+_TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
+_HEADER = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)
 
 
 def make_card(
@@ -56,6 +59,32 @@ def make_card(
     )
     body = "\n\n".join(part for section in sections for part in section)
     return ModelCard(f"---\n{header}\n---\n\n{body}\n")
+
+
+def address(card: str, repo_id: str) -> str:
+    """A card of `make_card` as it reads in a repository, which takes the place of the folder.
+
+    Args:
+        card: Text of the card. Lines that its owner has changed, and cards of others, stay.
+        repo_id: ``user/name``.
+
+    Returns:
+        The card whose title and results have the repository's name, and whose Python lines load
+        from there.
+    """
+    header = _HEADER.match(card)
+    title = _TITLE.search(card, header.end() if header else 0)
+    if title is None or f'from_pretrained("{title[1]}"' not in card:
+        return card
+    folder, name = title[1], repo_id.rpartition("/")[2]
+    changes = (
+        (f"\n# {folder}\n", f"\n# {name}\n"),
+        (f"\n- name: {folder}\n  results:", f"\n- name: {name}\n  results:"),
+        (f'from_pretrained("{folder}"', f'from_pretrained("{repo_id}"'),
+    )
+    for before, after in changes:
+        card = card.replace(before, after)
+    return card
 
 
 def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
