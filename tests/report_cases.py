@@ -58,6 +58,7 @@ EVALUATED = {
     },
     "latency": {
         "machine": "cpu, 1 thread",
+        "in_turn": True,
         "batches": [
             {"batch_size": 1, "before_ms": 4.0, "after_ms": 2.0},
             {"batch_size": 8, "before_ms": 30.0, "after_ms": 10.0},

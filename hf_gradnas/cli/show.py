@@ -193,7 +193,8 @@ def show_latency(screen: Screen, latency: Mapping[str, Any]) -> None:
         rows.append((*row, f"{before / after:.2f} ×"))
     headers = ("batch size", "before", "after", "speed-up")
     screen.table("Latency", headers, rows, right=4)
-    screen.line(f"Median time of a forward ({latency['machine']}).")
+    order = "both models in turn" if latency["in_turn"] else "one model after the other"
+    screen.line(f"Median time of a forward ({latency['machine']}; {order}).")
 
 
 def _bar(share: float, width: int = 20) -> str:

@@ -152,7 +152,8 @@ def _costs(summary: Summary, pictures: str | None) -> Iterator[str]:
         f" of {length} tokens." if length else "."
     )
     if summary.latencies:
-        yield f"Median time of a forward, measured on {summary.machine}:"
+        order = "both models in turn" if summary.in_turn else "one model after the other"
+        yield f"Median time of a forward, measured on {summary.machine}, {order}:"
         yield latency_table(summary)
     if pictures:
         yield f"![Cost before and after]({pictures}/costs.png)"

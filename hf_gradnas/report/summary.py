@@ -77,6 +77,8 @@ class Summary:
         metrics: Measured values by state of the model (``before``, ``after``, ``recovered``).
         latencies: Measured latencies.
         machine: What they were measured on, in words.
+        in_turn: Whether the two models were measured in turn; else one after the other, and what
+            else the machine did is in the ratio too.
         calibration: What was scored on: ``dataset``, ``examples``, ``labels``.
         recovery: What the cut model was trained on; empty if it was not.
         recipe: Options of the command; empty where it was not used.
@@ -97,6 +99,7 @@ class Summary:
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     latencies: tuple[Latency, ...] = ()
     machine: str = ""
+    in_turn: bool = True
     calibration: Mapping[str, Any] = field(default_factory=dict)
     recovery: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -167,6 +170,7 @@ def summarise(
         metrics=document.get("metrics", {}),
         latencies=tuple(Latency(**entry) for entry in measured.get("batches", ())),
         machine=measured.get("machine", ""),
+        in_turn=measured.get("in_turn", True),
         calibration=document.get("calibration") or _scored_on(document.get("scores", {})),
         recovery=document.get("recovery", {}),
         recipe=document.get("recipe", {}),
