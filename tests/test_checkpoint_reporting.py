@@ -148,6 +148,25 @@ def test_the_command_writes_card_recipe_metrics_and_latency(bert, tmp_path, monk
     assert len(summary["latencies"]) == 2
 
 
+def test_the_home_directory_is_read_and_shown_as_a_tilde(bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = write_tsv(tmp_path / "films.tsv")
+    options = ["--model", str(bert), "--dataset", str(data), "--num-examples", "8"]
+    assert main(["prune", *options, "--save-scores=~/kept", "--output=~/out"]) == 0
+    texts = {".md", ".yaml", ".json", ".csv", ".py", ".svg"}
+    written = [path for path in (tmp_path / "out").rglob("*") if path.suffix in texts]
+    assert {"README.md", "recipe.yaml", "gradnas.json"} < {path.name for path in written}
+    for path in written:
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
+    saved = tmp_path / "out" / "recipe.yaml"
+    assert yaml.safe_load(saved.read_text(encoding="utf-8"))["output"] == "~/out"
+    again = ["--recipe", str(saved), "--output", "again", "--scores=~/kept"]
+    assert main(["prune", *again]) == 0
+    assert not (tmp_path / "~").exists()
+    capsys.readouterr()
+
+
 def test_no_report_leaves_pictures_and_latency_out(bert, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = write_tsv(tmp_path / "films.tsv")

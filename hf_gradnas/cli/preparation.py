@@ -59,7 +59,7 @@ class Job:
 
 
 def resolve_paths(recipe: Recipe) -> Recipe:
-    """Fill in where the results go, and check all that needs neither model nor data.
+    """Fill in where the results go, ``~`` resolved, and check what needs neither model nor data.
 
     Raises:
         RecipeError: The output is the model itself, or no scores file can stand there.
@@ -73,8 +73,10 @@ def resolve_paths(recipe: Recipe) -> Recipe:
             "GradNASCallback.from_recipe, or leave `training` out of it."
         )
     name = Path(recipe.model).expanduser().resolve().name if _is_local(recipe.model) else ""
-    output = recipe.output or f"./{name or recipe.model.rstrip('/').rsplit('/', 1)[-1]}-gradnas"
-    save_scores = recipe.save_scores or f"{output.rstrip('/')}.scores.safetensors"
+    default = f"./{name or recipe.model.rstrip('/').rsplit('/', 1)[-1]}-gradnas"
+    output = _without_tilde(recipe.output or default)
+    save_scores = _without_tilde(recipe.save_scores or f"{output.rstrip('/')}.scores.safetensors")
+    scores = recipe.scores and _without_tilde(recipe.scores)
     if _is_local(recipe.model) and Path(output).resolve() == Path(recipe.model).resolve():
         raise RecipeError(
             f"--output {output}: is the folder of the model itself; give another folder, the "
@@ -83,13 +85,18 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     if not recipe.dry_run:
         check_target(output, overwrite=recipe.overwrite)
     if recipe.scores is None:
-        folder = Path(save_scores).expanduser().absolute().parent
+        folder = Path(save_scores).absolute().parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise RecipeError(
                 f"--save-scores {save_scores}: {folder} is not a folder that can be written to; "
                 "make it, or give another file."
             )
-    return recipe.model_copy(update={"output": output, "save_scores": save_scores})
+    own = {"output": output, "save_scores": save_scores, "scores": scores}
+    return recipe.model_copy(update=own)
+
+
+def _without_tilde(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def read_scores(recipe: Recipe, *, given: Set[str]) -> Scores | None:

@@ -313,7 +313,7 @@ class _Run:
             job.source.processor,
             overwrite=self.recipe.overwrite,
             document=document,
-            files={"recipe.yaml": self.recipe.to_yaml()},
+            files={"recipe.yaml": self.recipe.shareable().to_yaml()},
             report=self.recipe.report,
         )
         if measured:
@@ -370,6 +370,7 @@ def _document(recipe: Recipe, job: Job, given: frozenset[str]) -> dict[str, Any]
     from .options import command_line
 
     fetch_card(job.folder, revision=recipe.revision)
+    recipe = recipe.shareable()
     return {
         "command": command_line(recipe, given),
         "recipe": recipe.model_dump(mode="json", exclude_none=True),

@@ -7,6 +7,7 @@ knows neither models nor data sets.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -22,6 +23,7 @@ _EVAL: _Extra = {"panel": "Evaluation"}
 _PLAN: _Extra = {"panel": "Scores and plan"}
 _RECOVERY: _Extra = {"panel": "Recovery"}
 _OUTPUT: _Extra = {"panel": "Output"}
+_PATHS = ("model", "dataset", "eval_dataset", "scores", "save_scores", "output")
 
 
 def _named(panel: _Extra, metavar: str) -> _Extra:
@@ -342,6 +344,18 @@ class Recipe(BaseModel):
             rules["*"] = {"min": self.min_units}
         rules.update(dict.fromkeys(self.exclude))
         return rules
+
+    def shareable(self) -> Recipe:
+        """The recipe with the home directory written ``~``: it names no user, and still runs."""
+        home = Path.home()
+        paths = {name: Path(vars(self)[name] or "") for name in _PATHS}
+        return self.model_copy(
+            update={
+                name: f"~/{path.relative_to(home).as_posix()}"
+                for name, path in paths.items()
+                if path.is_relative_to(home)
+            }
+        )
 
     def to_yaml(self) -> str:
         """The recipe as YAML; options that are None are left out."""
