@@ -2,8 +2,9 @@
 
     python examples/text_classification.py --model my-bert --train train.tsv --dev dev.tsv
 
-The files are ``text<TAB>label`` without a header, labels counted from 0. Without them, SST-2 is
-loaded from the Hub. The pruned model stands in ``<output>/pruned``.
+The files are ``text<TAB>label`` without a header, labels counted from 0. With ``--hub`` instead of
+``--train`` and ``--dev``, SST-2 is loaded from the Hub. The pruned model stands in
+``<output>/pruned``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+import torch
 from datasets import DatasetDict, load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,8 +29,10 @@ from hf_gradnas import GradNASCallback
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="google-bert/bert-base-uncased")
-    parser.add_argument("--train", help="tsv file; default: SST-2 of the Hub")
-    parser.add_argument("--dev", help="tsv file; default: SST-2 of the Hub")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--train", help="tsv file to train on; needs --dev")
+    source.add_argument("--hub", action="store_true", help="sentences of nyu-mll/glue, sst2")
+    parser.add_argument("--dev", help="tsv file to measure accuracy on")
     parser.add_argument("--output", default="sst2-pruned")
     parser.add_argument("--flops", default="50%", help="share of the FLOPs that is kept")
     parser.add_argument("--when", default="gradual", choices=["begin", "gradual", "end"])
@@ -37,12 +41,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.hub or args.dev):
+        parser.error("--train needs --dev")
+    return args
 
 
 def load_sentences(args: argparse.Namespace) -> DatasetDict:
     """Columns ``text`` and ``label``, splits ``train`` and ``dev``."""
-    if args.train is None:
+    if args.hub:
         glue = load_dataset("nyu-mll/glue", "sst2").rename_column("sentence", "text")
         return DatasetDict(train=glue["train"], dev=glue["validation"])
     files = {"train": args.train, "dev": args.dev}
@@ -77,6 +84,7 @@ def main() -> None:
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=64,
             logging_steps=25,
+            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=data["train"],
         eval_dataset=data["dev"],

@@ -24,7 +24,7 @@ TOTALS = {"flops": 2e12, "params": 110e6}
         ("1e9", 1e9),
         (66e6, 66e6),
         (2e12, 2e12),
-        (2, 2.0),
+        (200, 200.0),
         (np.float32(2.0**30), 2.0**30),
         (np.int64(10**9), 1e9),
     ],
@@ -101,3 +101,15 @@ def test_refuses_what_is_not_a_finite_number(limit):
 )
 def test_format_amount(value, text):
     assert format_amount(value) == text
+
+
+@pytest.mark.parametrize(
+    ("limit", "share"), [(0.5, "50%"), (1, "100%"), (50, "50%"), ("60", "60%")]
+)
+def test_a_share_without_its_sign_is_asked_about(limit, share):
+    with pytest.raises(BudgetError, match=f"too small to be meant; .* write '{share}'"):
+        parse_budgets({"flops": limit}, TOTALS)
+
+
+def test_small_limits_of_small_models_are_meant():
+    assert parse_budgets({"flops": 50}, {"flops": 1000.0})[0].limit == 50

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import hf_gradnas
 from hf_gradnas.cli.app import main
 from hf_gradnas.config.recipe import Recipe
 
@@ -66,3 +67,24 @@ def test_a_flag_without_a_value_is_refused(capsys):
 def test_no_model_is_refused(capsys):
     assert main(["prune"]) == 2
     assert "--model: is missing" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf_gradnas {hf_gradnas.__version__}\n"
+
+
+def test_the_package_is_the_command(capsys):
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_gradnas", "--version"],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert done.stdout.startswith("hf_gradnas ")
+
+
+def test_switches_take_no_value_and_name_their_default(help_text):
+    assert "<bool>" not in help_text.replace("--help", "").split("Recipe")[1]
+    words = " ".join(help_text.replace("│", " ").split())
+    assert "latencies to report/. Default: yes." in words

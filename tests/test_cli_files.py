@@ -75,6 +75,9 @@ def test_parquet(tmp_path):
     write_tsv(tmp_path / "a.tsv")
     read_file(tmp_path / "a.tsv").dataset.to_parquet(str(tmp_path / "a.parquet"))
     assert len(read_file(tmp_path / "a.parquet").dataset) == 24
+    (tmp_path / "b.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"b.parquet: cannot be read as parquet \("):
+        read_file(tmp_path / "b.parquet")
 
 
 BAD = {

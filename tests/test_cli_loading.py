@@ -104,6 +104,21 @@ def test_models_and_weights_that_are_not_there_are_refused(tmp_path):
         load_model(_recipe(), source, str(tmp_path))
 
 
+def test_weights_that_are_damaged_are_refused(tmp_path):
+    save_bert(tmp_path)
+    source = open_source(_recipe(), str(tmp_path))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RecipeError, match=r"weights cannot be loaded .* the files are whole"):
+        load_model(_recipe(), source, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["./nothing", "../nothing", "/nothing/here"])
+def test_a_path_that_is_not_there_is_not_taken_for_an_id(name):
+    with pytest.raises(RecipeError, match="there is no such folder"):
+        open_source(Recipe(model=name), name)
+
+
 def test_a_missing_tokenizer_is_refused(tmp_path):
     save_bert(tmp_path)
     for file in tmp_path.glob("*token*"):

@@ -97,6 +97,13 @@ def test_the_saved_recipe_gives_the_same_model(prune, bert, tsv, tmp_path):
     assert plans[0] == plans[1]
 
 
+def test_a_link_gives_its_own_name_to_the_output(prune, bert, tsv, tmp_path):
+    (tmp_path / "mine").symlink_to(bert, target_is_directory=True)
+    code, out, _ = prune("--model", "./mine", "--dataset", tsv, *TINY)
+    assert code == 0
+    assert "Saved: ./mine-gradnas" in out
+
+
 def test_scores_serve_every_budget_without_scoring(prune, bert, tsv, monkeypatch):
     code, out, _ = prune("--model", bert, "--dataset", tsv, "--dry-run", *TINY)
     assert code == 0
@@ -322,7 +329,7 @@ EARLY = {
     "no such text": (["--text-column", "y"], "no column 'y'.*--text-column"),
     "no data": (["--dataset", "./none.tsv"], "there is no such file or folder"),
     "no eval split": (["--eval-dataset", "./none.tsv"], "there is no such file or folder"),
-    "no model": (["--model", "./nobody"], "--model ./nobody: cannot be loaded"),
+    "no model": (["--model", "./nobody"], "--model ./nobody: there is no such folder"),
 }
 
 

@@ -290,6 +290,14 @@ def test_a_document_that_says_too_little_is_bad_input(verify, folder, replayed, 
     assert message in err
 
 
+def test_a_model_that_was_trained_on_has_nothing_to_verify(verify, folder):
+    (folder / "gradnas.json").unlink()
+    code, out, err = verify(folder, "--json")
+    assert (code, out) == (2, "")
+    assert "holds no gradnas.json" in err
+    assert "trained and saved again has none" in err
+
+
 def test_what_is_no_checkpoint_is_bad_input(verify, tmp_path, folder):
     code, _, err = verify(tmp_path / "nothing")
     assert code == 2

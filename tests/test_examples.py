@@ -32,10 +32,7 @@ from transformers import (
 )
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-pytestmark = [
-    pytest.mark.leaves_state,  # training leaves a model in train mode
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
-]
+pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +46,10 @@ def own_folder(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
-def run(name: str, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *switches: str, **options: object) -> None:
     """The example as a script with these options."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    monkeypatch.setattr(sys, "argv", [name, *flags])
+    monkeypatch.setattr(sys, "argv", [name, *switches, *flags])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
@@ -75,6 +72,33 @@ def test_language_modeling(tmp_path: Path, monkeypatch, capsys) -> None:
     run("language_modeling.py", monkeypatch, **options, max_steps=4, batch_size=4)
     assert "perplexity" in capsys.readouterr().out
     AutoModelForCausalLM.from_pretrained("language-model-pruned/pruned")
+
+
+@pytest.mark.parametrize("name", ["text_classification.py", "language_modeling.py"])
+def test_a_file_to_train_on_needs_one_to_measure_on(name: str, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(name, monkeypatch, train="train.tsv")
+    assert "--train needs --dev" in capsys.readouterr().err
+
+
+def test_data_of_the_hub_takes_one_flag(tmp_path: Path, monkeypatch, capsys) -> None:
+    def load(name: str, config: str) -> datasets.DatasetDict:
+        asked.append((name, config))
+        text = {"text": sentences(40), "sentence": sentences(40), "label": [0, 1] * 20}
+        columns = {"nyu-mll/glue": ["sentence", "label"], "Salesforce/wikitext": ["text"]}[name]
+        split = datasets.Dataset.from_dict({column: text[column] for column in columns})
+        return datasets.DatasetDict(train=split, validation=split)
+
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    short = {"max_steps": 2, "batch_size": 4, "when": "end"}
+    for name, model, own in (
+        ("text_classification.py", save_bert(tmp_path / "bert"), {}),
+        ("language_modeling.py", save_llama(tmp_path / "llama"), {"length": 8}),
+    ):
+        run(name, monkeypatch, "--hub", model=model, **short, **own)
+    assert asked == [("nyu-mll/glue", "sst2"), ("Salesforce/wikitext", "wikitext-2-raw-v1")]
+    capsys.readouterr()
 
 
 def test_image_classification(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -18,7 +18,7 @@ LAYERS = (
     ("verification", "scores", "repair", "checkpoint"),
     ("hub", "pruner", "nas"),
     ("callback",),
-    ("cli", "prune", "inspect", "verify", "__init__"),
+    ("cli", "prune", "inspect", "verify", "__main__", "__init__"),
 )
 PLACE = {
     name: (layer, column) for layer, names in enumerate(LAYERS) for column, name in enumerate(names)

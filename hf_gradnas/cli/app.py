@@ -24,8 +24,27 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"hf_gradnas {version('hf_gradnas')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _describe() -> None:
+def _describe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            metavar="",
+            help="Show the version and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
     """Prune Hugging Face models with gradient scores."""
 
 
@@ -64,11 +83,13 @@ def verify_command(
     trust_remote_code: Annotated[
         bool,
         typer.Option(
-            "--trust-remote-code", help="Run code of the folder that hf_gradnas did not write."
+            "--trust-remote-code",
+            metavar="",
+            help="Run code of the folder that hf_gradnas did not write.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help=_JSON)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", metavar="", help="Print errors only.")] = False,
 ) -> int:
     """Prove again that a saved model is what it was: its files, and its outputs in a new process.
 
@@ -85,7 +106,9 @@ def verify_command(
 def push_command(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
     repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to push it.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", metavar="", help="Make it private.")
+    ] = False,
     message: Annotated[str, typer.Option(metavar="TEXT", help="Message of the commit.")] = "",
     branch: Annotated[str, typer.Option(metavar="NAME", help="Made if it is not there.")] = "main",
 ) -> None:

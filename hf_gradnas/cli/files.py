@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from .loading import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,8 +143,15 @@ def _read_json(path: Path) -> Rows:
 
 def _read_parquet(path: Path) -> Rows:
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    return Rows(Dataset.from_parquet(str(path)), str(path), folder=path.parent)
+    try:
+        dataset = Dataset.from_parquet(str(path))
+    except (ValueError, DatasetGenerationError) as error:  # Arrow's errors are ValueErrors
+        raise DataError(
+            f"{path}: cannot be read as parquet ({first_line(error)}); write the file again."
+        ) from error
+    return Rows(dataset, str(path), folder=path.parent)
 
 
 READERS: Mapping[str, Callable[[Path], Rows]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
@@ -56,6 +57,10 @@ def open_source(recipe: Recipe, folder: str, *, needs_processor: bool = True) ->
     from transformers import AutoConfig
 
     asked = named_task(recipe.task) if recipe.task else None
+    if recipe.model.startswith((".", "/", "~")) and not Path(folder).exists():
+        raise RecipeError(
+            f"--model {recipe.model}: there is no such folder; check the path, or give a Hub id."
+        )
     options = _hub_options(recipe)
     config = _load(
         AutoConfig.from_pretrained,
@@ -92,7 +97,7 @@ def load_model(recipe: Recipe, source: Source, folder: str) -> tuple[PreTrainedM
             source.cls.from_pretrained,
             folder,
             what=f"--model {recipe.model}: its weights cannot be loaded",
-            advice="check --task, --revision and --dtype.",
+            advice="check --task, --revision and --dtype, and that the files are whole.",
             config=source.config,
             dtype=recipe.dtype,
             output_loading_info=True,
@@ -219,9 +224,12 @@ def _hub_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def _load(load: Callable[..., Any], folder: str, *, what: str, advice: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    known = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError)
     try:
         return load(folder, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+    except (*known, SafetensorError) as error:
         raise RecipeError(f"{what} ({first_line(error)}); {advice}") from error
 
 

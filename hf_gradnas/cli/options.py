@@ -54,7 +54,7 @@ def with_options(
         parameters.append(_field_parameter(name, field, description=text))
     for name, text in flags.items():
         flag = "--" + name.removeprefix("as_")
-        parameters.append(_parameter(name, bool, flag, text, None, panel="Output"))
+        parameters.append(_parameter(name, bool, flag, text, "", panel="Output"))
     return _with_parameters(command, parameters)
 
 
@@ -112,9 +112,11 @@ def _field_parameter(
         help_text += f" One of {', '.join(choices)}."
     if field.default not in (None, PydanticUndefined, ()) and kind is not bool and not description:
         help_text += f" Default: {field.default}."
+    if kind is bool and field.default and not description:
+        help_text += " Default: yes."
     metavar = str(extra.get("metavar") or ("CHOICE" if choices else "INTEGER"))
     return _parameter(
-        name, kind, flag, help_text, None if kind is bool else metavar, panel=str(extra["panel"])
+        name, kind, flag, help_text, "" if kind is bool else metavar, panel=str(extra["panel"])
     )
 
 
@@ -131,7 +133,7 @@ def _parameter(
     kind: Any,
     flag: str,
     description: str,
-    metavar: str | None,
+    metavar: str,
     *,
     panel: str = "Recipe",
 ) -> inspect.Parameter:

@@ -72,7 +72,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
             "training: the recipe is for a Trainer, and this command does not train; give it to "
             "GradNASCallback.from_recipe, or leave `training` out of it."
         )
-    name = Path(recipe.model).expanduser().resolve().name if _is_local(recipe.model) else ""
+    name = _folder_name(Path(recipe.model).expanduser()) if _is_local(recipe.model) else ""
     default = f"./{name or recipe.model.rstrip('/').rsplit('/', 1)[-1]}-gradnas"
     output = _without_tilde(recipe.output or default)
     save_scores = _without_tilde(recipe.save_scores or f"{output.rstrip('/')}.scores.safetensors")
@@ -93,6 +93,11 @@ def resolve_paths(recipe: Recipe) -> Recipe:
             )
     own = {"output": output, "save_scores": save_scores, "scores": scores}
     return recipe.model_copy(update=own)
+
+
+def _folder_name(folder: Path) -> str:
+    """A folder's name as it was given; that of a link is the link's."""
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
 
 
 def _without_tilde(path: str) -> str:

@@ -141,6 +141,12 @@ def read_saved(folder: Path) -> _Saved:
     from ..checkpoint.reference import Reference
     from ..checkpoint.save import DOCUMENT, FORMAT_VERSION
 
+    if folder.is_dir() and not (folder / DOCUMENT).is_file():
+        raise CheckpointError(
+            f"{folder}: holds no {DOCUMENT}, which hf_gradnas writes beside a model that it "
+            "prunes; a model that was trained and saved again has none, as its weights are new. "
+            "Give the folder that was written when the model was pruned."
+        )
     document = _read_json(folder / DOCUMENT)
     version = document.get("format_version")
     if version != FORMAT_VERSION:

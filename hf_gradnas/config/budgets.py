@@ -14,6 +14,7 @@ from ..errors import BudgetError
 from ..types import Budget
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_PERCENT = 100
 EXAMPLE = '{"flops": "50%"}'
 
 
@@ -73,10 +74,11 @@ def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
             f"budget {name}={limit}: needed a limit above 0; the original costs "
             f"{format_amount(total)}."
         )
-    if amount <= 1:
+    if amount <= 1 or amount <= _PERCENT < total / _PERCENT:
+        share = 100 * amount if amount <= 1 else amount
         raise BudgetError(
             f"budget {name}={limit}: a bare number is an absolute limit and this one is too small "
-            f"to be meant; for the share kept write '{100 * amount:g}%'."
+            f"to be meant; for the share kept write '{share:g}%'."
         )
     if amount > total:
         raise BudgetError(

@@ -169,7 +169,8 @@ def _quality(summary: Summary) -> Iterator[str]:
         yield "Nothing was measured when the model was pruned."
     yield (
         f"Predicted increase of the loss: {summary.loss_increase:.4g} "
-        f"(from the `{summary.score}` scores, before any training)."
+        f"(in units of the `{summary.score}` scores, which order plans and are no difference of "
+        "losses; before any training)."
     )
 
 

@@ -211,12 +211,15 @@ def _check(lowest: Mapping[str, float], budgets: Sequence[Budget], *, layout: st
     for budget in budgets:
         least = lowest[budget.cost]
         if budget.limit < least:
-            more = "layout='per_layer' reaches further, or " if layout == "stock" else ""
+            more = ""
+            if layout == "stock":
+                more = "layout='per_layer' (--layout per_layer) reaches further, or "
             raise BudgetError(
                 f"budget {budget.cost}: {100 * budget.ratio:.4g}% ({format_amount(budget.limit)}) "
                 f"cannot be reached in layout {layout!r}; the lowest is "
                 f"{_percent_up(least / budget.total)}% ({format_amount(least)} of "
-                f"{format_amount(budget.total)}). Raise the budget, {more}allow more in rules."
+                f"{format_amount(budget.total)}). Raise the budget, {more}allow more in "
+                "rules (--exclude, --min-units)."
             )
 
 
