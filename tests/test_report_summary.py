@@ -93,6 +93,7 @@ def test_short_names_keep_what_differs():
     resnet = ["stages.0.layers.0.conv", "stages.0.layers.1.conv", "stages.1.layers.0.conv"]
     assert short_names(resnet) == ["0.0", "0.1", "1.0"]
     assert short_names(["model.mlp"]) == ["model.mlp"]
+    assert short_names(["model.layers.0.mlp"]) == ["model.layers.0.mlp"]
     assert short_names(["a.b", "b.a"]) == ["a.b", "b.a"]
     (long,) = short_names(["x" * 50])
     assert len(long) == LONGEST - 1

@@ -13,8 +13,10 @@ def short_names(modules: Sequence[str]) -> list[str]:
     ``bert.encoder.layer.0.attention`` … ``bert.encoder.layer.5.attention`` become ``0`` … ``5``.
     A long name loses its middle.
     """
+    if len(modules) <= 1:
+        return [_clip(module) for module in modules]
     paths = [module.split(".") for module in modules]
-    common = set(paths[0]).intersection(*paths[1:]) if len(paths) > 1 else set()
+    common = set(paths[0]).intersection(*paths[1:])
     short = [[part for part in path if part.isdigit() or part not in common] for path in paths]
     if not _differ(short, modules):
         short = paths
