@@ -261,7 +261,7 @@ def test_an_image_model_without_a_processor_says_its_size(tmp_path, inspect):
     [
         ((), "--model: is missing"),
         (("--model", "quickstart"), "is trained by prune only"),
-        (("--model", "./nowhere"), "cannot be loaded"),
+        (("--model", "./nowhere"), "there is no such folder"),
         (("--model", "x", "--layout", "odd"), "--layout: "),
         (("--modle", "x"), "--model"),
     ],

@@ -40,6 +40,10 @@ def test_classes_of_the_same_names_in_another_order_are_matched():
     assert _labels([0, 1], features=features, names=("NEUTRAL", "ENTAILMENT"))[0] == [1, 0]
 
 
+def test_some_of_the_models_own_names_are_enough():
+    assert _labels(["bad", "bad"], names=("GOOD", "BAD"))[0] == [1, 1]
+
+
 def test_one_output_is_a_regression():
     assert _labels([1, 2.5, 3], num_labels=1)[0] == [1.0, 2.5, 3.0]
 
@@ -62,7 +66,8 @@ BAD = {
     "too high": ([0, 2], {}, "holds the label 2, but the model has 2 outputs .0 to 1."),
     "unlabelled split": ([-1, -1], {}, "holds the label -1"),
     "not whole": ([0.5, 1.0], {}, "holds the label 0.5"),
-    "too many words": (["a", "b", "c"], {}, "holds the label 2"),
+    "too many words": (["a", "b", "c"], {}, "the 3 labels a, b, c, and the model has 2 outputs"),
+    "too few words": (["a", "a"], {}, "the 1 labels a, .* LABEL_0, LABEL_1, so which is which"),
     "none": ([0, None], {}, "has no label in row 1"),
     "no number": (["a", "b"], {"num_labels": 1}, "is not all numbers"),
     "bad list": ([[5]], {"num_labels": 3}, "needed a list of label ids below 3"),

@@ -97,6 +97,15 @@ def test_the_saved_recipe_gives_the_same_model(prune, bert, tsv, tmp_path):
     assert plans[0] == plans[1]
 
 
+def test_other_names_of_labels_in_the_evaluation_are_told(prune, bert, tsv, tmp_path):
+    words = tsv.read_text(encoding="utf-8").replace("\t0", "\tno").replace("\t1", "\tyes")
+    (tmp_path / "words.tsv").write_text(words, encoding="utf-8")
+    files = ["--dataset", tsv, "--eval-dataset", "words.tsv"]
+    code, out, _ = prune("--model", bert, *files, "--dry-run", *TINY)
+    assert code == 0
+    assert "Note: evaluation: labels in sorted order: no = 0, yes = 1." in out
+
+
 def test_a_link_gives_its_own_name_to_the_output(prune, bert, tsv, tmp_path):
     (tmp_path / "mine").symlink_to(bert, target_is_directory=True)
     code, out, _ = prune("--model", "./mine", "--dataset", tsv, *TINY)
@@ -323,6 +332,8 @@ EARLY = {
     "no scores": (["--scores", "x.safetensors"], "--scores x.safetensors: there is no such file"),
     "damaged scores": (["--scores", "train.tsv"], "train.tsv cannot be read"),
     "nowhere for scores": (["--save-scores", "no/where.safetensors"], "is not a folder that can"),
+    "nowhere for the output": (["--output", "no/such/out"], "--output no/such/out: .* is not a"),
+    "two limits": (["--target", "flops=9%", "--target", "flops=8%"], "'flops' is limited twice"),
     "the model itself": (["--output", "bert", "--overwrite"], "is the folder of the model itself"),
     "too long": (["--max-length", "41"], "--max-length 41: the model has 40 positions"),
     "no such label": (["--label-column", "y"], "no column 'y'; its columns are text, label"),

@@ -301,7 +301,7 @@ def test_a_model_that_was_trained_on_has_nothing_to_verify(verify, folder):
 def test_what_is_no_checkpoint_is_bad_input(verify, tmp_path, folder):
     code, _, err = verify(tmp_path / "nothing")
     assert code == 2
-    assert "gradnas.json: cannot be read" in err
+    assert "nothing: is no folder" in err
     assert "give the folder of a checkpoint" in err
     for text, message in (("{", "cannot be read"), ("[]", "holds no JSON object")):
         (folder / "gradnas.json").write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ import typer
 from .options import given_flags, with_options, with_recipe_options
 
 EXIT_CODES = "Exit codes: 0 done, 1 {one}, 2 bad input, 130 interrupted."
-_JSON = "Write one JSON object to standard output, and nothing else."
+_JSON = "Write one JSON object to standard output, and nothing else; nothing if the input is bad."
 
 app = typer.Typer(
     name="hf-gradnas",

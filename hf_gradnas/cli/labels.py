@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 
 IGNORED = -100
+_SHOWN = 8
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +34,7 @@ def class_labels(
         return _floats(values, column, origin), "labels are numbers (regression)"
     names, note = _label_names(dataset, column, config), None
     if isinstance(values[0], str):
-        names, note = _map_strings(values, config)
+        names, note = _map_strings(values, config, column, origin)
     if names is not None:
         values = [names.get(value, value) for value in values]
     return [_checked(value, config, column, origin) for value in values], note
@@ -52,7 +53,7 @@ def token_labels(
     flat = [value for row in rows for value in row]
     names: Mapping[Any, Any] = {}
     if flat and isinstance(flat[0], str):
-        names, _ = _map_strings(flat, config)
+        names, _ = _map_strings(flat, config, column, origin)
     return [
         [
             value if value == IGNORED else _checked(names.get(value, value), config, column, origin)
@@ -62,15 +63,29 @@ def token_labels(
     ]
 
 
-def _map_strings(values: Sequence[str], config: PreTrainedConfig) -> tuple[dict[Any, int], str]:
-    """By the model's label names, ignoring case, else in sorted order."""
+def _map_strings(
+    values: Sequence[str], config: PreTrainedConfig, column: str, origin: str
+) -> tuple[dict[Any, int], str]:
+    """By the model's label names, ignoring case, else in sorted order if all classes occur."""
     known = {str(name).lower(): int(index) for name, index in config.label2id.items()}
     distinct = sorted(set(values))
     if all(value.lower() in known for value in distinct):
         return {value: known[value.lower()] for value in distinct}, "labels by the model's names"
+    if len(distinct) != config.num_labels:
+        raise DataError(
+            f"{origin}: column {column!r} holds the {len(distinct)} labels {_listed(distinct)}, "
+            f"and the model has {config.num_labels} outputs, {_listed(list(config.label2id))}, so "
+            "which is which is not known; write the model's names or ids into the data, read more "
+            "rows (--num-examples, --shuffle), or take labels from the model with --labels model."
+        )
     mapping: dict[Any, int] = {value: index for index, value in enumerate(distinct)}
-    shown = ", ".join(f"{name} = {index}" for name, index in list(mapping.items())[:8])
+    shown = ", ".join(f"{name} = {index}" for name, index in list(mapping.items())[:_SHOWN])
     return mapping, f"labels in sorted order: {shown}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > _SHOWN else ""
+    return ", ".join(map(str, names[:_SHOWN])) + more
 
 
 def _label_names(dataset: Dataset, column: str, config: PreTrainedConfig) -> dict[Any, int] | None:

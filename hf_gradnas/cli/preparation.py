@@ -87,8 +87,10 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     if recipe.scores is None:
         folder = Path(save_scores).absolute().parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            given = f"--save-scores {save_scores}"
+            given = given if recipe.save_scores else f"--output {output}"
             raise RecipeError(
-                f"--save-scores {save_scores}: {folder} is not a folder that can be written to; "
+                f"{given}: {folder} is not a folder that can be written to; "
                 "make it, or give another file."
             )
     own = {"output": output, "save_scores": save_scores, "scores": scores}
@@ -164,6 +166,8 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
             f"no task is known for {source.cls.__name__}: labels are sampled from its own output"
         )
     evaluation = _open_evaluation(filled, source)
+    if evaluation is not None and evaluation.note not in (None, calibration.note):
+        notes.append(f"evaluation: {evaluation.note}")
     recovery = _open_recovery(filled, source)
     if recovery is not None:
         notes.append(f"the pruned model is recovered on {len(recovery)} examples")

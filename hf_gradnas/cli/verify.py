@@ -125,7 +125,7 @@ def verify_from_options(
     if failed:
         screen.error("verification failed; restore these files, or prune again.")
         return FAILED
-    screen.line("Verified: the checkpoint is as it was saved.")
+    screen.line("Verified: the checkpoint's weights, code and outputs are as they were saved.")
     return DONE
 
 
@@ -141,9 +141,13 @@ def read_saved(folder: Path) -> _Saved:
     from ..checkpoint.reference import Reference
     from ..checkpoint.save import DOCUMENT, FORMAT_VERSION
 
-    if folder.is_dir() and not (folder / DOCUMENT).is_file():
+    if not folder.is_dir():
         raise CheckpointError(
-            f"{folder}: holds no {DOCUMENT}, which hf_gradnas writes beside a model that it "
+            f"{folder}: is no folder; give the folder of a checkpoint that {PACKAGE} saved."
+        )
+    if not (folder / DOCUMENT).is_file():
+        raise CheckpointError(
+            f"{folder}: holds no {DOCUMENT}, which {PACKAGE} writes beside a model that it "
             "prunes; a model that was trained and saved again has none, as its weights are new. "
             "Give the folder that was written when the model was pruned."
         )

@@ -329,6 +329,8 @@ class Recipe(BaseModel):
             name, separator, limit = str(item).partition("=")
             if not (separator and name.strip() and limit.strip()):
                 raise ValueError(f"{item!r} is not of the form NAME=VALUE, e.g. flops=60%")
+            if name.strip() in targets:
+                raise ValueError(f"{name.strip()!r} is limited twice; give one limit of each cost")
             targets[name.strip()] = limit.strip()
         return targets
 
