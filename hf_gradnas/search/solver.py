@@ -213,7 +213,7 @@ def _check(lowest: Mapping[str, float], budgets: Sequence[Budget], *, layout: st
         if budget.limit < least:
             more = ""
             if layout == "stock":
-                more = "layout='per_layer' (--layout per_layer) reaches further, or "
+                more = "layout='per_layer' reaches further (--layout per_layer), or "
             raise BudgetError(
                 f"budget {budget.cost}: {100 * budget.ratio:.4g}% ({format_amount(budget.limit)}) "
                 f"cannot be reached in layout {layout!r}; the lowest is "
