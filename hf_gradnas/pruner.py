@@ -196,7 +196,7 @@ class GradNASPruner:
         """Measure what every unit is worth, in one pass of forwards and backwards.
 
         Args:
-            dataloader: Yields dicts for ``model(**batch)``.
+            dataloader: Yields dicts for ``model(**batch)``; read no further than `num_examples`.
             labels: ``"data"`` (the batch's) or ``"model"`` (sampled from its own predictions).
             num_examples: Use the first so many examples; None: all.
             file: Where scores are kept while running; a broken-off run resumes from it.
@@ -208,7 +208,7 @@ class GradNASPruner:
             StructureError: Nothing in the model can be pruned.
         """
         if self._structure is None:
-            dataloader = reiterable(dataloader)
+            dataloader = reiterable(dataloader, self.model, num_examples)
             self.discover(longest_of_all(dataloader, self.model, num_examples, self._processes))
         self._scores = collect_scores(
             self.model,
@@ -364,8 +364,8 @@ class GradNASPruner:
             BudgetError: The budget cannot be read or reached (raised before scoring).
         """
         if self._structure is None:
-            dataloader = reiterable(dataloader)
             limit = score.get("num_examples")
+            dataloader = reiterable(dataloader, self.model, limit)
             self.discover(longest_of_all(dataloader, self.model, limit, self._processes))
         self.check(budget)
         self.score(dataloader, **score)

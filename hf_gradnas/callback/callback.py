@@ -321,7 +321,8 @@ class GradNASCallback(TrainerCallback, ExportableState):
                 seed=args.seed,
             )
         else:
-            batches = self.dataloader = reiterable(self.dataloader)
+            limit = self.settings.num_examples
+            batches = self.dataloader = reiterable(self.dataloader, model, limit)
         self._run = Run(self.settings, model, batches, args)
         return self._run
 

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import find_labels
 
 from ..errors import DataError
+from .batches import check_batch, read_batches
 from .loaders import deal
 from .processes import Processes
-from .steps import read_steps
+from .steps import check_end, read_steps
 
 Batch = Mapping[str, Any]
 
 
-def reiterable(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """A generator as a list, since discovery and scoring both read it; a loader as it is."""
-    return list(batches) if iter(batches) is batches else batches
+def reiterable(
+    batches: Iterable[Batch], model: nn.Module, num_examples: int | None
+) -> Iterable[Batch]:
+    """What can be read again: a loader as it is, of an iterator a list of what will be used.
+
+    Discovery and scoring both read it. An iterator is read no further than `num_examples`, so that
+    it may be endless.
+
+    Raises:
+        DataError: One of its batches is not a dict of tensors, or it cannot end.
+    """
+    if not isinstance(batches, Iterator):
+        return batches
+    check_end(batches, num_examples)
+    return [batch.columns for batch in read_batches(batches, model, num_examples)]
 
 
-def longest_batch(batches: Iterable[Batch], num_examples: int | None) -> Batch:
+def longest_batch(batches: Iterable[Batch], model: nn.Module, num_examples: int | None) -> Batch:
     """The batch with the longest sequences among those that will be scored.
 
     Raises:
         DataError: There is no batch, or one is not a dict.
     """
+    check_end(batches, num_examples)
+    known = find_labels(type(model))
     longest: Batch | None = None
     length, examples = -1, 0
     with closing(_columns(batches)) as stream:
@@ -38,11 +54,10 @@ def longest_batch(batches: Iterable[Batch], num_examples: int | None) -> Batch:
                     f"dataloader: batch {index} is a {type(batch).__name__}, but the model is "
                     "called as model(**batch); yield dicts of tensors."
                 )
-            shapes = [v.shape for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim]
             here = _length(batch)
             if here > length:
                 longest, length = batch, here
-            examples += shapes[0][0] if shapes else 0
+            examples += check_batch(index, batch, known).examples
             if num_examples is not None and examples >= num_examples:
                 break
     if longest is None:
@@ -67,7 +82,7 @@ def longest_of_all(
         DataError: There is no batch, or one is not a dict.
     """
     if processes.count == 1:
-        return longest_batch(batches, num_examples)
+        return longest_batch(batches, model, num_examples)
     longest: Batch | None = None
     length = place = -1
     with closing(read_steps(batches, model, num_examples, processes)) as steps:

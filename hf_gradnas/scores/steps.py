@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ def read_steps(
     """
     if num_examples == 0:
         raise DataError("num_examples=0: nothing to score; give 1 or more, or None for all.")
+    check_end(batches, num_examples)
     known = find_labels(type(model))
     left = np.inf if num_examples is None else num_examples
     done = index = check = 0
@@ -83,6 +85,19 @@ def read_steps(
             index += 1
     if not done:
         raise DataError("The loader yields no batch; give at least one example to score with.")
+
+
+def check_end(batches: Iterable[Any], num_examples: int | None) -> None:
+    """Refuse to read all of what is known to have no end.
+
+    Raises:
+        DataError: It is an ``itertools.cycle``.
+    """
+    if num_examples is None and isinstance(batches, cycle):
+        raise DataError(
+            "dataloader: an itertools.cycle has no end, and all of it would be scored; give "
+            "num_examples, or the iterable that it repeats."
+        )
 
 
 def _batch_of(dealt: Dealt, index: int, known: list[str]) -> Batch | None:
