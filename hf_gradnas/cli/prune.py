@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASError, RecipeError
+from .doubts import warn_of_doubts
 from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class _Run:
         model, loader, evaluation = self.processes.main_first(partial(self._load, job))
         pruner = self._discover(model, loader, job)
         before = self._evaluate(model, evaluation, job, "Evaluating the original")
+        if before is not None:
+            warn_of_doubts(before, job.source.task.head, model.config)
         plan = self._plan(pruner, loader, job)
         self.cutting = True
         if self.recipe.dry_run:
