@@ -2,9 +2,7 @@
 
 import copy
 import json
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import handmade
@@ -13,8 +11,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from hf_gradnas import _files
+from hf_gradnas._manifests import FILES, digests, sealed
 from hf_gradnas.checkpoint import save
-from hf_gradnas.checkpoint.save import check_target, loading_snippet, save_pruned
+from hf_gradnas.checkpoint.save import loading_snippet, save_pruned
+from hf_gradnas.checkpoint.targets import check_target
 from hf_gradnas.errors import CheckpointError
 from hf_gradnas.structure.modeling_gradnas import make_per_layer, resize
 from hf_gradnas.types import Plan
@@ -41,6 +42,8 @@ def old_checkpoint(tmp_path):
     target.mkdir()
     (target / "config.json").write_text('{"old": true}')
     (target / "weights.safetensors").write_text("old")
+    record = {"format_version": 1, FILES: digests(target)}
+    (target / "gradnas.json").write_text(sealed(record))
     return target
 
 
@@ -143,7 +146,7 @@ def test_an_interruption_leaves_the_old_folder(
     elif step == "reload":
         monkeypatch.setattr(type(model), "from_pretrained", fail)
     else:
-        monkeypatch.setattr(save, "_exchange", lambda *paths: False)  # as on other systems
+        monkeypatch.setattr(_files, "_exchange", lambda *paths: False)  # as on other systems
         monkeypatch.setattr(Path, "rename", fail_at)
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError):
         save_pruned(model, old_checkpoint, sample=sample, overwrite=True, **SETTINGS)
@@ -156,19 +159,20 @@ def test_an_interruption_while_the_old_folder_is_deleted_leaves_the_new_one(
     monkeypatch, model_and_sample, old_checkpoint
 ):
     model, sample = model_and_sample
-    delete = shutil.rmtree
 
-    def fail(path, **kwargs):
-        if ".old-" in Path(path).name and Path(path).exists():
-            raise KeyboardInterrupt
-        delete(path, **kwargs)
+    def fail(path, known):
+        assert ".hf_gradnas-old-" in path.name
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(save, "_exchange", lambda *paths: False)
-    monkeypatch.setattr(shutil, "rmtree", fail)
+    monkeypatch.setattr(_files, "_exchange", lambda *paths: False)
+    monkeypatch.setattr(_files, "remove_stamped", fail)
     with pytest.raises(KeyboardInterrupt):
         save_pruned(model, old_checkpoint, sample=sample, overwrite=True, **SETTINGS)
     assert (old_checkpoint / "gradnas.json").is_file()
     assert not (old_checkpoint / "weights.safetensors").exists()
+    monkeypatch.undo()
+    check_target(old_checkpoint, overwrite=True)  # a later save clears it away
+    assert names_in(old_checkpoint.parent) == ["target"]
 
 
 @pytest.mark.parametrize("use_sample", [True, False])
@@ -242,7 +246,7 @@ def test_only_checkpoints_and_empty_folders_are_replaced(tmp_path):
     (tmp_path / "home").mkdir()
     assert check_target(tmp_path / "home", overwrite=True)
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match=r"home: is a folder without config\.json"):
+    with pytest.raises(CheckpointError, match=r"home: holds letter\.txt, which hf_gradnas did not"):
         check_target(tmp_path / "home", overwrite=True)
     with pytest.raises(CheckpointError, match="is a file"):
         check_target(tmp_path / "home" / "letter.txt", overwrite=True)
@@ -257,10 +261,10 @@ def test_the_folder_above_must_be_writable(tmp_path, monkeypatch):
     ):
         check_target(tmp_path / "file" / "c", overwrite=False)
 
-    def refuse(**kwargs):
+    def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(CheckpointError, match=r"can write to \(Permission denied\)"):
         check_target(tmp_path / "a", overwrite=False)
 
@@ -272,7 +276,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, monkeypatch, model_a
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", fail)
-    with pytest.raises(CheckpointError, match=r"cannot make a folder beside it \(read-only"):
+    with pytest.raises(CheckpointError, match=r"can write to \(read-only file system\)"):
         save_pruned(model, tmp_path / "target", **SETTINGS)
 
 
@@ -318,6 +322,6 @@ def test_further_files_are_saved_beside_the_model(tmp_path, model_and_sample):
 
 def test_a_folder_that_holds_more_than_a_checkpoint_is_not_replaced(old_checkpoint):
     (old_checkpoint / "checkpoint-500").mkdir()
-    with pytest.raises(CheckpointError, match="holds more than a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"target: holds checkpoint-500/, which"):
         save.check_target(old_checkpoint, overwrite=True)
     assert (old_checkpoint / "checkpoint-500").is_dir()

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..checkpoint.save import check_target
+from ..checkpoint.targets import check_target
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
 from ..scores.sample import reiterable

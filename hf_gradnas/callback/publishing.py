@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._compat import wait_for_uploads
-from ..checkpoint.save import DOCUMENT
+from ..checkpoint.targets import DOCUMENT
 from ..hub import Pushed, check_access, push
 from ..scores.processes import Processes
 

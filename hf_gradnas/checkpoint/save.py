@@ -6,14 +6,8 @@ load a per-layer checkpoint from `structure.modeling_gradnas`. Both layouts are 
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +15,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .._files import replace_folder, temporary_sibling
+from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
 from ..errors import CheckpointError
-from ..report import FOLDER
 from ..scores.batches import to_device
 from ..scores.wrappers import without_autocast
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
-from .reference import Reference, file_digests, make_reference
+from .reference import DIGESTED, Reference, make_reference
 from .replay import first_output
+from .targets import DOCUMENT, check_content, check_target, failing, target_of, write_files
 
-DOCUMENT = "gradnas.json"
 FORMAT_VERSION = 1
-CHECKPOINT_SUFFIXES = frozenset(
-    [".json", ".safetensors", ".py", ".txt", ".model", ".yaml", ".md", ".jinja"]
-)
-"""Suffixes of files that a checkpoint folder may hold and still be replaced."""
-REPORT_SUFFIXES = frozenset([".json", ".md", ".csv", ".png", ".svg"])
-"""The same for its one sub-folder, that of the report."""
 TOLERANCE = 1e-5
 """Largest difference of reloaded float32 or float64 outputs, relative to max(1, largest output)."""
 HALF_TOLERANCE_EPS = 8
@@ -57,10 +46,10 @@ def save_pruned(
 ) -> Path:
     """Write model, tokenizer or processor and ``gradnas.json``, reload, compare, then rename.
 
-    Everything is written to ``.<name>.tmp-<pid>`` beside the target and reloaded from there with
-    the model's own class. All tensors must be equal bit by bit, and outputs on `sample` agree to
-    `TOLERANCE` (float32, float64) or `HALF_TOLERANCE_EPS` (16 bits and less). For
-    ``verify``, ``gradnas.json`` keeps digests of weights and code, and outputs on random inputs.
+    Everything is written to a hidden folder beside the target and reloaded from there with the
+    model's own class. All tensors must be equal bit by bit, and outputs on `sample` agree to
+    `TOLERANCE` (float32, float64) or `HALF_TOLERANCE_EPS` (16 bits and less). ``gradnas.json``
+    keeps digests of all files, and for ``verify`` outputs on random inputs.
 
     Args:
         model: A cut model, its config rewritten.
@@ -70,128 +59,32 @@ def save_pruned(
         processing_class: Tokenizer, image processor or processor to save beside the model.
         sample: Batch for ``model(**sample)``.
         files: Further files by path, e.g. ``recipe.yaml``; text, or bytes of a picture.
-        overwrite: Replace a checkpoint that stands there.
+        overwrite: Replace a checkpoint that hf_gradnas wrote there, see `check_target`.
 
     Returns:
         The target folder.
 
     Raises:
-        CheckpointError: The target cannot be written, or the checkpoint does not load back as it
-            was. The target is then as it was before.
+        CheckpointError: The target cannot be written, a name in `files` cannot be used, or the
+            checkpoint does not load back as it was. The target is then as it was before.
     """
-    target = check_target(directory, overwrite=overwrite)
-    with _temporary_sibling(target) as written:
-        model.save_pretrained(written)
-        if processing_class is not None:
-            processing_class.save_pretrained(written)
-        content = {**document, "plan": plan.to_dict(), "versions": versions()}
-        content["format_version"] = FORMAT_VERSION
-        for name, data in (files or {}).items():
-            (written / name).parent.mkdir(exist_ok=True)
-            (written / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    contents = check_content(document, files or {})
+    before = stamps(target_of(directory))
+    target = check_target(directory, overwrite=overwrite, source=model.name_or_path)
+    with failing(target), temporary_sibling(target) as written:
+        with failing(target, Exception):  # whatever a tokenizer raises where the disk is full
+            model.save_pretrained(written)
+            if processing_class is not None:
+                processing_class.save_pretrained(written)
+        write_files(written, contents)
         reference = _check_reload(model, written, sample)
-        content |= {"sha256": file_digests(written), "reference": reference.to_dict()}
-        (written / DOCUMENT).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        _put_in_place(written, target)
+        content = {**document, "plan": plan.to_dict(), "versions": versions()}
+        content |= {"format_version": FORMAT_VERSION, "reference": reference.to_dict()}
+        files_written = digests(written)
+        content[OLD_FILES] = {n: d for n, d in files_written.items() if n.endswith(DIGESTED)}
+        (written / DOCUMENT).write_text(sealed({**content, FILES: files_written}), encoding="utf-8")
+        replace_folder(written, target, before)
     return target
-
-
-def check_target(directory: str | Path, overwrite: bool) -> Path:
-    """Check that a checkpoint can be written to a folder, before any work is done.
-
-    Returns:
-        The folder's absolute path, links resolved.
-
-    Raises:
-        CheckpointError: It exists and `overwrite` is false, it is not a checkpoint, or the folder
-            above it is not writable.
-    """
-    target = Path(directory).resolve()
-    if target.exists() and not overwrite:
-        raise CheckpointError(
-            f"{target}: the output folder exists; pass --overwrite (overwrite=True) to replace the "
-            "checkpoint in it, or choose another folder."
-        )
-    foreign = _foreign(target)
-    if foreign:
-        raise CheckpointError(
-            f"{target}: {foreign}, but only a checkpoint or an empty folder is replaced, as "
-            "everything in it is deleted; choose another folder."
-        )
-    above = next(parent for parent in target.parents if parent.exists())
-    try:
-        Path(tempfile.mkdtemp(dir=above, prefix=".hf_gradnas-")).rmdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"{target}: {above} is not a folder that this user can write to "
-            f"({error.strerror}); choose another folder, or change its permissions."
-        ) from error
-    return target
-
-
-def _foreign(target: Path) -> str:
-    """What shows that a target is no checkpoint, in words; "" when it may be replaced."""
-    if not target.exists():
-        return ""
-    if not target.is_dir():
-        return "is a file"
-    content = sorted(target.iterdir())
-    if content and not (target / "config.json").is_file():
-        return "is a folder without config.json"
-    others = [p.name for p in content if not _is_own(p)]
-    return f"holds more than a checkpoint ({', '.join(others[:4])})" if others else ""
-
-
-def _is_own(path: Path) -> bool:
-    """Whether something in a folder is what a checkpoint has there."""
-    if not path.is_dir():
-        return path.suffix in CHECKPOINT_SUFFIXES
-    inside = path.iterdir() if path.name == FOLDER else [path]
-    return all(p.is_file() and p.suffix in REPORT_SUFFIXES for p in inside)
-
-
-@contextmanager
-def _temporary_sibling(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside the target; what is left of it at the end is deleted."""
-    folder = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)  # of a process with our number that was killed
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target}: cannot make a folder beside it ({error}); choose another output folder."
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put_in_place(written: Path, target: Path) -> None:
-    """Rename the finished folder to the target; what stood there is deleted only afterwards."""
-    if target.exists() and _exchange(written, target):
-        return  # the old checkpoint now has the temporary name, and goes with it
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        if target.exists():
-            target.rename(old)
-        written.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap the names of two folders in one step; False where the system cannot (not Linux)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
-    paths = [ctypes.c_char_p(os.fsencode(path)) for path in (first, second)]
-    return bool(libc.renameat2(here, paths[0], here, paths[1], exchange) == 0)
 
 
 def versions() -> dict[str, str]:

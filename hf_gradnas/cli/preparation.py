@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.save import check_target
+from ..checkpoint.targets import check_target
 from ..config.budgets import parse_budgets
 from ..config.recipe import Recipe
 from ..errors import DataError, RecipeError, ScoresError

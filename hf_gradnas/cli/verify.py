@@ -139,7 +139,8 @@ def read_saved(folder: Path) -> _Saved:
         CheckpointError: The folder is no pruned checkpoint, or one that keeps nothing to compare.
     """
     from ..checkpoint.reference import Reference
-    from ..checkpoint.save import DOCUMENT, FORMAT_VERSION
+    from ..checkpoint.save import FORMAT_VERSION
+    from ..checkpoint.targets import DOCUMENT
 
     if not folder.is_dir():
         raise CheckpointError(
