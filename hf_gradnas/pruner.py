@@ -24,6 +24,7 @@ from .hub import push
 from .masks import masked
 from .scores import METHODS, check_scores, collect_scores
 from .scores.batches import to_device
+from .scores.prediction import with_prediction
 from .scores.processes import Processes
 from .scores.sample import Batch, check_positions, from_main, longest_of_all, reiterable
 from .scores.shards import gathered, is_sharded, shape_of
@@ -374,13 +375,12 @@ class GradNASPruner:
         return plan
 
     def _settle(self, plan: Plan) -> Plan:
-        """The plan with its loss in units of the loss, and with the costs after the cut."""
+        """The plan with its loss in nats where it is one, and with the costs after the cut."""
         shapes = {name: shape_of(p) for name, p in self.model.named_parameters()}
         costs = dict(plan.costs)
         if plan.layout == "per_layer":
             costs["params"] -= unsplit_table_params(self.structure.axes, shapes, plan.counts())
-        half = plan.score == "fisher"  # second-order Taylor term: ½·Σ g²
-        return replace(plan, costs=costs, loss_increase=plan.loss_increase * (0.5 if half else 1))
+        return with_prediction(replace(plan, costs=costs), self.scores)
 
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:

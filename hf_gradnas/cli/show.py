@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.budgets import format_amount
+from ..report import say_prediction
 from ..types import Budget, CostModel, Plan, Structure
 
 if TYPE_CHECKING:
@@ -170,7 +171,9 @@ def show_costs(
         )
     headers = ("cost", "before", "after", "kept", "budget", "smallest step")
     screen.table(f"Costs ({plan.layout})", headers, rows, right=5)
-    screen.line(f"Predicted loss increase: {plan.loss_increase:.4g} (in units of the score).")
+    screen.line(
+        say_prediction(plan.loss_increase, plan.loss_unit, plan.loss_before, score=plan.score)
+    )
 
 
 def show_metrics(screen: Screen, columns: Mapping[str, Metrics]) -> None:

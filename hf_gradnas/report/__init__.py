@@ -6,6 +6,7 @@ Takes plans, scores and numbers as data; knows no model and writes no file.
 from .card import address
 from .files import FOLDER, report_files
 from .origin import Origin, fetch_card, find_origin
+from .prediction import say_prediction
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "fetch_card",
     "find_origin",
     "report_files",
+    "say_prediction",
     "summarise",
 ]

@@ -13,6 +13,7 @@ import yaml
 
 from .metadata import card_data, data_name
 from .origin import Origin
+from .prediction import say_prediction
 from .summary import Summary
 from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_table
 
@@ -167,11 +168,10 @@ def _quality(summary: Summary) -> Iterator[str]:
         yield metrics_table(summary)
     else:
         yield "Nothing was measured when the model was pruned."
-    yield (
-        f"Predicted increase of the loss: {summary.loss_increase:.4g} "
-        f"(in units of the `{summary.score}` scores, which order plans and are no difference of "
-        "losses; before any training)."
+    predicted = say_prediction(
+        summary.loss_increase, summary.loss_unit, summary.loss_before, score=summary.score
     )
+    yield f"{predicted} That is before any training."
 
 
 def _how(summary: Summary) -> Iterator[str]:

@@ -70,7 +70,9 @@ class Summary:
         layout: ``"stock"`` or ``"per_layer"``.
         score: Name of the score.
         search: Name of the search.
-        loss_increase: Predicted, in units of the score.
+        loss_increase: Predicted, in `loss_unit`; without one the sum of the pruned scores.
+        loss_unit: Such as ``"nats per token"``; "" where the scores are no loss.
+        loss_before: Loss of the whole model while scoring, in `loss_unit`.
         axes: In the model's order.
         costs: Before and after, with the budgets.
         refusals: What was seen but not pruned.
@@ -105,6 +107,8 @@ class Summary:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    loss_unit: str = ""
+    loss_before: float | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -161,6 +165,8 @@ def summarise(
         score=plan.score,
         search=plan.search,
         loss_increase=plan.loss_increase,
+        loss_unit=plan.loss_unit,
+        loss_before=plan.loss_before,
         axes=tuple(
             AxisWidth(a.name, a.module, str(a.kind), a.size, len(plan.kept[a.name]))
             for a in structure.axes

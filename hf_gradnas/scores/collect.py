@@ -21,7 +21,7 @@ from .batches import digest
 from .fingerprints import axes_fingerprint, check_same_everywhere, model_fingerprint
 from .gradients import GradientRecorder
 from .losses import DataLoss, Objective, SampledLoss
-from .measure import GlobalBatch, Measure
+from .measure import GlobalBatch, Measure, Part
 from .methods import GLOBAL_METHODS, METHODS, WEIGHT_METHODS
 from .processes import Processes
 from .state import Record, State, continued
@@ -205,8 +205,9 @@ def _states(
         for step in stream:
             measure.agree(step, processes)
             with processes.joint():
-                batch.add(measure(step))
-                latest = _after(latest, step, objective.normaliser)
+                part = measure(step)
+                batch.add(part)
+                latest = _after(latest, step, part, objective.normaliser)
             if batch.is_complete:
                 state = latest = replace(latest, totals=state.totals + batch.scores())
                 yield state
@@ -214,7 +215,7 @@ def _states(
             yield replace(latest, totals=state.totals + batch.scores())
 
 
-def _after(state: State, step: Step, normaliser: str) -> State:
+def _after(state: State, step: Step, part: Part, normaliser: str) -> State:
     """State with a step more, apart from its scores."""
     batch = step.batch
     return State(
@@ -224,6 +225,8 @@ def _after(state: State, step: Step, normaliser: str) -> State:
         steps=state.steps + 1,
         data=state.data if batch is None else digest(state.data, batch.columns),
         normaliser=normaliser,
+        labels=state.labels + part.labels,
+        loss=state.loss + part.loss,
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from .batches import Batch, to_device
-from .normaliser import count_labels, find_normaliser, loss_of
+from .normaliser import count_labels, find_normaliser, is_likelihood, loss_of
 from .sampling import inputs_to_sample, predict
 
 
@@ -19,6 +19,7 @@ class Objective(Protocol):
 
     model: nn.Module
     normaliser: str
+    is_likelihood: bool
 
     def prepare(self, batch: Batch) -> None:
         """Find the normaliser on a first batch."""
@@ -32,11 +33,13 @@ class DataLoss:
 
     Attributes:
         normaliser: Name of the count that the model divides by; found on the first batch if empty.
+        is_likelihood: Whether the latest batch's loss is a negative log-likelihood, in nats.
     """
 
     def __init__(self, model: nn.Module, normaliser: str) -> None:
         self.model = model
         self.normaliser = normaliser
+        self.is_likelihood = True
 
     def prepare(self, batch: Batch) -> None:
         """Find the normaliser, unless it is known.
@@ -50,6 +53,7 @@ class DataLoss:
                 f"add the labels that {type(self.model).__name__} takes, or score with "
                 'labels="model", which samples them from its own predictions.'
             )
+        self.is_likelihood = is_likelihood(batch)
         if not self.normaliser:
             self.normaliser = find_normaliser(self.model, batch)
 
@@ -74,6 +78,7 @@ class SampledLoss:
     """
 
     normaliser = "sampled_labels"
+    is_likelihood = True
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.model = model

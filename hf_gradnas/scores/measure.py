@@ -5,6 +5,7 @@ Knows the loss, the recorder and the formulas; knows nothing of files and loader
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from .batches import Batch, to_device
 from .gradients import GradientRecorder
 from .losses import Objective
 from .methods import GLOBAL_METHODS, GRADIENT_METHODS
+from .normaliser import SUM
 from .processes import Processes
 from .shards import is_sharded
 from .steps import Step
@@ -31,10 +33,14 @@ class Part:
         values: ``(units of all axes,)`` float64: scores, or for a method of `GLOBAL_METHODS` sums
             of gradients.
         count: Labels that they were summed over.
+        labels: Labels that the loss is the sum of; examples, where the model's loss is a sum.
+        loss: Sum of their losses in nats; NaN where it is no log-likelihood of one label each.
     """
 
     values: np.ndarray
     count: int
+    labels: int = 0
+    loss: float = 0.0
 
 
 class Measure:
@@ -103,7 +109,10 @@ class Measure:
         # The only time per batch that the host waits for the device.
         values = torch.cat([loss.detach()[None], *terms]).double().cpu().numpy()
         self._check_finite(values, step.batch)
-        return Part(values[1:], count)
+        objective = self.objective
+        labels = step.batch.examples if objective.normaliser == SUM else count
+        found = float(values[0]) if objective.is_likelihood else math.nan
+        return Part(values[1:], count, labels, found)
 
     def _run_along(self) -> None:
         """A forward and backward of a sharded model, of which nothing counts."""

@@ -42,7 +42,8 @@ def _sum(labels: Tensor) -> int:
 
 # In order of preference, where a model's first batch cannot tell them apart.
 TOKEN_COUNTS: dict[str, Count] = {"labels_after_shift": _labels_after_shift, "labels": _labels}
-EXAMPLE_COUNTS: dict[str, Count] = {"examples": _examples, "sum": _sum}
+SUM = "sum"
+EXAMPLE_COUNTS: dict[str, Count] = {"examples": _examples, SUM: _sum}
 COUNTS: dict[str, Count] = {**TOKEN_COUNTS, **EXAMPLE_COUNTS}
 
 
@@ -68,6 +69,14 @@ def count_labels(normaliser: str, batch: Batch) -> int:
     Zero where every label is ignored.
     """
     return COUNTS[normaliser](_counted(batch))
+
+
+def is_likelihood(batch: Batch) -> bool:
+    """Whether the labels are one class each, so that the loss is their negative log-likelihood.
+
+    Of a regression, or of several labels that share a loss, a squared gradient is no loss.
+    """
+    return len(batch.labels) == 1 and not _counted(batch).is_floating_point()
 
 
 def _counted(batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,9 @@ class State:
         steps: Steps done; one of all processes at a time.
         data: Rolling digest of this process's batches.
         normaliser: Name of the count that the model divides its loss by.
+        labels: Labels, or examples, that `loss` is the sum of; this process's part.
+        loss: Sum of their losses in nats, this process's part; NaN where it is no such loss, or
+            where an older file does not say.
     """
 
     totals: np.ndarray
@@ -46,6 +50,8 @@ class State:
     steps: int = 0
     data: str = ""
     normaliser: str = ""
+    labels: int = 0
+    loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,7 @@ class Record:
             "model_fingerprint": self.model,
             "data_fingerprint": state.data,
             "settings": json.dumps(self.settings, sort_keys=True),
+            **_loss_metadata(state),
             **{f"{name}_version": sys.modules[name].__version__ for name in PACKAGES},
         }
         return Scores(values, metadata)
@@ -92,7 +99,14 @@ class Record:
         if processes.count == 1:
             return state
         data = joint_digest(processes.gather_objects(state.data))
-        return replace(state, totals=processes.sum(state.totals), data=data)
+        sums = processes.sum(np.array([state.loss, float(state.labels)]))
+        return replace(
+            state,
+            totals=processes.sum(state.totals),
+            data=data,
+            loss=float(sums[0]),
+            labels=int(sums[1]),
+        )
 
     def save(self, state: State, *, complete: bool) -> Scores:
         """Scores of all processes' states, written to the file if there is one."""
@@ -147,6 +161,8 @@ class Record:
             steps=int(found.get("steps", found["batches"])),
             data=found["data_fingerprint"],
             normaliser=found["normaliser"],
+            labels=int(found.get("labels_scored", 0)),
+            loss=float(found.get("loss_sum", math.nan)),
         )
         return state, found["complete"] == "true"
 
@@ -154,6 +170,13 @@ class Record:
         """Say why the scores in the file are not gone on from."""
         if self.processes.is_main:
             logger.warning("The scores in %s are %s: scoring starts over.", self.file, reason)
+
+
+def _loss_metadata(state: State) -> dict[str, str]:
+    """Sum of the labels' losses and their number, where the loss is a log-likelihood."""
+    if not (state.labels and math.isfinite(state.loss)):
+        return {}
+    return {"labels_scored": str(state.labels), "loss_sum": repr(state.loss)}
 
 
 def joint_digest(digests: Sequence[str]) -> str:
@@ -179,5 +202,6 @@ def continued(
         return None
     if complete and next(stream, None) is not None:
         return None
-    totals = state.totals if processes.is_main else np.zeros_like(state.totals)
-    return replace(state, totals=totals, data=data)
+    if processes.is_main:
+        return replace(state, data=data)
+    return replace(state, totals=np.zeros_like(state.totals), data=data, labels=0, loss=0.0)

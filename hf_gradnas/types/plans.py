@@ -26,10 +26,16 @@ class Plan:
         layout: ``"stock"`` or ``"per_layer"``.
         budgets: What was asked for.
         costs: Achieved cost per cost name.
-        loss_increase: Predicted loss increase in units of the score (0.5·Σ for `fisher`).
+        loss_increase: Predicted loss increase in `loss_unit`; without a unit the sum of the pruned
+            scores, which ranks plans of the same scores and is no loss.
         search: Name of the strategy.
         score: Name of the score.
         steps: Smallest step of each budgeted cost in this layout, upwards from this plan.
+        loss_unit: ``"nats per token"``, ``"nats per example"`` or ``"nats per label"``; "" where
+            the scores are no loss (`gradnas`, `magnitude`, `random`) or do not say of what.
+            For `fisher` the prediction is second order, for `taylor` the first-order change at
+            most; both add up units as if each went alone, and forecast small cuts only.
+        loss_before: Loss of the whole model on what was scored, in `loss_unit`.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -41,6 +47,8 @@ class Plan:
     search: str = ""
     score: str = ""
     steps: Mapping[str, float] = field(default_factory=dict)
+    loss_unit: str = ""
+    loss_before: float | None = None
 
     FORMAT_VERSION = 1
 
@@ -104,7 +112,9 @@ class Scores:
     Attributes:
         values: ``(size,)`` per axis name; ``kv_groups`` axes hold the joint score of their heads.
         metadata: Strings: ``method``, ``normaliser``, ``examples``, ``mask_place``,
-            ``model_fingerprint``, ``data_fingerprint``, ``settings``, versions.
+            ``model_fingerprint``, ``data_fingerprint``, ``settings``, versions; ``loss_sum``
+            and ``labels_scored``: the loss in nats while scoring, and of how many labels (tokens,
+            examples) it is the sum, where the model's loss is a log-likelihood.
     """
 
     values: Mapping[str, np.ndarray]
