@@ -15,6 +15,10 @@ class StructureError(GradNASError, ValueError):
     """The model holds no axis that was asked for, or one that cannot be proved."""
 
 
+class CutError(StructureError):
+    """A cut model that does not do what its masks did; the model in memory is not usable."""
+
+
 class BudgetError(GradNASError, ValueError):
     """A budget that cannot be read or cannot be reached."""
 

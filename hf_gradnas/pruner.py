@@ -106,8 +106,6 @@ class GradNASPruner:
         self._applied = False
         self._saved: Path | None = None
 
-    # -- what was found ----------------------------------------------------------------------
-
     @property
     def structure(self) -> Structure:
         """Axes of the model, and what was refused.
@@ -143,8 +141,6 @@ class GradNASPruner:
             OrderError: Neither `score` nor `use_scores` was called.
         """
         return _need(self._scores, "scores", "score(dataloader) or use_scores(scores)")
-
-    # -- the steps ---------------------------------------------------------------------------
 
     def discover(self, batch: Batch, *, flops_length: int | None = None) -> Structure:
         """Find and prove the axes, decide the layout, and count the costs.
@@ -208,9 +204,7 @@ class GradNASPruner:
             DataError: Batches that the model cannot be scored with.
             StructureError: Nothing in the model can be pruned.
         """
-        if self._structure is None:
-            dataloader = reiterable(dataloader, self.model, num_examples)
-            self.discover(longest_of_all(dataloader, self.model, num_examples, self._processes))
+        dataloader = self._discovered(dataloader, num_examples)
         self._scores = collect_scores(
             self.model,
             self.structure.axes,
@@ -242,17 +236,9 @@ class GradNASPruner:
             OrderError: There are no scores yet.
         """
         budgets = self.check(budget)
-        make = partial(
-            find_plan,
-            self.structure.axes,
-            self.scores,
-            self.costs,
-            budgets,
-            search=self.search,
-            layout=self.layout,
-            rules=self.rules,
-            stock=self._space,
-        )
+        make = partial(find_plan, self.structure.axes, self.scores, self.costs, budgets)
+        options = {"search": self.search, "layout": self.layout, "rules": self.rules}
+        make = partial(make, **options, stock=self._space)
         return self._settle(self._processes.from_main(make))
 
     def masked(self, plan: Plan) -> AbstractContextManager[None]:
@@ -270,6 +256,7 @@ class GradNASPruner:
         Of shards (FSDP2), a plain copy of the whole is cut and becomes `model`, on all processes.
 
         Raises:
+            CutError: On the sample the cut model differs from the masked one; it is not usable.
             PlanError: The plan does not fit this model or its class, or it was cut already.
         """
         if self._applied:
@@ -283,8 +270,13 @@ class GradNASPruner:
         if is_sharded(self.model):
             self.model = gathered(self.model)
         with self._processes.joint():
-            apply_plan(self.model, plan, self.structure, space)
-        self._plan, self._applied = plan, True
+            self._applied = True  # also a cut that fails its proof
+            try:
+                apply_plan(self.model, plan, self.structure, space, sample=self._sample)
+            except PlanError:
+                self._applied = False
+                raise
+        self._plan = plan
         return self.model
 
     def recover(self, teacher: PreTrainedModel, train_dataset: Any, **options: Any) -> Recovery:
@@ -300,8 +292,7 @@ class GradNASPruner:
             RecipeError: An option that cannot be used.
             StructureError: The teacher does not fit the model.
         """
-        if not self._applied:
-            raise OrderError("recover: the model is not cut yet; call apply(plan) first.")
+        self._cut_plan("recover")
         from .repair import recover  # noqa: PLC0415 - the Trainer takes seconds to import
 
         return recover(self.model, teacher, train_dataset, **options)
@@ -330,9 +321,8 @@ class GradNASPruner:
             OrderError: `apply` was not called.
             CheckpointError: The target cannot be written, or does not load back as it was.
         """
-        if not self._applied or self._plan is None:
-            raise OrderError("save_pretrained: the model is not cut yet; call apply(plan) first.")
-        found = Findings(self._plan, self.structure, self._costs, self._totals, self._scores)
+        plan = self._cut_plan("save_pretrained")
+        found = Findings(plan, self.structure, self._costs, self._totals, self._scores)
         options = {"processing_class": processing_class, "overwrite": overwrite, "report": report}
         more: dict[str, Any] = {"document": document, "files": files, "sample": self._sample}
         write = partial(save_with_report, self.model, directory, found, **more, **options)
@@ -364,15 +354,27 @@ class GradNASPruner:
         Raises:
             BudgetError: The budget cannot be read or reached (raised before scoring).
         """
-        if self._structure is None:
-            limit = score.get("num_examples")
-            dataloader = reiterable(dataloader, self.model, limit)
-            self.discover(longest_of_all(dataloader, self.model, limit, self._processes))
+        dataloader = self._discovered(dataloader, score.get("num_examples"))
         self.check(budget)
         self.score(dataloader, **score)
         plan = self.plan(budget)
         self.apply(plan)
         return plan
+
+    def _discovered(self, dataloader: Iterable[Batch], limit: int | None) -> Iterable[Batch]:
+        """The same batches, to be read again once `discover` has seen the longest of them."""
+        if self._structure is None:
+            dataloader = reiterable(dataloader, self.model, limit)
+            self.discover(longest_of_all(dataloader, self.model, limit, self._processes))
+        return dataloader
+
+    def _cut_plan(self, step: str) -> Plan:
+        """The plan that the model was cut to."""
+        if self._plan is None:
+            found = "failed when it was cut" if self._applied else "is not cut yet"
+            advice = "load it again and make a new pruner" if self._applied else "call apply(plan)"
+            raise OrderError(f"{step}: the model {found}; {advice} first.")
+        return self._plan
 
     def _settle(self, plan: Plan) -> Plan:
         """The plan with its loss in nats where it is one, and with the costs after the cut."""

@@ -202,17 +202,40 @@ def test_rounding_inside_is_tried_on_scaled_inputs(monkeypatch: pytest.MonkeyPat
     assert refusals[0].reason.endswith("differs from masked by 1.0e-09 (eager, relative, float64)")
 
 
-def test_half_of_the_units_stay_another_half_for_each_axis() -> None:
+def test_about_half_of_the_units_stay_in_another_number_for_each_axis() -> None:
     case = plain()
     axes = [
         replace(case.axes[0], name=f"{i}:channels", size=size)
         for i, size in enumerate((1, 2, 3, 32, 32))
     ]
     kept = proof._irregular(axes)
-    assert [len(units) for units in kept.values()] == [1, 1, 1, 16, 16]
+    assert [len(units) for units in kept.values()] == [1, 1, 1, 19, 20]
     assert kept["3:channels"] != kept["4:channels"]
     assert kept == proof._irregular(axes)
     assert all(units == sorted(set(units)) for units in kept.values())
+
+
+class Reshaped(nn.Module):
+    """Reads the number of channels off one tensor to reshape another, as GLPN's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.three, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = self.one(x), self.two(x)
+        two = two.reshape(len(x), one.shape[1], -1).mean(-1)
+        return self.last(two) + self.three(one).mean((1, 2, 3))[:, None]
+
+
+def test_axes_that_must_keep_equal_counts_are_not_proved_as_if_they_were_independent() -> None:
+    torch.manual_seed(0)
+    axes, refusals = proof.find_channels(Reshaped().eval(), (torch.randn(2, 3, 4, 4),), {})
+    assert {axis.module for axis in axes} <= {"three"}
+    refused = {refusal.module: refusal.reason for refusal in refusals}
+    assert "does not run" in refused["one"]
+    assert "does not run" in refused["two"]
 
 
 # --- whole Transformers models --------------------------------------------------------------------

@@ -251,6 +251,45 @@ def test_a_second_cut_keeps_what_the_first_wrote():
     assert after["2"] == {**before["2"], "intermediate_size": 8}
 
 
+def test_what_a_config_said_of_a_layer_before_stays():
+    """Upstream writes None, 0 and False into single layers (a layer without sliding window)."""
+    _, structure, space, keys = found("bert")
+    own = {"sliding_window": None, "dropout": 0, "is_causal": False}
+    config = copy.deepcopy(written("bert", {}))
+    for name in own:
+        setattr(config, name, 7)
+    config.per_layer_config = {0: dict(own)}
+    heads = next(axis.name for axis in structure.axes if axis.kind == Kind.HEADS)
+    write_per_layer(config, plan_of(structure, {heads: 0}), structure, keys, space=space)
+    written_now = config.to_dict()["per_layer_config"]["0"]
+    assert written_now == {**own, "num_attention_heads": 0}
+    assert [type(value) for value in written_now.values()][:3] == [type(None), int, bool]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "gemma2", "qwen2", "whisper"])
+@pytest.mark.parametrize("layout", ["stock", "per_layer"])
+def test_only_keys_that_speak_of_widths_change(name, layout):
+    model, structure, space, keys = found(name)
+    config = copy.deepcopy(model.config)
+    if layout == "stock":
+        counts = uniform(structure, space)
+        plan = replace(plan_of(structure, counts), layout="stock")
+        write_stock(config, plan, structure, space)
+    else:
+        counts = irregular(structure, removed=False)
+        write_per_layer(config, plan_of(structure, counts), structure, keys, space=space)
+    before, after = model.config.to_dict(), config.to_dict()
+    changed = {key for key in {**before, **after} if before.get(key, 0) != after.get(key, 0)}
+    stock = {
+        key
+        for group in space.groups
+        for key in (*group.keys.values(), *group.copies, *group.constants)
+    }
+    words = {"per_layer_config", "allow_global_per_layer_attribute_access", "head_dim"}
+    assert changed
+    assert changed <= stock | words
+
+
 def test_contradictions_are_left_out():
     model, structure, space, keys = found("bert")
     twin = {axis.name: replace(keys[axis.name], layers=(0,)) for axis in structure.axes}

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 import zoo
+from transformers.utils import ModelOutput
 
+from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import masked
 from hf_gradnas.structure.discovery import Place, discover
 from hf_gradnas.surgery import cut
 from hf_gradnas.types import Attribute, Kind, Structure
-from hf_gradnas.verification import find_structure, masked_against_cut, prove, trial_plans
+from hf_gradnas.verification import find_structure, masked_against_cut, proved, trial_plans
 
 ALL = sorted(zoo.FAMILIES)
 
@@ -99,7 +102,7 @@ def test_a_wrong_attribute_fails_the_proof_and_is_refused() -> None:
         return replace(place, template=replace(place.template, versions=versions))
 
     places = tuple(spoil(p) if p.template.kind is Kind.HEADS else p for p in discovery.places)
-    structure = prove(model, replace(discovery, places=places))
+    structure = proved(model, replace(discovery, places=places))
     assert {a.kind for a in structure.axes} == {Kind.NEURONS}
     assert all("does not run" in r.reason or "differs" in r.reason for r in structure.refusals)
     assert len(structure.refusals) == 3
@@ -122,3 +125,74 @@ def test_difference_and_effect_are_relative() -> None:
     difference, effect = masked_against_cut(module, template.call, axes, kept, kernel="eager")
     assert difference < 1e-12
     assert effect > 1e-3
+
+
+class Layer(torch.nn.Module):
+    """Two FFNs side by side, of which one may be tied to another layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        self.wide, self.narrow = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(torch.tanh(self.up(x)))
+        return x + self.narrow(torch.tanh(self.wide(x)))
+
+
+class TwoFFNs(transformers.PreTrainedModel):
+    config_class = transformers.PreTrainedConfig
+
+    def __init__(self, config: transformers.PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.layers = torch.nn.ModuleList([Layer(), Layer()])
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        return ModelOutput(logits=x)
+
+
+def two_ffns() -> tuple[TwoFFNs, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return TwoFFNs(transformers.PreTrainedConfig()).eval(), {"x": torch.randn(2, 4, 8)}
+
+
+def test_two_axes_of_one_kind_in_one_module_have_names_of_their_own() -> None:
+    model, inputs = two_ffns()
+    structure = find_structure(model, inputs)
+    names = [axis.name for axis in structure.axes]
+    assert names == [f"layers.{i}.{x}:neurons" for i in (0, 1) for x in ("down", "narrow")]
+    assert {axis.module for axis in structure.axes} == {"layers.0", "layers.1"}
+    model, inputs = model.double(), {"x": inputs["x"].double()}
+    kept = {name: [1, 2 + i, 9] for i, name in enumerate(names)}
+    with masked(model, structure.axes, kept):
+        reference = logits_of(model, inputs)
+    cut(model, structure.axes, kept)
+    assert (logits_of(model, inputs) - reference).abs().max() < 1e-12
+
+
+def test_two_axes_of_one_name_are_an_error() -> None:
+    axis = find_structure(*two_ffns()).axes[0]
+    with pytest.raises(StructureError, match=r"layers.0.down:neurons: 2 axes have this name"):
+        Structure((axis, axis))
+
+
+@pytest.mark.parametrize("tie", ["parameter", "view"])
+def test_what_two_modules_own_is_refused_and_the_rest_is_not(tie: str) -> None:
+    model, inputs = two_ffns()
+    first, second = model.layers
+    shared = first.up.weight
+    second.up.weight = shared if tie == "parameter" else torch.nn.Parameter(shared.data)
+    structure = find_structure(model, inputs)
+    assert {axis.read_at for axis in structure.axes} == {"layers.0.narrow", "layers.1.narrow"}
+    reasons = {refusal.module: refusal.reason for refusal in structure.refusals}
+    assert "layers.0.up.weight is also layers.1.up.weight" in reasons["layers.0"]
+    assert "layers.1.up.weight is also layers.0.up.weight" in reasons["layers.1"]
+
+
+def test_a_module_that_runs_in_several_layers_owns_its_weights_once() -> None:
+    model, inputs = two_ffns()
+    model.layers[1] = model.layers[0]
+    assert len(find_structure(model, inputs).axes) == 2

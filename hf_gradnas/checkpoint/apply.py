@@ -1,19 +1,54 @@
-"""Cut a Transformers model to a plan and rewrite its config: its own save_pretrained then works."""
+"""Cut a model to a plan, prove that the cut did what its masks said, and rewrite its config.
+
+The result of a Transformers model is one that its own save_pretrained writes. Knows the order of
+the steps; what is cut is said in `surgery`, and what is written in `checkpoint.rewrite`.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import CutError
+from ..masks import masked
+from ..scores.batches import to_device
+from ..scores.wrappers import without_autocast
 from ..structure.config_values import locate_axes
+from ..structure.counting import count_params
+from ..structure.discovery import PROBE_ERRORS
 from ..structure.modeling_gradnas import make_per_layer, translated
-from ..surgery import cut, merge_records
-from ..types import Plan, StockSpace, Structure
+from ..structure.samples import probe_inputs
+from ..structure.states import evaluating
+from ..surgery import Record, check_kept, cut, merge_records
+from ..types import Axis, Plan, StockSpace, Structure
 from .rewrite import write_per_layer, write_stock
 
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and keyword arguments of a forward."""
+UNIT_SIZED = ("attentions", "past_key_values")
+"""Ends of the names of outputs that have entries per head, so that a cut changes their shapes."""
+TOLERANCE = 1e-4
+"""Largest difference of masked and cut outputs of 32 bits and more, relative to the largest."""
+DEVICE_TOLERANCE = 1e-3
+"""The same on an accelerator, which may multiply in TF32."""
+HALF_TOLERANCE = 5e-2
+"""The same for outputs of 16 bits and less, as a ratio of norms: single entries round coarsely."""
 
-def apply_plan(model: PreTrainedModel, plan: Plan, structure: Structure, space: StockSpace) -> None:
+
+def apply_plan(
+    model: PreTrainedModel,
+    plan: Plan,
+    structure: Structure,
+    space: StockSpace,
+    *,
+    sample: Mapping[str, Any] | None = None,
+) -> None:
     """Cut a model in place and rewrite its config; a plan that does not fit changes nothing.
 
     Args:
@@ -21,14 +56,18 @@ def apply_plan(model: PreTrainedModel, plan: Plan, structure: Structure, space: 
         plan: Kept units and layout.
         structure: Its axes.
         space: What its class can express.
+        sample: Batch for ``model(**sample)``, on which the cut model must do what the masked one
+            does; None: only its parameters are counted.
 
     Raises:
+        CutError: The cut model is not what the plan promises, and not usable.
         PlanError: The plan does not fit the model or, in layout ``stock``, its class.
     """
     # On a copy first: what fails does so before anything is cut.
     _write_config(copy.deepcopy(model.config), model, plan, structure, space)
     earlier = vars(model.config).get("gradnas")
-    record = cut(model, structure.axes, plan.kept, layout=plan.layout)
+    calls = [] if sample is None else _calls(sample, model)
+    record = cut_with_proof(model, structure.axes, plan.kept, layout=plan.layout, calls=calls)
     _write_config(model.config, model, plan, structure, space)
     if plan.layout == "per_layer":
         if earlier is not None:
@@ -48,3 +87,152 @@ def _write_config(
     else:
         keys = locate_axes(model, structure, space)
         write_per_layer(config, plan, structure, keys, space=space)
+
+
+def _calls(sample: Mapping[str, Any], model: PreTrainedModel) -> list[Call]:
+    """Arguments to run, the cheapest first: the first tokens may be too few for some heads."""
+    decoder = bool(model.config.is_encoder_decoder)
+    short = probe_inputs(sample, decoder=decoder)
+    whole = {name: value for name, value in sample.items() if name != "labels" or decoder}
+    return [((), to_device(inputs, model)) for inputs in (short, whole)]
+
+
+# --- proof ----------------------------------------------------------------------------------------
+
+
+def cut_with_proof(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    kept: Mapping[str, Sequence[int]],
+    *,
+    layout: str = "per_layer",
+    calls: Sequence[Call] = (),
+) -> Record:
+    """As `surgery.cut`, and prove that the cut model does what the masked one did.
+
+    Args:
+        model: The model, in any state; its training flags stay as they are.
+        axes: All its axes.
+        kept: Sorted kept indices per axis name.
+        layout: ``"per_layer"`` or ``"stock"``.
+        calls: Arguments for forwards; the first that the model runs is taken. None of them: only
+            the parameters are counted.
+
+    Returns:
+        The record of new shapes.
+
+    Raises:
+        CutError: Outputs differ, or the number of parameters is not the one that was counted.
+        PlanError: `kept` does not fit the axes; nothing was changed.
+    """
+    check_kept(axes, kept)
+    counts = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in axes}
+    claimed = count_params(model, axes, counts, layout=layout)
+    call, wanted = _masked_outputs(model, axes, kept, calls)
+    record = cut(model, axes, kept, layout=layout)
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if found != claimed:
+        raise _not_usable(model, f"has {found:,} parameters, but the plan counts {claimed:,}")
+    if call is not None:
+        try:
+            outputs = _outputs(model, call)
+        except PROBE_ERRORS as error:
+            first = str(error).partition("\n")[0]
+            raise _not_usable(model, f"does not run ({type(error).__name__}: {first})") from error
+        _compare(model, outputs, wanted)
+    return record
+
+
+def _masked_outputs(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    kept: Mapping[str, Sequence[int]],
+    calls: Sequence[Call],
+) -> tuple[Call | None, dict[str, Tensor]]:
+    """The first call that the masked model runs, and what comes out."""
+    for number, call in enumerate(calls, 1):
+        try:
+            with masked(model, axes, kept):
+                return call, _outputs(model, call)
+        except PROBE_ERRORS:
+            if number == len(calls):
+                raise
+    return None, {}
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, call: Call) -> dict[str, Tensor]:
+    """Floating-point outputs by path of one forward, in eval mode and with a seed of its own."""
+    args, kwargs = call
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    with (
+        evaluating(model),
+        without_autocast(model),
+        torch.random.fork_rng(devices, device_type=kind),
+    ):
+        torch.manual_seed(0)
+        return dict(_floating(model(*args, **kwargs)))
+
+
+def _floating(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point tensor in nested tuples, mappings and dataclasses, with its path."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield path, output
+        return
+    items: list[tuple[Any, Any]] = []
+    if isinstance(output, Mapping):
+        items = list(output.items())
+    elif isinstance(output, tuple | list):
+        items = list(enumerate(output))
+    elif is_dataclass(output) and not isinstance(output, type):
+        items = [(field.name, getattr(output, field.name)) for field in fields(output)]
+    for name, value in items:
+        if not str(name).endswith(UNIT_SIZED):
+            yield from _floating(value, f"{path}.{name}".lstrip("."))
+
+
+def _compare(model: nn.Module, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare outputs of the cut model with those of the masked one.
+
+    Raises:
+        CutError: They differ.
+    """
+    for name in {**wanted, **found}:
+        if name not in found or name not in wanted or found[name].shape != wanted[name].shape:
+            shapes = [tuple(o[name].shape) if name in o else "none" for o in (found, wanted)]
+            raise _not_usable(
+                model, f"puts out {name or 'a tensor'} of {shapes[0]}, masked {shapes[1]}"
+            )
+        difference, limit = _difference(found[name], wanted[name])
+        if not difference <= limit:  # catches nan too
+            raise _not_usable(
+                model,
+                f"puts out a {name or 'tensor'} that differs by {difference:.2g} of the largest "
+                f"value from the masked model's (at most {limit:g} is accepted)",
+            )
+
+
+def _difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """Relative difference of two tensors of one shape, and the largest that is accepted."""
+    new, old = found.cpu().double(), wanted.cpu().double()
+    same = (new == old) | (new.isnan() & old.isnan())
+    apart = torch.where(same, torch.zeros_like(new), new - old)
+    sizes = torch.where(old.isfinite(), old, torch.zeros_like(old))
+    if torch.finfo(wanted.dtype).bits < torch.finfo(torch.float32).bits:
+        scale, limit = sizes.norm().item(), HALF_TOLERANCE
+        difference = apart.norm().item()
+    else:
+        scale = sizes.abs().max().item() if sizes.numel() else 0.0
+        limit = TOLERANCE if wanted.device.type == "cpu" else DEVICE_TOLERANCE
+        difference = apart.abs().max().item() if apart.numel() else 0.0
+    return difference / max(scale, torch.finfo(torch.float64).tiny), limit
+
+
+def _not_usable(model: nn.Module, what: str) -> CutError:
+    return CutError(
+        f"{type(model).__name__}: after the cut it {what}. The model in memory is not usable and "
+        "nothing was written: load it again. Report its class and config, and leave the modules in "
+        "question out with rules (--exclude) until then."
+    )

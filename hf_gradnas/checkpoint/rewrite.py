@@ -28,6 +28,7 @@ from ..types import Axis, Kind, Plan, StockGroup, StockSpace, Structure
 
 Overrides = dict[int, dict[str, int]]
 
+GLOBAL_ACCESS = "allow_global_per_layer_attribute_access"
 REMOVED = (0, 1)
 """Widths to write for a removed sub-layer, the first that upstream can read."""
 
@@ -92,7 +93,6 @@ def write_per_layer(
     for path in sorted({key.config for key in keys.values()}):
         scope = sub_config(config, path)
         overrides = _differing(_overrides(path, structure, counts, keys), scope)
-        overrides = _merge(_written_before(scope), overrides)
         if overrides:
             _write_head_dim(scope, path, structure, keys)
             _write_overrides(config, scope, overrides)
@@ -195,7 +195,7 @@ def _overrides(
 def _differing(overrides: Overrides, scope: PreTrainedConfig) -> Overrides:
     """The overrides that say more than the global values do, or take an earlier one back."""
     values, before = stored(scope), _written_before(scope)
-    return {
+    differing = {
         layer: {
             name: count
             for name, count in entries.items()
@@ -203,6 +203,7 @@ def _differing(overrides: Overrides, scope: PreTrainedConfig) -> Overrides:
         }
         for layer, entries in overrides.items()
     }
+    return {layer: entries for layer, entries in differing.items() if entries}
 
 
 def _written_before(scope: PreTrainedConfig) -> Overrides:
@@ -212,11 +213,10 @@ def _written_before(scope: PreTrainedConfig) -> Overrides:
 
 
 def _merge(before: Overrides, overrides: Overrides) -> Overrides:
-    merged = {
+    return {
         layer: {**before.get(layer, {}), **overrides.get(layer, {})}
         for layer in sorted({*before, *overrides})
     }
-    return {layer: entries for layer, entries in merged.items() if entries}
 
 
 def _write_head_dim(
@@ -239,21 +239,25 @@ def _write_head_dim(
 def _write_overrides(
     config: PreTrainedConfig, scope: PreTrainedConfig, overrides: Overrides
 ) -> None:
-    """Write overrides, with the first number for removed sub-layers that upstream can read."""
+    """Write overrides, with the first number for removed sub-layers that upstream can read.
+
+    What the config held for a layer before, a None among it, stays as it was.
+    """
     failing = _unreadable(config)
+    before, is_allowed = _written_before(scope), GLOBAL_ACCESS in stored(scope)
     # Third parties read global values, and a stock class still fails loudly on shapes.
-    scope.allow_global_per_layer_attribute_access = True
-    before = _written_before(scope)
+    setattr(scope, GLOBAL_ACCESS, True)
     for removed in REMOVED:
-        scope.per_layer_config = {
+        written = {
             layer: {name: count or removed for name, count in entries.items()}
             for layer, entries in overrides.items()
         }
+        scope.per_layer_config = _merge(before, written)
         if _unreadable(config) <= failing:
             return
     scope.per_layer_config = before or None
-    if not before:
-        del vars(scope)["allow_global_per_layer_attribute_access"]
+    if not is_allowed:
+        del vars(scope)[GLOBAL_ACCESS]
 
 
 def _unreadable(config: PreTrainedConfig) -> set[str]:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.apply import apply_plan
+from ..checkpoint.apply import apply_plan, cut_with_proof
 from ..checkpoint.rewrite import write_stock
 from ..config.gradnas import GradNASConfig
 from ..errors import CheckpointError, PlanError, StructureError
 from ..structure.config_keys import find_stock_space
 from ..structure.modeling_gradnas import resize
-from ..surgery import cut, merge_records
+from ..surgery import merge_records
 from ..types import Plan, Structure
 from .hparams import check_kernels, close_space, needed_space, open_space
 
@@ -44,14 +44,16 @@ def export_model(model: nn.Module) -> nn.Module:
     """Cut a searched model in place to its active choices.
 
     Raises:
+        CutError: The cut model does not do what the masked one did.
         OrderError: The model was not searched.
     """
     space = needed_space(model)
     kept, structure = space.kept(), space.needed_structure()
     if isinstance(model, PreTrainedModel):
-        _export_pretrained(model, structure, kept)
+        _export_pretrained(model, structure, kept, space.probe)
     else:
-        record = cut(model, structure.axes, kept)
+        calls = [] if space.probe is None else [((), space.probe)]
+        record = cut_with_proof(model, structure.axes, kept, calls=calls)
         earlier = vars(model).get(RECORD)
         setattr(model, RECORD, record if earlier is None else merge_records(earlier, record))
     space.is_exported = True
@@ -59,7 +61,10 @@ def export_model(model: nn.Module) -> nn.Module:
 
 
 def _export_pretrained(
-    model: PreTrainedModel, structure: Structure, kept: Mapping[str, tuple[int, ...]]
+    model: PreTrainedModel,
+    structure: Structure,
+    kept: Mapping[str, tuple[int, ...]],
+    probe: Mapping[str, Any] | None,
 ) -> None:
     """Cut, as stock where the class's config can say the widths, else per layer."""
     stock = find_stock_space(model, structure)
@@ -69,7 +74,7 @@ def _export_pretrained(
         write_stock(copy.deepcopy(model.config), plan, structure, stock)
     except PlanError:
         plan = Plan(kept, sizes, "per_layer", search="binary", score="gradnas")
-    apply_plan(model, plan, structure, stock)
+    apply_plan(model, plan, structure, stock, sample=probe)
 
 
 def note_state(model: nn.Module, config: GradNASConfig, metadata: dict[str, Any]) -> None:

@@ -103,6 +103,7 @@ class SearchSpace:
     Attributes:
         config: Rules that say what may be chosen.
         structure: The model's axes; None until a search has seen a dummy input.
+        probe: Keyword arguments of the forward that the axes were found with; None until then.
         hparams: By name, in running order; those with a single choice included.
         reduce: How degradations of hparams become one: ``"max"`` or ``"sum"``.
         is_exported: Whether the best choice was cut, so that the axes are those of the past.
@@ -111,6 +112,7 @@ class SearchSpace:
 
     config: GradNASConfig
     structure: Structure | None = None
+    probe: Mapping[str, Any] | None = None
     hparams: dict[str, Hparam] = field(default_factory=dict)
     reduce: str = "max"
     is_exported: bool = False

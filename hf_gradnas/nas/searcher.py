@@ -145,8 +145,8 @@ class GradientBinarySearcher:
                 "give a tensor, a tuple, or a tuple that ends in a dict of keywords."
             )
         if space.structure is None:
-            probe = probe_arguments(self.model, self.dummy_input)
-            space.structure = find_structure(self.model, probe)
+            space.probe = probe_arguments(self.model, self.dummy_input)
+            space.structure = find_structure(self.model, space.probe)
             space.hparams = make_hparams(self.model, space.structure, space.config)
         searched = self._searched()
         if not searched:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._compat import attention_implementation
-from ..costs.closed_form import flops_cost, params_cost
+from ..costs.closed_form import flops_cost, params_cost, unsplit_table_params
 from ..types import Axis, CostModel, Kind, Structure
 from .states import evaluating, frozen
 from .trace import Matmul, Trace, rows_of, trace_forward
@@ -61,6 +61,23 @@ def count_costs(
         ),
         "params": params_cost(axes, shapes, layout=layout),
     }
+
+
+def count_params(
+    model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, int], *, layout: str
+) -> int:
+    """Parameters of `model` once each axis is cut to so many units, from shapes alone.
+
+    Args:
+        model: The model before the cut.
+        axes: All its axes.
+        kept: Number of kept units per axis name.
+        layout: ``"stock"`` or ``"per_layer"``; see `params_cost`.
+    """
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    counted = params_cost(_with_counted_names(model, axes), shapes, layout=layout).of(kept)
+    unsplit = unsplit_table_params(axes, shapes, kept) if layout == "per_layer" else 0
+    return round(counted) - unsplit
 
 
 def count_flops(

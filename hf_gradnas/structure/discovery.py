@@ -167,7 +167,7 @@ def _sites(trace: Trace) -> Iterator[_Site]:
             yield _Site(scope, event.module, out.parameter, (), event.heads)
         elif event.parameter is not None and event.parameter not in seen | owned:
             producers = _producers(trace, index, owned)
-            scope = _called(_scope_of(event, producers, trace), trace)
+            scope = _called(_scope_of(trace, index, producers), trace)
             if producers and re.search(r"\.\d+(\.|$)", f".{scope}"):
                 seen.add(event.parameter)
                 yield _Site(scope, None, event.parameter, producers)
@@ -222,9 +222,12 @@ def _layer_of(path: str) -> str:
     return f"{found[0][1:]}." if found else ""
 
 
-def _scope_of(event: Matmul, producers: tuple[str, ...], trace: Trace) -> str:
-    modules = {e.parameter: e.module for e in trace.events if isinstance(e, Matmul)}
-    scope = event.module
+def _scope_of(trace: Trace, index: int, producers: tuple[str, ...]) -> str:
+    """The module around event `index` and the weights that ran before it."""
+    # The last to run with a weight: modules may share it.
+    earlier = [e for e in trace.events[: index + 1] if isinstance(e, Matmul)]
+    modules = {e.parameter: e.module for e in earlier}
+    scope = trace.events[index].module
     for name in producers[:2]:
         scope = common_path(scope, modules[name])
     return scope
@@ -275,6 +278,8 @@ def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refu
 def _probe_ffn(site: _Site, twin: nn.Module, call: Call) -> Template:
     projection = below(site.projection, site.scope)
     inside = [n for n in site.producers if n.startswith(site.scope + ".")]
+    if not inside:
+        raise StructureError(f"another module owns {site.producers[0]} too, which makes its units")
     producers = [below(n, site.scope) for n in inside]
     size, slices = probe_neurons(twin, call, producers=producers, projection=projection)
     read_at = projection.rpartition(".")[0]
@@ -282,26 +287,33 @@ def _probe_ffn(site: _Site, twin: nn.Module, call: Call) -> Template:
     return Template(site.scope, call, ((axis,),))
 
 
-def _move_attribute(attribute: Attribute, scope: str) -> Attribute:
-    return replace(
-        attribute,
-        module=above(attribute.module, scope),
-        axis=scope + attribute.axis,
-        per=None if attribute.per is None else scope + attribute.per,
-    )
+def move_axis(axis: Axis, scope: str, *, tied: str = "", name: str | None = None) -> Axis:
+    """An axis whose names are relative to a module, with names from the root of the model.
 
-
-def move_axis(axis: Axis, scope: str, *, tied: str = "") -> Axis:
-    """An axis whose names are relative to a module, with names from the root of the model."""
-    removal = axis.removal
+    Args:
+        axis: The axis.
+        scope: Path of the module.
+        tied: Key of `Axis.tied`.
+        name: Path that the axis is named after; None: the module.
+    """
+    removal, prefix = axis.removal, scope if name is None else name
     return replace(
         axis,
         tied=tied,
-        name=scope + axis.name,
+        name=prefix + axis.name,
         module=above(axis.module, scope),
         read_at=above(axis.read_at, scope),
         slices=tuple(replace(s, tensor=above(s.tensor, scope)) for s in axis.slices),
-        attributes=tuple(_move_attribute(a, scope) for a in axis.attributes),
-        parent=None if axis.parent is None else scope + axis.parent,
+        attributes=tuple(_move_attribute(a, scope, prefix) for a in axis.attributes),
+        parent=None if axis.parent is None else prefix + axis.parent,
         removal=None if removal is None else replace(removal, module=above(removal.module, scope)),
+    )
+
+
+def _move_attribute(attribute: Attribute, scope: str, prefix: str) -> Attribute:
+    return replace(
+        attribute,
+        module=above(attribute.module, scope),
+        axis=prefix + attribute.axis,
+        per=None if attribute.per is None else prefix + attribute.per,
     )

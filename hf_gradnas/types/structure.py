@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+
+from ..errors import StructureError
 
 
 class Kind(str, Enum):
@@ -166,10 +169,23 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """Everything prunable in one model, and what was seen but refused."""
+    """Everything prunable in one model, and what was seen but refused.
+
+    Raises:
+        StructureError: Two axes have the same name.
+    """
 
     axes: tuple[Axis, ...]
     refusals: tuple[Refusal, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = Counter(axis.name for axis in self.axes)
+        twice = [name for name, times in names.items() if times > 1]
+        if twice:
+            raise StructureError(
+                f"{twice[0]}: {names[twice[0]]} axes have this name, but a plan needs one name for "
+                "each; report it with the model's class and config."
+            )
 
     def __getitem__(self, name: str) -> Axis:
         for axis in self.axes:

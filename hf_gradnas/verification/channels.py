@@ -81,10 +81,14 @@ def prove_channels(
 
 
 def _irregular(axes: Sequence[Axis]) -> dict[str, list[int]]:
-    """About half of the units of every axis, another choice for each."""
+    """About half of the units of every axis: another number and another choice for each.
+
+    Axes that must keep equal counts would look independent if all kept the same share.
+    """
     kept = {}
     for index, axis in enumerate(axes):
-        count = max(axis.size // 2, axis.minimum, 1)
+        fewest, half = max(axis.size // 4, axis.minimum, 1), axis.size // 2
+        count = fewest + (half - fewest + index) % max(axis.size - fewest, 1)
         order = torch.randperm(axis.size, generator=torch.Generator().manual_seed(index))
         kept[axis.name] = sorted(order[:count].tolist())
     return kept

@@ -14,7 +14,7 @@ from ..structure.discovery import discover
 from ..structure.samples import probe_inputs
 from ..types import Axis, Kind, Refusal, Structure
 from .channels import find_channels
-from .modules import prove, proved, some_axes
+from .modules import proved, some_axes
 
 
 def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
@@ -43,9 +43,9 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
     except DataError:  # some heads need more than the first tokens
         inputs = {k: v for k, v in batch.items() if k != "labels" or decoder}
         discovery = discover(model, inputs, allow_nothing=convolves)
+    inside = _owned_once(model, proved(model, discovery))
     if not convolves:
-        return prove(model, discovery)
-    inside = proved(model, discovery)
+        return some_axes(model, inside)
     if is_known and inside.axes and all(map(_is_patch_embedding, convolutions)):
         return inside
     channels, refusals = find_channels(model, (), inputs, taken=inside.axes)
@@ -54,7 +54,31 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
         refusals = tuple(r for r in refusals if not r.module or r.module in paths)
     open_refusals = tuple(r for r in inside.refusals if not _is_settled(r, channels))
     structure = Structure(inside.axes + channels, open_refusals + refusals)
-    return some_axes(model, structure)
+    return some_axes(model, _owned_once(model, structure))
+
+
+def _owned_once(model: nn.Module, structure: Structure) -> Structure:
+    """The structure without axes of tensors that another module owns too.
+
+    A cut gives one owner smaller tensors, and would leave the other as it was. A module that runs
+    several times owns its tensors once.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            key = tensor.data_ptr() or id(tensor)  # views count as one too
+            owners.setdefault(key, []).append(f"{path}.{name}".lstrip("."))
+    also = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    axes, refusals = [], list(structure.refusals)
+    for axis in structure.axes:
+        shared = next((s.tensor for s in axis.slices if s.tensor in also), None)
+        if shared is None:
+            axes.append(axis)
+            continue
+        others = ", ".join(name for name in also[shared] if name != shared)
+        reason = f"{shared} is also {others}, and only one of them would be cut"
+        refusals.append(Refusal(axis.module, str(axis.kind), reason))
+    return Structure(tuple(axes), tuple(refusals))
 
 
 def _is_patch_embedding(module: _ConvNd) -> bool:

@@ -7,6 +7,7 @@ is refused with the reason, and the rest is pruned.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ from ..structure.discovery import (
     move_axis,
 )
 from ..structure.probe import double_call, double_copy
-from ..structure.trace import Call
+from ..structure.trace import Call, above
 from ..surgery import cut
 from ..types import Axis, Kind, Refusal, Structure
 
@@ -40,15 +41,6 @@ HOLDER = "module"
 ROUNDING = 1e-6
 """Differences below this may come from rounding to float32 inside the module."""
 RETRY_SCALES = (1.0, 1.01, 0.97)
-
-
-def prove(model: nn.Module, discovery: Discovery) -> Structure:
-    """Axes whose kind is proved; the others become refusals.
-
-    Raises:
-        StructureError: No axis could be proved.
-    """
-    return some_axes(model, proved(model, discovery))
 
 
 def some_axes(model: nn.Module, structure: Structure) -> Structure:
@@ -68,7 +60,7 @@ def some_axes(model: nn.Module, structure: Structure) -> Structure:
 
 
 def proved(model: nn.Module, discovery: Discovery) -> Structure:
-    """As `prove`, but the structure may be empty."""
+    """Axes whose kind is proved; the others become refusals. There may be no axis."""
     kernels = _kernels(model)
     same: dict[int, list[Place]] = {}
     for place in discovery.places:
@@ -76,14 +68,30 @@ def proved(model: nn.Module, discovery: Discovery) -> Structure:
     outcomes = {key: _prove_template(model, places, kernels) for key, places in same.items()}
     axes: list[Axis] = []
     refusals = list(discovery.refusals)
-    for place in discovery.places:
+    names = _distinct_names(discovery.places)
+    for place, name in zip(discovery.places, names, strict=True):
         outcome = outcomes[id(place.template)]
         if isinstance(outcome, str):
             refusals.append(Refusal(place.scope, place.template.kind, outcome))
         else:
-            axes += [move_axis(axis, place.scope, tied=place.tied) for axis in outcome]
+            axes += [move_axis(axis, place.scope, tied=place.tied, name=name) for axis in outcome]
     refusals = [r for r in refusals if not _is_settled(r, axes)]
     return Structure(tuple(axes), tuple(refusals))
+
+
+def _distinct_names(places: Sequence[Place]) -> list[str]:
+    """Path that names the axes of each place: its module, or what is inside it if that has several.
+
+    A layer with two FFNs, or a list of experts, has two axes of one kind: they are named after
+    their out-projections.
+    """
+    same = Counter((place.scope, place.template.kind) for place in places)
+    return [
+        place.scope
+        if same[place.scope, place.template.kind] == 1
+        else above(place.template.versions[0][-1].read_at, place.scope)
+        for place in places
+    ]
 
 
 def _is_settled(refusal: Refusal, axes: Sequence[Axis]) -> bool:
