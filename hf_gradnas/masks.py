@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import PlanError, StructureError
 from .structure.sizes import Kept, cut_part, lost_units
-from .types import Axis, Tap
+from .types import Axis, Tap, is_integer
 
 
 def out_projection(model: nn.Module, axis: Axis) -> nn.Module:
@@ -119,11 +119,11 @@ def _mask_of(axes: Mapping[str, Axis], name: str, units: Sequence[int]) -> Tenso
             f"{next(iter(axes), 'none')!r}); make the plan from this model's structure."
         )
     size = axes[name].size
-    wrong = [unit for unit in units if not 0 <= unit < size]
+    wrong = [unit for unit in units if not is_integer(unit) or not 0 <= unit < size]
     if wrong:
         raise PlanError(
-            f"{name}: unit {wrong[0]} does not exist, the axis has {size} units (0 to {size - 1}); "
-            "make the plan from this model's structure."
+            f"{name}: unit {wrong[0]!r} does not exist, the axis has {size} units (0 to "
+            f"{size - 1}); make the plan from this model's structure."
         )
     mask = torch.zeros(size)
     mask[list(units)] = 1.0

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from .errors import PlanError
 from .structure import couplings, modeling_gradnas
-from .structure.config_keys import LAYOUTS
 from .structure.sizes import Kept, kept_rows, new_sizes, tensor_at
-from .types import Axis, Kind, Plan
+from .types import Axis, Kind, Plan, check_indices, check_values
 
 Record = Mapping[str, Any]
 
@@ -61,8 +60,9 @@ def check_plan(axes: Sequence[Axis], plan: Plan) -> None:
     """Check that a plan was made for a model with these axes.
 
     Raises:
-        PlanError: It counts other units, or keeps what cannot be kept.
+        PlanError: It holds nonsense, counts other units, or keeps what cannot be kept.
     """
+    check_values(plan)
     sizes = {axis.name: axis.size for axis in axes}
     for name in [*sizes, *plan.sizes]:
         if plan.sizes.get(name) != sizes.get(name):
@@ -70,8 +70,6 @@ def check_plan(axes: Sequence[Axis], plan: Plan) -> None:
                 f"{name}: the plan counts {plan.sizes.get(name, 'no')} units, this model has "
                 f"{sizes.get(name, 'none')}; make the plan from this model's scores."
             )
-    if plan.layout not in LAYOUTS[1:]:
-        raise PlanError(f"layout {plan.layout!r} of the plan: known are {LAYOUTS[1:]}.")
     check_kept(axes, plan.kept)
 
 
@@ -79,8 +77,8 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
     """Check that kept indices fit the axes.
 
     Raises:
-        PlanError: An unknown axis, an index outside it, an unsorted list, no channels at all, or
-            heads that do not stand in the kept KV groups in equal number.
+        PlanError: An unknown axis, an index that is outside it or no integer, an unsorted list, no
+            channels at all, or heads that are not in the kept KV groups in equal number.
     """
     by_name = {axis.name: axis for axis in axes}
     for name, units in kept.items():
@@ -90,11 +88,7 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
                 f"{', '.join(by_name)}. Make the plan from this model's scores."
             )
         size = by_name[name].size
-        if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < size):
-            raise PlanError(
-                f"{name}: kept indices must be sorted, distinct and below {size}, found "
-                f"{list(units)[:8]}; make the plan again."
-            )
+        check_indices(name, units, size)
         if by_name[name].kind is Kind.CHANNELS and len(units) < by_name[name].minimum:
             raise PlanError(
                 f"{name}: {len(units)} of its {size} channels are kept, but at least "

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import ScoresError
+from ..errors import PlanError, ScoresError
 from ..structure.sizes import Kept
-from ..types import Plan
+from ..types import Plan, is_integer
 
 FILE = "gradnas.safetensors"
 RUN_ID = "run_id"
@@ -66,9 +66,37 @@ class Progress:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Progress:
-        """Inverse of `to_dict`."""
-        plans = {name: _unpacked(data[name]) for name in ("plan", "coming")}
-        return cls(**{**data, **plans})
+        """Inverse of `to_dict`.
+
+        Raises:
+            PlanError: The dictionary is damaged.
+        """
+        try:
+            plans = {name: _unpacked(data[name]) for name in ("plan", "coming")}
+            found = cls(**{**data, **plans})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise _damaged(f"{type(error).__name__}: {error}") from error
+        flags = (found.is_final, found.is_cut)
+        if not is_integer(found.stage) or found.stage < 0 or not isinstance(found.run_id, str):
+            raise _damaged(f"stage {found.stage!r}, run_id {found.run_id!r}")
+        if not all(isinstance(flag, bool) for flag in flags) or not _is_text(found.scores):
+            raise _damaged(f"is_final and is_cut {flags}, scores {found.scores!r:.80}")
+        return found
+
+
+def _is_text(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(
+        isinstance(part, str) for pair in values.items() for part in pair
+    )
+
+
+def _damaged(found: str) -> PlanError:
+    return PlanError(
+        f"resume_from_checkpoint: what trainer_state.json keeps of GradNASCallback is damaged "
+        f"({found}); resume from another checkpoint, or begin a new training."
+    )
 
 
 def _packed(plan: Plan | None) -> dict[str, Any] | None:
@@ -86,7 +114,10 @@ def _unpacked(data: Mapping[str, Any] | None) -> Plan | None:
     kept = {}
     for name, text in data["kept"].items():
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))
-        kept[name] = np.flatnonzero(bits[: data["sizes"][name]]).tolist()
+        size = data["sizes"][name]
+        if len(bits) != -(-size // 8) * 8 or bits[size:].any():
+            raise ValueError(f"kept[{name!r}] holds {len(bits)} bits for {size} units")
+        kept[name] = np.flatnonzero(bits[:size]).tolist()
     return Plan.from_dict({**data, "kept": kept})
 
 

@@ -5,6 +5,8 @@ full path in the model, as in ``state_dict()``.
 """
 
 from .costs import Budget, CostModel, Product
+from .documents import parse_json
+from .plan_checks import check_indices, check_values, is_integer
 from .plans import Plan, Scores
 from .structure import (
     Attribute,
@@ -35,4 +37,8 @@ __all__ = [
     "StockSpace",
     "Structure",
     "Tap",
+    "check_indices",
+    "check_values",
+    "is_integer",
+    "parse_json",
 ]

@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 
 from ..errors import PlanError, ScoresError
 from .costs import Budget
+from .documents import parse_json
+from .plan_checks import check_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
         data = asdict(self)
+        data["kept"] = {name: [int(unit) for unit in units] for name, units in self.kept.items()}
+        data["sizes"] = {name: int(size) for name, size in self.sizes.items()}
         data["format_version"] = self.FORMAT_VERSION
         return data
 
@@ -67,23 +71,25 @@ class Plan:
         """Inverse of `to_dict`.
 
         Raises:
-            PlanError: The dictionary is not a plan, or one of a newer format.
+            PlanError: The dictionary is not a plan, holds nonsense, or is of a newer format.
         """
         if not isinstance(data, Mapping):
             raise PlanError("Plan: the file holds no object; make the plan again.")
         values = dict(data)
         version = values.pop("format_version", None)
-        if version != cls.FORMAT_VERSION:
+        if type(version) is not int or version != cls.FORMAT_VERSION:
             raise PlanError(
                 f"Plan: format_version is {version!r}, this hf_gradnas reads "
                 f"{cls.FORMAT_VERSION}; upgrade hf_gradnas or make the plan again."
             )
         try:
             values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
-            values["kept"] = {name: tuple(units) for name, units in values["kept"].items()}
-            return cls(**values)
+            values["kept"] = {name: _units_of(units) for name, units in values["kept"].items()}
+            plan = cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"Plan: not a plan of hf_gradnas ({error}); make it again.") from error
+        check_values(plan)
+        return plan
 
     def save(self, file: str | Path) -> None:
         """Write the plan as JSON."""
@@ -97,12 +103,17 @@ class Plan:
             PlanError: The file is not a plan.
         """
         try:
-            data = json.loads(Path(file).read_text(encoding="utf-8"))
+            data = parse_json(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"Plan: {file} cannot be read ({error}); give another file.") from error
         except ValueError as error:
             raise PlanError(f"Plan: {file} is not JSON ({error}); make the plan again.") from error
         return cls.from_dict(data)
+
+
+def _units_of(units: Any) -> Any:
+    """Units of a list as a tuple; anything else as it is, for the check."""
+    return tuple(units) if isinstance(units, list) else units
 
 
 @dataclass(frozen=True)
