@@ -4,12 +4,14 @@ Names are imported when they are first used, so that importing the package impor
 nor transformers. Importing it lets ``from_pretrained`` load checkpoints with per-layer sizes.
 """
 
-from __future__ import annotations
+from ._import_path import leave_working_folder
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+leave_working_folder(__name__, __file__)  # before all other imports, even that of __future__
 
-from .checkpoint.install import install_when_imported
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from .checkpoint.install import install_when_imported  # noqa: E402
 
 if TYPE_CHECKING:
     from .callback import GradNASCallback

@@ -256,6 +256,19 @@ def test_code_of_others_is_not_run_unless_trusted(verify, folder, replayed, plac
     assert replayed[0][1:] == [(ROUTES[0], True), (ROUTES[1], True)]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_code_in_a_folder_below_is_not_run_either(verify, folder, replayed, tmp_path, linked):
+    place = tmp_path / "elsewhere" if linked else folder / "custom_generate"
+    place.mkdir()
+    (place / "generate.py").write_text("raise SystemExit('run')", encoding="utf-8")
+    if linked:
+        (folder / "custom_generate").symlink_to(place)
+    out = verify(folder)[1]
+    name = "custom_generate" if linked else "custom_generate/generate.py"
+    assert f"not loaded: {name} is not of hf_gradnas; --trust-remote-code" in " ".join(out.split())
+    assert replayed[0] == [(ROUTES[1], False)]
+
+
 def test_a_class_that_transformers_lacks_needs_its_own_code(verify, folder, replayed):
     reference = json.loads((folder / "gradnas.json").read_text(encoding="utf-8"))["reference"]
     edit(folder, reference={**reference, "model_class": "OwnModel"})

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import lower layers and, in its own layer, what stands to its left.
 LAYERS = (
-    ("errors", "_manifests", "_files", "types", "_compat"),
+    ("_import_path", "errors", "_manifests", "_files", "types", "_compat"),
     ("config", "costs", "report"),
     ("structure", "search", "masks", "surgery"),
     ("verification", "scores", "repair", "checkpoint"),
@@ -25,6 +25,7 @@ PLACE = {
 }
 # Third-party packages that a module may import; what is not named here may import any.
 THIRD_PARTY = {
+    "_import_path": set(),
     "errors": set(),
     "_manifests": set(),
     "_files": set(),

@@ -7,7 +7,6 @@ blocked there, so this file imports none of it. `reference` takes the format of 
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -121,8 +120,6 @@ def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in job["imports"]:
-        importlib.import_module(name)
     model, wrong = load(job)
     result = {
         "module": type(model).__module__,

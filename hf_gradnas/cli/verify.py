@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, GradNASError, RecipeError
+from .isolation import run_alone
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -29,15 +27,6 @@ CODE = "modeling_gradnas"
 PLAIN = f"plain Transformers, without {PACKAGE}"
 REMOTE = f"trust_remote_code=True, without {PACKAGE}"
 IMPORTED = f"import {PACKAGE}"
-# Run before anything is imported: the parent's import path, and what must not be imported.
-_BOOT = """
-import json, runpy, sys
-with open(sys.argv[1], encoding="utf-8") as file:
-    job = json.load(file)
-sys.path[:] = job["path"]
-sys.modules.update(dict.fromkeys(job["blocks"]))
-runpy.run_path(job["script"], run_name="__main__")
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,16 +190,15 @@ def verify(
     yield from files
     for route in routes(saved, trust_remote_code=trust_remote_code):
         changed = not all(check.passed for check in files)
-        if changed or _needs_trust(route, saved, trust_remote_code=trust_remote_code):
-            why = "files differ" if changed else _UNKNOWN_CODE
+        untrusted = "" if trust_remote_code else _untrusted_code(route, saved)
+        if changed or untrusted:
+            why = "files differ" if changed else f"{untrusted}; {_TRUSTING} runs it nevertheless"
             yield Check(route.name, None, f"not loaded: {why}")
         else:
             yield _check_route(route, saved, device, online=trust_remote_code)
 
 
-_UNKNOWN_CODE = (
-    f"{CODE}.py is not the one of this {PACKAGE}; --trust-remote-code runs it nevertheless"
-)
+_TRUSTING = "--trust-remote-code"
 
 
 def routes(saved: _Saved, *, trust_remote_code: bool) -> list[Route]:
@@ -243,16 +231,22 @@ def _auto_class(saved: _Saved, target: str) -> str | None:
     return next((auto for auto in found if auto.startswith("AutoModel")), None)
 
 
-def _needs_trust(route: Route, saved: _Saved, *, trust_remote_code: bool) -> bool:
-    """Whether a route would run code that is not this hf_gradnas's own."""
+def _untrusted_code(route: Route, saved: _Saved) -> str:
+    """Code that a route would run, or could, and that is not this hf_gradnas's own, in words."""
     from ..checkpoint.reference import sha256
     from ..structure import modeling_gradnas
 
-    if trust_remote_code or not route.trust:
-        return False
+    if not route.trust:
+        return ""
     others = [to for to in saved.auto_map.values() if not str(to).startswith(f"{CODE}.")]
-    own = sha256(Path(modeling_gradnas.__file__))
-    return bool(others) or saved.digests.get(f"{CODE}.py") != own
+    own = saved.folder / f"{CODE}.py"
+    if others or saved.digests.get(own.name) != sha256(Path(modeling_gradnas.__file__)):
+        return f"{own.name} is not the one of this {PACKAGE}"
+    # Transformers runs custom_generate/generate.py of a folder that is trusted, too.
+    for path in sorted(saved.folder.rglob("*")):
+        if path != own and (path.suffix == ".py" or (path.is_symlink() and path.is_dir())):
+            return f"{path.relative_to(saved.folder).as_posix()} is not of {PACKAGE}"
+    return ""
 
 
 def _check_route(route: Route, saved: _Saved, device: str | None, *, online: bool) -> Check:
@@ -288,10 +282,6 @@ def replay(
 
     reference = saved.reference
     job = {
-        "path": [str(Path(entry).resolve()) if entry == "" else entry for entry in sys.path],
-        "blocks": [] if route.imports else [PACKAGE],
-        "imports": [PACKAGE] if route.imports else [],
-        "script": script.__file__,
         "folder": str(saved.folder),
         "loader": route.loader,
         "trust_remote_code": route.trust,
@@ -301,25 +291,9 @@ def replay(
         "device_is_required": device is not None,
         "inputs": reference.inputs,
     }
-    with tempfile.TemporaryDirectory(prefix="hf_gradnas-") as name:
-        here = Path(name)
-        (here / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        # A module cache of its own: the file that is beside the weights runs, no older copy of it.
-        settings = {**os.environ, "HF_MODULES_CACHE": str(here / "modules")}
-        if not online:
-            settings["HF_HUB_OFFLINE"] = "1"
-        done = subprocess.run(
-            [sys.executable, "-c", _BOOT, str(here / "job.json"), str(here / "result.json")],
-            capture_output=True,
-            check=False,
-            text=True,
-            env=settings,
-        )
-        if done.returncode == 0:
-            result: dict[str, Any] = json.loads((here / "result.json").read_text(encoding="utf-8"))
-            return result
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    return run_alone(
+        Path(script.__file__), job, folder=saved.folder, imports=route.imports, online=online
+    )
 
 
 def _say(wanted: str | None, found: str | None) -> str:
