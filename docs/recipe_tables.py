@@ -81,6 +81,8 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _default(field: FieldInfo) -> str:
+    if field.default_factory is dict:
+        return ""
     if field.default_factory is not None:
         return f"`{yaml.safe_dump(field.get_default(call_default_factory=True)).strip()}`"
     if field.default is PydanticUndefined:

@@ -64,7 +64,7 @@ def test_a_damaged_saved_data_set_is_refused(tmp_path):
 
 def test_folders_of_images_are_classes(tmp_path):
     rows = _open(write_images(tmp_path / "animals"), "validation").dataset
-    assert rows.features["label"].names == ["cat", "dog"]
+    assert rows["label"] == ["cat"] * 4 + ["dog"] * 4  # names: their alphabet means nothing
     assert rows[0]["image"].size == (24, 20)
 
 

@@ -97,13 +97,30 @@ def test_the_saved_recipe_gives_the_same_model(prune, bert, tsv, tmp_path):
     assert plans[0] == plans[1]
 
 
-def test_other_names_of_labels_in_the_evaluation_are_told(prune, bert, tsv, tmp_path):
-    words = tsv.read_text(encoding="utf-8").replace("\t0", "\tno").replace("\t1", "\tyes")
+def test_words_as_labels_need_names(prune, bert, tsv, tmp_path, monkeypatch):
+    words = tsv.read_text(encoding="utf-8").replace("\t0", "\tyes").replace("\t1", "\tno")
     (tmp_path / "words.tsv").write_text(words, encoding="utf-8")
-    files = ["--dataset", tsv, "--eval-dataset", "words.tsv"]
-    code, out, _ = prune("--model", bert, *files, "--dry-run", *TINY)
-    assert code == 0
-    assert "Note: evaluation: labels in sorted order: no = 0, yes = 1." in out
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_gradnas.cli.loading.load_model", _never)
+        for files in (["words.tsv"], [tsv, "--eval-dataset", "words.tsv"]):
+            code, _, err = prune("--model", bert, "--dataset", *files, *TINY)
+            assert code == 2
+            assert "the 2 labels no, yes, and the model has 2 outputs, LABEL_0, LABEL_1" in err
+    assert sorted(tmp_path.rglob("*")) == before
+    files = ["--dataset", tsv, "--eval-dataset", tsv]
+    plain = prune("--model", bert, *files, "--output", "plain", *TINY)
+    files = ["--dataset", "words.tsv", "--eval-dataset", "words.tsv", "--label-map", "no=1,yes=0"]
+    code, out, _ = prune("--model", bert, *files, "--output", "words", *TINY)
+    assert (plain[0], code) == (0, 0)
+    assert "Note: labels by --label-map." in out
+    documents = [
+        json.loads((tmp_path / n / "gradnas.json").read_text()) for n in ("plain", "words")
+    ]
+    assert documents[0]["metrics"] == documents[1]["metrics"]
+    recipe = yaml.safe_load((tmp_path / "words/recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["label_map"] == {"no": 1, "yes": 0}
+    assert prune("--recipe", "words/recipe.yaml", "--output", "again")[0] == 0
 
 
 def test_a_link_gives_its_own_name_to_the_output(prune, bert, tsv, tmp_path):
@@ -214,7 +231,7 @@ def test_images_from_a_folder(prune, tmp_path):
     images = write_images(tmp_path / "animals")
     code, out, err = prune(
         *("--model", vit, "--dataset", images, "--eval-dataset", images),
-        *("--target", "flops=80%", *TINY),
+        *("--label-map", "cat=0", "--label-map", "dog=1", "--target", "flops=80%", *TINY),
     )
     assert (code, err) == (0, "")
     assert "image = image" in out

@@ -86,6 +86,16 @@ def test_rules_come_from_min_units_and_exclude():
     assert Recipe(model="m").rules() == {}
 
 
+def test_a_label_map_has_one_form_of_flags_and_one_of_files(tmp_path):
+    flags = build_recipe({"model": "m", "label_map": ["positive=1, negative=0", "a=b=2"]})
+    assert flags.label_map == {"positive": 1, "negative": 0, "a=b": 2}
+    file = tmp_path / "r.yaml"
+    file.write_text(flags.to_yaml(), encoding="utf-8")
+    assert build_recipe({}, file=file) == flags
+    setting = build_recipe({}, settings=["label_map.negative=2"], file=file)
+    assert setting.label_map == {**flags.label_map, "negative": 2}
+
+
 def test_every_option_has_a_description_and_a_panel():
     for name, field in Recipe.model_fields.items():
         assert field.description, name
@@ -111,6 +121,10 @@ BAD = {
     "choice": ({"model": "m", "score": "fischer"}, [], None, "--score: .*fisher.*found 'fischer'"),
     "target": ({"model": "m", "target": ["0.5"]}, [], None, "--target: '0.5' is not of the form"),
     "bare target": ({"model": "m"}, ["target=0.5"], None, "--target: .*dictionary"),
+    "label map": ({"model": "m", "label_map": ["a"]}, [], None, "--label-map: .*NAME=NUMBER"),
+    "label twice": ({"model": "m", "label_map": ["a=0,a=1"]}, [], None, "'a' is given twice"),
+    "label of a word": ({"model": "m"}, ["label_map={a: b}"], None, "a=b is not of the form"),
+    "yes in a file": ({}, [], "model: m\nlabel_map: {yes: 1}", "quote names such as yes"),
     "setting": ({"model": "m"}, ["seed"], None, "--set seed: is not of the form KEY=VALUE"),
     "setting not yaml": ({"model": "m"}, ["exclude=[a"], None, "is not a YAML value"),
     "file not yaml": ({}, [], "model: [", "cannot be read as YAML"),

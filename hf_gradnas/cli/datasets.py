@@ -119,7 +119,18 @@ def _read_media(folder: Path, split: str, kind: str) -> Rows:
         ) from error
     rows = _pick_split(dataset, split, str(folder))
     feature = Image() if kind == "image" else Audio(decode=False)
-    return Rows(rows.cast_column(kind, feature), str(folder), folder=folder)
+    return Rows(_with_names(rows.cast_column(kind, feature)), str(folder), folder=folder)
+
+
+def _with_names(rows: Dataset) -> Dataset:
+    """Names of the class folders in place of the numbers that their alphabetical order gives."""
+    from datasets import ClassLabel
+
+    feature = rows.features.get("label")
+    if not isinstance(feature, ClassLabel):
+        return rows
+    names = [None if each is None else feature.names[each] for each in rows["label"]]
+    return rows.remove_columns("label").add_column("label", names)
 
 
 def _read_saved(folder: Path, split: str) -> Rows:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DataError
 from .examples import Example, Examples, Feed, limited, row_getter
 from .files import text_lines
-from .labels import IGNORED, class_labels, token_labels
+from .labels import IGNORED, Labels, class_labels, token_labels
 from .tasks import Head
 
 MASKED_SHARE = 0.15
@@ -22,24 +22,27 @@ _SHORTEST = 2
 
 def encode_class(feed: Feed) -> Examples:
     """Texts or pairs of texts, with a label per example if the data has it."""
-    texts, note = _texts(feed), None
-    labels: list[Any] | None = None
+    texts = _texts(feed)
+    labels: Labels | None = None
     if feed.labelled and feed.columns.label is not None:
         count = limited(feed, len(feed.rows.dataset))
-        labels, note = class_labels(
+        labels = class_labels(
             feed.rows.dataset.select(range(count)),
             feed.columns.label,
             feed.source.config,
             origin=feed.rows.origin,
+            label_map=feed.label_map,
         )
 
     def encode(index: int) -> Example:
         example = _tokenize(feed, texts[index])
         if labels is not None:
-            example["labels"] = labels[index]
+            example["labels"] = labels.values[index]
         return example
 
-    return Examples(len(texts), encode, note)
+    if labels is None:
+        return Examples(len(texts), encode)
+    return Examples(len(texts), encode, labels.note, labels.names)
 
 
 def encode_masked(feed: Feed) -> Examples:
@@ -151,6 +154,7 @@ def encode_tokens(feed: Feed) -> Examples:
         column,
         feed.source.config,
         origin=feed.rows.origin,
+        label_map=feed.label_map,
     )
     row = row_getter(feed, feed.columns.text)
 
@@ -162,12 +166,12 @@ def encode_tokens(feed: Feed) -> Examples:
         of_word = encoding.word_ids()
         example: Example = dict(encoding)
         example["labels"] = [
-            labels[index][word] if word is not None and word != before else IGNORED
+            labels.values[index][word] if word is not None and word != before else IGNORED
             for word, before in zip(of_word, [None, *of_word], strict=False)
         ]
         return example
 
-    return Examples(count, encode)
+    return Examples(count, encode, labels.note, labels.names)
 
 
 def encode_span(feed: Feed) -> Examples:

@@ -40,6 +40,7 @@ class Feed:
         limit: Examples at most; None: all.
         shuffle: Whether running text is put in a random order; rows were shuffled already.
         seed: Of masks and orders.
+        label_map: The model's number of each name of a label, as the user gave it.
     """
 
     rows: Rows
@@ -51,15 +52,24 @@ class Feed:
     limit: int | None = None
     shuffle: bool = False
     seed: int = 0
+    label_map: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Examples(Dataset[Example]):
-    """Encoded examples; example ``i`` is the same at every call."""
+    """Encoded examples; example ``i`` is the same at every call.
+
+    Attributes:
+        count: Number of examples.
+        encode: Makes one.
+        note: How the labels were read.
+        names: The model's number of each label that the data names.
+    """
 
     count: int
     encode: Callable[[int], Example] = field(repr=False)
     note: str | None = None
+    names: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import wave
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from ..errors import DataError
 from .examples import Example, Examples, Feed, limited, row_getter
-from .labels import class_labels
+from .labels import Labels, class_labels
 
 _WIDTHS = {1: np.uint8, 2: np.int16, 4: np.int32}
 
@@ -19,7 +20,7 @@ _WIDTHS = {1: np.uint8, 2: np.int16, 4: np.int32}
 def encode_image(feed: Feed) -> Examples:
     """Pixels, with a label per image if the data has it."""
     column = feed.columns.image or ""
-    labels, note, count = _labels(feed)
+    labels, count = _labels(feed)
     row = row_getter(feed, [column])
 
     def encode(index: int) -> Example:
@@ -27,16 +28,16 @@ def encode_image(feed: Feed) -> Examples:
         encoded = feed.source.processor(images=image, return_tensors="pt")
         example: Example = {name: value[0] for name, value in encoded.items()}
         if labels is not None:
-            example["labels"] = labels[index]
+            example["labels"] = labels.values[index]
         return example
 
-    return Examples(count, encode, note)
+    return Examples(count, encode, *_read(labels))
 
 
 def encode_audio(feed: Feed) -> Examples:
     """Input features, with the transcript's tokens or a class as the label."""
     column, target = feed.columns.audio or "", feed.columns.target
-    labels, note, count = _labels(feed)
+    labels, count = _labels(feed)
     dataset_row = row_getter(feed, [column, target])
     processor, tokenizer = feed.source.processor, feed.source.tokenizer
     extractor = processor if tokenizer is None else processor.feature_extractor
@@ -52,10 +53,10 @@ def encode_audio(feed: Feed) -> Examples:
             # The model puts the start token there itself when it shifts the labels.
             example["labels"] = ids[1:] if ids[:1] == [start] else ids
         if labels is not None:
-            example["labels"] = labels[index]
+            example["labels"] = labels.values[index]
         return example
 
-    return Examples(count, encode, note)
+    return Examples(count, encode, *_read(labels))
 
 
 def read_wave(data: bytes, rate: int) -> np.ndarray:
@@ -86,17 +87,22 @@ def _resampled(samples: np.ndarray, found: int, rate: int) -> np.ndarray:
     return (np.fft.irfft(spectrum, n=size) * (size / len(samples))).astype(np.float32)
 
 
-def _labels(feed: Feed) -> tuple[list[Any] | None, str | None, int]:
+def _read(labels: Labels | None) -> tuple[str | None, Mapping[str, int]]:
+    return (None, {}) if labels is None else (labels.note, labels.names)
+
+
+def _labels(feed: Feed) -> tuple[Labels | None, int]:
     count = limited(feed, len(feed.rows.dataset))
     if not feed.labelled or feed.columns.label is None:
-        return None, None, count
-    labels, note = class_labels(
+        return None, count
+    labels = class_labels(
         feed.rows.dataset.select(range(count)),
         feed.columns.label,
         feed.source.config,
         origin=feed.rows.origin,
+        label_map=feed.label_map,
     )
-    return labels, note, count
+    return labels, count
 
 
 def _open_image(value: Any, feed: Feed, index: int) -> Any:

@@ -19,6 +19,7 @@ from .datasets import BUNDLED, open_bundled, open_dataset
 from .encoding import ENCODERS
 from .examples import Examples, Feed
 from .files import Rows
+from .labels import check_same_numbers
 from .loading import Source, best_device, open_source, prepare_tokenizer, resolve_max_length
 from .media import encode_audio, encode_image
 from .quickstart import NAME as QUICKSTART
@@ -166,8 +167,10 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
             f"no task is known for {source.cls.__name__}: labels are sampled from its own output"
         )
     evaluation = _open_evaluation(filled, source)
-    if evaluation is not None and evaluation.note not in (None, calibration.note):
-        notes.append(f"evaluation: {evaluation.note}")
+    if evaluation is not None:
+        check_same_numbers(calibration.names, evaluation.names)
+        if evaluation.note not in (None, calibration.note):
+            notes.append(f"evaluation: {evaluation.note}")
     recovery = _open_recovery(filled, source)
     if recovery is not None:
         notes.append(f"the pruned model is recovered on {len(recovery)} examples")
@@ -296,6 +299,7 @@ def _feed(rows: Rows, recipe: Recipe, source: Source, *, labelled: bool) -> tupl
         limit=recipe.num_examples,
         shuffle=recipe.shuffle,
         seed=recipe.seed,
+        label_map=recipe.label_map,
     )
     return feed, columns
 
@@ -323,6 +327,7 @@ def _settings(
         "batch_size": recipe.batch_size,
         "max_length": recipe.max_length if source.tokenizer is not None else None,
         "labels": _LABELS[recipe.labels or "data"],
+        "label_map": ",".join(f"{name}={id_}" for name, id_ in recipe.label_map.items()) or None,
         "eval_dataset": recipe.eval_dataset,
         "eval_split": recipe.eval_split,
         "target": ", ".join(f"{name}={limit}" for name, limit in recipe.target.items()),

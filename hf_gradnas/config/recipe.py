@@ -7,6 +7,7 @@ knows neither models nor data sets.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,6 +149,12 @@ class Recipe(BaseModel):
         description="Labels from the data, or sampled from the model's own prediction. Default: "
         "data where the data or the kind of head has them, else model.",
         json_schema_extra=_DATA,
+    )
+    label_map: dict[str, int] = Field(
+        default_factory=dict,
+        description="The model's number of each label of the data, positive=1,negative=0, where "
+        "neither the model's own names (label2id) nor the data say it. Repeatable.",
+        json_schema_extra=_named(_DATA, "NAME=NUMBER"),
     )
 
     eval_dataset: str | None = Field(
@@ -333,6 +340,30 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name.strip()!r} is limited twice; give one limit of each cost")
             targets[name.strip()] = limit.strip()
         return targets
+
+    @field_validator("label_map", mode="before")
+    @classmethod
+    def _read_label_map(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        pairs = list(value.items()) if isinstance(value, dict) else value
+        if isinstance(value, list | tuple):
+            texts = (text for item in value for text in str(item).split(","))
+            pairs = [(name, number) for name, _, number in (t.rpartition("=") for t in texts)]
+        if not isinstance(pairs, list):
+            return value
+        numbers: dict[str, int] = {}
+        for key, number in pairs:
+            name, digits = str(key).strip(), str(number).strip()
+            if isinstance(key, bool) or not name or not re.fullmatch("[0-9]{1,9}", digits):
+                raise ValueError(
+                    f"{key}={number} is not of the form NAME=NUMBER, e.g. positive=1,negative=0; "
+                    "in a file, quote names such as yes and no"
+                )
+            if name in numbers:
+                raise ValueError(f"{name!r} is given twice; give each label one number")
+            numbers[name] = int(digits)
+        return numbers
 
     @field_validator("exclude", mode="before")
     @classmethod
