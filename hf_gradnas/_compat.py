@@ -17,7 +17,8 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     found: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = vars(module).get("config")
-        config = vars(config).get("_base", config) if config is not None else None  # a live view
+        if not isinstance(config, PreTrainedConfig):  # a live view of one, or anything else
+            config = getattr(config, "_base", None)
         if isinstance(config, PreTrainedConfig):
             found.setdefault(id(config), config)
     return list(found.values())

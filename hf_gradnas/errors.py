@@ -51,5 +51,10 @@ class OrderError(GradNASError, RuntimeError):
     """A step was called before the one it needs; the message names the missing call."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's text: what other libraries add below it helps no user."""
+    return str(error).partition("\n")[0]
+
+
 class GradNASWarning(UserWarning):
     """Something the user should know, which does not stop the run."""

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import CutError
+from ..errors import CutError, first_line
 from ..masks import masked
 from ..scores.batches import to_device
 from ..scores.wrappers import without_autocast
 from ..structure.config_values import locate_axes
 from ..structure.counting import count_params
-from ..structure.discovery import PROBE_ERRORS
 from ..structure.modeling_gradnas import make_per_layer, translated
 from ..structure.samples import probe_inputs
 from ..structure.states import evaluating
@@ -136,9 +135,11 @@ def cut_with_proof(
     if call is not None:
         try:
             outputs = _outputs(model, call)
-        except PROBE_ERRORS as error:
-            first = str(error).partition("\n")[0]
-            raise _not_usable(model, f"does not run ({type(error).__name__}: {first})") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the model's own code may raise anything
+            why = f"does not run ({type(error).__name__}: {first_line(error)})"
+            raise _not_usable(model, why) from error
         _compare(model, outputs, wanted)
     return record
 
@@ -154,7 +155,7 @@ def _masked_outputs(
         try:
             with masked(model, axes, kept):
                 return call, _outputs(model, call)
-        except PROBE_ERRORS:
+        except Exception:  # as above
             if number == len(calls):
                 raise
     return None, {}

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._compat import attention_implementation
-from ..errors import StructureError
+from ..errors import StructureError, first_line
 from ..types import Attribute, Axis, Kind, Refusal
 from . import couplings
 from .attention import attention_versions
@@ -34,7 +35,6 @@ from .trace import (
 
 MAX_TRIES = 3
 """Modules of a kind that are probed before the kind is given up (one may be degenerate)."""
-PROBE_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 LOOK_AHEAD = 4
 LOOK_BACK = 6
 LAYER = re.compile(r".*\.\d+(?=\.|$)")
@@ -270,8 +270,10 @@ def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refu
         return Template(site.scope, call, versions)
     except NotAPair:
         return None
-    except PROBE_ERRORS as error:
-        reason = str(error).partition("\n")[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the module's own code may raise anything
+        reason = first_line(error) or type(error).__name__
         return Refusal(site.scope, "neurons" if site.core is None else "heads", reason)
 
 

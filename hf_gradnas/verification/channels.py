@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import attention_implementation
-from ..errors import GradNASError
+from ..errors import first_line
 from ..masks import masked
 from ..structure.channels import discover_channels
-from ..structure.discovery import PROBE_ERRORS
 from ..structure.probe import double_call, double_copy
 from ..structure.trace import Call
 from ..surgery import cut
@@ -123,10 +122,12 @@ class _Trial:
     @torch.no_grad()
     def without_effect(self, axes: Sequence[Axis]) -> dict[str, str]:
         """Reason for each axis whose mask runs not, or changes nothing in the model's output."""
-        twin, call = double_copy(self.model), double_call(self.call)
         try:
+            twin, call = double_copy(self.model), double_call(self.call)
             whole = _run(twin, call)
-        except PROBE_ERRORS as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the model's own code may raise anything
             return dict.fromkeys(self.kept, f"in float64 {_not_running(error)}")
         reasons = {}
         for axis in axes:
@@ -134,7 +135,9 @@ class _Trial:
             try:
                 with masked(twin, [axis], {axis.name: units}):
                     effect = _difference(_run(twin, call), whole, whole)
-            except (GradNASError, *PROBE_ERRORS) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
                 reasons[axis.name] = f"masked down to {_counts(axis, units)} {_not_running(error)}"
             else:
                 if not effect > EFFECT:
@@ -151,7 +154,9 @@ class _Trial:
         for scale in RETRY_SCALES:
             try:
                 difference = self._masked_against_cut(axes, scale)
-            except (GradNASError, *PROBE_ERRORS) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
                 return f"cut to {units} {_not_running(error)}"
             if not TOLERANCE < difference < ROUNDING:
                 break
@@ -179,8 +184,7 @@ def _counts(axis: Axis, units: Sequence[int]) -> str:
 
 
 def _not_running(error: Exception) -> str:
-    text = str(error).partition("\n")[0]
-    return f"{NOT_RUNNING} ({type(error).__name__}: {text})"
+    return f"{NOT_RUNNING} ({type(error).__name__}: {first_line(error)})"
 
 
 def _run(model: nn.Module, call: Call) -> list[Tensor]:

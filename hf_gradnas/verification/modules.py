@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import attention_implementation
-from ..errors import GradNASError, StructureError
+from ..errors import StructureError, first_line
 from ..masks import masked
 from ..structure.discovery import (
     MAX_TRIES,
-    PROBE_ERRORS,
     Discovery,
     Place,
     Template,
@@ -65,7 +64,7 @@ def proved(model: nn.Module, discovery: Discovery) -> Structure:
     same: dict[int, list[Place]] = {}
     for place in discovery.places:
         same.setdefault(id(place.template), []).append(place)
-    outcomes = {key: _prove_template(model, places, kernels) for key, places in same.items()}
+    outcomes = {key: _outcome(model, places, kernels) for key, places in same.items()}
     axes: list[Axis] = []
     refusals = list(discovery.refusals)
     names = _distinct_names(discovery.places)
@@ -108,6 +107,18 @@ def _kernels(model: nn.Module) -> list[str]:
     return ["eager", "sdpa"] if sdpa else ["eager"]
 
 
+def _outcome(
+    model: nn.Module, places: Sequence[Place], kernels: Sequence[str]
+) -> tuple[Axis, ...] | str:
+    """As `_prove_template`; where the proof itself cannot be made, the reason is its error."""
+    try:
+        return _prove_template(model, places, kernels)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"it cannot be proved ({type(error).__name__}: {first_line(error)})"
+
+
 def _prove_template(
     model: nn.Module, places: Sequence[Place], kernels: Sequence[str]
 ) -> tuple[Axis, ...] | str:
@@ -146,9 +157,11 @@ def _disproof(
                 difference, effect = _smallest_difference(
                     module, template, axes, kept, kernel=kernel, tables=tables
                 )
-            except (GradNASError, *PROBE_ERRORS) as error:
-                text = str(error).partition("\n")[0]
-                return f"cut to {_counts(kept)} {NOT_RUNNING} ({type(error).__name__}: {text})"
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the module's own code may raise anything
+                told = f"{NOT_RUNNING} ({type(error).__name__}: {first_line(error)})"
+                return f"cut to {_counts(kept)} {told}"
             if not effect > EFFECT:
                 return f"masking down to {_counts(kept)} {NO_EFFECT}"
             if not difference <= TOLERANCE:
