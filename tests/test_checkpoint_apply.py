@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_gradnas import GradNASPruner, nas
 from hf_gradnas.checkpoint import apply
+from hf_gradnas.checkpoint.outputs import floating
 from hf_gradnas.errors import CutError, GradNASError, OrderError, PlanError
 from hf_gradnas.types import Structure
 
@@ -109,7 +110,7 @@ def test_the_second_call_is_taken_where_the_first_does_not_run():
 def test_outputs_that_have_entries_per_head_are_not_compared():
     outputs = {"logits": torch.ones(1), "attentions": (torch.ones(2),), "n": torch.ones(1).long()}
     nested = [outputs, {"decoder_attentions": torch.ones(2), "inner": {"x": torch.ones(3)}}]
-    assert [path for path, _ in apply._floating(nested)] == ["0.logits", "1.inner.x"]
+    assert [path for path, _ in floating(nested)] == ["0.logits", "1.inner.x"]
 
 
 def test_not_a_number_equals_itself_only():

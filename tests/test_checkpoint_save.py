@@ -228,7 +228,46 @@ def test_a_model_without_float_output_needs_no_sample(model_and_sample, monkeypa
     model, sample = model_and_sample
     monkeypatch.setattr(type(model), "forward", lambda self, **batch: {"loss": torch.ones(())})
     with pytest.raises(CheckpointError, match=r"no floating-point output .*\['loss'\]"):
-        save._output(model, sample)
+        save._outputs(model, ((), sample))
+
+
+def test_every_output_is_compared_the_nested_ones_too(model_and_sample, tmp_path, monkeypatch):
+    model, sample = model_and_sample
+    forward = type(model).forward
+
+    def nested(self, **batch):
+        shift = 0.0 if self is model else 1.0
+        logits = forward(self, **batch).logits
+        return {"first": logits, "nested": (logits, [logits + shift])}
+
+    monkeypatch.setattr(type(model), "forward", nested)
+    with pytest.raises(CheckpointError, match="outputs of the reloaded checkpoint differ by 1"):
+        save_pruned(model, tmp_path / "target", sample=sample, **SETTINGS)
+    assert names_in(tmp_path) == []
+
+
+def test_what_loading_raises_is_an_error_of_ours(model_and_sample, tmp_path, monkeypatch):
+    model, sample = model_and_sample
+
+    def fails(*args, **options):
+        raise LookupError("no such layer\nand more")
+
+    monkeypatch.setattr(type(model), "from_pretrained", fails)
+    with pytest.raises(CheckpointError, match=r"not load and run .LookupError: no such layer\)"):
+        save_pruned(model, tmp_path / "target", sample=sample, **SETTINGS)
+    assert names_in(tmp_path) == []
+
+
+def test_random_forwards_are_compared_from_one_seed(model_and_sample, tmp_path, monkeypatch):
+    model, sample = model_and_sample
+    forward = type(model).forward
+
+    def noisy(self, **batch):
+        logits = forward(self, **batch).logits
+        return {"logits": logits + torch.randn_like(logits)}
+
+    monkeypatch.setattr(type(model), "forward", noisy)
+    save_pruned(model, tmp_path / "target", sample=sample, **SETTINGS)
 
 
 # --- targets --------------------------------------------------------------------------------------

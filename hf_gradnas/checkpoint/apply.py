@@ -7,8 +7,7 @@ the steps; what is cut is said in `surgery`, and what is written in `checkpoint.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,20 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import CutError, first_line
 from ..masks import masked
 from ..scores.batches import to_device
-from ..scores.wrappers import without_autocast
 from ..structure.config_values import locate_axes
 from ..structure.counting import count_params
 from ..structure.modeling_gradnas import make_per_layer, translated
 from ..structure.samples import probe_inputs
-from ..structure.states import evaluating
 from ..surgery import Record, check_kept, cut, merge_records
 from ..types import Axis, Plan, StockSpace, Structure
+from .outputs import Call, outputs_of
 from .rewrite import write_per_layer, write_stock
 
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Positional and keyword arguments of a forward."""
-UNIT_SIZED = ("attentions", "past_key_values")
-"""Ends of the names of outputs that have entries per head, so that a cut changes their shapes."""
 TOLERANCE = 1e-4
 """Largest difference of masked and cut outputs of 32 bits and more, relative to the largest."""
 DEVICE_TOLERANCE = 1e-3
@@ -134,7 +128,7 @@ def cut_with_proof(
         raise _not_usable(model, f"has {found:,} parameters, but the plan counts {claimed:,}")
     if call is not None:
         try:
-            outputs = _outputs(model, call)
+            outputs = outputs_of(model, call)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the model's own code may raise anything
@@ -154,44 +148,11 @@ def _masked_outputs(
     for number, call in enumerate(calls, 1):
         try:
             with masked(model, axes, kept):
-                return call, _outputs(model, call)
+                return call, outputs_of(model, call)
         except Exception:  # as above
             if number == len(calls):
                 raise
     return None, {}
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, call: Call) -> dict[str, Tensor]:
-    """Floating-point outputs by path of one forward, in eval mode and with a seed of its own."""
-    args, kwargs = call
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    with (
-        evaluating(model),
-        without_autocast(model),
-        torch.random.fork_rng(devices, device_type=kind),
-    ):
-        torch.manual_seed(0)
-        return dict(_floating(model(*args, **kwargs)))
-
-
-def _floating(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point tensor in nested tuples, mappings and dataclasses, with its path."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield path, output
-        return
-    items: list[tuple[Any, Any]] = []
-    if isinstance(output, Mapping):
-        items = list(output.items())
-    elif isinstance(output, tuple | list):
-        items = list(enumerate(output))
-    elif is_dataclass(output) and not isinstance(output, type):
-        items = [(field.name, getattr(output, field.name)) for field in fields(output)]
-    for name, value in items:
-        if not str(name).endswith(UNIT_SIZED):
-            yield from _floating(value, f"{path}.{name}".lstrip("."))
 
 
 def _compare(model: nn.Module, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

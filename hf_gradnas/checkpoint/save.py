@@ -7,7 +7,8 @@ load a per-layer checkpoint from `structure.modeling_gradnas`. Both layouts are 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,12 @@ from transformers import PreTrainedModel
 
 from .._files import replace_folder, temporary_sibling
 from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
-from ..errors import CheckpointError
+from ..errors import CheckpointError, GradNASError, first_line
 from ..scores.batches import to_device
-from ..scores.wrappers import without_autocast
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
+from .outputs import Call, outputs_of
 from .reference import DIGESTED, Reference, make_reference
-from .replay import first_output
 from .targets import DOCUMENT, check_content, check_target, failing, target_of, write_files
 
 FORMAT_VERSION = 1
@@ -77,7 +77,8 @@ def save_pruned(
             if processing_class is not None:
                 processing_class.save_pretrained(written)
         write_files(written, contents)
-        reference = _check_reload(model, written, sample)
+        with _reloading(model):
+            reference = _check_reload(model, written, sample)
         content = {**document, "plan": plan.to_dict(), "versions": versions()}
         content |= {"format_version": FORMAT_VERSION, "reference": reference.to_dict()}
         files_written = digests(written)
@@ -94,6 +95,21 @@ def versions() -> dict[str, str]:
 
 
 # --- does it load? --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reloading(model: PreTrainedModel) -> Iterator[None]:
+    """Make whatever the model's own code raises while it is loaded and run an error of ours."""
+    try:
+        yield
+    except (GradNASError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{type(model).__name__}: the written checkpoint does not load and run "
+            f"({type(error).__name__}: {first_line(error)}); the target is unchanged. Report it "
+            "with the model's class and config."
+        ) from error
 
 
 def _check_reload(
@@ -117,8 +133,10 @@ def _check_reload(
     reference = make_reference(reloaded, sample)
     if sample is not None:
         _copy_derived(model, reloaded)
-        sample = to_device(sample, model)
-        _compare_outputs(_output(model, sample), _output(reloaded, sample))
+        call = (), to_device(sample, model)
+        before, after = _outputs(model, call), _outputs(reloaded, call)
+        for name in before.keys() | after.keys():
+            _compare_outputs(before.get(name), after.get(name))
     return reference
 
 
@@ -144,14 +162,15 @@ def _copy_derived(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
             buffers[name].data = buffer.detach().clone()
 
 
-def _compare_outputs(before: Tensor, after: Tensor) -> None:
-    if torch.equal(before, after):
-        return
-    small = torch.finfo(before.dtype).bits < torch.finfo(torch.float32).bits
-    tolerance = HALF_TOLERANCE_EPS * torch.finfo(before.dtype).eps if small else TOLERANCE
-    limit = tolerance * max(1.0, before.abs().max().item())
-    difference = float("nan")
-    if before.shape == after.shape:
+def _compare_outputs(before: Tensor | None, after: Tensor | None) -> None:
+    difference, limit = float("nan"), TOLERANCE
+    if before is not None and after is not None and before.shape == after.shape:
+        same = (before == after) | (before.isnan() & after.isnan())
+        if same.all():
+            return
+        small = torch.finfo(before.dtype).bits < torch.finfo(torch.float32).bits
+        tolerance = HALF_TOLERANCE_EPS * torch.finfo(before.dtype).eps if small else TOLERANCE
+        limit = tolerance * max(1.0, before.abs().max().item())
         difference = (before.double() - after.double()).abs().max().item()
     if not difference <= limit:  # catches nan too
         raise CheckpointError(
@@ -161,23 +180,20 @@ def _compare_outputs(before: Tensor, after: Tensor) -> None:
         )
 
 
-def _output(model: PreTrainedModel, sample: Mapping[str, Any]) -> Tensor:
-    """First floating-point output that is not the loss, of a forward in eval mode."""
-    flags = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(), without_autocast(model):
-            outputs = model.eval()(**sample)
-    finally:
-        for module, training in flags.items():
-            module.training = training
-    found = first_output(outputs)
-    if found is None:
-        names = list(outputs) if isinstance(outputs, Mapping) else list(range(len(outputs)))
+def _outputs(model: PreTrainedModel, call: Call) -> dict[str, Tensor]:
+    """Floating-point outputs on the sample but for the loss, by path.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    outputs = outputs_of(model, call)
+    found = {name: value for name, value in outputs.items() if name != "loss"}
+    if not found:
         raise CheckpointError(
-            f"{type(model).__name__}: has no floating-point output on the sample (found {names}), "
-            "so that reloading cannot be checked; pass sample=None."
+            f"{type(model).__name__}: has no floating-point output on the sample (found "
+            f"{list(outputs)}), so that reloading cannot be checked; pass sample=None."
         )
-    return found[1]
+    return found
 
 
 def loading_snippet(model: PreTrainedModel, layout: str, directory: str | Path) -> str:

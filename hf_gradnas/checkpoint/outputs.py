@@ -1,0 +1,58 @@
+"""What a model puts out on some inputs, to be compared with what another one does.
+
+Knows forwards and nested outputs; knows neither plans nor files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scores.wrappers import without_autocast
+from ..structure.states import evaluating
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and keyword arguments of a forward."""
+UNIT_SIZED = ("attentions", "past_key_values")
+"""Ends of the names of outputs that have entries per head, so that a cut changes their shapes."""
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, call: Call) -> dict[str, Tensor]:
+    """Floating-point outputs by path (``"logits"``, ``"hidden_states.1"``) of one forward.
+
+    In eval mode, without autocast, and from a seed of its own, as some forwards draw numbers; the
+    model's training flags and the state of random numbers are put back.
+    """
+    args, kwargs = call
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    with (
+        evaluating(model),
+        without_autocast(model),
+        torch.random.fork_rng(devices, device_type=kind),
+    ):
+        torch.manual_seed(0)
+        return dict(floating(model(*args, **kwargs)))
+
+
+def floating(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point tensor in nested tuples, mappings and dataclasses, with its path."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield path, output
+        return
+    items: list[tuple[Any, Any]] = []
+    if isinstance(output, Mapping):
+        items = list(output.items())
+    elif isinstance(output, tuple | list):
+        items = list(enumerate(output))
+    elif is_dataclass(output) and not isinstance(output, type):
+        items = [(field.name, getattr(output, field.name)) for field in fields(output)]
+    for name, value in items:
+        if not str(name).endswith(UNIT_SIZED):
+            yield from floating(value, f"{path}.{name}".lstrip("."))
