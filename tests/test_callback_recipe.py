@@ -47,6 +47,13 @@ def test_slips_are_named(tmp_path: Path) -> None:
         GradNASCallback.from_recipe(file)
 
 
+def test_what_only_a_flag_switches_on_is_refused_here_too(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("model: m\npush_to_hub: someone/else", encoding="utf-8")
+    with pytest.raises(RecipeError, match="sets push_to_hub to 'someone/else', but no file"):
+        GradNASCallback.from_recipe(file)
+
+
 def test_the_command_does_not_train(capsys) -> None:
     assert main(["prune", "--recipe", "trainer-gradual-50"]) == 2
     assert "give it to GradNASCallback.from_recipe" in capsys.readouterr().err

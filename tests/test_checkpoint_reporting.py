@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from hf_gradnas import GradNASPruner
 from hf_gradnas.checkpoint import reporting
 from hf_gradnas.cli.app import main
-from hf_gradnas.cli.options import command_line
+from hf_gradnas.cli.records import command_line
 from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.errors import CheckpointError, GradNASWarning
 
@@ -188,6 +188,8 @@ def test_the_command_line_gives_the_same_recipe():
             "exclude": ["*.0", "x"],
             "shuffle": True,
             "report": False,
+            "overwrite": True,
+            "trust_remote_code": True,
         }
     )
     line = command_line(recipe, recipe.model_fields_set)

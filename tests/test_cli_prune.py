@@ -396,7 +396,14 @@ def test_an_output_that_exists_is_kept_unless_overwritten(prune, bert, tsv, tmp_
     assert code == 2
     assert "--overwrite" in err
     assert (tmp_path / "bert-gradnas" / "gradnas.json").read_bytes() == kept
-    assert prune(*command, "--target", "flops=80%", "--overwrite")[0] == 0
+    code, out, _ = prune(*command, "--target", "flops=80%", "--overwrite", "--trust-remote-code")
+    assert code == 0
+    shown = " ".join(out.split())
+    assert "--overwrite yes, what is in the output is replaced given" in shown
+    assert "--trust-remote-code yes, code of the model is run given" in shown
+    for name in ("recipe.yaml", "gradnas.json", "README.md"):
+        text = (tmp_path / "bert-gradnas" / name).read_text(encoding="utf-8")
+        assert not re.search("overwrite|trust.remote.code", text), name
     assert (tmp_path / "bert-gradnas" / "gradnas.json").read_bytes() != kept
 
 

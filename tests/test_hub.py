@@ -167,6 +167,8 @@ def test_the_command_pushes_at_its_end(shared: Hub, pairs: Path, tmp_path: Path)
     done = run(shared, *command, home=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "The result will be pushed to ada/command." in done.stdout
+    shown = " ".join(done.stdout.split())
+    assert "--push-to-hub ada/command given --private yes given" in shown
     assert f"Pushed: {shared.url}/ada/command (a new repository)" in done.stdout
     assert done.stderr == ""
     folder, repository = tmp_path / "bert-gradnas", shared.repositories["ada/command"]

@@ -150,6 +150,38 @@ def test_bad_input_is_named(case, tmp_path):
         build_recipe(flags, settings=settings, file=file)
 
 
+ASKED = {
+    "trust_remote_code": ("true", "--trust-remote-code"),
+    "overwrite": ("yes", "--overwrite"),
+    "push_to_hub": ("someone/else", "--push-to-hub USER/NAME"),
+}
+
+
+@pytest.mark.parametrize("value", [None, "'yes'", "1", "[a]"])
+@pytest.mark.parametrize("dash", ["_", "-"])
+@pytest.mark.parametrize("name", ASKED)
+def test_a_file_switches_nothing_on_that_only_a_user_may(name, dash, value, tmp_path):
+    own, flag = ASKED[name]
+    file = tmp_path / "r.yaml"
+    file.write_text(f"model: m\n{name.replace('_', dash)}: {value or own}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=rf"r\.yaml: sets {name} to .* give {flag} on the"):
+        build_recipe({}, file=file)
+    recipe = build_recipe({name: "other/one" if name == "push_to_hub" else True}, file=file)
+    assert vars(recipe)[name] in (True, "other/one")
+    assert build_recipe({}, settings=[f"{name}={own}"], file=file) is not None
+    off = "null" if name == "push_to_hub" else "false"
+    file.write_text(f"model: m\n{name}: {off}\n", encoding="utf-8")
+    assert not vars(build_recipe({}, file=file))[name]
+
+
+def test_what_only_a_user_may_switch_on_is_not_saved():
+    flags = {"trust_remote_code": True, "overwrite": True, "push_to_hub": "a/b", "private": True}
+    recipe = build_recipe({"model": "m", **flags})
+    saved = yaml.safe_load(recipe.to_yaml())
+    assert not flags.keys() & saved.keys()
+    assert saved == recipe.to_dict()
+
+
 def test_a_missing_file_names_the_nearest_shipped_recipe():
     with pytest.raises(RecipeError, match=r"no such file.*did you mean 'quickstart'"):
         read_recipe_file("quickstrat")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 import typer
@@ -13,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from ..config.recipe import Recipe
 
-_NOT_FLAGS = ("format_version", "training")
+NOT_FLAGS = ("format_version", "training")
 
 
 def with_recipe_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -33,7 +32,7 @@ def with_recipe_options(command: Callable[..., int]) -> Callable[..., int]:
         ),
     ]
     for name, field in Recipe.model_fields.items():
-        if name not in _NOT_FLAGS:
+        if name not in NOT_FLAGS:
             parameters.append(_field_parameter(name, field))
     return _with_parameters(command, parameters)
 
@@ -74,25 +73,6 @@ def given_flags(options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if value is not None and value not in ([], ())
     }
-
-
-def command_line(recipe: Recipe, given: Iterable[str]) -> str:
-    """The command that sets these options of a recipe to what they are."""
-    parts = ["hf-gradnas", "prune"]
-    for name in Recipe.model_fields:
-        value = vars(recipe)[name]
-        if name not in given or name in _NOT_FLAGS or value is None:
-            continue
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            parts += [flag] if value else [f"--no-{flag[2:]}"]
-        elif isinstance(value, Mapping):
-            parts += [part for key, item in value.items() for part in (flag, f"{key}={item}")]
-        elif isinstance(value, tuple):
-            parts += [part for item in value for part in (flag, str(item))]
-        else:
-            parts += [flag, str(value)]
-    return shlex.join(parts)
 
 
 def _field_parameter(

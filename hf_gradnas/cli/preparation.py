@@ -320,6 +320,7 @@ def _settings(
     shown: dict[str, Any] = {
         "model": recipe.model,
         "task": recipe.task,
+        "trust_remote_code": "yes, code of the model is run" if recipe.trust_remote_code else None,
         "dataset": recipe.dataset or BUNDLED,
         "split": recipe.split if recipe.dataset else None,
         "num_examples": _count(len(calibration), recipe.num_examples),
@@ -344,6 +345,7 @@ def _settings(
         **(_recovery_settings(recipe) if recipe.recover_epochs else {}),
         "seed": recipe.seed,
         "output": None if recipe.dry_run else recipe.output,
+        "overwrite": "yes, what is in the output is replaced" if recipe.overwrite else None,
         "report": None if recipe.dry_run or recipe.report else "no",
     }
     rows = [

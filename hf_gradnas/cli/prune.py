@@ -12,6 +12,7 @@ from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASError, RecipeError
 from .doubts import warn_of_doubts
+from .records import record
 from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class _Run:
     def execute(self) -> None:
         """All steps in order."""
         from .preparation import prepare, resolve_paths
+        from .publish import push_settings
         from .show import show_settings
 
         with self.processes.joint():
@@ -104,7 +106,9 @@ class _Run:
         opened = partial(prepare, self.recipe, folder=folder, given=self.given)
         job = self.processes.main_first(opened)
         self.recipe = job.recipe
-        show_settings(self.screen, job.settings)
+        show_settings(
+            self.screen, [*job.settings, *push_settings(self.repository, private=self.private)]
+        )
         for note in job.notes:
             self.screen.line(f"Note: {note}.")
         model, loader, evaluation = self.processes.main_first(partial(self._load, job))
@@ -300,7 +304,7 @@ class _Run:
         model = pruner.apply(plan)
         after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")
         columns = {"before": before, "after": after}
-        document = _document(self.recipe, job, self.given)
+        document = record(self.recipe, job, self.given)
         document |= timing.end(model, self.screen)
         if job.recovery is not None:
             document["recovery"] = self._recover(model, job.recovery, job)
@@ -365,24 +369,6 @@ class _Run:
         source = open_source(self.recipe.model_copy(update={"task": None}), output)
         model, _ = load_model(self.recipe, source, output)
         return self._evaluate(model, evaluation, job, "Evaluating the reloaded model")
-
-
-def _document(recipe: Recipe, job: Job, given: frozenset[str]) -> dict[str, Any]:
-    """What the command adds to ``gradnas.json``, apart from what it measures."""
-    from ..report import fetch_card
-    from .options import command_line
-
-    fetch_card(job.folder, revision=recipe.revision)
-    recipe = recipe.shareable()
-    return {
-        "command": command_line(recipe, given),
-        "recipe": recipe.model_dump(mode="json", exclude_none=True),
-        "calibration": {
-            "dataset": recipe.dataset or "bundled text",
-            "examples": len(job.calibration),
-            "labels": job.labels,
-        },
-    }
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -68,6 +68,14 @@ def push_on(
         )
 
 
+def push_settings(repository: str | None, *, private: bool) -> list[tuple[str, str, str]]:
+    """Rows for the table of settings: where the result of a run will be pushed to."""
+    if repository is None:
+        return []
+    rows = [("--push-to-hub", repository, "given")]
+    return [*rows, ("--private", "yes", "given")] if private else rows
+
+
 @contextmanager
 def _bars(*, shown: bool) -> Iterator[None]:
     from huggingface_hub.utils import (

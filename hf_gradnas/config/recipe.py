@@ -24,6 +24,13 @@ _EVAL: _Extra = {"panel": "Evaluation"}
 _PLAN: _Extra = {"panel": "Scores and plan"}
 _RECOVERY: _Extra = {"panel": "Recovery"}
 _OUTPUT: _Extra = {"panel": "Output"}
+BY_FLAG_ONLY = {
+    "trust_remote_code": "it runs code that comes with the model",
+    "overwrite": "it replaces what is in the output folder",
+    "push_to_hub": "it publishes the result",
+}
+"""Options that no recipe file switches on, and none keeps, with the reason."""
+_NOT_SAVED = {*BY_FLAG_ONLY, "private"}
 _PATHS = ("model", "dataset", "eval_dataset", "scores", "save_scores", "output")
 
 
@@ -74,7 +81,7 @@ class Recipe(BaseModel):
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="Run model code that comes with the checkpoint.",
+        description="Run model code that comes with the checkpoint. Not from a recipe file.",
         json_schema_extra=_MODEL,
     )
     device: str | None = Field(
@@ -307,7 +314,7 @@ class Recipe(BaseModel):
     )
     overwrite: bool = Field(
         default=False,
-        description="Replace an output folder that exists.",
+        description="Replace an output folder that exists. Not from a recipe file.",
         json_schema_extra=_OUTPUT,
     )
     report: bool = Field(
@@ -317,7 +324,8 @@ class Recipe(BaseModel):
     )
     push_to_hub: str | None = Field(
         default=None,
-        description="Repository of the Hub to push the result to; made if it is not there.",
+        description="Repository of the Hub to push the result to; made if it is not there. Not "
+        "from a recipe file.",
         json_schema_extra=_named(_OUTPUT, "USER/NAME"),
     )
     private: bool = Field(
@@ -390,6 +398,10 @@ class Recipe(BaseModel):
             }
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Options to be saved, ready for JSON: without None, and without `BY_FLAG_ONLY`."""
+        return self.model_dump(mode="json", exclude_none=True, exclude=_NOT_SAVED)
+
     def to_yaml(self) -> str:
-        """The recipe as YAML; options that are None are left out."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        """`to_dict` as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)

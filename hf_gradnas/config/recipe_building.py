@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import RecipeError
-from .recipe import FORMAT, Recipe
+from .recipe import BY_FLAG_ONLY, FORMAT, Recipe
 from .recipe_files import nearest, read_recipe_file
 
 # Options that describe a data set, and go with it.
@@ -37,7 +37,7 @@ def build_recipe(
         file: YAML file, or the name of a recipe that ships with the package.
 
     A data set that is given here and in the file stands for itself: the file's split and columns
-    belong to its own.
+    belong to its own. Options in `BY_FLAG_ONLY` are given here, or not at all.
 
     Raises:
         RecipeError: A file, key or value that cannot be used; the message names the nearest key.
@@ -46,6 +46,7 @@ def build_recipe(
     values = read_recipe_file(file) if file is not None else {}
     _check_format(values, where=f"recipe {file}")
     _refuse_unknown(values, where=f"recipe {file}")
+    _refuse_unasked(values, flags={*flags, *map(_name_of, settings)}, where=f"recipe {file}")
     for key in _of_replaced({*flags, *map(_name_of, settings)}, values):
         values.pop(key, None)
     for setting in settings:
@@ -64,6 +65,19 @@ def _check_format(values: Mapping[str, Any], *, where: str) -> None:
         raise RecipeError(
             f"{where}: is written in format {found}, newer than the {known} that this version of "
             "hf_gradnas reads; update hf_gradnas (pip install -U hf_gradnas)."
+        )
+
+
+def _refuse_unasked(values: Mapping[str, Any], *, flags: set[str], where: str) -> None:
+    """Refuse what a file switches on that only who runs the command may."""
+    for key, reason in BY_FLAG_ONLY.items():
+        value = values.get(key)
+        if value is None or value is False or key in flags:
+            continue
+        flag = f"--{key.replace('_', '-')}" + (" USER/NAME" if key == "push_to_hub" else "")
+        raise RecipeError(
+            f"{where}: sets {key} to {value!r}, but no file switches that on, since {reason}; take "
+            f"it out of the file, and give {flag} on the command line if you want it."
         )
 
 
