@@ -9,6 +9,7 @@ from hf_gradnas.config import recipe_files
 from hf_gradnas.config.recipe import Recipe
 from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.config.recipe_files import read_recipe_file, shipped_recipes
+from hf_gradnas.config.recipe_saving import to_dict, to_yaml
 from hf_gradnas.errors import RecipeError
 
 
@@ -75,9 +76,9 @@ def test_another_data_set_to_evaluate_on_leaves_the_files_split(tmp_path):
 def test_the_recipe_survives_yaml(tmp_path):
     recipe = build_recipe({"model": "m", "target": ["flops=50%"], "exclude": ["*.0.*"]})
     file = tmp_path / "saved.yaml"
-    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    file.write_text(to_yaml(recipe), encoding="utf-8")
     assert build_recipe({}, file=file) == recipe
-    assert yaml.safe_load(recipe.to_yaml())["format_version"] == 1
+    assert yaml.safe_load(to_yaml(recipe))["format_version"] == 1
 
 
 def test_rules_come_from_min_units_and_exclude():
@@ -90,7 +91,7 @@ def test_a_label_map_has_one_form_of_flags_and_one_of_files(tmp_path):
     flags = build_recipe({"model": "m", "label_map": ["positive=1, negative=0", "a=b=2"]})
     assert flags.label_map == {"positive": 1, "negative": 0, "a=b": 2}
     file = tmp_path / "r.yaml"
-    file.write_text(flags.to_yaml(), encoding="utf-8")
+    file.write_text(to_yaml(flags), encoding="utf-8")
     assert build_recipe({}, file=file) == flags
     setting = build_recipe({}, settings=["label_map.negative=2"], file=file)
     assert setting.label_map == {**flags.label_map, "negative": 2}
@@ -177,9 +178,9 @@ def test_a_file_switches_nothing_on_that_only_a_user_may(name, dash, value, tmp_
 def test_what_only_a_user_may_switch_on_is_not_saved():
     flags = {"trust_remote_code": True, "overwrite": True, "push_to_hub": "a/b", "private": True}
     recipe = build_recipe({"model": "m", **flags})
-    saved = yaml.safe_load(recipe.to_yaml())
+    saved = yaml.safe_load(to_yaml(recipe))
     assert not flags.keys() & saved.keys()
-    assert saved == recipe.to_dict()
+    assert saved == to_dict(recipe)
 
 
 def test_a_missing_file_names_the_nearest_shipped_recipe():

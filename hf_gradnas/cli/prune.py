@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
+from ..config.recipe_saving import shareable, to_yaml
 from ..errors import GradNASError, RecipeError
 from .doubts import warn_of_doubts
 from .records import record
@@ -320,7 +321,7 @@ class _Run:
             job.source.processor,
             overwrite=self.recipe.overwrite,
             document=document,
-            files={"recipe.yaml": self.recipe.shareable().to_yaml()},
+            files={"recipe.yaml": to_yaml(shareable(self.recipe))},
             report=self.recipe.report,
         )
         if measured:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import BY_FLAG_ONLY, Recipe
+from ..config.recipe_saving import shareable, to_dict
 from .options import NOT_FLAGS
 
 if TYPE_CHECKING:
@@ -18,10 +19,10 @@ def record(recipe: Recipe, job: Job, given: frozenset[str]) -> dict[str, Any]:
     from ..report import fetch_card
 
     fetch_card(job.folder, revision=recipe.revision)
-    recipe = recipe.shareable()
+    recipe = shareable(recipe)
     return {
         "command": command_line(recipe, given),
-        "recipe": recipe.to_dict(),
+        "recipe": to_dict(recipe),
         "calibration": {
             "dataset": recipe.dataset or "bundled text",
             "examples": len(job.calibration),

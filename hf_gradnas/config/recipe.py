@@ -8,10 +8,8 @@ knows neither models nor data sets.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 FORMAT = 1
@@ -30,8 +28,6 @@ BY_FLAG_ONLY = {
     "push_to_hub": "it publishes the result",
 }
 """Options that no recipe file switches on, and none keeps, with the reason."""
-_NOT_SAVED = {*BY_FLAG_ONLY, "private"}
-_PATHS = ("model", "dataset", "eval_dataset", "scores", "save_scores", "output")
 
 
 def _named(panel: _Extra, metavar: str) -> _Extra:
@@ -385,23 +381,3 @@ class Recipe(BaseModel):
             rules["*"] = {"min": self.min_units}
         rules.update(dict.fromkeys(self.exclude))
         return rules
-
-    def shareable(self) -> Recipe:
-        """The recipe with the home directory written ``~``: it names no user, and still runs."""
-        home = Path.home()
-        paths = {name: Path(vars(self)[name] or "") for name in _PATHS}
-        return self.model_copy(
-            update={
-                name: f"~/{path.relative_to(home).as_posix()}"
-                for name, path in paths.items()
-                if path.is_relative_to(home)
-            }
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Options to be saved, ready for JSON: without None, and without `BY_FLAG_ONLY`."""
-        return self.model_dump(mode="json", exclude_none=True, exclude=_NOT_SAVED)
-
-    def to_yaml(self) -> str:
-        """`to_dict` as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
