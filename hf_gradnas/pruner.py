@@ -19,16 +19,17 @@ from .checkpoint.reporting import Findings, save_with_report
 from .config.budgets import parse_budgets
 from .config.rules import check_rules, parse_rules, rule_for
 from .costs.closed_form import unsplit_table_params
-from .errors import OrderError, PlanError, StructureError
+from .errors import OrderError, PlanError
 from .hub import push
 from .masks import masked
 from .scores import METHODS, check_scores, collect_scores
 from .scores.batches import to_device
+from .scores.owners import body_of
 from .scores.prediction import with_prediction
 from .scores.processes import Processes
 from .scores.sample import Batch, check_positions, from_main, longest_of_all, reiterable
 from .scores.shards import gathered, is_sharded, shape_of
-from .scores.wrappers import check_parameters, uncompiled, unwrapped
+from .scores.wrappers import check_parameters, uncompiled
 from .search.solver import STRATEGIES, check_budgets, find_plan
 from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
 from .structure.counting import count_costs, original_totals
@@ -49,8 +50,8 @@ class GradNASPruner:
     """Prune a Transformers model: score once with gradients, then plan and cut to any budget.
 
     Args:
-        model: Any ``PreTrainedModel``, also inside DDP or ``torch.compile``; `model` is then the
-            inner one. It is left as it is until `apply`.
+        model: Any ``PreTrainedModel``, also inside DDP or ``torch.compile``, or a model of
+            sentence-transformers with one; `model` is the inner one, unchanged until `apply`.
         score: ``fisher`` (default), ``gradnas``, ``taylor``, ``magnitude`` or ``random``.
         search: ``lagrangian`` (default) or ``binary``.
         layout: ``stock`` (one width for all layers, plain Transformers loads it), ``per_layer``
@@ -83,13 +84,7 @@ class GradNASPruner:
         _check_choice("score", score, METHODS)
         _check_choice("search", search, STRATEGIES)
         _check_choice("layout", layout, LAYOUTS)
-        inner = unwrapped(model)
-        if not isinstance(inner, PreTrainedModel):
-            raise StructureError(
-                f"model: found a {type(inner).__name__}, needed a Transformers PreTrainedModel; "
-                "pass the model itself."
-            )
-        self.model = inner
+        self.model, self._owner = body_of(model)
         self._processes = Processes(accelerator)
         self.score_method = score
         self.search = search
@@ -325,6 +320,7 @@ class GradNASPruner:
         found = Findings(plan, self.structure, self._costs, self._totals, self._scores)
         options = {"processing_class": processing_class, "overwrite": overwrite, "report": report}
         more: dict[str, Any] = {"document": document, "files": files, "sample": self._sample}
+        more["owner"] = self._owner
         write = partial(save_with_report, self.model, directory, found, **more, **options)
         self._saved = self._processes.from_main(write)
         return self._saved

@@ -17,7 +17,9 @@ from ..errors import GradNASWarning
 from ..report import find_origin, report_files, summarise
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import CostModel, Plan, Scores, Structure
+from .companions import companions_of
 from .save import loading_snippet, save_pruned, stock_class, versions
+from .sentence_folders import root_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def save_with_report(
     document: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     report: bool = True,
+    owner: Any = None,
     **options: Any,
 ) -> Path:
     """Write model, ``gradnas.json``, model card and report, all or nothing.
@@ -63,15 +66,24 @@ def save_with_report(
         document: More to keep in ``gradnas.json``; the card tells of what it knows in it.
         files: Further files by path.
         report: Write the folder of the report; the card comes in any case.
+        owner: The model of sentence-transformers around it, which writes its modules; or None.
         **options: Further arguments of `save_pruned`.
 
     Raises:
         CheckpointError: As of `save_pruned`.
     """
     content = findings.document(document)
+    companions = companions_of(model, stock_class(model), owner)
     told: dict[str, str | bytes] = {}
     try:
-        told = describe(model, Path(directory).resolve().name, findings, content, pictures=report)
+        told = describe(
+            model,
+            Path(directory).resolve().name,
+            findings,
+            content,
+            pictures=report,
+            sentence_class=companions.sentence_class,
+        )
     except Exception as error:  # whatever a picture does, a model that took hours is saved
         warnings.warn(
             f"report: could not be made ({type(error).__name__}: {error}), so that the checkpoint "
@@ -85,6 +97,7 @@ def save_with_report(
         plan=findings.plan,
         document=content,
         files={**told, **(files or {})},
+        companions=companions,
         **options,
     )
 
@@ -96,9 +109,11 @@ def describe(
     document: Mapping[str, Any],
     *,
     pictures: bool = True,
+    sentence_class: str | None = None,
 ) -> dict[str, str | bytes]:
     """Card and report of a cut model that is called `name`, by path."""
-    origin = find_origin(model.name_or_path, revision=document.get("recipe", {}).get("revision"))
+    source = root_of(model.name_or_path)
+    origin = find_origin(source, revision=document.get("recipe", {}).get("revision"))
     stock = stock_class(model)
     summary = summarise(
         findings.plan,
@@ -116,6 +131,7 @@ def describe(
         findings.scores,
         origin,
         auto_class=auto_class_name(stock),
-        loading=loading_snippet(model, findings.plan.layout, name),
+        loading=loading_snippet(model, findings.plan.layout, name, sentence_class),
+        library="transformers" if sentence_class is None else "sentence-transformers",
         pictures=pictures,
     )

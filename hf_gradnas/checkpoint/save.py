@@ -20,8 +20,10 @@ from .._files import replace_folder, temporary_sibling
 from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
 from ..errors import CheckpointError, GradNASError, first_line
 from ..scores.batches import to_device
+from ..scores.owners import LIBRARY, save_owner
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
+from .companions import Companions
 from .outputs import Call, outputs_of
 from .reference import DIGESTED, Reference, make_reference
 from .targets import DOCUMENT, check_content, check_target, failing, target_of, write_files
@@ -33,7 +35,7 @@ HALF_TOLERANCE_EPS = 8
 """The same for 16-bit and smaller outputs, in steps of their type at 1."""
 
 
-def save_pruned(
+def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with defaults
     model: PreTrainedModel,
     directory: str | Path,
     *,
@@ -42,6 +44,7 @@ def save_pruned(
     processing_class: Any = None,
     sample: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
+    companions: Companions | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write model, tokenizer or processor and ``gradnas.json``, reload, compare, then rename.
@@ -59,6 +62,7 @@ def save_pruned(
         processing_class: Tokenizer, image processor or processor to save beside the model.
         sample: Batch for ``model(**sample)``.
         files: Further files by path, e.g. ``recipe.yaml``; text, or bytes of a picture.
+        companions: What belongs beside it; written where nothing else was.
         overwrite: Replace a checkpoint that hf_gradnas wrote there, see `check_target`.
 
     Returns:
@@ -73,14 +77,19 @@ def save_pruned(
     target = check_target(directory, overwrite=overwrite, source=model.name_or_path)
     with failing(target), temporary_sibling(target) as written:
         with failing(target, Exception):  # whatever a tokenizer raises where the disk is full
-            model.save_pretrained(written)
+            if companions is None or companions.owner is None:
+                model.save_pretrained(written)
+            else:
+                save_owner(companions.owner, written)
             if processing_class is not None:
                 processing_class.save_pretrained(written)
         write_files(written, contents)
+        copied = [] if companions is None else companions.write(written)
         with _reloading(model):
             reference = _check_reload(model, written, sample)
         content = {**document, "plan": plan.to_dict(), "versions": versions()}
         content |= {"format_version": FORMAT_VERSION, "reference": reference.to_dict()}
+        content |= {"companions": copied} if copied else {}
         files_written = digests(written)
         content[OLD_FILES] = {n: d for n, d in files_written.items() if n.endswith(DIGESTED)}
         (written / DOCUMENT).write_text(sealed({**content, FILES: files_written}), encoding="utf-8")
@@ -196,13 +205,26 @@ def _outputs(model: PreTrainedModel, call: Call) -> dict[str, Tensor]:
     return found
 
 
-def loading_snippet(model: PreTrainedModel, layout: str, directory: str | Path) -> str:
-    """Python lines that load the checkpoint with plain Transformers, for users to copy."""
+def loading_snippet(
+    model: PreTrainedModel, layout: str, directory: str | Path, sentence_class: str | None = None
+) -> str:
+    """Python lines that load the checkpoint, for users to copy.
+
+    Args:
+        model: The model.
+        layout: Of the checkpoint.
+        directory: Where it is.
+        sentence_class: Class of sentence-transformers that loads it; None: plain Transformers does.
+    """
     stock = stock_class(model)
     name = auto_class_name(stock) or stock.__name__
     lines = [f"from transformers import {name}", f'model = {name}.from_pretrained("{directory}")']
+    if sentence_class is not None:
+        name = sentence_class
+        lines = [f"from {LIBRARY} import {name}", f'model = {name}("{directory}")']
     if layout == "per_layer":
-        note = "  # or pass trust_remote_code=True to from_pretrained"
+        where = "" if sentence_class else " to from_pretrained"
+        note = f"  # or pass trust_remote_code=True{where}"
         lines = [f"import hf_gradnas{note}", *lines]
     return "\n".join(lines)
 

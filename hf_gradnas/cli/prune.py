@@ -170,11 +170,7 @@ class _Run:
         from .quickstart import NAME, Training, make_quickstart
 
         if self.recipe.model != NAME:
-            return (
-                str(Path(self.recipe.model).expanduser())
-                if self._is_local()
-                else (self.recipe.model)
-            )
+            return self._local_folder() if self._is_local() else self.recipe.model
         self.is_quickstart = True
         folder = Path(f"{self.recipe.output}.quickstart")
         training = Training(seed=self.recipe.seed)
@@ -189,6 +185,11 @@ class _Run:
         own = {name: value for name, value in own.items() if name not in self.given}
         self.recipe = self.recipe.model_copy(update=own)
         return str(made.model)
+
+    def _local_folder(self) -> str:
+        from ..checkpoint.sentence_folders import body_folder
+
+        return str(body_folder(Path(self.recipe.model).expanduser()))
 
     def _is_local(self) -> bool:
         return Path(self.recipe.model).expanduser().exists()
@@ -297,6 +298,7 @@ class _Run:
         job: Job,
         before: Metrics | None,
     ) -> None:
+        from ..checkpoint.companions import loader_of
         from ..checkpoint.save import loading_snippet
         from .latency import Timing
 
@@ -332,7 +334,8 @@ class _Run:
             show_metrics(self.screen, measured)
         self.screen.line(f"Saved: {output}")
         self.screen.line("Load it with:")
-        for line in loading_snippet(model, plan.layout, output).splitlines():
+        loader = loader_of(Path(output))
+        for line in loading_snippet(model, plan.layout, output, loader).splitlines():
             self.screen.line(f"    {line}")
         self._push(output)
 

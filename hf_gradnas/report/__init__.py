@@ -5,7 +5,7 @@ Takes plans, scores and numbers as data; knows no model and writes no file.
 
 from .card import address
 from .files import FOLDER, report_files
-from .origin import Origin, fetch_card, find_origin
+from .origin import Origin, fetch_card, find_origin, is_hub_id
 from .prediction import say_prediction
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
 
@@ -19,6 +19,7 @@ __all__ = [
     "address",
     "fetch_card",
     "find_origin",
+    "is_hub_id",
     "report_files",
     "say_prediction",
     "summarise",

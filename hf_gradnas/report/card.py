@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 PROJECT = "hf_gradnas"
 _ROWS_SHOWN = 40
 _REFUSALS_SHOWN = 12
+# What loads a model by its name, as the lines of `save.loading_snippet` have it.
+_LOADERS = (
+    "from_pretrained",
+    "SentenceTransformer",
+    "SparseEncoder",
+    "CrossEncoder",
+    "MultiVectorEncoder",
+)
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _HEADER = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)
 
@@ -33,6 +41,7 @@ def make_card(
     *,
     auto_class: str | None,
     loading: str,
+    library: str = "transformers",
     pictures: str | None = None,
     has_scores: bool = True,
 ) -> ModelCard:
@@ -43,15 +52,16 @@ def make_card(
         origin: The original, and its card.
         auto_class: Name of the auto class that builds the model.
         loading: Python lines that load the model.
+        library: Name of the library that they load it with, as the Hub has it.
         pictures: Folder of the pictures, relative to the card; None: there are none.
         has_scores: Whether one of them shows the scores.
     """
     from huggingface_hub import ModelCard  # noqa: PLC0415 - takes long to import
 
-    header = card_data(summary, origin, auto_class=auto_class).to_yaml()
+    header = card_data(summary, origin, auto_class=auto_class, library=library).to_yaml()
     sections = (
         _opening(summary, origin),
-        _loading(summary, loading),
+        _loading(summary, loading, library),
         _what_was_cut(summary, pictures, has_scores),
         _costs(summary, pictures),
         _quality(summary),
@@ -75,13 +85,13 @@ def address(card: str, repo_id: str) -> str:
     """
     header = _HEADER.match(card)
     title = _TITLE.search(card, header.end() if header else 0)
-    if title is None or f'from_pretrained("{title[1]}"' not in card:
+    if title is None or not any(f'{call}("{title[1]}"' in card for call in _LOADERS):
         return card
     folder, name = title[1], repo_id.rpartition("/")[2]
     changes = (
         (f"\n# {folder}\n", f"\n# {name}\n"),
         (f"\n- name: {folder}\n  results:", f"\n- name: {name}\n  results:"),
-        (f'from_pretrained("{folder}"', f'from_pretrained("{repo_id}"'),
+        *((f'{call}("{folder}"', f'{call}("{repo_id}"') for call in _LOADERS),
     )
     for before, after in changes:
         card = card.replace(before, after)
@@ -106,13 +116,14 @@ def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
     )
 
 
-def _loading(summary: Summary, loading: str) -> Iterator[str]:
+def _loading(summary: Summary, loading: str, library: str) -> Iterator[str]:
+    plain = "Plain Transformers" if library == "transformers" else library
     yield "## How to load it"
     lines = [line.split("  #")[0] for line in loading.splitlines()]
     yield "\n".join(("```python", *lines, "```"))
     if summary.layout == "per_layer":
         yield (
-            "The layout is `per_layer`: each layer has its own width. Plain Transformers loads it "
+            f"The layout is `per_layer`: each layer has its own width. {plain} loads it "
             f"after `import {PROJECT}`, or without {PROJECT} through the code in this repository:"
         )
         lines = [line for line in lines if not line.startswith("import ")]
@@ -120,8 +131,8 @@ def _loading(summary: Summary, loading: str) -> Iterator[str]:
         yield f"```python\n{without}\n```"
     else:
         yield (
-            "The layout is `stock`: all layers have the same width, and plain Transformers loads "
-            "it as it loads the original."
+            "The layout is `stock`: all layers have the same width, and "
+            f"{plain[0].lower()}{plain[1:]} loads it as it loads the original."
         )
 
 

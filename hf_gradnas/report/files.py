@@ -22,6 +22,7 @@ def report_files(
     *,
     auto_class: str | None,
     loading: str,
+    library: str = "transformers",
     pictures: bool = True,
 ) -> dict[str, str | bytes]:
     """The card as ``README.md``, and the report in `FOLDER`.
@@ -33,6 +34,7 @@ def report_files(
         origin: The original, and its card.
         auto_class: Name of the auto class that builds the model.
         loading: Python lines that load the model.
+        library: Name of the library that they load it with, as the Hub has it.
         pictures: Whether to make more than the card.
 
     Returns:
@@ -43,6 +45,7 @@ def report_files(
         origin,
         auto_class=auto_class,
         loading=loading,
+        library=library,
         pictures=FOLDER if pictures else None,
         has_scores=scores is not None,
     )

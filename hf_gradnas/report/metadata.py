@@ -44,13 +44,16 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 _DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 
 
-def card_data(summary: Summary, origin: Origin, *, auto_class: str | None) -> ModelCardData:
+def card_data(
+    summary: Summary, origin: Origin, *, auto_class: str | None, library: str
+) -> ModelCardData:
     """Fields of the header, with what the original's card passes on.
 
     Args:
         summary: What was done.
         origin: The original, and its card.
         auto_class: Name of the auto class that builds the model.
+        library: The library that loads it.
     """
     from huggingface_hub import ModelCardData  # noqa: PLC0415 - takes long to import
 
@@ -63,7 +66,7 @@ def card_data(summary: Summary, origin: Origin, *, auto_class: str | None) -> Mo
         license=inherited.get("license"),
         license_name=inherited.get("license_name"),
         license_link=license_link,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=tag,
         tags=[*_list(inherited.get("tags")), *TAGS],
         base_model=origin.base_model,

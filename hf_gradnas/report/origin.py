@@ -49,7 +49,7 @@ def find_origin(source: str, *, revision: str | None = None) -> Origin:
             return Origin(cached, metadata, is_hub=True)
         named = _named_in(metadata)
         return Origin(named or folder_name(folder), metadata, is_hub=bool(named))
-    if not _is_hub_id(source):
+    if not is_hub_id(source):
         return Origin(folder_name(Path(source.replace("\\", "/"))))
     return Origin(source, _read_metadata(_cached_card(source, revision)), is_hub=True)
 
@@ -58,7 +58,7 @@ def fetch_card(source: str, *, revision: str | None = None) -> None:
     """Put the card of a model on the Hub into the cache, if it has one and the Hub answers."""
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - takes long to import
 
-    if Path(source).expanduser().exists() or not _is_hub_id(source):
+    if Path(source).expanduser().exists() or not is_hub_id(source):
         return
     try:
         hf_hub_download(source, CARD, revision=revision)
@@ -79,7 +79,8 @@ def folder_name(folder: Path) -> str | None:
     return _NOT_ALLOWED.sub("-", telling.removesuffix(".quickstart")).strip("-.") or None
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether a text could be the id of a repository."""
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 - takes long to import
     from huggingface_hub.utils import validate_repo_id  # noqa: PLC0415
 
@@ -109,7 +110,7 @@ def _named_in(metadata: Mapping[str, Any]) -> str | None:
     """The model that a card in a folder names: its base model, if it is one and a Hub id."""
     found = metadata.get("base_model")
     found = found[0] if isinstance(found, list) and len(found) == 1 else found
-    if isinstance(found, str) and not Path(found).exists() and _is_hub_id(found):
+    if isinstance(found, str) and not Path(found).exists() and is_hub_id(found):
         return found
     return None
 
