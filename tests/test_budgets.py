@@ -88,7 +88,11 @@ def test_refuses_more_than_the_original(limit):
 
 
 @pytest.mark.parametrize(
-    "limit", ["half", "", "%", "K", "1.2X", True, None, [1], math.nan, math.inf, "nan%", 10**400]
+    "limit",
+    [
+        *("half", "", "%", "K", "1.2X", True, None, [1], math.nan, math.inf, "nan%", "1e999"),
+        *("٥٠%", "５０%", "1_000", "1_0%", "0x10", b"50%", 1j, "5 0%", "50%%", "--5"),
+    ],
 )
 def test_refuses_what_is_not_a_finite_number(limit):
     with pytest.raises(BudgetError, match=r"flops=.*not a finite number; write a percentage"):
@@ -113,3 +117,9 @@ def test_a_share_without_its_sign_is_asked_about(limit, share):
 
 def test_small_limits_of_small_models_are_meant():
     assert parse_budgets({"flops": 50}, {"flops": 1000.0})[0].limit == 50
+
+
+def test_an_integer_longer_than_python_prints_is_refused():
+    for limit in (10**400, 10**6000):
+        with pytest.raises(BudgetError, match=r"flops: an integer of \d+ bits is above"):
+            parse_budgets({"flops": limit}, TOTALS)

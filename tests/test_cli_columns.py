@@ -81,6 +81,21 @@ BAD = {
     ),
     "asked label": ({"text": ["a"]}, {"label_column": "y"}, "has no column 'y'.*--label-column"),
     "asked text": ({"text": ["a"]}, {"text_column": "y"}, "has no column 'y'.*--text-column"),
+    "three texts": (
+        {"a": ["x"], "b": ["y"], "c": ["z"], "label": [1]},
+        {"text_column": "a,b,c"},
+        "--text-column a,b,c: names 3 columns, .* one column, or two of a pair",
+    ),
+    "two texts to go on from": (
+        {"a": ["x"], "b": ["y"]},
+        {"text_column": "a,b", "head": Head.CAUSAL},
+        "--text-column a,b: names 2 columns, .* one column; omit",
+    ),
+    "a question alone": (
+        {"question": ["x"], "answers": ["y"]},
+        {"text_column": "question", "head": Head.SPAN},
+        "--text-column question: names 1 columns, .* two; give QUESTION,CONTEXT",
+    ),
     "no text": ({"label": [1]}, {}, "could be the text; its columns are label; .*--text-column"),
 }
 

@@ -240,6 +240,46 @@ def test_other_answers_are_refused():
         _encode(_feed(Head.SPAN, data, columns))[0]
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": ["b"], "answer_start": [-1]},
+        {"text": ["b"], "answer_start": [9]},
+        {"text": ["b"], "answer_start": [0.5]},
+        {"text": ["b"], "answer_start": ["x"]},
+        {"text": ["b"], "answer_start": []},
+        {"text": [1], "answer_start": [0]},
+    ],
+)
+def test_answers_outside_their_context_are_refused(answers):
+    data = {"question": ["a"], "context": ["b c"], "answers": [answers]}
+    columns = Columns(("question", "context"), target="answers")
+    with pytest.raises(DataError, match="inside a context of 3 characters"):
+        _encode(_feed(Head.SPAN, data, columns))[0]
+
+
+def test_a_question_that_is_missing_is_refused():
+    data = {"question": ["a", None], "context": ["b", "c"], "answers": [None, None]}
+    columns = Columns(("question", "context"), target="answers")
+    with pytest.raises(DataError, match="'question' holds None in row 1, needed text"):
+        _encode(_feed(Head.SPAN, data, columns))[1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels", "match"),
+    [
+        (["a", "b"], [0], "row 0 has 2 words in 'tokens' and 1 labels in 'tags'"),
+        (["a"], [0, 1], "needed one label per word"),
+        (["a", None], [0, 1], "needed a list of words"),
+    ],
+)
+def test_words_without_a_label_each_are_refused(tokens, labels, match):
+    data = {"tokens": [tokens], "tags": [labels]}
+    columns = Columns(("tokens",), label="tags")
+    with pytest.raises(DataError, match=match):
+        _encode(_feed(Head.TOKENS, data, columns))[0]
+
+
 def test_examples_end():
     examples = _encode(_prose(Head.CLASS, "good"))
     assert len(list(examples)) == 1

@@ -1,5 +1,7 @@
 """Local files: formats, headers, types of columns, and messages with the place of a fault."""
 
+import csv
+
 import pytest
 from cli_cases import write_jsonl, write_tsv
 
@@ -90,6 +92,16 @@ BAD = {
     "not json": ("a.jsonl", '{"text": 1}\n{bad\n', "line 2 is not JSON"),
     "not objects": ("a.json", "[1, 2]", "needed objects"),
     "mixed types": ("a.json", '[{"a": 1}, {"a": [2]}]', "mixes types"),
+    "NUL in a csv": ("a.csv", "text,label\na\0,1\n", "the character NUL in line 2"),
+    "NUL in a text": ("a.txt", "a\0", "the character NUL in line 1"),
+    "quote that never ends": ("a.csv", 'text,label\n"a,1\nb,0\n', "row 2 has 1 columns"),
+    "deep lists": ("a.json", "[" * 100_000, "is not JSON .it is nested too deeply"),
+    "deep objects": ("a.json", '{"a":' * 100_000, "line 1 is not JSON .it is nested too deeply"),
+    "deep line": ("a.jsonl", "[" * 100_000, "line 1 is not JSON .it is nested too deeply"),
+    "long integer": ("a.jsonl", '{"label": 99999999999999999999}', "more than 64 bits"),
+    "longer integer": ("a.json", '[{"label": ' + "9" * 5000 + "}]", "integer"),
+    "same keys": ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2 .* 'a' comes twice"),
+    "half a character": ("a.json", '[{"text": "\\ud800"}]', "holds what no column can"),
 }
 
 
@@ -110,3 +122,26 @@ def test_strings_in_a_json_list_are_texts(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [])
     file.write_text('"a"\n"b"\n', encoding="utf-8")
     assert read_file(file).dataset["text"][:] == ["a", "b"]
+
+
+def test_cells_longer_than_the_limit_of_pythons_csv_are_read(tmp_path):
+    long = "a " * 70_000
+    before = csv.field_size_limit()
+    for name, text in {"a.csv": f"text,label\n{long},1\n", "a.tsv": f"{long}\t1\n"}.items():
+        rows = read_file(_write(tmp_path, name, text)).dataset
+        assert rows["text"][:] == [long]
+        assert rows["label"][:] == [1]
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path):
+    content = {"a.txt": "so good\n", "a.csv": "text\nso good\n"}.get(name, '{"text": "so good"}')
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert read_file(tmp_path / name).dataset["text"][:] == ["so good"]
+
+
+@pytest.mark.parametrize("cell", ["99999999999999999999", "1_0", "١", "nan", "inf", "1e999"])
+def test_what_is_no_plain_number_stays_text(cell, tmp_path):
+    rows = read_file(_write(tmp_path, "a.csv", f"text,id\na,{cell}\nb,1\n")).dataset
+    assert rows["id"][:] == [cell, "1"]

@@ -222,3 +222,23 @@ def test_bad_labels_are_refused(case):
     features = Features({"y": Value("float64")}) if case == "not whole" else None
     with pytest.raises(DataError, match=message):
         _labels(values, features=features, **config)
+
+
+@pytest.mark.parametrize("values", [[{"a": 1}], [[[0]], [[1]]], [[{"a": 1}]]])
+def test_what_is_neither_a_label_nor_a_list_of_labels_is_refused(values):
+    with pytest.raises(DataError, match="needed a label or a list of labels"):
+        _labels(values, num_labels=3)
+
+
+@pytest.mark.parametrize("values", [[0, 1], ["O", "B"], [[[0]], [[1]]], [{"a": 1}]])
+def test_what_is_no_list_of_labels_of_words_is_refused(values):
+    dataset = Dataset.from_dict({"y": values})
+    with pytest.raises(DataError, match="needed a list of labels, one per word"):
+        token_labels(dataset, "y", _config(), origin="data")
+
+
+def test_names_in_a_config_that_are_no_numbers_are_refused():
+    config = _config()
+    config.label2id = {"good": "x"}
+    with pytest.raises(DataError, match="id2label and label2id of the model's config"):
+        class_labels(Dataset.from_dict({"y": ["good"]}), "y", config, origin="data")

@@ -136,6 +136,17 @@ BAD = {
         "modle: m\nformat_version: 2",
         "in format 2, newer than the 1",
     ),
+    "key twice": ({}, [], "model: m\nseed: 1\nseed: 2", "the key 'seed' comes twice"),
+    "entry twice": ({}, [], "model: m\ntarget: {flops: 60%, flops: 50%}", "'flops' comes twice"),
+    "deep": ({}, [], "[" * 2000, "cannot be read as YAML .it is nested too deeply"),
+    "deep setting": ({"model": "m"}, ["seed=" + "[" * 2000], None, "nested too deeply"),
+    "long integer": ({}, [], "model: m\nseed: " + "9" * 5000, "cannot be read as YAML"),
+    "a list as a key": ({}, [], "? [1]\n: 2", "cannot be read as YAML"),
+    "a tag": ({}, [], "!!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+    "true as a number": ({"model": "m"}, ["seed=true"], None, "--seed: it is no switch"),
+    "true as a format": ({}, [], "model: m\nformat_version: true", "it is no switch"),
+    "true as a limit": ({"model": "m"}, ["target.flops=true"], None, "a limit is no switch"),
+    "true in training": ({"model": "m"}, ["training.stages=true"], None, "it is no switch"),
     "no format": ({}, [], "model: m\nformat_version: x", "--format-version: .*found 'x'"),
 }
 

@@ -68,7 +68,14 @@ def choose_columns(
         return _span_columns(find, recipe, labelled)
     if head is Head.TOKENS and (labelled or set(TOKEN_NAMES) & set(rows.dataset.column_names)):
         return _token_columns(find, recipe, labelled)
-    text = find.texts(recipe.text_column, pairs=head in (Head.CLASS, Head.BASE))
+    pairs = head in (Head.CLASS, Head.BASE)
+    text = find.texts(recipe.text_column, pairs=pairs)
+    if len(text) > (2 if pairs else 1):
+        needed = "one column, or two of a pair" if pairs else "one column"
+        raise DataError(
+            f"--text-column {recipe.text_column}: names {len(text)} columns, but this task reads "
+            f"{needed}; omit the others."
+        )
     columns = Columns(text=text)
     if head is Head.CLASS:
         columns = Columns(text=text, label=_label(find, recipe, labelled, set(text)))
@@ -104,6 +111,11 @@ def _label(find: _Finder, recipe: Recipe, labelled: bool, without: set[str]) -> 
 
 def _span_columns(find: _Finder, recipe: Recipe, labelled: bool) -> Columns:
     given = recipe.text_column.split(",") if recipe.text_column else ["question", "context"]
+    if len(given) != 2:  # noqa: PLR2004 - a question and its context
+        raise DataError(
+            f"--text-column {recipe.text_column}: names {len(given)} columns, but this task reads "
+            "two; give QUESTION,CONTEXT."
+        )
     text = tuple(find.one("text", name.strip(), (), _is_string) for name in given)
     answers = recipe.target_column or "answers"
     return Columns(

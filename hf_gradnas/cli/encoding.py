@@ -160,6 +160,13 @@ def encode_tokens(feed: Feed) -> Examples:
 
     def encode(index: int) -> Example:
         words = row(index)[feed.columns.text[0]]
+        _check_text(words, feed, feed.columns.text[0], index, words=True)
+        if len(words) != len(labels.values[index]):
+            raise DataError(
+                f"{feed.rows.origin}: row {index} has {len(words)} words in "
+                f"{feed.columns.text[0]!r} and {len(labels.values[index])} labels in {column!r}, "
+                "needed one label per word; mend the row, or check --label-column."
+            )
         encoding = tokenizer(
             words, is_split_into_words=True, truncation=True, max_length=feed.max_length
         )
@@ -185,6 +192,8 @@ def encode_span(feed: Feed) -> Examples:
 
     def encode(index: int) -> Example:
         values = row(index)
+        for name in (question, context):
+            _check_text(values[name], feed, name, index)
         encoding = tokenizer(
             values[question],
             values[context],
@@ -192,7 +201,7 @@ def encode_span(feed: Feed) -> Examples:
             max_length=feed.max_length,
             return_offsets_mapping=True,
         )
-        first, last = _answer_characters(values[column], feed, index)
+        first, last = _answer_characters(values[column], feed, index, values[context])
         places = [
             place
             for place, (begin, end) in enumerate(encoding["offset_mapping"])
@@ -294,14 +303,19 @@ def _texts(feed: Feed) -> list[tuple[str, ...]]:
     texts = list(zip(*columns, strict=True))
     for row, values in enumerate(texts):
         for name, value in zip(names, values, strict=True):
-            if not isinstance(value, str) and not (
-                isinstance(value, list) and feed.source.task.head is Head.TOKENS
-            ):
-                raise DataError(
-                    f"{feed.rows.origin}: column {name!r} holds {value!r} in row {row}, needed "
-                    "text; check --text-column."
-                )
+            words = isinstance(value, list) and feed.source.task.head is Head.TOKENS
+            _check_text(value, feed, name, row, words=words)
     return texts
+
+
+def _check_text(value: Any, feed: Feed, name: str, row: int, *, words: bool = False) -> None:
+    """Refuse what is no text; or no list of words."""
+    is_right = isinstance(value, list) and all(isinstance(word, str) for word in value)
+    if not (is_right if words else isinstance(value, str)):
+        raise DataError(
+            f"{feed.rows.origin}: column {name!r} holds {value!r:.80} in row {row}, needed "
+            f"{'a list of words' if words else 'text'}; check --text-column."
+        )
 
 
 def _passages(feed: Feed) -> Iterator[str]:
@@ -339,6 +353,8 @@ def _stream(feed: Feed, wanted: int | None) -> list[int]:
     column = feed.columns.text[0]
     for start in range(0, len(feed.rows.dataset), 1000):
         texts = [text for text in feed.rows.dataset[start : start + 1000][column] if text]
+        for row, text in enumerate(texts):
+            _check_text(text, feed, column, start + row)
         if texts:
             for part in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
                 ids += [*part, *end]
@@ -356,18 +372,23 @@ def _tokenize(feed: Feed, texts: tuple[Any, ...]) -> Example:
     )
 
 
-def _answer_characters(answers: Any, feed: Feed, index: int) -> tuple[int, int]:
+def _answer_characters(answers: Any, feed: Feed, index: int, context: str) -> tuple[int, int]:
     """First and one past the last character of the first answer; (0, 0) without one."""
     try:
-        if not answers["text"]:
+        texts, starts = answers["text"], answers["answer_start"]
+        if not texts and isinstance(texts, list):
             return 0, 0
-        start = int(answers["answer_start"][0])
-        return start, start + len(answers["text"][0])
-    except (TypeError, KeyError, IndexError) as error:
+        text, start = texts[0], starts[0]
+        is_known = isinstance(texts, list) and isinstance(text, str) and type(start) is int
+    except (TypeError, KeyError, IndexError):
+        is_known = False
+    if not is_known or not 0 <= start <= len(context) - len(text):
         raise DataError(
-            f"{feed.rows.origin}: column {feed.columns.target!r} holds {answers!r} in row {index}, "
-            "needed {'text': [...], 'answer_start': [...]}; check --target-column."
-        ) from error
+            f"{feed.rows.origin}: column {feed.columns.target!r} holds {answers!r:.80} in row "
+            f"{index}, needed {{'text': [...], 'answer_start': [...]}} inside a context of "
+            f"{len(context)} characters; check --target-column."
+        )
+    return start, start + len(text)
 
 
 def _draw(feed: Feed, index: int) -> random.Random:

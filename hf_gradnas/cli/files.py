@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..types import parse_json
 from .loading import first_line
 
 if TYPE_CHECKING:
@@ -51,7 +53,17 @@ _KNOWN_NAMES = frozenset(
     for name in names
 )  # fmt: skip
 _IDENTIFIER = re.compile(r"[^\W\d][\w.-]*\Z")
+_INTEGER = re.compile(r"\s*[+-]?[0-9]+\s*\Z")
+_FLOAT = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*\Z", re.IGNORECASE)
 _HEADER_SAMPLE = 200
+_DIGITS = 18  # that 64 bits hold for certain
+
+
+# What pyarrow and `datasets` raise for values and schemas that they cannot hold.
+_UNREADABLE = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError,
+    NotImplementedError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,11 @@ def read_file(path: Path) -> Rows:
         rows = reader(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); needed a UTF-8 file.") from error
+    except csv.Error as error:
+        raise DataError(
+            f"{path}: cannot be read as a table ({error}); check the separator and the quotes, or "
+            "give the data as jsonl."
+        ) from error
     if len(rows.dataset) == 0:
         raise DataError(f"{path}: holds no example; give a file with at least one.")
     return rows
@@ -99,43 +116,74 @@ def text_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
+def _text_of(path: Path) -> str:
+    """All of a text file; a mark of the byte order at its start is no part of it."""
+    text = path.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise DataError(
+            f"{path}: holds the character NUL in line {line}, so it is no text file, or one "
+            "in UTF-16; save it again as UTF-8."
+        )
+    return text
+
+
 def _read_text(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8")
+    text = _text_of(path)
     return Rows(
         _dataset({"text": text_lines(text)}, path), str(path), text=text, folder=path.parent
     )
 
 
 def _read_tsv(path: Path) -> Rows:
-    lines = text_lines(path.read_text(encoding="utf-8-sig"))
-    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return _read_table([row for row in reader if row], path)
+    text = _text_of(path)
+    with _cells_of(len(text)):
+        reader = csv.reader(text_lines(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+        return _read_table([row for row in reader if row], path)
 
 
 def _read_csv(path: Path) -> Rows:
-    with io.StringIO(path.read_text(encoding="utf-8-sig"), newline="") as stream:
+    text = _text_of(path)
+    with _cells_of(len(text)), io.StringIO(text, newline="") as stream:
         return _read_table([row for row in csv.reader(stream) if row], path)
 
 
+@contextmanager
+def _cells_of(characters: int) -> Iterator[None]:
+    """Let a cell of a table be so long within the block; it is the process that has the limit."""
+    before = csv.field_size_limit(max(characters, csv.field_size_limit()))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _read_jsonl(path: Path) -> Rows:
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    return _read_records(list(_json_lines(_text_of(path), path)), path)
+
+
+def _json_lines(text: str, path: Path) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                records.append(json.loads(line))
+                yield parse_json(line, allow_nan=True)
             except ValueError as error:
                 raise DataError(
                     f"{path}: line {number} is not JSON ({error}); needed one object per line."
                 ) from error
-    return _read_records(records, path)
 
 
 def _read_json(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8")
+    text = _text_of(path)
     try:
-        data = json.loads(text)
-    except ValueError:
-        return _read_jsonl(path)  # many .json files of the Hub hold one object per line
+        data = parse_json(text, allow_nan=True)
+    except ValueError as error:
+        # Many .json files of the Hub hold one object per line.
+        if not text.lstrip().startswith("{"):
+            raise DataError(
+                f"{path}: is not JSON ({error}); needed a list of objects, or one per line."
+            ) from error
+        return _read_records(list(_json_lines(text, path)), path)
     if isinstance(data, dict) and isinstance(data.get("data"), list):
         data = data["data"]
     return _read_records([data] if isinstance(data, dict) else data, path)
@@ -144,10 +192,12 @@ def _read_json(path: Path) -> Rows:
 def _read_parquet(path: Path) -> Rows:
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
 
+    unreadable = (ArrowException, DatasetGenerationError, *_UNREADABLE)
     try:
         dataset = Dataset.from_parquet(str(path))
-    except (ValueError, DatasetGenerationError) as error:  # Arrow's errors are ValueErrors
+    except unreadable as error:  # what Arrow and `datasets` raise for what they do not know
         raise DataError(
             f"{path}: cannot be read as parquet ({first_line(error)}); write the file again."
         ) from error
@@ -227,12 +277,12 @@ def _invent_names(columns: list[list[Any]]) -> list[str]:
 
 
 def _typed(cells: list[str]) -> list[Any]:
-    """The column as int or float when every cell is one, else as it is."""
-    for kind in (int, float):
-        try:
-            return [kind(cell) for cell in cells]
-        except ValueError:
-            continue
+    """The column as int of 64 bits or as finite float when every cell is one, else as it is."""
+    if all(map(_INTEGER.match, cells)):
+        fits = all(len(cell.strip()) <= _DIGITS for cell in cells)
+        return [int(cell) for cell in cells] if fits else cells
+    if all(map(_is_number, cells)):
+        return [float(cell) for cell in cells]
     return cells
 
 
@@ -252,15 +302,12 @@ def _dataset(columns: Mapping[str, list[Any]], path: Path) -> Dataset:
 
     try:
         return Dataset.from_dict(dict(columns))
-    except (pyarrow.ArrowException, ValueError, TypeError) as error:
+    except (pyarrow.ArrowException, *_UNREADABLE) as error:
         raise DataError(
-            f"{path}: a column mixes types ({error}); make every value of a column the same type."
+            f"{path}: a column mixes types, or holds what no column can ({first_line(error)}); "
+            "make every value of a column the same type."
         ) from error
 
 
 def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    return _FLOAT.match(cell) is not None and math.isfinite(float(cell))

@@ -61,6 +61,7 @@ def class_labels(
     """
     values, where = list(dataset[column]), f"{origin}: column {column!r}"
     _refuse_missing(values, where)
+    _refuse_nested(values, where, "a label or a list of labels")
     if config.problem_type == "regression" or config.num_labels == 1:
         if label_map:
             raise DataError(
@@ -95,7 +96,10 @@ def token_labels(
     """
     rows, where = list(dataset[column]), f"{origin}: column {column!r}"
     _refuse_missing(rows, where)
+    _refuse_nested(rows, where, needed := "a list of labels, one per word")
     for index, row in enumerate(rows):
+        if not isinstance(row, list):
+            raise _of_another_kind(row, where, index, needed)
         _refuse_missing(row, f"{where}, row {index}", "token")
     reader = _Reader(config, label_map or {}, _class_names(dataset.features[column]), where)
     numbers = reader.read(value for value in chain.from_iterable(rows) if value != IGNORED)
@@ -270,8 +274,14 @@ def _names_by_id(config: PreTrainedConfig) -> dict[int, str]:
 
 def _model_names(config: PreTrainedConfig, where: str) -> _Names:
     """From both tables of the config; some hold one only, beside the other's default."""
-    by_id = {name: number for number, name in _names_by_id(config).items()}
-    by_name = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    try:
+        by_id = {name: number for number, name in _names_by_id(config).items()}
+        by_name = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{where}: id2label and label2id of the model's config are not from numbers to names "
+            f"and back ({error}); mend its config.json."
+        ) from error
     tables = [table for table in (by_id, by_name) if _Names(table).mean_something]
     if not tables:
         return _Names(by_id)
@@ -375,3 +385,16 @@ def _refuse_missing(values: Sequence[Any], where: str, unit: str = "row") -> Non
                 f"{where} has no label in {unit} {index}; remove that row, check --split, or take "
                 "labels from the model itself with --labels model."
             )
+
+
+def _refuse_nested(rows: Sequence[Any], where: str, needed: str) -> None:
+    """Refuse what is neither a label nor a list of labels."""
+    for index, row in enumerate(rows):
+        for value in row if isinstance(row, list) else [row]:
+            if value is not None and not isinstance(value, str | int | float):
+                raise _of_another_kind(row, where, index, needed)
+
+
+def _of_another_kind(row: Any, where: str, index: int, needed: str) -> DataError:
+    found = f"{row!r:.80} in row {index}"
+    return DataError(f"{where} holds {found}, needed {needed}; check --label-column.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from numbers import Real
 
@@ -15,6 +16,8 @@ from ..types import Budget
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _PERCENT = 100
+_LONGEST = 1024  # bits of the largest float
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(E[+-]?[0-9]+)?")
 EXAMPLE = '{"flops": "50%"}'
 
 
@@ -54,6 +57,11 @@ def format_amount(value: float) -> str:
 
 
 def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
+    if isinstance(limit, int) and limit.bit_length() > _LONGEST:  # Python does not even print it
+        raise BudgetError(
+            f"budget {name}: an integer of {limit.bit_length()} bits is above the original cost; "
+            "give a smaller limit or a percentage such as '50%'."
+        )
     if name not in totals:
         near = difflib.get_close_matches(str(name), totals, n=1, cutoff=0.0)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -93,19 +101,19 @@ def _read(name: str, limit: object) -> tuple[float, bool]:
     text = limit.strip().upper() if isinstance(limit, str) else ""
     is_share = text.endswith("%")
     factor = SUFFIXES.get(text[-1:], 1.0)
+    digits = (text[:-1] if is_share or text[-1:] in SUFFIXES else text).strip()
     amount = math.nan
     try:
-        if is_share:
-            amount = float(text[:-1]) / 100
-        elif isinstance(limit, str):
-            amount = float(text[:-1] if text[-1:] in SUFFIXES else text) * factor
+        if isinstance(limit, str):  # float() also reads other scripts' digits and 1_000
+            amount = float(digits) if _NUMBER.fullmatch(digits) else math.nan
+            amount = amount / 100 if is_share else amount * factor
         elif not isinstance(limit, bool) and isinstance(limit, Real):
             amount = float(limit)
     except (ValueError, OverflowError):
         pass  # nan is refused below, with the text as the user wrote it
     if not math.isfinite(amount):
         raise BudgetError(
-            f"budget {name}={limit!r}: not a finite number; write a percentage such as '50%' or an "
-            "absolute limit such as 66e6 or '66M'."
+            f"budget {name}={limit!r:.80}: not a finite number; write a percentage such as '50%' "
+            "or an absolute limit such as 66e6 or '66M'."
         )
     return amount, is_share

@@ -8,9 +8,12 @@ knows neither models nor data sets.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from .strict import Settings
 
 FORMAT = 1
 """Version of recipe files that is read and written."""
@@ -38,10 +41,8 @@ def _default_target() -> dict[str, float | str]:
     return {"flops": "60%"}
 
 
-class Training(BaseModel):
+class Training(Settings):
     """How `GradNASCallback` prunes while a model trains; see there."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     when: Literal["begin", "gradual", "end"] = "end"
     schedule: Literal["cubic", "linear"] = "cubic"
@@ -52,10 +53,8 @@ class Training(BaseModel):
     scores_from: Literal["private", "training"] = "private"
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """All options of ``hf-gradnas prune``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = Field(default=1, description="Version of this file format.")
 
@@ -333,6 +332,8 @@ class Recipe(BaseModel):
     def _read_targets(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = [value]
+        if isinstance(value, Mapping) and any(isinstance(v, bool) for v in value.values()):
+            raise ValueError("a limit is no switch that could be true or false")
         if not isinstance(value, list | tuple):
             return value
         targets: dict[str, str] = {}

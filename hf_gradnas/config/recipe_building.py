@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from ..errors import RecipeError
 from .recipe import BY_FLAG_ONLY, FORMAT, Recipe
-from .recipe_files import nearest, read_recipe_file
+from .recipe_files import nearest, parse_yaml, read_recipe_file
 
 # Options that describe a data set, and go with it.
 OF_DATASET = {
@@ -103,10 +102,10 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
     if not separator:
         raise RecipeError(f"--set {setting}: is not of the form KEY=VALUE, e.g. batch_size=8.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise RecipeError(
-            f"--set {setting}: {text!r} is not a YAML value ({error}); quote it."
+            f"--set {setting:.80}: {text!r:.80} is not a YAML value ({error}); quote it."
         ) from error
     name, entry = _name_of(setting), key.strip().partition(".")[2]
     _refuse_unknown([name], where=f"--set {setting}")

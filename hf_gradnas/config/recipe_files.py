@@ -24,8 +24,8 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
     """
     path = _find_recipe(file)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise RecipeError(
             f"--recipe {file}: cannot be read as YAML ({error}); write one 'key: value' per line."
         ) from error
@@ -35,6 +35,35 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
             "one 'key: value' per line."
         )
     return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice: the second would win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, checked."""
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(found) < len(node.value) and not any(
+            key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value
+        ):
+            names = [str(key.value) for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), names[0])
+            raise ValueError(f"the key {twice!r} comes twice in one mapping")
+        return found
+
+
+def parse_yaml(text: str) -> Any:
+    """The content of a YAML text of plain values.
+
+    Raises:
+        ValueError: It is not YAML, is nested too deeply, or names a key twice.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (yaml.YAMLError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(str(error)) from error
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ..errors import PlanError, StructureError
 from ..types import Structure
+from .strict import Settings
 
 
-class Rule(BaseModel):
+class Rule(Settings):
     """Limits on one axis."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    min: int = Field(default=0, ge=0, description="Fewest units that stay; 0 may remove them all.")
+    min: int = Field(
+        default=0, ge=0, strict=True, description="Fewest units that stay; 0 may remove them all."
+    )
     multiple: int | None = Field(
         default=None,
         ge=1,
+        strict=True,
         description="Kept units are a multiple of this (or all); None: chosen from the cost.",
     )
 
@@ -33,8 +35,15 @@ def parse_rules(rules: Mapping[str, object] | None) -> dict[str, Rule | None]:
     Raises:
         PlanError: A value is neither None nor a mapping with the keys of `Rule`.
     """
+    if rules is not None and not isinstance(rules, Mapping):
+        raise PlanError(
+            f"rules: found a {type(rules).__name__}, needed a mapping from a glob over module "
+            'paths to None or limits, such as {"*layers.3.mlp*": None}.'
+        )
     parsed: dict[str, Rule | None] = {}
     for glob, rule in (rules or {}).items():
+        if not isinstance(glob, str):
+            raise PlanError(f"rules: found the glob {glob!r}, needed a text over module paths.")
         try:
             parsed[glob] = None if rule is None else Rule.model_validate(rule)
         except ValidationError as error:
