@@ -23,6 +23,7 @@ from ..structure.modeling_gradnas import make_per_layer, translated
 from ..structure.samples import probe_inputs
 from ..surgery import Record, check_kept, cut, merge_records
 from ..types import Axis, Plan, StockSpace, Structure
+from .head_indices import renumber_heads
 from .outputs import Call, outputs_of
 from .rewrite import write_per_layer, write_stock
 
@@ -62,6 +63,7 @@ def apply_plan(
     calls = [] if sample is None else _calls(sample, model)
     record = cut_with_proof(model, structure.axes, plan.kept, layout=plan.layout, calls=calls)
     _write_config(model.config, model, plan, structure, space)
+    renumber_heads(model, structure.axes, plan.kept)
     if plan.layout == "per_layer":
         if earlier is not None:
             record = merge_records(translated(earlier, model), record)
