@@ -26,6 +26,7 @@ from typing import NoReturn
 from uuid import uuid4
 
 from ._manifests import RECORDS, foreign, remove_stamped, stamps
+from ._redaction import sayable
 
 if sys.platform != "win32":
     import fcntl
@@ -170,7 +171,10 @@ def replace_folder(written: Path, target: Path, before: Mapping[str, tuple[int, 
         except OSError as error:
             kept = free_name(target)
             old.rename(kept)
-            logger.warning("%s: what was in it is in %s now (%s).", target, kept, error)
+            logger.warning(
+                "%s: what was in it is in %s now (%s).",
+                *map(sayable, (str(target), str(kept), str(error))),
+            )
     sync(target.parent)
 
 
@@ -270,7 +274,9 @@ def _clear_one(path: Path, target: Path, kind: str) -> None:
     try:
         if kind == "old" and not os.path.lexists(target):
             path.rename(target)
-            logger.warning("%s: was moved away by a save that was killed, and is back.", target)
+            logger.warning(
+                "%s: was moved away by a save that was killed, and is back.", sayable(str(target))
+            )
         else:
             _delete(path, kind)
     finally:

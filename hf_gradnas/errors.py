@@ -6,9 +6,18 @@ what was needed, and what to do. Children also inherit the builtin that a caller
 
 from __future__ import annotations
 
+from ._redaction import sayable
+
 
 class GradNASError(Exception):
-    """Base of every error that hf_gradnas raises on purpose."""
+    """Base of every error that hf_gradnas raises on purpose.
+
+    Whatever a message quotes of names, data and other libraries, it holds neither secrets nor
+    control characters.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*_sayable(args))
 
 
 class StructureError(GradNASError, ValueError):
@@ -58,3 +67,10 @@ def first_line(error: BaseException) -> str:
 
 class GradNASWarning(UserWarning):
     """Something the user should know, which does not stop the run."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*_sayable(args))
+
+
+def _sayable(args: tuple[object, ...]) -> list[object]:
+    return [sayable(each) if isinstance(each, str) else each for each in args]

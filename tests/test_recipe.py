@@ -127,6 +127,18 @@ BAD = {
     "label of a word": ({"model": "m"}, ["label_map={a: b}"], None, "a=b is not of the form"),
     "yes in a file": ({}, [], "model: m\nlabel_map: {yes: 1}", "quote names such as yes"),
     "setting": ({"model": "m"}, ["seed"], None, "--set seed: is not of the form KEY=VALUE"),
+    "secret": (
+        {"model": "m"},
+        ["hub_token=[a b"],
+        None,
+        r"^--set hub_token=\*\*\*: no option holds",
+    ),
+    "secret entry": (
+        {},
+        [],
+        "model: m\ntraining: {api_key: abc}",
+        r"Extra inputs are not permitted \(found \*\*\*\)",
+    ),
     "setting not yaml": ({"model": "m"}, ["exclude=[a"], None, "is not a YAML value"),
     "file not yaml": ({}, [], "model: [", "cannot be read as YAML"),
     "file not a mapping": ({}, [], "- model", "found list, needed a mapping"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._redaction import without_secrets
 from ..config.budgets import format_amount
 from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
@@ -316,7 +317,7 @@ def to_dict(found: Inspection, recipe: Recipe) -> dict[str, Any]:
         for layout, costs in found.lowest.items()
     }
     return {
-        "model": recipe.model,
+        "model": without_secrets(recipe.model),
         "class": found.source.cls.__name__,
         "input": _input(recipe, found),
         "flops_length": found.flops_length,
@@ -334,7 +335,7 @@ def to_dict(found: Inspection, recipe: Recipe) -> dict[str, Any]:
 
 
 def _input(recipe: Recipe, found: Inspection) -> str:
-    return recipe.dataset or f"random {found.source.input}"
+    return without_secrets(recipe.dataset or "") or f"random {found.source.input}"
 
 
 def _amount(lowest: float, total: float) -> str:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .._redaction import sayable
 from ..config.budgets import format_amount
 from ..report import say_prediction
 from ..types import Budget, CostModel, Plan, Structure
@@ -34,6 +35,8 @@ Report = Callable[[int, "int | None"], None]
 class Screen:
     """Standard output for results, standard error for warnings and errors.
 
+    Neither secrets nor control characters are shown, and no text is read as markup.
+
     Args:
         quiet: Print nothing: another process does.
         results: Whether tables and lines go to standard output.
@@ -47,34 +50,38 @@ class Screen:
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """One line, never broken, so that paths in it can be copied."""
-        self.out.print(Text(text, style=style or ""), soft_wrap=True)
+        self.out.print(Text(sayable(text), style=style or ""), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning."""
         if self.notes:
-            self.err.print(Text(f"Warning: {text}", style="yellow"), soft_wrap=True)
+            self.err.print(Text(sayable(f"Warning: {text}"), style="yellow"), soft_wrap=True)
 
     def error(self, text: str) -> None:
         """An error; the run ends."""
-        self.err.print(Text(f"Error: {text}", style="bold red"), soft_wrap=True)
+        self.err.print(Text(sayable(f"Error: {text}"), style="bold red"), soft_wrap=True)
 
     def table(
         self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: int = 0
     ) -> None:
         """A table whose last `right` columns hold numbers."""
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=Text(sayable(title), style="table.title"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
         for index, header in enumerate(headers):
             justify: JustifyMethod = "right" if index >= len(headers) - right else "left"
-            table.add_column(header, justify=justify, overflow="fold")
+            table.add_column(Text(sayable(header)), justify=justify, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(sayable(cell)) for cell in row))
         self.out.print(table)
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Report]:
         """A progress bar on a terminal; nothing where the output is a file or pipe."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -85,7 +92,7 @@ class Screen:
             disable=self.err.quiet or not self.notes or not self.err.is_terminal,
             transient=True,
         ) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(sayable(what), total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._redaction import without_secrets
 from ..errors import CheckpointError, GradNASError, RecipeError
 from .isolation import run_alone
 from .show import Screen, quiet_libraries
@@ -103,7 +104,7 @@ def verify_from_options(
         return BAD_INPUT
     failed = [check for check in checks if check.passed is False]
     if as_json:
-        answer = {"folder": folder, "layout": saved.layout, "verified": not failed}
+        answer = {"folder": without_secrets(folder), "layout": saved.layout, "verified": not failed}
         answer["checks"] = [asdict(check) for check in checks]
         sys.stdout.write(json.dumps(answer, indent=1) + "\n")
     rows = [(check.what, _WORDS[check.passed], check.found) for check in checks]

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from .._redaction import HIDDEN, is_secret_name
 from ..errors import RecipeError
 from .recipe import BY_FLAG_ONLY, FORMAT, Recipe
 from .recipe_files import nearest, parse_yaml, read_recipe_file
@@ -101,6 +102,11 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
     key, separator, text = setting.partition("=")
     if not separator:
         raise RecipeError(f"--set {setting}: is not of the form KEY=VALUE, e.g. batch_size=8.")
+    if is_secret_name(key.strip().rpartition(".")[2]):
+        raise RecipeError(
+            f"--set {key.strip()}={HIDDEN}: no option holds a secret, as options are saved beside "
+            "the model; log in with 'hf auth login', or set the variable HF_TOKEN."
+        )
     try:
         value = parse_yaml(text)
     except ValueError as error:
@@ -135,6 +141,8 @@ def _explain(error: ValidationError) -> str:
             parts.append(f"{flag}: is missing; give it as a flag or in a recipe.")
             continue
         message = problem["msg"].removeprefix("Value error, ")
+        hidden = any(is_secret_name(str(part)) for part in problem["loc"])
+        found = HIDDEN if hidden else repr(problem["input"])
         needed = Recipe.model_fields[name].description if name in Recipe.model_fields else ""
-        parts.append(f"{flag}: {message} (found {problem['input']!r}). {needed}".rstrip())
+        parts.append(f"{flag}: {message} (found {found}). {needed}".rstrip())
     return "\n".join(parts)

@@ -15,6 +15,7 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
+from .._redaction import sayable
 from ..errors import ScoresError
 from ..types import Axis, Scores
 from .batches import digest
@@ -169,7 +170,8 @@ class Record:
     def log_restart(self, reason: str) -> None:
         """Say why the scores in the file are not gone on from."""
         if self.processes.is_main:
-            logger.warning("The scores in %s are %s: scoring starts over.", self.file, reason)
+            file = sayable(str(self.file))
+            logger.warning("The scores in %s are %s: scoring starts over.", file, reason)
 
 
 def _loss_metadata(state: State) -> dict[str, str]:
