@@ -61,9 +61,14 @@ def tsv(tmp_path):
     return write_tsv(tmp_path / "train.tsv")
 
 
-def test_a_classifier_with_evaluation(prune, bert, tsv, tmp_path):
+@pytest.fixture
+def dev(tmp_path):
+    return write_tsv(tmp_path / "dev.tsv")
+
+
+def test_a_classifier_with_evaluation(prune, bert, tsv, dev, tmp_path):
     code, out, err = prune(
-        "--model", bert, "--dataset", tsv, "--eval-dataset", tsv, "--target", "flops=70%", *TINY
+        "--model", bert, "--dataset", tsv, "--eval-dataset", dev, "--target", "flops=70%", *TINY
     )
     assert (code, err) == (0, "")
     for said in ("no header in train.tsv", "text = text, label = label", "layer.0", "Costs (per_"):
@@ -139,7 +144,7 @@ def test_scores_serve_every_budget_without_scoring(prune, bert, tsv, monkeypatch
     monkeypatch.setattr(
         Collator, "__call__", lambda self, rows: (batches.append(1), plain(self, rows))[1]
     )
-    again = ["--scores", "bert-gradnas.scores.safetensors", "--target", "params=90%"]
+    again = ["--scores", "bert-gradnas.scores.safetensors", "--target", "params=90%", "--no-eval"]
     code, out, _ = prune("--model", bert, "--dataset", tsv, *again, *TINY)
     assert code == 0
     assert len(batches) == 1  # the one that discovery looks at
@@ -172,11 +177,12 @@ def test_a_language_model_in_stock_layout(prune, tmp_path):
     text = write_text(tmp_path / "text.txt")
     llama = save_llama(tmp_path / "llama")
     code, out, err = prune(
-        *("--model", llama, "--dataset", text, "--eval-dataset", text, "--max-length", "16"),
-        *("--eval-num-examples", "3", "--layout", "stock", "--target", "flops=80%", *TINY),
+        *("--model", llama, "--dataset", text, "--max-length", "16"),
+        *("--eval-dataset", write_text(tmp_path / "held.txt"), "--eval-num-examples", "3"),
+        *("--layout", "stock", "--target", "flops=80%", *TINY),
     )
     assert (code, err) == (0, "")
-    assert "Evaluation on 3 examples" in out
+    assert "Measured on 3 examples of held.txt." in out
     assert re.search(r"perplexity +\d+\.\d+ +\d+\.\d+", out)
     assert "it has no pad token" in out
     assert "import hf_gradnas" not in out
@@ -204,7 +210,9 @@ def test_the_bundled_text_is_enough_for_every_head(case, prune, tmp_path):
     cls, said = BUNDLED[case]
     save_bert(tmp_path / "org" / case, cls)
     code, out, err = prune("--model", tmp_path / "org" / case, "--target", "flops=80%", *TINY)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err.startswith("Warning: no --dataset was given, so the model is scored on the bundled")
+    assert err.count("\n") == 1
     assert said in out
     assert "bundled text" in out
     loaded = getattr(tf, cls).from_pretrained(tmp_path / f"{case}-gradnas")
@@ -219,7 +227,7 @@ def test_a_sequence_model_with_and_without_targets(prune, tmp_path):
     for data, output in ((pairs, "one"), (text, "two")):
         code, out, err = prune(
             *("--model", t5, "--dataset", data, "--output", output, "--max-length", "12"),
-            *("--target", "flops=80%", *TINY),
+            *("--target", "flops=80%", "--no-eval", *TINY),
         )
         assert (code, err) == (0, "")
         assert "--task           text2text-generation" in out
@@ -246,8 +254,9 @@ def test_speech_from_files(prune, tmp_path):
         write_wave(tmp_path / f"{index}.wav", rate=8000, hertz=200 * (index + 1))
         records.append({"audio": f"{index}.wav", "text": text})
     data = write_jsonl(tmp_path / "speech.jsonl", records)
+    dev = write_jsonl(tmp_path / "dev.jsonl", records)
     code, out, err = prune(
-        *("--model", whisper, "--dataset", data, "--eval-dataset", data),
+        *("--model", whisper, "--dataset", data, "--eval-dataset", dev),
         *("--target", "flops=90%", *TINY),
     )
     assert (code, err) == (0, "")
@@ -284,6 +293,7 @@ def test_an_interruption_keeps_the_scores_and_resumes(prune, bert, tsv, monkeypa
         return plain(self, rows)
 
     command = ["--model", bert, "--dataset", tsv, "--num-examples", "12", "--batch-size", "4"]
+    command += ["--no-eval"]
     with monkeypatch.context() as patch:
         patch.setattr(Collator, "__call__", interrupted)
         code, _, err = prune(*command)

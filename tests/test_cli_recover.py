@@ -52,7 +52,8 @@ def _document(folder):
 
 @pytest.mark.parametrize("adapters", [[], ["--recover-lora-rank", "2"]])
 def test_a_recovered_classifier(adapters, prune, bert, tsv, tmp_path):
-    data = ("--model", bert, "--dataset", tsv, "--eval-dataset", tsv, *TINY)
+    dev = write_tsv(tmp_path / "dev.tsv")
+    data = ("--model", bert, "--dataset", tsv, "--eval-dataset", dev, *TINY)
     assert prune(*data, "--output", "plain")[0] == 0
     options = [*RECOVER, "--recover-learning-rate", "1e-2", "--output", "recovered", *adapters]
     code, out, err = prune(*data, *options)
@@ -82,7 +83,8 @@ def test_a_language_model_on_some_running_text(prune, tmp_path):
     text = write_text(tmp_path / "text.txt")
     llama = save_llama(tmp_path / "llama")
     code, out, err = prune(
-        *("--model", llama, "--dataset", text, "--eval-dataset", text, "--max-length", "16"),
+        *("--model", llama, "--dataset", text, "--max-length", "16"),
+        *("--eval-dataset", write_text(tmp_path / "held.txt")),
         *("--layout", "stock", "--recover-num-examples", "9", *RECOVER, *TINY),
     )
     assert (code, err) == (0, "")

@@ -160,12 +160,3 @@ def test_an_older_unfinished_file_goes_on_without_the_loss(tmp_path) -> None:
     assert "loss_sum" in whole.metadata
     assert "loss_sum" not in found.metadata
     assert _plan(axes[0], 0, found).loss_unit == ""
-
-
-def test_a_large_prediction_is_no_forecast() -> None:
-    assert "forecast for small cuts only" in say_prediction(
-        0.01, "nats per token", 2.0, score="fisher"
-    )
-    large = say_prediction(14.0, "nats per example", 0.35, score="fisher")
-    assert "14 nats per example, beside 0.35 of the whole model" in large
-    assert "no forecast, so measure" in large

@@ -29,12 +29,14 @@ class Metrics:
         loss: Mean over labels: one per example, or one per token that is not ignored.
         accuracy: Share of labels guessed right; None where there is no right or wrong.
         perplexity: ``exp(loss)`` of a language model, else None.
+        agreement: Share of labels guessed right, where these are what the whole model predicts.
     """
 
     examples: int
     loss: float
     accuracy: float | None = None
     perplexity: float | None = None
+    agreement: float | None = None
 
     def to_dict(self) -> dict[str, float]:
         """JSON-ready, without what does not apply."""

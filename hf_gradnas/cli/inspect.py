@@ -169,7 +169,7 @@ def _with_data(
     from .preparation import prepare
     from .sample import EXAMPLES
 
-    few = recipe.model_copy(update={"num_examples": EXAMPLES})
+    few = recipe.model_copy(update={"num_examples": EXAMPLES, "eval": False})
     job = prepare(few, folder=folder, given=given)
     model, missing = load_model(job.recipe, job.source, folder)
     loader = make_loader(job.calibration, job.source, model, batch_size=EXAMPLES)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Set, Sized
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.targets import check_target
 from ..config.budgets import parse_budgets
@@ -19,10 +18,22 @@ from .datasets import BUNDLED, open_bundled, open_dataset
 from .encoding import ENCODERS
 from .examples import Examples, Feed
 from .files import Rows
+from .held_out import (
+    Evaluation,
+    data_warnings,
+    divide,
+    is_same_data,
+    labelled_by,
+    shown_name,
+    span,
+    wanted,
+    without,
+)
 from .labels import check_same_numbers
 from .loading import Source, best_device, open_source, prepare_tokenizer, resolve_max_length
 from .media import encode_audio, encode_image
 from .quickstart import NAME as QUICKSTART
+from .settings_table import settings_of
 from .tasks import Head
 
 COSTS = ("flops", "params")
@@ -39,24 +50,26 @@ class Job:
         source: Config, class, task and processor.
         folder: Where the model is loaded from.
         calibration: Examples to score on.
-        evaluation: Examples to measure on, if any.
+        evaluation: What to measure on, if anything.
         recovery: Examples to train the pruned model on, if that was asked for.
         labels: ``"data"`` or ``"model"``.
         scores: Scores of an earlier run, if they were given.
         settings: Rows for the table of settings: option, value, where it comes from.
         notes: What was decided on the way.
+        warnings: What of it makes the result worse than it need be.
     """
 
     recipe: Recipe
     source: Source
     folder: str
     calibration: Examples
-    evaluation: Examples | None
+    evaluation: Evaluation | None
     recovery: Examples | None
     labels: str
     scores: Scores | None
     settings: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def resolve_paths(recipe: Recipe) -> Recipe:
@@ -158,34 +171,97 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
             "score": scores.metadata.get("method", recipe.score) if scores else recipe.score,
         }
     )
-    rows = _open_training_split(filled, source, filled.num_examples)
-    feed, columns = _feed(rows, filled, source, labelled=labels == "data")
-    calibration = encode(feed)
-    notes = [*rows.notes, *([calibration.note] if calibration.note else [])]
-    if source.head_is_unknown:
-        notes.append(
-            f"no task is known for {source.cls.__name__}: labels are sampled from its own output"
-        )
-    evaluation = _open_evaluation(filled, source)
-    if evaluation is not None:
-        check_same_numbers(calibration.names, evaluation.names)
-        if evaluation.note not in (None, calibration.note):
-            notes.append(f"evaluation: {evaluation.note}")
-    recovery = _open_recovery(filled, source)
-    if recovery is not None:
-        notes.append(f"the pruned model is recovered on {len(recovery)} examples")
+    calibration = _open_calibration(filled, source, scores_given=scores is not None)
+    evaluation = _open_evaluation(filled, source, calibration) or calibration.held_out
+    recovery = _open_recovery(filled, source, calibration)
     return Job(
         filled,
         source,
         folder,
-        calibration,
+        calibration.examples,
         evaluation,
         recovery,
         labels,
         scores,
-        _settings(filled, given, source, columns, calibration, padding),
-        tuple(notes),
+        settings_of(
+            filled,
+            given,
+            source,
+            calibration.columns,
+            calibration.examples,
+            padding,
+            held_out=calibration.num_held_out,
+        ),
+        tuple(_notes(filled, source, calibration, evaluation, recovery)),
+        tuple(data_warnings(filled, source, scores, evaluation)),
     )
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """The calibration data, in two parts: what is scored, and what is held out after it.
+
+    Attributes:
+        rows: The data.
+        columns: What is read of it.
+        examples: What is scored.
+        held_out: What is measured, if anything.
+        obstacle: Why nothing is held out; "" where it need not be.
+    """
+
+    rows: Rows
+    columns: Columns
+    examples: Examples
+    held_out: Evaluation | None = None
+    obstacle: str = ""
+
+    @property
+    def num_held_out(self) -> int:
+        return 0 if self.held_out is None else len(self.held_out.examples)
+
+
+def _open_calibration(recipe: Recipe, source: Source, *, scores_given: bool) -> _Calibration:
+    labeller, obstacle = labelled_by(recipe, source)
+    most = wanted(recipe) if labeller else 0
+    more = recipe.model_copy(update={"num_examples": recipe.num_examples + most})
+    rows = _open_training_split(recipe, source, more.num_examples)
+    feed, columns = _feed(rows, more, source, labelled=recipe.labels == "data")
+    found = encode(feed)
+    scored, held_out = divide(len(found), recipe.num_examples, most)
+    examples = span(found, 0, scored)
+    if not held_out:
+        few = f"{len(found)} examples are too few to hold some out; give --eval-dataset"
+        return _Calibration(rows, columns, examples, obstacle=obstacle or few)
+    evaluation = Evaluation(
+        span(found, scored, held_out),
+        shown_name(recipe.dataset) if recipe.dataset else BUNDLED,
+        held_out=True,
+        by_model=labeller == "model",
+        scores_given=scores_given,
+    )
+    return _Calibration(rows, columns, examples, evaluation)
+
+
+def _notes(
+    recipe: Recipe,
+    source: Source,
+    calibration: _Calibration,
+    evaluation: Evaluation | None,
+    recovery: Examples | None,
+) -> Iterator[str]:
+    """What was decided on the way."""
+    note = calibration.examples.note
+    yield from calibration.rows.notes
+    if note:
+        yield note
+    if source.head_is_unknown:
+        yield f"no task is known for {source.cls.__name__}: labels are sampled from its own output"
+    if evaluation is not None and evaluation.examples.note not in (None, note):
+        yield f"evaluation: {evaluation.examples.note}"
+    if evaluation is None and recipe.eval:
+        yield f"nothing is measured: {calibration.obstacle}"
+    if recovery is not None:
+        yield f"the pruned model is recovered on {len(recovery)} examples"
 
 
 def encode(feed: Feed) -> Examples:
@@ -233,7 +309,11 @@ def _open_training_split(recipe: Recipe, source: Source, examples: int | None) -
     return open_bundled()
 
 
-def _open_evaluation(recipe: Recipe, source: Source) -> Examples | None:
+def _open_evaluation(
+    recipe: Recipe, source: Source, calibration: _Calibration
+) -> Evaluation | None:
+    if not recipe.eval:
+        return None
     name = recipe.eval_dataset or (recipe.dataset if recipe.eval_split else None)
     if name is None:
         if recipe.eval_split:
@@ -257,22 +337,27 @@ def _open_evaluation(recipe: Recipe, source: Source) -> Examples | None:
     changed = recipe.model_copy(update={"num_examples": limit or len(rows.dataset) * 10**6})
     changed = changed.model_copy(update={"shuffle": False})
     feed, _ = _feed(rows, changed, source, labelled=True)
-    return encode(feed)
+    examples = encode(feed)
+    check_same_numbers(calibration.examples.names, examples.names)
+    known = is_same_data(recipe, calibration.rows, rows)
+    return Evaluation(examples, shown_name(name), scored_too=known)
 
 
-def _open_recovery(recipe: Recipe, source: Source) -> Examples | None:
-    """Examples to train on after the cut: more of what is calibrated on."""
+def _open_recovery(recipe: Recipe, source: Source, calibration: _Calibration) -> Examples | None:
+    """Examples to train on after the cut: more of what is calibrated on, but not the held-out."""
     if not recipe.recover_epochs or recipe.dry_run:
         return None
     from ..repair.lora import check_lora
 
     check_lora(recipe.recover_lora_rank)
     limit = recipe.recover_num_examples
+    limit = None if limit is None else limit + calibration.num_held_out
     rows = _open_training_split(recipe, source, limit)
     # Running text has more examples than lines, but fewer than characters.
     changed = recipe.model_copy(update={"num_examples": limit or 10**12})
     feed, _ = _feed(rows, changed, source, labelled=recipe.labels == "data")
-    return encode(feed)
+    found = without(encode(feed), len(calibration.examples), calibration.num_held_out)
+    return span(found, 0, min(len(found), recipe.recover_num_examples or len(found)))
 
 
 def _rows_needed(examples: int, recipe: Recipe, source: Source) -> int:
@@ -302,80 +387,3 @@ def _feed(rows: Rows, recipe: Recipe, source: Source, *, labelled: bool) -> tupl
         label_map=recipe.label_map,
     )
     return feed, columns
-
-
-def _count(found: int, wanted: int) -> str:
-    return str(found) if found == wanted else f"{found} (all there are; at most {wanted})"
-
-
-def _settings(
-    recipe: Recipe,
-    given: Set[str],
-    source: Source,
-    columns: Columns,
-    calibration: Sized,
-    padding: str | None,
-) -> tuple[tuple[str, str, str], ...]:
-    """Rows of the table of settings; what was not given is marked as a default."""
-    shown: dict[str, Any] = {
-        "model": recipe.model,
-        "task": recipe.task,
-        "trust_remote_code": "yes, code of the model is run" if recipe.trust_remote_code else None,
-        "dataset": recipe.dataset or BUNDLED,
-        "split": recipe.split if recipe.dataset else None,
-        "num_examples": _count(len(calibration), recipe.num_examples),
-        "shuffle": "yes" if recipe.shuffle else "no, the first in file order",
-        "batch_size": recipe.batch_size,
-        "max_length": recipe.max_length if source.tokenizer is not None else None,
-        "labels": _LABELS[recipe.labels or "data"],
-        "label_map": ",".join(f"{name}={id_}" for name, id_ in recipe.label_map.items()) or None,
-        "eval_dataset": recipe.eval_dataset,
-        "eval_split": recipe.eval_split,
-        "target": ", ".join(f"{name}={limit}" for name, limit in recipe.target.items()),
-        "flops_length": recipe.flops_length if source.tokenizer is not None else None,
-        "score": recipe.score,
-        "search": recipe.search,
-        "layout": recipe.layout,
-        "exclude": ", ".join(recipe.exclude) or None,
-        "min_units": recipe.min_units,
-        "scores": recipe.scores,
-        "save_scores": None if recipe.scores else recipe.save_scores,
-        "device": recipe.device,
-        "dtype": recipe.dtype,
-        **(_recovery_settings(recipe) if recipe.recover_epochs else {}),
-        "seed": recipe.seed,
-        "output": None if recipe.dry_run else recipe.output,
-        "overwrite": "yes, what is in the output is replaced" if recipe.overwrite else None,
-        "report": None if recipe.dry_run or recipe.report else "no",
-    }
-    rows = [
-        ("--" + name.replace("_", "-"), str(value), "given" if name in given else "default")
-        for name, value in shown.items()
-        if value is not None
-    ]
-    rows.insert(1, ("class", source.cls.__name__, "--task" if "task" in given else "config"))
-    if str(columns):
-        rows.insert(3, ("columns", str(columns), "found"))
-    if padding:
-        rows.append(("pad token", padding, "found"))
-    return tuple(rows)
-
-
-def _recovery_settings(recipe: Recipe) -> dict[str, Any]:
-    from ..repair.arguments import LEARNING_RATE, LORA_LEARNING_RATE
-
-    adapters = recipe.recover_lora_rank is not None
-    default = LORA_LEARNING_RATE if adapters else LEARNING_RATE
-    return {
-        "recover_epochs": recipe.recover_epochs,
-        "recover_num_examples": recipe.recover_num_examples or "all",
-        "recover_batch_size": recipe.recover_batch_size,
-        "recover_learning_rate": recipe.recover_learning_rate or default,
-        "recover_temperature": recipe.recover_temperature,
-        "recover_alpha": recipe.recover_alpha,
-        "recover_hidden_weight": recipe.recover_hidden_weight,
-        "recover_lora_rank": recipe.recover_lora_rank,
-    }
-
-
-_LABELS = {"data": "data: as the head needs them", "model": "model: sampled from its prediction"}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..types import Plan
     from .evaluate import Metrics
     from .examples import Examples
+    from .measuring import Batches
     from .preparation import Job
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -112,6 +113,8 @@ class _Run:
         )
         for note in job.notes:
             self.screen.line(f"Note: {note}.")
+        for warning in job.warnings:
+            self.screen.warn(warning)
         model, loader, evaluation = self.processes.main_first(partial(self._load, job))
         pruner = self._discover(model, loader, job)
         before = self._evaluate(model, evaluation, job, "Evaluating the original")
@@ -194,9 +197,10 @@ class _Run:
     def _is_local(self) -> bool:
         return Path(self.recipe.model).expanduser().exists()
 
-    def _load(self, job: Job) -> tuple[PreTrainedModel, DataLoader[Any], DataLoader[Any] | None]:
+    def _load(self, job: Job) -> tuple[PreTrainedModel, DataLoader[Any], Batches | None]:
         from .examples import make_loader
         from .loading import load_model
+        from .measuring import evaluation_batches
 
         model, missing = load_model(self.recipe, job.source, job.folder)
         if missing and job.recovery is not None:
@@ -217,7 +221,8 @@ class _Run:
         loader = make_loader(job.calibration, job.source, model, batch_size=size)
         if job.evaluation is None:
             return model, loader, None
-        return model, loader, make_loader(job.evaluation, job.source, model, batch_size=size)
+        measured = evaluation_batches(job.evaluation, job.source, model, batch_size=size)
+        return model, loader, measured
 
     def _discover(self, model: PreTrainedModel, loader: DataLoader[Any], job: Job) -> GradNASPruner:
         from ..pruner import GradNASPruner
@@ -241,16 +246,23 @@ class _Run:
         return pruner
 
     def _evaluate(
-        self, model: PreTrainedModel, loader: DataLoader[Any] | None, job: Job, what: str
+        self, model: PreTrainedModel, batches: Batches | None, job: Job, what: str
     ) -> Metrics | None:
-        from .evaluate import evaluate
+        from .measuring import measure
 
-        if loader is None or job.evaluation is None:
-            return None
-        with self.processes.joint(), self.screen.progress(what) as report:
-            return evaluate(
-                model, loader, job.source.task.head, total=len(job.evaluation), progress=report
-            )
+        head = job.source.task.head
+        with self.processes.joint():
+            return measure(model, batches, job.evaluation, head, self.screen, what)
+
+    def _show(self, columns: Mapping[str, Metrics], job: Job, plan: Plan) -> None:
+        """Metrics of all states, and a warning where the last one lost much."""
+        from .measuring import warn_of_loss
+
+        show_metrics(self.screen, columns, str(job.evaluation))
+        before, recovered = columns["before"], columns.get("recovered")
+        after = recovered or columns.get("after") or columns["after (masked)"]
+        is_recovered = recovered is not None
+        warn_of_loss(self.screen, before, after, plan.budgets, recovered=is_recovered)
 
     def _plan(self, pruner: GradNASPruner, loader: DataLoader[Any], job: Job) -> Plan:
         if job.scores is None:
@@ -279,7 +291,7 @@ class _Run:
         self,
         pruner: GradNASPruner,
         plan: Plan,
-        evaluation: DataLoader[Any] | None,
+        evaluation: Batches | None,
         job: Job,
         before: Metrics | None,
     ) -> None:
@@ -287,14 +299,14 @@ class _Run:
             with pruner.masked(plan):
                 after = self._evaluate(pruner.model, evaluation, job, "Evaluating the plan")
             if after is not None:
-                show_metrics(self.screen, {"before": before, "after (masked)": after})
+                self._show({"before": before, "after (masked)": after}, job, plan)
         self.screen.line("Dry run: no model was cut or written.")
 
     def _cut_and_save(
         self,
         pruner: GradNASPruner,
         plan: Plan,
-        evaluation: DataLoader[Any] | None,
+        evaluation: Batches | None,
         job: Job,
         before: Metrics | None,
     ) -> None:
@@ -331,7 +343,7 @@ class _Run:
                 again = self._reload(output, evaluation, job)
                 if again is not None:
                     measured["reloaded"] = again
-            show_metrics(self.screen, measured)
+            self._show(measured, job, plan)
         self.screen.line(f"Saved: {output}")
         self.screen.line("Load it with:")
         loader = loader_of(Path(output))
@@ -367,7 +379,7 @@ class _Run:
         )
         return {"examples": len(examples), "steps": done.steps, "loss": done.loss}
 
-    def _reload(self, output: str, evaluation: DataLoader[Any] | None, job: Job) -> Metrics | None:
+    def _reload(self, output: str, evaluation: Batches | None, job: Job) -> Metrics | None:
         from .loading import load_model, open_source
 
         source = open_source(self.recipe.model_copy(update={"task": None}), output)

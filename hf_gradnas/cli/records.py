@@ -28,7 +28,17 @@ def record(recipe: Recipe, job: Job, given: frozenset[str]) -> dict[str, Any]:
             "examples": len(job.calibration),
             "labels": job.labels,
         },
+        **_evaluation(recipe, job),
     }
+
+
+def _evaluation(recipe: Recipe, job: Job) -> dict[str, Any]:
+    """What was measured on."""
+    if job.evaluation is None:
+        return {}
+    own = None if job.evaluation.held_out else recipe.eval_dataset
+    name = own or recipe.dataset or "bundled text"
+    return {"evaluation": {"dataset": name, **job.evaluation.to_dict()}}
 
 
 def command_line(recipe: Recipe, given: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from rich.text import Text
 from .._redaction import sayable
 from ..config.budgets import format_amount
 from ..report import say_prediction
+from ..report.quality import with_errors
 from ..types import Budget, CostModel, Plan, Structure
 
 if TYPE_CHECKING:
@@ -183,15 +184,31 @@ def show_costs(
     )
 
 
-def show_metrics(screen: Screen, columns: Mapping[str, Metrics]) -> None:
-    """Loss and accuracy or perplexity, one column per state of the model."""
+def show_metrics(screen: Screen, columns: Mapping[str, Metrics], measured_on: str) -> None:
+    """Loss and accuracy or perplexity, one column per state of the model.
+
+    Args:
+        screen: Where to.
+        columns: Metrics by state.
+        measured_on: What the examples are, after their number.
+    """
     first = next(iter(columns.values()))
-    rows = []
-    for name in first.to_dict():
-        if name != "examples":
-            rows.append((name, *(f"{metrics.to_dict()[name]:.4f}" for metrics in columns.values())))
+    found = [with_errors(metrics.to_dict()) for metrics in columns.values()]
+    rows = [
+        (name, *(f"{metrics[name]:.4f}" for metrics in found))
+        for name in found[0]
+        if name != "examples"
+    ]
     title = f"Evaluation on {first.examples:,} examples"
     screen.table(title, ("metric", *columns), rows, right=len(columns))
+    errors = any(name.startswith("±") for name, *_ in rows)
+    said = " (±: one standard error, from their number)" if errors else ""
+    screen.line(f"Measured on {first.examples:,} examples {measured_on}{said}.")
+    if first.agreement is not None:
+        screen.line(
+            "There are no labels of the data: those that the whole model predicts take their "
+            "place, and agreement is how often the other states predict the same."
+        )
 
 
 def show_latency(screen: Screen, latency: Mapping[str, Any]) -> None:

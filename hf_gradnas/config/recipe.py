@@ -159,10 +159,16 @@ class Recipe(Settings):
         json_schema_extra=_named(_DATA, "NAME=NUMBER"),
     )
 
+    eval: bool = Field(
+        default=True,
+        description="Measure loss and accuracy or perplexity before and after; without "
+        "--eval-dataset on examples that are held out from the calibration data.",
+        json_schema_extra=_EVAL,
+    )
     eval_dataset: str | None = Field(
         default=None,
         description="Data set to measure loss and accuracy or perplexity on, before and after; "
-        "same forms as --dataset.",
+        "same forms as --dataset. Default: examples held out from the calibration data.",
         json_schema_extra=_named(_EVAL, "ID|PATH"),
     )
     eval_split: str | None = Field(
@@ -173,7 +179,8 @@ class Recipe(Settings):
     eval_num_examples: int | None = Field(
         default=None,
         ge=1,
-        description="Evaluate on the first N examples only. Default: on all.",
+        description="Evaluate on the first N examples only, or hold out so many. Default: all, or "
+        "one held out for every four that are scored.",
         json_schema_extra=_EVAL,
     )
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from .metadata import card_data, data_name
+from .metadata import card_data, data_name, final_metrics
 from .origin import Origin
 from .prediction import say_prediction
+from .quality import what_was_lost
 from .summary import Summary
 from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_table
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 PROJECT = "hf_gradnas"
+BUNDLED = "bundled text"
 _ROWS_SHOWN = 40
 _REFUSALS_SHOWN = 12
 # What loads a model by its name, as the lines of `save.loading_snippet` have it.
@@ -174,15 +176,37 @@ def _costs(summary: Summary, pictures: str | None) -> Iterator[str]:
 def _quality(summary: Summary) -> Iterator[str]:
     yield "## Quality"
     if summary.metrics:
-        data = summary.recipe.get("eval_dataset") or summary.recipe.get("dataset")
-        yield f"Measured on {data_name(data)}:" if data else "Measured:"
+        yield _measured_on(summary)
         yield metrics_table(summary)
+        lost = what_was_lost(summary.metrics.get("before", {}), final_metrics(summary))
+        if lost:
+            yield f"Note that {lost}."
     else:
         yield "Nothing was measured when the model was pruned."
     predicted = say_prediction(
         summary.loss_increase, summary.loss_unit, summary.loss_before, score=summary.score
     )
     yield f"{predicted} That is before any training."
+
+
+def _measured_on(summary: Summary) -> str:
+    found = summary.evaluation
+    if not found:
+        data = summary.recipe.get("eval_dataset") or summary.recipe.get("dataset")
+        return f"Measured on {data_name(data)}:" if data else "Measured:"
+    said = f"Measured on {found['examples']:,} examples"
+    name = data_name(found["dataset"])
+    said += f" held out from the calibration data ({name})" if found["held_out"] else f" of {name}"
+    if found.get("scored_too"):
+        said += ", which was scored on too, so that the figures flatter it"
+    if found.get("scores_given"):
+        said += "; whether the given scores were made with them is not known"
+    if found.get("labels") == "whole model":
+        said += (
+            ", labelled by the whole model's own predictions: agreement is how often the pruned "
+            "model predicts the same"
+        )
+    return f"{said}. ± is one standard error from the number of examples:"
 
 
 def _how(summary: Summary) -> Iterator[str]:
@@ -220,6 +244,11 @@ def _limits(summary: Summary) -> Iterator[str]:
         "can lose more than the numbers here say.",
         "Biases, license and intended uses are those of the original.",
     ]
+    if str(summary.calibration.get("dataset", "")).startswith(BUNDLED):
+        limits.append(
+            f"It was calibrated on the prose that comes with {PROJECT}, no text of the model's own "
+            "kind; with such text a better choice of what to cut is likely."
+        )
     if not summary.recovery:
         limits.append(
             "It was not trained after the cut here; fine-tuning usually recovers quality."

@@ -113,8 +113,8 @@ def _results(summary: Summary, task: str | None) -> Iterator[EvalResult]:
 
     recipe, values = summary.recipe, final_metrics(summary)
     name = recipe.get("eval_dataset") or recipe.get("dataset")
-    if not values or not name:
-        return
+    if not values or not name or summary.evaluation.get("held_out"):
+        return  # examples that are held out here are no split that others could measure on
     found = hub_dataset(name) or (data_name(name), None)
     for metric in METRICS:
         if metric in values:

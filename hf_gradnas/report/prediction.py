@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-_CLOSE = 0.1
-"""Increase, as a share of the loss it adds to, up to which it may be a forecast."""
-
 
 def say_prediction(increase: float, unit: str, before: float | None, *, score: str) -> str:
     """The predicted loss increase with its unit, the loss it adds to, and its worth.
@@ -26,10 +23,8 @@ def say_prediction(increase: float, unit: str, before: float | None, *, score: s
             f"Predicted change of the loss: {increase:.4g} {unit} at most{beside} (first order, "
             "signs left out, every unit as if it went alone; it ranks plans and is no forecast)."
         )
-    said = "it ranks plans, and is a forecast for small cuts only"
-    if before is None or increase > _CLOSE * before:
-        said = "it ranks plans; so large, it is no forecast, so measure the loss"
     return (
         f"Predicted loss increase: {increase:.4g} {unit}{beside} (second order, every unit as if "
-        f"it went alone; {said})."
+        "it went alone; it ranks plans and is no forecast: measured, it is often several times as "
+        "large)."
     )

@@ -82,6 +82,8 @@ class Summary:
         in_turn: Whether the two models were measured in turn; else one after the other, and what
             else the machine did is in the ratio too.
         calibration: What was scored on: ``dataset``, ``examples``, ``labels``.
+        evaluation: What was measured on: ``dataset``, ``examples``, ``held_out`` from what is
+            scored, ``scored_too``, ``labels``; empty where nothing was, or it is not known.
         recovery: What the cut model was trained on; empty if it was not.
         recipe: Options of the command; empty where it was not used.
         command: The command; "" where it was not used.
@@ -107,6 +109,7 @@ class Summary:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     loss_unit: str = ""
     loss_before: float | None = None
 
@@ -178,6 +181,7 @@ def summarise(
         machine=measured.get("machine", ""),
         in_turn=measured.get("in_turn", True),
         calibration=document.get("calibration") or _scored_on(document.get("scores", {})),
+        evaluation=document.get("evaluation", {}),
         recovery=document.get("recovery", {}),
         recipe=document.get("recipe", {}),
         command=document.get("command", ""),

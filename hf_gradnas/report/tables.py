@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 from ..config.budgets import format_amount
+from .quality import with_errors
 from .summary import Summary
 
 _STATES = {"before": "before", "after": "after the cut", "recovered": "after recovery"}
@@ -78,11 +79,12 @@ def latency_table(summary: Summary) -> str:
 
 def metrics_table(summary: Summary) -> str:
     """Measured quality, one column per state of the model."""
-    states = list(summary.metrics)
-    names = dict.fromkeys(name for found in summary.metrics.values() for name in found)
+    metrics = {state: with_errors(found) for state, found in summary.metrics.items()}
+    states = list(metrics)
+    names = dict.fromkeys(name for found in metrics.values() for name in found)
     rows = []
     for name in names:
-        values = [summary.metrics[state].get(name) for state in states]
+        values = [metrics[state].get(name) for state in states]
         shown = [
             "-" if v is None else f"{v:,}" if name == "examples" else f"{v:.4f}" for v in values
         ]

@@ -1,0 +1,101 @@
+"""The table of settings: every option that matters for a run, and where its value comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Set, Sized
+from typing import Any
+
+from ..config.recipe import Recipe
+from .columns import Columns
+from .datasets import BUNDLED
+from .loading import Source
+
+
+def _count(found: int, wanted: int, held_out: int) -> str:
+    if found == wanted:
+        return str(found)
+    rest = f"{held_out} more are held out" if held_out else "all there are"
+    return f"{found} ({rest}; at most {wanted})"
+
+
+def _measured_on(recipe: Recipe, held_out: int) -> str | None:
+    """What stands in the place of a data set to evaluate on."""
+    if held_out:
+        return f"{held_out} examples held out from --dataset"
+    return recipe.eval_dataset
+
+
+def settings_of(
+    recipe: Recipe,
+    given: Set[str],
+    source: Source,
+    columns: Columns,
+    calibration: Sized,
+    padding: str | None,
+    *,
+    held_out: int = 0,
+) -> tuple[tuple[str, str, str], ...]:
+    """Rows of the table of settings; what was not given is marked as a default."""
+    shown: dict[str, Any] = {
+        "model": recipe.model,
+        "task": recipe.task,
+        "trust_remote_code": "yes, code of the model is run" if recipe.trust_remote_code else None,
+        "dataset": recipe.dataset or BUNDLED,
+        "split": recipe.split if recipe.dataset else None,
+        "num_examples": _count(len(calibration), recipe.num_examples, held_out),
+        "shuffle": "yes" if recipe.shuffle else "no, the first in file order",
+        "batch_size": recipe.batch_size,
+        "max_length": recipe.max_length if source.tokenizer is not None else None,
+        "labels": _LABELS[recipe.labels or "data"],
+        "label_map": ",".join(f"{name}={id_}" for name, id_ in recipe.label_map.items()) or None,
+        "eval": None if recipe.eval else "no",
+        "eval_dataset": _measured_on(recipe, held_out) if recipe.eval else None,
+        "eval_split": recipe.eval_split,
+        "target": ", ".join(f"{name}={limit}" for name, limit in recipe.target.items()),
+        "flops_length": recipe.flops_length if source.tokenizer is not None else None,
+        "score": recipe.score,
+        "search": recipe.search,
+        "layout": recipe.layout,
+        "exclude": ", ".join(recipe.exclude) or None,
+        "min_units": recipe.min_units,
+        "scores": recipe.scores,
+        "save_scores": None if recipe.scores else recipe.save_scores,
+        "device": recipe.device,
+        "dtype": recipe.dtype,
+        **(_recovery_settings(recipe) if recipe.recover_epochs else {}),
+        "seed": recipe.seed,
+        "output": None if recipe.dry_run else recipe.output,
+        "overwrite": "yes, what is in the output is replaced" if recipe.overwrite else None,
+        "report": None if recipe.dry_run or recipe.report else "no",
+    }
+    rows = [
+        ("--" + name.replace("_", "-"), str(value), "given" if name in given else "default")
+        for name, value in shown.items()
+        if value is not None
+    ]
+    rows.insert(1, ("class", source.cls.__name__, "--task" if "task" in given else "config"))
+    if str(columns):
+        rows.insert(3, ("columns", str(columns), "found"))
+    if padding:
+        rows.append(("pad token", padding, "found"))
+    return tuple(rows)
+
+
+def _recovery_settings(recipe: Recipe) -> dict[str, Any]:
+    from ..repair.arguments import LEARNING_RATE, LORA_LEARNING_RATE
+
+    adapters = recipe.recover_lora_rank is not None
+    default = LORA_LEARNING_RATE if adapters else LEARNING_RATE
+    return {
+        "recover_epochs": recipe.recover_epochs,
+        "recover_num_examples": recipe.recover_num_examples or "all",
+        "recover_batch_size": recipe.recover_batch_size,
+        "recover_learning_rate": recipe.recover_learning_rate or default,
+        "recover_temperature": recipe.recover_temperature,
+        "recover_alpha": recipe.recover_alpha,
+        "recover_hidden_weight": recipe.recover_hidden_weight,
+        "recover_lora_rank": recipe.recover_lora_rank,
+    }
+
+
+_LABELS = {"data": "data: as the head needs them", "model": "model: sampled from its prediction"}
