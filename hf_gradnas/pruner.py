@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan
 from .checkpoint.reporting import Findings, save_with_report
+from .checkpoint.savable import check_savable
 from .config.budgets import parse_budgets
 from .config.rules import check_rules, parse_rules, rule_for
 from .costs.closed_form import unsplit_table_params
@@ -64,6 +65,7 @@ class GradNASPruner:
 
     Raises:
         PlanError: An unknown score, search, layout or rule.
+        StructureError: It is no Transformers model, or adapters are in or around it.
 
     Example:
         >>> pruner = GradNASPruner(model)                      # doctest: +SKIP
@@ -145,13 +147,16 @@ class GradNASPruner:
             flops_length: Tokens of the one sequence that FLOPs are counted for; None: the batch's.
 
         Raises:
+            CheckpointError: The model's config or generation config cannot be saved.
             DataError: Its sequences are longer than the model has positions.
-            StructureError: Nothing in the model can be pruned, or a rule's glob matches nothing.
+            StructureError: Nothing in the model can be pruned, a rule's glob matches nothing, or
+                the model could not be saved and loaded as it is (see `check_savable`).
         """
         check_positions(batch, self.model.config)
         check_parameters(self.model, "discover")
         batch = to_device(from_main(batch, self._processes), self.model)
         with uncompiled(), self._processes.joint():
+            check_savable(self.model, batch)
             structure = find_structure(self.model, batch)
         check_rules(self.rules, structure)
         self._space = find_stock_space(self.model, structure)

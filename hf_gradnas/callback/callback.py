@@ -18,9 +18,10 @@ from ..checkpoint.targets import check_target
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
 from ..scores.sample import reiterable
+from ..scores.wrappers import check_no_adapters
 from ..types import Plan, Scores
 from .batches import private_batches
-from .checks import check_no_adapters, check_only_one, check_unwrapped, check_whole
+from .checks import check_only_one, check_unwrapped, check_whole
 from .handover import names_of, renew_optimizer, renew_trainer, swap_parameters, tokenizer_of
 from .publishing import check_publishing, complete_output, publish
 from .resuming import (

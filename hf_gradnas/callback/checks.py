@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.training_args import ParallelMode
 
-from ..errors import DataError, OrderError, PlanError, StructureError
+from ..errors import DataError, OrderError, PlanError
 from ..scores.batches import read_batches
 
 # Which callback prunes a model, and in the training of which state.
@@ -29,21 +29,6 @@ def check_whole(args: Any) -> None:
             f"{sharded[0]}: GradNASCallback reads and cuts weights in place, which are sharded "
             "here; train without the callback, and prune what was saved with GradNASPruner."
         )
-
-
-def check_no_adapters(model: nn.Module) -> None:
-    """Check that no adapter of PEFT stands in a model, or around it.
-
-    Raises:
-        StructureError: One does; it would not follow the cut.
-    """
-    for path, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            raise StructureError(
-                f"model: found a {type(module).__name__} of PEFT (at {path or 'the top'}), needed "
-                "is one without adapters, which would not follow the cut; merge them first "
-                "(merge_and_unload), or prune the model and add adapters then."
-            )
 
 
 def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:

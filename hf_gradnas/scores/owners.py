@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import StructureError
-from .wrappers import unwrapped
+from .wrappers import check_no_adapters, unwrapped
 
 LIBRARY = "sentence_transformers"
 SENTENCE_CLASSES = ("SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder")
@@ -40,9 +40,10 @@ def body_of(model: nn.Module) -> tuple[PreTrainedModel, Any]:
         The Transformers model, and the one around it or None.
 
     Raises:
-        StructureError: It is neither, or holds several Transformers models or none.
+        StructureError: It is neither, holds several Transformers models or none, or adapters.
     """
     inner = unwrapped(model)
+    check_no_adapters(inner)
     if isinstance(inner, PreTrainedModel):
         return inner, None
     if sentence_class(inner) is None:

@@ -1,7 +1,7 @@
 """What other libraries put around a model, and what they do to its weights.
 
-Knows DDP, torch.compile, offloading and sharding; a model that cannot be pruned as it is gets an
-error that says what to do.
+Knows DDP, torch.compile, adapters, offloading and sharding; a model that cannot be pruned as it is
+gets an error that says what to do.
 """
 
 from __future__ import annotations
@@ -35,6 +35,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner if inner is model else unwrapped(inner)
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Check that no adapter of PEFT stands in a model, or around it.
+
+    Raises:
+        StructureError: One does; it would not follow the cut.
+    """
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise StructureError(
+                f"model: found a {type(module).__name__} of PEFT (at {path or 'the top'}), needed "
+                "is one without adapters, which would not follow the cut; merge them first "
+                "(merge_and_unload), or prune the model and add adapters then. Adapters that "
+                "add_adapter put in are merged by way of a folder: model.save_pretrained(folder), "
+                "then peft.PeftModel.from_pretrained(base, folder).merge_and_unload()."
+            )
 
 
 @contextmanager

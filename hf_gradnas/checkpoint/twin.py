@@ -1,0 +1,172 @@
+"""Builds what a plain load of a model would give, without writing or copying its weights.
+
+The twin is built by the model's class, on the meta device, from the config as its file would say
+it. It then takes the very parameters of the model, so that it costs next to no memory, and makes
+what no checkpoint holds by itself, as loading does.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
+from ..errors import CheckpointError, StructureError
+from ..structure.config_trials import silence
+
+ROUNDED = 2**-7
+"""Largest relative change of a number that was cast to 16 bits and back on its way."""
+SMALLEST = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A parameter or buffer: where it is, and whether a checkpoint holds it."""
+
+    tensor: Tensor
+    module: nn.Module
+    leaf: str
+    is_saved: bool
+
+
+def entries(model: nn.Module) -> dict[str, Entry]:
+    """All parameters and buffers by each of their names."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        hidden = module._non_persistent_buffers_set
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in store.items():
+                if tensor is not None:
+                    name = f"{path}.{leaf}" if path else leaf
+                    found[name] = Entry(tensor, module, leaf, leaf not in hidden)
+    return found
+
+
+def build_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """What the model's class builds from its config as it is saved and read back, on meta.
+
+    Raises:
+        CheckpointError: Its config or generation config cannot be saved or read back.
+        StructureError: Its class builds nothing from its config alone.
+    """
+    config = _saved_config(model)
+    try:
+        with silence(), _dtype(model.dtype), torch.device("meta"), no_init_weights():
+            with meta_device_safe_creation_ops():
+                twin = type(model)(config)
+            twin.tie_weights()
+    except Exception as error:  # classes refuse in their own ways
+        raise StructureError(
+            f"{type(model).__name__}: cannot be built from its config, so that what is saved could "
+            f"not be loaded ({type(error).__name__}: {_one_line(error)}); bring model.config in "
+            "line with the model, and let the constructor of its class need the config alone."
+        ) from error
+    return twin
+
+
+def fill_twin(twin: PreTrainedModel, model: PreTrainedModel) -> list[str]:
+    """Give a twin that has the same names and shapes the tensors of a model.
+
+    Parameters and saved buffers are shared with the model. What no checkpoint holds is made as
+    loading makes it, and replaced by what the model has where a cast explains the difference.
+
+    Returns:
+        Names of tensors that loading would give other values, or another type.
+    """
+    given, wanted = entries(model), entries(twin)
+    for name, entry in wanted.items():
+        if entry.is_saved:
+            cast(Any, entry.tensor)._is_hf_initialized = True  # upstream's mark, on the twin's own
+        else:
+            device = given[name].tensor.device if name in given else model.device
+            entry.module._buffers[entry.leaf] = torch.empty_like(entry.tensor, device=device)
+    with silence(), torch.random.fork_rng(devices=[]):
+        twin.initialize_weights()
+    others = []
+    for name, entry in entries(twin).items():
+        has = given.get(name)
+        is_parameter = entry.leaf in entry.module._parameters
+        store = cast(Any, entry.module._parameters if is_parameter else entry.module._buffers)
+        if entry.is_saved and has is not None:
+            store[entry.leaf] = has.tensor
+            if is_narrowed(name, has.tensor, wanted[name].tensor, twin):
+                store[entry.leaf] = has.tensor.detach().to(wanted[name].tensor.dtype)
+                others.append(name)
+        elif has is not None and _is_close(has.tensor, entry.tensor):
+            store[entry.leaf] = has.tensor.detach().clone()
+        else:
+            others.append(name)
+    return others
+
+
+def is_narrowed(name: str, tensor: Tensor, loaded: Tensor, twin: PreTrainedModel) -> bool:
+    """Whether loading casts a tensor to a type of fewer bits."""
+    if not (tensor.is_floating_point() and loaded.is_floating_point()):
+        return False
+    if torch.finfo(loaded.dtype).bits >= torch.finfo(tensor.dtype).bits:
+        return False
+    wide = (*(twin._keep_in_fp32_modules or ()), *(twin._keep_in_fp32_modules_strict or ()))
+    return not any(re.search(pattern.replace("*", ".*"), name) for pattern in wide)
+
+
+def _saved_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config as `save_pretrained` writes it and `from_pretrained` reads it.
+
+    Raises:
+        CheckpointError: It, or the generation config, cannot be written or read.
+    """
+    what, advice = "config", "give the keys of model.config values that JSON can hold"
+    try:
+        with tempfile.TemporaryDirectory() as folder, silence():
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+            if model.can_generate():
+                what, advice = "generation_config", "set model.generation_config right"
+                copy.deepcopy(cast(Any, model).generation_config).save_pretrained(folder)
+            what, advice = "config", "give the model's class a config_class that reads it back"
+            loaded = cast(Any, type(model).config_class).from_pretrained(folder)
+    except Exception as error:  # config classes refuse in their own ways
+        raise CheckpointError(
+            f"{type(model).__name__}: its {what} cannot be saved and loaded, and so neither can "
+            f"the pruned model ({type(error).__name__}: {_one_line(error)}); {advice} first."
+        ) from error
+    for each in (loaded, *(vars(loaded).get(name) for name in loaded.sub_configs)):
+        if isinstance(each, PreTrainedConfig):
+            each.dtype = model.dtype
+    loaded._attn_implementation = model.config._attn_implementation
+    return cast(PreTrainedConfig, loaded)
+
+
+def _is_close(has: Tensor, makes: Tensor) -> bool:
+    """Whether two tensors are the same but for a cast to fewer bits."""
+    if has.shape != makes.shape or has.device != makes.device:
+        return False
+    if not (has.is_floating_point() and makes.is_floating_point()):
+        return torch.equal(has, makes)
+    numbers = has.double(), makes.double()
+    return torch.allclose(*numbers, rtol=ROUNDED, atol=SMALLEST, equal_nan=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Another default type inside the ``with``."""
+    previous = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        yield
+    finally:
+        torch.set_default_dtype(previous)
