@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan
+from .checkpoint.prunable import find_prunable
 from .checkpoint.reporting import Findings, save_with_report
 from .checkpoint.savable import check_savable
 from .config.budgets import parse_budgets
-from .config.rules import check_rules, parse_rules, rule_for
+from .config.rules import check_rules, parse_rules
 from .costs.closed_form import unsplit_table_params
 from .errors import OrderError, PlanError
 from .hub import push
@@ -32,12 +33,9 @@ from .scores.sample import Batch, check_positions, from_main, longest_of_all, re
 from .scores.shards import gathered, is_sharded, shape_of
 from .scores.wrappers import check_parameters, uncompiled
 from .search.solver import STRATEGIES, check_budgets, find_plan
-from .structure.config_keys import LAYOUTS, find_stock_space, layout_for
-from .structure.counting import count_costs, original_totals
-from .structure.samples import flops_inputs
+from .structure.config_keys import LAYOUTS
 from .surgery import check_plan
 from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
-from .verification import find_structure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -91,13 +89,13 @@ class GradNASPruner:
         self.score_method = score
         self.search = search
         self.rules = parse_rules(rules)
-        self.layout = layout
+        self.layout = self._requested = layout
         self.layout_reason = ""
         self._structure: Structure | None = None
         self._space: StockSpace | None = None
         self._costs: dict[str, CostModel] = {}
         self._totals: dict[str, float] = {}
-        self._sample: dict[str, Any] | None = None
+        self._sample: Mapping[str, Any] | None = None
         self._scores: Scores | None = None
         self._plan: Plan | None = None
         self._applied = False
@@ -157,17 +155,19 @@ class GradNASPruner:
         batch = to_device(from_main(batch, self._processes), self.model)
         with uncompiled(), self._processes.joint():
             check_savable(self.model, batch)
-            structure = find_structure(self.model, batch)
-        check_rules(self.rules, structure)
-        self._space = find_stock_space(self.model, structure)
-        allowed = [a for a in structure.axes if rule_for(a.module, self.rules) is not None]
-        self.layout, self.layout_reason = layout_for(self._space, allowed, requested=self.layout)
-        decoder = bool(self.model.config.is_encoder_decoder)
-        self._sample = flops_inputs(batch, flops_length, decoder=decoder)
-        self._costs = count_costs(self.model, structure, self._sample, layout=self.layout)
-        self._totals = original_totals(self._costs, structure, self.model)
-        self._structure = structure
-        return structure
+            found = find_prunable(
+                self.model,
+                batch,
+                layout=self._requested,
+                rules=self.rules,
+                flops_length=flops_length,
+            )
+        check_rules(self.rules, found.structure)
+        self.layout, self.layout_reason = found.layout, found.layout_reason
+        self._space, self._sample = found.space, found.sample
+        self._costs, self._totals = dict(found.costs), dict(found.totals)
+        self._structure = found.structure
+        return found.structure
 
     def check(self, budget: Mapping[str, Any]) -> tuple[Budget, ...]:
         """Read a budget and check that it can be reached, before any scoring.

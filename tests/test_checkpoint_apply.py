@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_gradnas import GradNASPruner, nas
 from hf_gradnas.checkpoint import apply
-from hf_gradnas.checkpoint.outputs import floating
+from hf_gradnas.checkpoint.outputs import difference, floating
 from hf_gradnas.errors import CutError, GradNASError, OrderError, PlanError
 from hf_gradnas.types import Structure
 
@@ -115,9 +115,9 @@ def test_outputs_that_have_entries_per_head_are_not_compared():
 
 def test_not_a_number_equals_itself_only():
     nan, one = torch.tensor([float("nan"), 1.0]), torch.ones(2)
-    assert apply._difference(nan, nan)[0] == 0
-    assert not apply._difference(nan, one)[0] <= 1
-    assert not apply._difference(one, nan)[0] <= 1
+    assert difference(nan, nan)[0] == 0
+    assert not difference(nan, one)[0] <= 1
+    assert not difference(one, nan)[0] <= 1
 
 
 def test_the_surface_of_the_reference_proves_its_cuts_too(monkeypatch):

@@ -24,15 +24,8 @@ from ..structure.samples import probe_inputs
 from ..surgery import Record, check_kept, cut, merge_records
 from ..types import Axis, Plan, StockSpace, Structure
 from .head_indices import renumber_heads
-from .outputs import Call, outputs_of
+from .outputs import Call, difference, outputs_of
 from .rewrite import write_per_layer, write_stock
-
-TOLERANCE = 1e-4
-"""Largest difference of masked and cut outputs of 32 bits and more, relative to the largest."""
-DEVICE_TOLERANCE = 1e-3
-"""The same on an accelerator, which may multiply in TF32."""
-HALF_TOLERANCE = 5e-2
-"""The same for outputs of 16 bits and less, as a ratio of norms: single entries round coarsely."""
 
 
 def apply_plan(
@@ -60,7 +53,7 @@ def apply_plan(
     # On a copy first: what fails does so before anything is cut.
     _write_config(copy.deepcopy(model.config), model, plan, structure, space)
     earlier = vars(model.config).get("gradnas")
-    calls = [] if sample is None else _calls(sample, model)
+    calls = [] if sample is None else calls_of(sample, model)
     record = cut_with_proof(model, structure.axes, plan.kept, layout=plan.layout, calls=calls)
     _write_config(model.config, model, plan, structure, space)
     renumber_heads(model, structure.axes, plan.kept)
@@ -84,7 +77,7 @@ def _write_config(
         write_per_layer(config, plan, structure, keys, space=space)
 
 
-def _calls(sample: Mapping[str, Any], model: PreTrainedModel) -> list[Call]:
+def calls_of(sample: Mapping[str, Any], model: PreTrainedModel) -> list[Call]:
     """Arguments to run, the cheapest first: the first tokens may be too few for some heads."""
     decoder = bool(model.config.is_encoder_decoder)
     short = probe_inputs(sample, decoder=decoder)
@@ -169,29 +162,13 @@ def _compare(model: nn.Module, found: Mapping[str, Tensor], wanted: Mapping[str,
             raise _not_usable(
                 model, f"puts out {name or 'a tensor'} of {shapes[0]}, masked {shapes[1]}"
             )
-        difference, limit = _difference(found[name], wanted[name])
-        if not difference <= limit:  # catches nan too
+        apart, limit = difference(found[name], wanted[name])
+        if not apart <= limit:  # catches nan too
             raise _not_usable(
                 model,
-                f"puts out a {name or 'tensor'} that differs by {difference:.2g} of the largest "
+                f"puts out a {name or 'tensor'} that differs by {apart:.2g} of the largest "
                 f"value from the masked model's (at most {limit:g} is accepted)",
             )
-
-
-def _difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
-    """Relative difference of two tensors of one shape, and the largest that is accepted."""
-    new, old = found.cpu().double(), wanted.cpu().double()
-    same = (new == old) | (new.isnan() & old.isnan())
-    apart = torch.where(same, torch.zeros_like(new), new - old)
-    sizes = torch.where(old.isfinite(), old, torch.zeros_like(old))
-    if torch.finfo(wanted.dtype).bits < torch.finfo(torch.float32).bits:
-        scale, limit = sizes.norm().item(), HALF_TOLERANCE
-        difference = apart.norm().item()
-    else:
-        scale = sizes.abs().max().item() if sizes.numel() else 0.0
-        limit = TOLERANCE if wanted.device.type == "cpu" else DEVICE_TOLERANCE
-        difference = apart.abs().max().item() if apart.numel() else 0.0
-    return difference / max(scale, torch.finfo(torch.float64).tiny), limit
 
 
 def _not_usable(model: nn.Module, what: str) -> CutError:

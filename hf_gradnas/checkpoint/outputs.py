@@ -20,6 +20,13 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 UNIT_SIZED = ("attentions", "past_key_values")
 """Ends of the names of outputs that have entries per head, so that a cut changes their shapes."""
 
+TOLERANCE = 1e-4
+"""Largest difference of masked and cut outputs of 32 bits and more, relative to the largest."""
+DEVICE_TOLERANCE = 1e-3
+"""The same on an accelerator, which may multiply in TF32."""
+HALF_TOLERANCE = 5e-2
+"""The same for outputs of 16 bits and less, as a ratio of norms: single entries round coarsely."""
+
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, call: Call) -> dict[str, Tensor]:
@@ -56,3 +63,19 @@ def floating(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     for name, value in items:
         if not str(name).endswith(UNIT_SIZED):
             yield from floating(value, f"{path}.{name}".lstrip("."))
+
+
+def difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """Relative difference of two tensors of one shape, and the largest that is accepted."""
+    new, old = found.cpu().double(), wanted.cpu().double()
+    same = (new == old) | (new.isnan() & old.isnan())
+    apart = torch.where(same, torch.zeros_like(new), new - old)
+    sizes = torch.where(old.isfinite(), old, torch.zeros_like(old))
+    if torch.finfo(wanted.dtype).bits < torch.finfo(torch.float32).bits:
+        scale, limit = sizes.norm().item(), HALF_TOLERANCE
+        largest = apart.norm().item()
+    else:
+        scale = sizes.abs().max().item() if sizes.numel() else 0.0
+        limit = TOLERANCE if wanted.device.type == "cpu" else DEVICE_TOLERANCE
+        largest = apart.abs().max().item() if apart.numel() else 0.0
+    return largest / max(scale, torch.finfo(torch.float64).tiny), limit

@@ -194,33 +194,33 @@ def inspect_model(
         StructureError: Nothing can be pruned, or a glob matches nothing.
         PlanError: Layout ``stock`` was asked for, and the class can express nothing.
     """
+    from ..checkpoint.prunable import find_prunable
     from ..scores.batches import to_device
-    from ..structure.config_keys import find_stock_space, layout_for
-    from ..structure.counting import count_costs, original_totals
-    from ..structure.samples import flops_inputs
-    from ..verification import find_structure
+    from ..structure.counting import count_costs
 
     rules = rules or {}
-    batch = to_device(batch, model)
     try:
-        structure = find_structure(model, batch)
+        found = find_prunable(
+            model,
+            to_device(batch, model),
+            layout=layout,
+            rules=rules,
+            flops_length=flops_length,
+        )
     except StructureError as error:
         raise _NothingError(str(error)) from error
-    check_rules(rules, structure)
-    stock = find_stock_space(model, structure)
-    allowed = [axis for axis in structure.axes if rule_for(axis.module, rules) is not None]
-    chosen, reason = layout_for(stock, allowed, requested=layout)
-    sample = flops_inputs(batch, flops_length, decoder=bool(model.config.is_encoder_decoder))
-    costs = {name: count_costs(model, structure, sample, layout=name) for name in LAYOUTS}
+    check_rules(rules, found.structure)
+    structure, stock = found.structure, found.space
+    costs = {name: count_costs(model, structure, found.sample, layout=name) for name in LAYOUTS}
     return Inspection(
         source,
         structure,
         rules,
-        chosen,
-        reason,
+        found.layout,
+        found.layout_reason,
         stock,
-        original_totals(costs[chosen], structure, model),
-        costs[chosen],
+        found.totals,
+        found.costs,
         {
             name: _lowest(structure, forms, layout=name, rules=rules, stock=stock)
             for name, forms in costs.items()

@@ -1,0 +1,76 @@
+"""Everything that a plan for one model is made from, found by one verb before any scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..config.rules import Rules, rule_for
+from ..structure.config_keys import find_stock_space, layout_for
+from ..structure.counting import count_costs, original_totals
+from ..structure.samples import flops_inputs
+from ..types import CostModel, StockSpace, Structure
+from ..verification import find_structure
+from .rehearsal import rehearsed
+
+
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """What can be pruned in a model, how it would be written, and what it costs.
+
+    Attributes:
+        structure: Axes that are proved, cut and loaded again in a rehearsal, and the refusals.
+        space: What the stock class can express.
+        layout: ``"stock"`` or ``"per_layer"``.
+        layout_reason: Why, as a sentence.
+        sample: Arguments of the one forward that FLOPs are counted for.
+        costs: Closed forms by name, in this layout.
+        totals: Costs of the whole model by name.
+    """
+
+    structure: Structure
+    space: StockSpace
+    layout: str
+    layout_reason: str
+    sample: Mapping[str, Any]
+    costs: Mapping[str, CostModel]
+    totals: Mapping[str, float]
+
+
+def find_prunable(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    *,
+    layout: str = "auto",
+    rules: Rules | None = None,
+    flops_length: int | None = None,
+) -> Prunable:
+    """Find, prove and rehearse the axes, decide the layout, and count the costs.
+
+    Args:
+        model: A Transformers model, its weights on one device; it is left as it was.
+        batch: Keyword arguments of its forward, on its device.
+        layout: ``"auto"``, ``"stock"`` or ``"per_layer"``.
+        rules: What must stay; globs that match nothing do nothing.
+        flops_length: Tokens of the one sequence that FLOPs are counted for; None: the batch's.
+
+    Raises:
+        DataError: The model cannot run the batch.
+        PlanError: Layout ``"stock"`` was asked for, and the class can express nothing.
+        StructureError: Nothing can be pruned.
+    """
+    rules = rules or {}
+
+    def decide(structure: Structure) -> tuple[StockSpace, str, str]:
+        space = find_stock_space(model, structure)
+        allowed = [axis for axis in structure.axes if rule_for(axis.module, rules) is not None]
+        return space, *layout_for(space, allowed, requested=layout)
+
+    structure, space, chosen, reason = rehearsed(model, find_structure(model, batch), batch, decide)
+    sample = flops_inputs(batch, flops_length, decoder=bool(model.config.is_encoder_decoder))
+    costs = count_costs(model, structure, sample, layout=chosen)
+    totals = original_totals(costs, structure, model)
+    return Prunable(structure, space, chosen, reason, sample, costs, totals)
