@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers as tf
@@ -15,8 +16,8 @@ from sentence_cases import save_encoder
 from torch import nn
 
 import hf_gradnas
-from hf_gradnas import GradNASPruner
-from hf_gradnas.errors import StructureError
+from hf_gradnas import GradNASCallback, GradNASPruner
+from hf_gradnas.errors import DataError, PlanError, StructureError
 from hf_gradnas.scores.owners import body_of, sentence_class, split_features
 
 TEXTS = sentences(6)
@@ -105,6 +106,75 @@ def test_a_model_without_one_body_is_refused(tmp_path: Path) -> None:
     model = st.SentenceTransformer(modules=[first[0], nn.ModuleList([second])], device="cpu")
     with pytest.raises(StructureError, match="found BertModel, BertModel; pass the Transformers"):
         GradNASPruner(model)
+
+
+def make_trainer(folder: Path, callback: GradNASCallback, **options: Any) -> Any:
+    """A trainer of pairs of texts, which the library's contrastive loss compares."""
+    model = st.SentenceTransformer(str(save_encoder(folder / "encoder")), device="cpu")
+    texts = sentences(8)
+    data = datasets.Dataset.from_dict({"anchor": texts, "positive": [f"the {t}" for t in texts]})
+    settings = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_steps": 6}
+    settings |= {"per_device_train_batch_size": 4, "save_strategy": "no", "seed": 1}
+    arguments = st.SentenceTransformerTrainingArguments(str(folder / "run"), **settings)
+    loss = st.sentence_transformer.losses.MultipleNegativesRankingLoss(model)
+    options = {"loss": loss, "train_dataset": data, "callbacks": [callback], **options}
+    return st.SentenceTransformerTrainer(model, arguments, **options)
+
+
+@pytest.mark.parametrize("when", ["end", "begin", "gradual"])
+def test_a_trainer_of_the_library_prunes_while_it_trains(when: str, tmp_path: Path) -> None:
+    callback = GradNASCallback(BUDGET, when=when, labels="model", stages=2)
+    trainer = make_trainer(tmp_path, callback)
+    if when == "begin":
+        callback.attach(trainer)
+    trainer.train()
+    model = trainer.model
+    assert callback.scores.metadata["examples"] == "16"
+    assert sum(p.numel() for p in model[0].model.parameters()) == callback.plan.costs["params"]
+    again = st.SentenceTransformer(str(callback.directory), device="cpu")
+    assert [type(module) for module in again] == [type(module) for module in model]
+    model.eval()
+    found, expected = (m.encode(TEXTS, convert_to_tensor=True) for m in (again, model))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "labels='data': the trainer trains a SentenceTransformer around a BertModel"),
+        ({"scores_from": "training"}, "scores_from='training': the trainer trains a Sentence"),
+    ],
+)
+def test_scores_that_need_the_loss_are_refused_before_the_first_step(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, GradNASCallback(BUDGET, **options))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(PlanError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_several_data_sets_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    data = {
+        "one": datasets.Dataset.from_dict({"a": TEXTS, "b": TEXTS}),
+        "two": datasets.Dataset.from_dict({"anchor": TEXTS, "positive": TEXTS}),
+    }
+    callback = GradNASCallback(BUDGET, labels="model")
+    trainer = make_trainer(tmp_path, callback, train_dataset=datasets.DatasetDict(data))
+    with pytest.raises(DataError, match="on several data sets, whose columns may differ"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_batches_of_the_inner_model_are_scored_with_their_own_labels(tmp_path: Path) -> None:
+    folder = save_bert(tmp_path / "bert", "BertForSequenceClassification", num_labels=1)
+    model = st.CrossEncoder(str(folder), device="cpu")
+    batch = {**tokens(), "labels": torch.tensor([0.0, 1.0, 0.5, 0.2])}
+    pruner = GradNASPruner(model)
+    pruner.prune([batch], BUDGET)
+    assert pruner.scores.metadata["labels"] == "data"
 
 
 def test_columns_of_a_trainer_become_batches() -> None:

@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..errors import DataError
+from ..scores.owners import Features, body_of
 from ..scores.wrappers import without_autocast
+from .checks import check_sentence_settings
+from .settings import Settings
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -62,6 +65,37 @@ def private_batches(
         return DataLoader(dataset, **options)
     order = np.random.default_rng(seed).permutation(len(dataset))[:num_examples]
     return DataLoader(Subset(dataset, order.tolist()), **options)
+
+
+def trainer_batches(loader: Any, model: nn.Module, settings: Settings, args: Any) -> Batches:
+    """Batches of the Transformers model that a trainer trains, from the trainer's own loader.
+
+    Args:
+        loader: The trainer's.
+        model: What it trains: a Transformers model, or one of sentence-transformers around it,
+            whose every column of texts is a batch.
+        settings: Of the callback.
+        args: The trainer's.
+
+    Raises:
+        DataError: Nothing says that the data ends, or the columns of several data sets differ.
+        PlanError: The loss is not the Transformers model's own, and the settings need that.
+    """
+    body, owner = body_of(model)
+    if owner is not None:
+        check_sentence_settings(settings, body, owner)
+        if isinstance(loader, DataLoader) and isinstance(loader.dataset, ConcatDataset):
+            raise DataError(
+                f"train_dataset: {type(owner).__name__} is trained on several data sets, whose "
+                f"columns may differ; give dataloader=… of batches for the {type(body).__name__}."
+            )
+    batches = private_batches(
+        loader,
+        num_examples=settings.sample_size,
+        batch_size=args.per_device_train_batch_size,
+        seed=args.seed,
+    )
+    return batches if owner is None else Features(batches)
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:

@@ -17,10 +17,11 @@ from transformers.trainer_callback import ExportableState
 from ..checkpoint.targets import check_target
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
+from ..scores.owners import body_of
 from ..scores.sample import reiterable
 from ..scores.wrappers import check_no_adapters
 from ..types import Plan, Scores
-from .batches import private_batches
+from .batches import trainer_batches
 from .checks import check_only_one, check_unwrapped, check_whole
 from .handover import names_of, renew_optimizer, renew_trainer, swap_parameters, tokenizer_of
 from .publishing import check_publishing, complete_output, publish
@@ -212,7 +213,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         """Cut before training, where that was asked for and data is there."""
         model = kwargs["model"]
         self._makes_scheduler = kwargs["lr_scheduler"] is None
-        is_new = self._run is None or self._run.model is not model
+        is_new = self._run is None or self._run.trained is not model
         if self.settings.when == "begin" and self.dataloader is not None and is_new:
             self._cut_before(args, state, model, self.dataloader, kwargs["optimizer"])
 
@@ -285,7 +286,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the model, save it, and let go of what belonged to the whole one."""
         run, model = self._run, kwargs["model"]
-        if run is None or run.model is not model:
+        if run is None or run.trained is not model:
             return
         if not run.is_cut:
             names = names_of(model)
@@ -315,15 +316,10 @@ class GradNASCallback(TrainerCallback, ExportableState):
         check_target(self._target(args, state), overwrite=True)
         check_publishing(args)
         if self.dataloader is None:
-            batches = private_batches(
-                loader,
-                num_examples=self.settings.sample_size,
-                batch_size=args.per_device_train_batch_size,
-                seed=args.seed,
-            )
+            batches = trainer_batches(loader, model, self.settings, args)
         else:
-            limit = self.settings.num_examples
-            batches = self.dataloader = reiterable(self.dataloader, model, limit)
+            limit, body = self.settings.num_examples, body_of(model)[0]
+            batches = self.dataloader = reiterable(self.dataloader, body, limit)
         self._run = Run(self.settings, model, batches, args)
         return self._run
 
@@ -362,7 +358,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             PlanError: It goes on from a checkpoint of other units.
         """
         run = self._run
-        if run is None or run.model is not model or run.progress.plan is None:
+        if run is None or run.trained is not model or run.progress.plan is None:
             raise OrderError(
                 "train: the callback cut this model, and began to prune another one since; give "
                 "each trainer a GradNASCallback of its own."

@@ -11,6 +11,7 @@ from transformers.training_args import ParallelMode
 
 from ..errors import DataError, OrderError, PlanError
 from ..scores.batches import read_batches
+from .settings import Settings
 
 # Which callback prunes a model, and in the training of which state.
 _PRUNES: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], weakref.ref[Any]]]
@@ -43,6 +44,27 @@ def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
             f"labels='data': found no labels among {', '.join(sorted(found.columns))} in what is "
             f"scored with; give the labels that {type(model).__name__} takes, in dataloader=… if "
             "the training computes its loss without them, or use labels='model'."
+        )
+
+
+def check_sentence_settings(settings: Settings, body: nn.Module, owner: nn.Module) -> None:
+    """Check that scores do not need the loss with which sentence-transformers trains.
+
+    Raises:
+        PlanError: They do: a module of that library computes it from the embeddings of several
+            texts, and the Transformers model in it knows nothing of it.
+    """
+    names = f"{type(owner).__name__} around a {type(body).__name__}"
+    if settings.scores_from == "training":
+        raise PlanError(
+            f"scores_from='training': the trainer trains a {names}, whose loss is not the model's "
+            "own; use scores_from='private' with labels='model'."
+        )
+    if settings.needs_labels:
+        raise PlanError(
+            f"labels='data': the trainer trains a {names}, whose loss is not the model's own; use "
+            f"labels='model', or give dataloader=… of batches with the labels of the "
+            f"{type(body).__name__}."
         )
 
 

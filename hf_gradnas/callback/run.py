@@ -37,11 +37,13 @@ class Run:
 
     Args:
         settings: What is asked for.
-        model: The unwrapped model.
+        model: The unwrapped model, or one of sentence-transformers around it.
         batches: What to score with; can be read more than once.
         args: The trainer's arguments.
 
     Attributes:
+        trained: The model as the trainer has it.
+        model: The Transformers model.
         progress: What is pruned so far.
         scores: What the latest plan was made from.
     """
@@ -49,7 +51,7 @@ class Run:
     def __init__(
         self, settings: Settings, model: PreTrainedModel, batches: Batches, args: Any
     ) -> None:
-        self.settings, self.model = settings, model
+        self.settings, self.trained = settings, model
         self.progress = Progress()
         self.scores: Scores | None = None
         self._args, self._batches = args, batches
@@ -62,6 +64,7 @@ class Run:
             rules=settings.rules,
             accelerator=args.distributed_state,
         )
+        self.model = self._pruner.model
         self._budgets: tuple[Budget, ...] = ()
         self._stages: tuple[Stage, ...] = ()
         self._riding: TrainingScores | None = None
