@@ -310,7 +310,7 @@ OUTPUTS: dict[str, tuple[Change, str]] = {
     ),
     "hook": (
         lambda m: mlp(m).register_forward_hook(doubled),
-        r"another output\.logits.* the hook doubled on model\.layers\.0\.mlp",
+        r"gives other logits.* the hook doubled on model\.layers\.0\.mlp",
     ),
     "pre-hook": (
         lambda m: mlp(m).register_forward_pre_hook(lambda module, args: (2 * args[0],)),

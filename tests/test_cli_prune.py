@@ -467,3 +467,13 @@ def test_a_headless_model_cannot_be_evaluated(prune, tmp_path, tsv):
     code, _, err = prune("--model", base, "--eval-dataset", tsv, *TINY)
     assert code == 2
     assert "has no head whose loss could be measured" in err
+
+
+def test_what_cannot_be_saved_is_refused_before_scoring(prune, bert, tsv, tmp_path):
+    model = tf.BertForSequenceClassification.from_pretrained(bert)
+    torch.nn.init.constant_(model.bert.pooler.dense.bias, float("nan"))
+    model.save_pretrained(bert)
+    code, _, err = prune("--model", bert, "--dataset", tsv, "--output", "out", *TINY)
+    assert code == 2
+    assert "bert.pooler.dense.bias: holds NaN" in " ".join(err.split())
+    assert not list(tmp_path.glob("out*"))

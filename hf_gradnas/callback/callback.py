@@ -14,12 +14,12 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..checkpoint.savable import check_processor
 from ..checkpoint.targets import check_target
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
 from ..scores.owners import body_of
 from ..scores.sample import reiterable
-from ..scores.wrappers import check_no_adapters
 from ..types import Plan, Scores
 from .batches import trainer_batches
 from .checks import check_only_one, check_unwrapped, check_whole
@@ -228,6 +228,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             self._train_again(args, state, model, saved)
         else:
             check_not_cut(state, saved)
+            check_processor(tokenizer_of(kwargs))
             self._holds_whole = False
             run = self._begin_run(args, state, model, kwargs["train_dataloader"])
             run.begin(state, saved, checkpoint_folder(args, state))
@@ -292,10 +293,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             names = names_of(model)
             run.finish(state)
             self._hand_over(model, names, kwargs["optimizer"])
-        tokenizer = kwargs["processing_class"]
-        if tokenizer is None:
-            tokenizer = tokenizer_of(kwargs["train_dataloader"])
-        self.directory = run.write(self._target(args, state), tokenizer)
+        self.directory = run.write(self._target(args, state), tokenizer_of(kwargs))
         publish(self.directory, args)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -312,7 +310,6 @@ class GradNASCallback(TrainerCallback, ExportableState):
 
     def _begin_run(self, args: Any, state: Any, model: PreTrainedModel, loader: Any) -> Run:
         check_whole(args)
-        check_no_adapters(model)
         check_target(self._target(args, state), overwrite=True)
         check_publishing(args)
         if self.dataloader is None:

@@ -76,9 +76,17 @@ def renew_trainer(trainer: Any, *, makes_optimizer: bool, makes_scheduler: bool)
         trainer.optimizer = trainer.callback_handler.optimizer = None
 
 
-def tokenizer_of(loader: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a loader's collate function pads with; None: it has none."""
-    if not isinstance(loader, DataLoader):
-        return None
+def tokenizer_of(event: Mapping[str, Any]) -> Any:
+    """What a trainer processes its data with, or its loader's collate function pads with.
+
+    Args:
+        event: Keyword arguments of an event of a trainer.
+
+    Returns:
+        A tokenizer or processor; None: there is none.
+    """
+    given, loader = event.get("processing_class"), event["train_dataloader"]
+    if given is not None or not isinstance(loader, DataLoader):
+        return given
     found = (collator.get("tokenizer") for collator in collators_of(loader))
     return next((each for each in found if isinstance(each, PreTrainedTokenizerBase)), None)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoint.savable import check_savable
 from ..errors import GradNASWarning, PlanError
 from ..pruner import GradNASPruner
 from ..scores.processes import Processes
@@ -265,8 +266,13 @@ class Run:
     # -- the end -----------------------------------------------------------------------------
 
     def finish(self, state: Any) -> None:
-        """Cut the model to the budget; score it first where it is not masked to it."""
+        """Cut the model to the budget; score it first where it is not masked to it.
+
+        Raises:
+            StructureError: It could not be saved any more; it is whole then.
+        """
         self.release()
+        check_savable(self.model)
         plan = self.progress.plan
         if plan is None or not self.progress.is_final:
             if self._stages:

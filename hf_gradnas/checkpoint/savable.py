@@ -8,6 +8,7 @@ and shapes, and at last by outputs, which shows whatever else a load would not r
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import StructureError
+from ..errors import CheckpointError, StructureError
 from ..scores.shards import is_sharded
 from .plain import check_plain, made_by
 from .restored import check_outputs
@@ -53,6 +54,28 @@ def check_savable(model: nn.Module, batch: Mapping[str, Any] | None = None) -> N
     others = fill_twin(twin, model)
     if batch is not None and len({p.device for p in model.parameters()}) == 1:
         check_outputs(model, twin, batch, others)
+
+
+def check_processor(processor: Any) -> None:
+    """Check that a tokenizer, image processor or processor can be saved, in a folder that is gone.
+
+    Args:
+        processor: What is saved beside the model; None: nothing is.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
+    if processor is None:
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            processor.save_pretrained(folder)
+    except Exception as error:  # each kind of processor refuses in its own ways
+        raise CheckpointError(
+            f"{type(processor).__name__}: cannot be saved beside the model "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); give a tokenizer or "
+            "processor whose save_pretrained works, or none."
+        ) from error
 
 
 # --- names and shapes -----------------------------------------------------------------------------

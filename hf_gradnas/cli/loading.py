@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ..config.recipe import Recipe
 
 DEFAULT_MAX_LENGTH = 128
+ADAPTER = "adapter_config.json"
+"""File by which an adapter of PEFT is known."""
 # Tokenizers without a limit of their own say 10^30.
 _NO_LIMIT = 10**9
 
@@ -62,14 +65,22 @@ def open_source(recipe: Recipe, folder: str, *, needs_processor: bool = True) ->
             f"--model {recipe.model}: there is no such folder; check the path, or give a Hub id."
         )
     options = _hub_options(recipe)
-    config = _load(
-        AutoConfig.from_pretrained,
-        folder,
-        what=f"--model {recipe.model}: cannot be loaded",
-        advice="give a Hub id or a folder with config.json; a private model needs "
-        "'hf auth login', remote code needs --trust-remote-code.",
-        **options,
-    )
+    if Path(folder, ADAPTER).is_file():
+        raise _adapter_error(recipe, Path(folder, ADAPTER))
+    try:
+        config = _load(
+            AutoConfig.from_pretrained,
+            folder,
+            what=f"--model {recipe.model}: cannot be loaded",
+            advice="give a Hub id or a folder with config.json; a private model needs "
+            "'hf auth login', remote code needs --trust-remote-code.",
+            **options,
+        )
+    except RecipeError:
+        file = _adapter_file(recipe, folder)
+        if file is not None:
+            raise _adapter_error(recipe, file) from None
+        raise
     cls = model_class(config, asked)
     known = asked or task_of(config)
     task = known or TASKS["feature-extraction"]
@@ -81,6 +92,39 @@ def open_source(recipe: Recipe, folder: str, *, needs_processor: bool = True) ->
             raise
         processor = tokenizer = None
     return Source(config, cls, task, feeds, processor, tokenizer, head_is_unknown=known is None)
+
+
+def _adapter_file(recipe: Recipe, folder: str) -> Path | None:
+    """The config of an adapter in a repository of the Hub, if it is one."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            folder,
+            ADAPTER,
+            revision=recipe.revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # no such repository: the first error says so
+        return None
+    return None if found is None else Path(found)
+
+
+def _adapter_error(recipe: Recipe, file: Path) -> RecipeError:
+    """What to say of an adapter: it is a change of a model, and no model."""
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    base = base if isinstance(base, str) else "its base model"
+    return RecipeError(
+        f"--model {recipe.model}: holds an adapter ({ADAPTER}), needed is a whole model, since an "
+        "adapter would not follow the cut; merge it first: model = peft.PeftModel.from_pretrained("
+        f"AutoModel….from_pretrained({base!r}), {recipe.model!r}).merge_and_unload(), then save "
+        "model and tokenizer with save_pretrained(folder) and give that folder."
+    )
 
 
 def load_model(recipe: Recipe, source: Source, folder: str) -> tuple[PreTrainedModel, list[str]]:

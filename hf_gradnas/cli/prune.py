@@ -225,8 +225,10 @@ class _Run:
         return model, loader, measured
 
     def _discover(self, model: PreTrainedModel, loader: DataLoader[Any], job: Job) -> GradNASPruner:
+        from ..checkpoint.savable import check_processor
         from ..pruner import GradNASPruner
 
+        check_processor(job.source.processor)
         pruner = GradNASPruner(
             model,
             score=self.recipe.score,

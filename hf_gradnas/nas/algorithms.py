@@ -31,10 +31,11 @@ def convert(model: nn.Module, mode: ModeLike) -> nn.Module:
             a subclass brings its own `search_algorithm`.
 
     Raises:
+        CheckpointError: The config or generation config of a Transformers model cannot be saved.
         PlanError: The mode is unknown, more than one is given, or its config asks for another
             kernel size than a convolution has.
         pydantic.ValidationError: The config cannot be read; the message has the field's path.
-        StructureError: The model has no parameters.
+        StructureError: The model has no parameters, or could not be saved and loaded as it is.
     """
     descriptor, config = _read_mode(mode)
     inner = unwrap(model)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.apply import apply_plan, cut_with_proof
 from ..checkpoint.rewrite import write_stock
+from ..checkpoint.savable import check_savable
 from ..config.gradnas import GradNASConfig
 from ..errors import CheckpointError, PlanError, StructureError
 from ..structure.config_keys import find_stock_space
@@ -27,14 +28,16 @@ def convert_model(model: nn.Module, config: GradNASConfig) -> tuple[nn.Module, d
     """Make a model a search space; no module or weight of it changes.
 
     Raises:
+        CheckpointError: The config or generation config of a Transformers model cannot be saved.
         PlanError: The config asks for another kernel size than a convolution has.
-        StructureError: The model has no parameters.
+        StructureError: The model has no parameters, or could not be saved and loaded as it is.
     """
     if next(model.parameters(), None) is None:
         raise StructureError(
             f"{type(model).__name__}: has no parameters, so there is nothing to prune; pass the "
             "model itself."
         )
+    check_savable(model)
     check_kernels(model, config)
     open_space(model, config)
     return model, {}

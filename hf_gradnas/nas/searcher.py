@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..checkpoint.savable import check_savable
 from ..config.budgets import format_amount, parse_budgets
 from ..costs.closed_form import unsplit_table_params
 from ..errors import BudgetError, DataError, OrderError, StructureError
@@ -146,6 +147,7 @@ class GradientBinarySearcher:
             )
         if space.structure is None:
             space.probe = probe_arguments(self.model, self.dummy_input)
+            check_savable(self.model, space.probe)
             space.structure = find_structure(self.model, space.probe)
             space.hparams = make_hparams(self.model, space.structure, space.config)
         searched = self._searched()
