@@ -15,8 +15,10 @@ from ..config.budgets import format_amount
 from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
 from ..config.rules import Rules, check_rules, parse_rules, rule_for
-from ..errors import GradNASError, RecipeError, StructureError
+from ..errors import GradNASError, StructureError
 from ..types import Axis, Budget, CostModel, StockSpace, Structure
+from .early import check_inspected, is_local
+from .idle import Known, check_idle
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def inspect_from_options(
     screen = Screen(results=not as_json, notes=not quiet)
     try:
         recipe = build_recipe(flags)
+        check_inspected(recipe, given=frozenset(flags))
         with quiet_libraries(screen):
             found = inspect_recipe(recipe, given=frozenset(flags))
     except KeyboardInterrupt:
@@ -126,20 +129,15 @@ def inspect_recipe(recipe: Recipe, *, given: frozenset[str] = frozenset()) -> In
         PlanError: Layout ``stock`` was asked for, and the class can express nothing.
     """
     from .loading import load_model, open_source, resolve_max_length
-    from .quickstart import NAME
 
-    if recipe.model == NAME:
-        raise RecipeError(
-            f"--model {NAME}: is trained by prune only; inspect the folder that it leaves."
-        )
-    folder = str(Path(recipe.model).expanduser())
-    folder = folder if Path(folder).exists() else recipe.model
+    folder = str(Path(recipe.model).expanduser()) if is_local(recipe.model) else recipe.model
     if recipe.dataset is not None:
         source, model, missing, batch, length = _with_data(recipe, folder, given)
     else:
         from .sample import random_batch
 
         source = open_source(recipe, folder, needs_processor=False)
+        check_idle(recipe, given, Known(source.task.head, source.input))
         max_length = resolve_max_length(recipe, source)
         model, missing = load_model(recipe, source, folder)
         batch = random_batch(source, model, max_length=max_length, seed=recipe.seed)

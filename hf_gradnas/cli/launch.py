@@ -5,6 +5,7 @@ One started in the plain way stays alone: no process group is made for it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -26,9 +27,9 @@ def is_main() -> bool:
 
 
 def _number(names: tuple[str, ...], default: int) -> int:
-    from accelerate.utils import get_int_from_env
-
-    return int(get_int_from_env(names, default))
+    """The first of these settings that is a number, as Accelerate reads them."""
+    found = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in found if value.isdecimal()), default)
 
 
 @contextmanager

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..checkpoint.targets import check_target
-from ..config.budgets import parse_budgets
 from ..config.recipe import Recipe
-from ..errors import DataError, RecipeError, ScoresError
+from ..errors import DataError, RecipeError
 from ..types import Scores
 from .columns import Columns, choose_columns
 from .datasets import BUNDLED, open_bundled, open_dataset
+from .early import read_scores
 from .encoding import ENCODERS
 from .examples import Examples, Feed
 from .files import Rows
@@ -29,14 +25,13 @@ from .held_out import (
     wanted,
     without,
 )
+from .idle import Known, check_idle
 from .labels import check_same_numbers
 from .loading import Source, best_device, open_source, prepare_tokenizer, resolve_max_length
 from .media import encode_audio, encode_image
-from .quickstart import NAME as QUICKSTART
 from .settings_table import settings_of
 from .tasks import Head
 
-COSTS = ("flops", "params")
 # A file of running text has no rows; so many tokens a row at least are assumed of a Hub data set.
 _TOKENS_PER_ROW = 8
 
@@ -72,76 +67,6 @@ class Job:
     warnings: tuple[str, ...] = ()
 
 
-def resolve_paths(recipe: Recipe) -> Recipe:
-    """Fill in where the results go, ``~`` resolved, and check what needs neither model nor data.
-
-    Raises:
-        RecipeError: The output is the model itself, or no scores file can stand there.
-        BudgetError: A target cannot be read.
-        CheckpointError: The output exists and `overwrite` is off, or is not writable.
-    """
-    parse_budgets(recipe.target, dict.fromkeys(COSTS, math.inf))
-    if recipe.training is not None:
-        raise RecipeError(
-            "training: the recipe is for a Trainer, and this command does not train; give it to "
-            "GradNASCallback.from_recipe, or leave `training` out of it."
-        )
-    name = _folder_name(Path(recipe.model).expanduser()) if _is_local(recipe.model) else ""
-    default = f"./{name or recipe.model.rstrip('/').rsplit('/', 1)[-1]}-gradnas"
-    output = _without_tilde(recipe.output or default)
-    save_scores = _without_tilde(recipe.save_scores or f"{output.rstrip('/')}.scores.safetensors")
-    scores = recipe.scores and _without_tilde(recipe.scores)
-    if _is_local(recipe.model) and Path(output).resolve() == Path(recipe.model).resolve():
-        raise RecipeError(
-            f"--output {output}: is the folder of the model itself; give another folder, the "
-            "original is kept."
-        )
-    if not recipe.dry_run:
-        check_target(output, overwrite=recipe.overwrite)
-    if recipe.scores is None:
-        folder = Path(save_scores).absolute().parent
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            given = f"--save-scores {save_scores}"
-            given = given if recipe.save_scores else f"--output {output}"
-            raise RecipeError(
-                f"{given}: {folder} is not a folder that can be written to; "
-                "make it, or give another file."
-            )
-    own = {"output": output, "save_scores": save_scores, "scores": scores}
-    return recipe.model_copy(update=own)
-
-
-def _folder_name(folder: Path) -> str:
-    """A folder's name as it was given; that of a link is the link's."""
-    return folder.resolve().name if folder.name in ("", "..") else folder.name
-
-
-def _without_tilde(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
-def read_scores(recipe: Recipe, *, given: Set[str]) -> Scores | None:
-    """Scores of an earlier run, if the recipe names a file.
-
-    Raises:
-        ScoresError: The file is missing, damaged, or holds another score than was asked for.
-    """
-    if recipe.scores is None:
-        return None
-    if not Path(recipe.scores).is_file():
-        raise ScoresError(
-            f"--scores {recipe.scores}: there is no such file; leave --scores away to score."
-        )
-    scores = Scores.load(recipe.scores)
-    method = scores.metadata.get("method", recipe.score)
-    if "score" in given and method != recipe.score:
-        raise ScoresError(
-            f"--scores {recipe.scores}: holds {method!r} scores, but --score {recipe.score} was "
-            "asked for; leave one of the two away."
-        )
-    return scores
-
-
 def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
     """Open model config, processor and data, and settle every default.
 
@@ -157,6 +82,7 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
     """
     scores = read_scores(recipe, given=given)
     source = open_source(recipe, folder)
+    check_idle(recipe, given, Known(source.task.head, source.input))
     padding = prepare_tokenizer(source)
     max_length = resolve_max_length(recipe, source)
     flops_length = recipe.flops_length or max_length
@@ -269,10 +195,6 @@ def encode(feed: Feed) -> Examples:
     media: dict[str, Callable[[Feed], Examples]] = {"image": encode_image, "audio": encode_audio}
     encoder = media.get(feed.source.input) or ENCODERS[feed.source.task.head]
     return encoder(feed)
-
-
-def _is_local(name: str) -> bool:
-    return Path(name).expanduser().exists() and name != QUICKSTART
 
 
 def _resolve_labels(recipe: Recipe, source: Source) -> str:

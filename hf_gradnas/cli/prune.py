@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.recipe import Recipe
+from ..config.recipe import QUICKSTART, Recipe
 from ..config.recipe_building import build_recipe
 from ..config.recipe_saving import shareable, to_yaml
 from ..errors import GradNASError, RecipeError
 from .doubts import warn_of_doubts
+from .early import check_early, is_local
 from .records import record
 from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
 
@@ -51,8 +52,10 @@ def prune_from_options(
     run: _Run | None = None
     try:
         recipe = build_recipe(flags, settings=settings, file=file)
+        given = frozenset(recipe.model_fields_set)
+        recipe = check_early(recipe, given=given)
         with launched(recipe) as (own, processes), quiet_libraries(screen):
-            run = _Run(own, screen, processes, given=frozenset(recipe.model_fields_set))
+            run = _Run(own, screen, processes, given=given)
             run.execute()
     except KeyboardInterrupt:
         screen.error(run.interruption() if run else "interrupted; nothing was written.")
@@ -97,12 +100,10 @@ class _Run:
 
     def execute(self) -> None:
         """All steps in order."""
-        from .preparation import prepare, resolve_paths
+        from .preparation import prepare
         from .publish import push_settings
         from .show import show_settings
 
-        with self.processes.joint():
-            self.recipe = resolve_paths(self.recipe)
         self._check_push()
         folder = self._model_folder()
         opened = partial(prepare, self.recipe, folder=folder, given=self.given)
@@ -148,11 +149,6 @@ class _Run:
         The recipe then forgets where to: who runs the saved one again does not mean to publish.
         """
         asked, self.private = self.recipe.push_to_hub, self.recipe.private
-        if self.private and asked is None:
-            raise RecipeError(
-                "--private: nothing is pushed; give --push-to-hub user/name, or leave --private "
-                "away."
-            )
         self.recipe = self.recipe.model_copy(update={"push_to_hub": None, "private": False})
         if asked is not None and not self.recipe.dry_run:
             from ..hub import check_access
@@ -170,10 +166,10 @@ class _Run:
 
     def _model_folder(self) -> str:
         """Where the model is; trains the quickstart model first if that was asked for."""
-        from .quickstart import NAME, Training, make_quickstart
+        from .quickstart import Training, make_quickstart
 
-        if self.recipe.model != NAME:
-            return self._local_folder() if self._is_local() else self.recipe.model
+        if self.recipe.model != QUICKSTART:
+            return self._local_folder() if is_local(self.recipe.model) else self.recipe.model
         self.is_quickstart = True
         folder = Path(f"{self.recipe.output}.quickstart")
         training = Training(seed=self.recipe.seed)
@@ -193,9 +189,6 @@ class _Run:
         from ..checkpoint.sentence_folders import body_folder
 
         return str(body_folder(Path(self.recipe.model).expanduser()))
-
-    def _is_local(self) -> bool:
-        return Path(self.recipe.model).expanduser().exists()
 
     def _load(self, job: Job) -> tuple[PreTrainedModel, DataLoader[Any], Batches | None]:
         from .examples import make_loader

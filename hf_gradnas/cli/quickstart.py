@@ -23,7 +23,6 @@ from .datasets import bundled_text
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-NAME = "quickstart"
 _RECORD = "quickstart.json"
 
 

@@ -7,16 +7,17 @@ knows neither models nor data sets.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from .recipe_values import read_label_map, read_targets, refuse_slips
 from .strict import Settings
 
 FORMAT = 1
 """Version of recipe files that is read and written."""
+QUICKSTART = "quickstart"
+"""Name of the model that the prune command trains on the spot."""
 
 _Extra = dict[str, Any]
 _MODEL: _Extra = {"panel": "Model"}
@@ -59,7 +60,6 @@ class Recipe(Settings):
     format_version: Literal[1] = Field(default=1, description="Version of this file format.")
 
     model: str = Field(
-        min_length=1,
         description="Hub id or folder of the model; 'quickstart' trains a small one on the spot.",
         json_schema_extra=_named(_MODEL, "ID|FOLDER"),
     )
@@ -334,48 +334,21 @@ class Recipe(Settings):
         default=False, description="Make the repository private.", json_schema_extra=_OUTPUT
     )
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _refuse_slips(cls, value: Any) -> Any:
+        refuse_slips(value)
+        return value
+
     @field_validator("target", mode="before")
     @classmethod
     def _read_targets(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = [value]
-        if isinstance(value, Mapping) and any(isinstance(v, bool) for v in value.values()):
-            raise ValueError("a limit is no switch that could be true or false")
-        if not isinstance(value, list | tuple):
-            return value
-        targets: dict[str, str] = {}
-        for item in value:
-            name, separator, limit = str(item).partition("=")
-            if not (separator and name.strip() and limit.strip()):
-                raise ValueError(f"{item!r} is not of the form NAME=VALUE, e.g. flops=60%")
-            if name.strip() in targets:
-                raise ValueError(f"{name.strip()!r} is limited twice; give one limit of each cost")
-            targets[name.strip()] = limit.strip()
-        return targets
+        return read_targets(value)
 
     @field_validator("label_map", mode="before")
     @classmethod
     def _read_label_map(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = [value]
-        pairs = list(value.items()) if isinstance(value, dict) else value
-        if isinstance(value, list | tuple):
-            texts = (text for item in value for text in str(item).split(","))
-            pairs = [(name, number) for name, _, number in (t.rpartition("=") for t in texts)]
-        if not isinstance(pairs, list):
-            return value
-        numbers: dict[str, int] = {}
-        for key, number in pairs:
-            name, digits = str(key).strip(), str(number).strip()
-            if isinstance(key, bool) or not name or not re.fullmatch("[0-9]{1,9}", digits):
-                raise ValueError(
-                    f"{key}={number} is not of the form NAME=NUMBER, e.g. positive=1,negative=0; "
-                    "in a file, quote names such as yes and no"
-                )
-            if name in numbers:
-                raise ValueError(f"{name!r} is given twice; give each label one number")
-            numbers[name] = int(digits)
-        return numbers
+        return read_label_map(value)
 
     @field_validator("exclude", mode="before")
     @classmethod

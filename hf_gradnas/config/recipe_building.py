@@ -23,6 +23,12 @@ OF_DATASET = {
     "audio_column",
 }
 OF_EVALUATION = {"eval_split"}
+# Options that go with another, which is given anew or given instead.
+GOES_WITH = {
+    "model": {"revision"},
+    "scores": {"save_scores", "labels"},
+    "save_scores": {"scores"},
+}
 
 
 def build_recipe(
@@ -37,7 +43,8 @@ def build_recipe(
         file: YAML file, or the name of a recipe that ships with the package.
 
     A data set that is given here and in the file stands for itself: the file's split and columns
-    belong to its own. Options in `BY_FLAG_ONLY` are given here, or not at all.
+    belong to its own. Options in `BY_FLAG_ONLY` are given here, or not at all. What a file sets to
+    the default counts as not given.
 
     Raises:
         RecipeError: A file, key or value that cannot be used; the message names the nearest key.
@@ -49,9 +56,13 @@ def build_recipe(
     _refuse_unasked(values, flags={*flags, *map(_name_of, settings)}, where=f"recipe {file}")
     for key in _of_replaced({*flags, *map(_name_of, settings)}, values):
         values.pop(key, None)
+    values = {key: value for key, value in values.items() if not _is_default(key, value)}
+    of_file = values.keys() - {*flags, *map(_name_of, settings)}
     for setting in settings:
         _apply_setting(values, setting)
     values.update(flags)
+    for key in _of_switched_off(values) & of_file:
+        del values[key]
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -90,7 +101,26 @@ def _of_replaced(given: set[str], values: Mapping[str, Any]) -> set[str]:
             gone |= OF_EVALUATION
     if "eval_dataset" in given:
         gone |= OF_EVALUATION
+    for name in given & GOES_WITH.keys():
+        gone |= GOES_WITH[name]
     return gone
+
+
+def _of_switched_off(values: Mapping[str, Any]) -> set[str]:
+    """Options of a step that is not taken."""
+    gone = set()
+    if str(values.get("recover_epochs")) in ("0", "0.0"):
+        gone |= {key for key in values if key.startswith("recover_")} - {"recover_epochs"}
+    if values.get("eval") is False:
+        gone |= {key for key in values if key.startswith("eval_")}
+    return gone
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Whether a file says no more than the default: saved recipes list all options."""
+    default = Recipe.model_fields[key].get_default(call_default_factory=True)
+    is_plain = not isinstance(value, dict)  # `--set` may add to a mapping
+    return is_plain and type(value) is type(default) and bool(value == default)
 
 
 def _name_of(setting: str) -> str:

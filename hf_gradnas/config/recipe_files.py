@@ -76,9 +76,14 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def _find_recipe(file: str | Path) -> Path:
-    path = Path(file)
-    if path.is_file():
-        return path
+    path = Path(file).expanduser() if str(file).startswith("~/") else Path(file)
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--recipe {file}: cannot be a path ({error}); check it.") from error
+    if path.is_dir():
+        raise RecipeError(f"--recipe {file}: is a folder, needed a file; give the YAML file.")
     shipped = shipped_recipes()
     name = str(file).removesuffix(".yaml")
     if name in shipped:

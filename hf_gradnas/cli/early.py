@@ -1,0 +1,306 @@
+"""What is judged before torch is imported: names, paths, budgets, and what excludes what.
+
+Imports neither torch nor transformers nor datasets, so that a slip costs no waiting.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Set
+from pathlib import Path
+
+from ..checkpoint.targets import check_target
+from ..config.budgets import parse_budgets
+from ..config.recipe import QUICKSTART, Recipe
+from ..config.rules import parse_rules
+from ..errors import DataError, RecipeError, ScoresError
+from ..types import Scores
+from .files import READERS
+from .idle import Known, check_idle
+from .tasks import named_task
+
+COSTS = ("flops", "params")
+# Devices of torch and of its better-known extensions.
+_DEVICES = (
+    "cpu", "cuda", "mps", "xpu", "xla", "hpu", "npu", "mlu", "musa", "mtia", "maia", "hip", "ipu",
+    "vulkan", "privateuseone",
+)  # fmt: skip
+_DEVICE = re.compile(r"([a-z]+)(:(0|[1-9]\d{0,3}))?")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_LONGEST_ID = 96
+_WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.index.json",
+    "*.h5",
+    "*.msgpack",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+)
+
+
+def check_early(recipe: Recipe, *, given: Set[str]) -> Recipe:
+    """Check all options of a prune that need neither model nor data; fill in where results go.
+
+    Args:
+        recipe: As it was given.
+        given: Names of the options that were given; the others are defaults.
+
+    Returns:
+        The recipe with `output` and `save_scores` filled in, ``~`` resolved.
+
+    Raises:
+        RecipeError: An option, or a combination of them, cannot be used.
+        BudgetError: A target cannot be read.
+        PlanError: A rule cannot be read.
+        DataError: A data set is not there.
+        ScoresError: The scores file cannot be used.
+        CheckpointError: The output exists and `overwrite` is off, or is not writable.
+    """
+    parse_budgets(recipe.target, dict.fromkeys(COSTS, math.inf))
+    parse_rules(recipe.rules())
+    if recipe.training is not None:
+        raise RecipeError(
+            "training: the recipe is for a Trainer, and this command does not train; give it to "
+            "GradNASCallback.from_recipe, or leave `training` out of it."
+        )
+    if recipe.private and recipe.push_to_hub is None:
+        raise RecipeError(
+            "--private: nothing is pushed; give --push-to-hub user/name, or leave --private away."
+        )
+    _check_inputs(recipe, given)
+    recipe = resolve_paths(recipe)
+    read_scores(recipe, given=given)
+    return recipe
+
+
+def check_inspected(recipe: Recipe, *, given: Set[str]) -> None:
+    """The same for inspect, which writes nothing.
+
+    Raises:
+        RecipeError: An option, or a combination of them, cannot be used.
+        DataError: The data set is not there.
+    """
+    if recipe.model == QUICKSTART:
+        raise RecipeError(
+            f"--model {QUICKSTART}: is trained by prune only; inspect the folder that it leaves."
+        )
+    parse_rules(recipe.rules())
+    _check_inputs(recipe, given)
+
+
+def _check_inputs(recipe: Recipe, given: Set[str]) -> None:
+    check_model(recipe.model)
+    if recipe.device is not None:
+        check_device(recipe.device)
+    task = named_task(recipe.task) if recipe.task is not None else None
+    for name, option in ((recipe.dataset, "dataset"), (recipe.eval_dataset, "eval_dataset")):
+        if name is not None:
+            _check_data(name, option)
+    check_idle(recipe, given, Known.of_task(task))
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def is_local(name: str) -> bool:
+    """Whether a model's name is that of a file or folder here."""
+    return name != QUICKSTART and _kind(name, "model") != ""
+
+
+def check_model(name: str) -> None:
+    """Check that a model could be loaded from there: its folder, or the form of its Hub id.
+
+    Raises:
+        RecipeError: It could not.
+    """
+    if name == QUICKSTART:
+        return
+    kind, path = _kind(name, "model"), Path(name).expanduser()
+    if kind == "file":
+        raise RecipeError(
+            f"--model {name}: is a file, needed the folder of a model; give the folder that holds "
+            "its config.json."
+        )
+    if kind == "folder":
+        _check_model_folder(name, path)
+    elif name.startswith((".", "/", "~")):
+        raise RecipeError(
+            f"--model {name}: there is no such folder; check the path, or give a Hub id."
+        )
+    elif not _is_hub_id(name):
+        raise RecipeError(
+            f"--model {name}: there is no such folder, and the Hub has no ids of this form; check "
+            "the path, or give an id such as google-bert/bert-base-uncased."
+        )
+
+
+def _check_model_folder(name: str, folder: Path) -> None:
+    config = folder / "config.json"
+    adapter = (folder / "adapter_config.json").is_file()
+    has_weights = any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
+    if adapter and not (config.is_file() and next(folder.glob("model*.safetensors"), None)):
+        raise RecipeError(
+            f"--model {name}: is the folder of an adapter (adapter_config.json), not of a whole "
+            "model; merge it first: model = AutoPeftModel….from_pretrained(folder)"
+            ".merge_and_unload(), save that with save_pretrained, and give its folder."
+        )
+    if not config.is_file():
+        raise RecipeError(
+            f"--model {name}: cannot be loaded, its folder has no config.json; give the folder "
+            "that save_pretrained wrote, or a Hub id."
+        )
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"--model {name}: cannot be loaded, its config.json cannot be read ({error}); restore "
+            "it, or save the model again."
+        ) from error
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"--model {name}: cannot be loaded, its config.json holds {type(content).__name__}, "
+            "needed an object; restore it, or save the model again."
+        )
+    if not has_weights:
+        raise RecipeError(
+            f"--model {name}: its weights cannot be loaded, the folder holds none (such as "
+            "model.safetensors); check that the model was saved or downloaded whole."
+        )
+
+
+def _check_data(name: str, option: str) -> None:
+    """Check that a data set is there, as far as that can be told without opening it."""
+    flag = f"--{option.replace('_', '-')} {name}"
+    kind, path = _kind(name, option), Path(name).expanduser()
+    if kind == "file":
+        if path.suffix.lower() not in READERS:
+            raise DataError(
+                f"{flag}: cannot tell the format of {path.suffix or 'a file without suffix'!r}; "
+                f"give one of {', '.join(READERS)}."
+            )
+        if path.stat().st_size == 0:
+            raise DataError(f"{flag}: holds no example; give a file with at least one.")
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{flag}: cannot be read; change its permissions.")
+    elif kind == "folder":
+        if not any(path.iterdir()):
+            raise DataError(f"{flag}: is an empty folder; give one with a data file.")
+    elif name.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
+        raise DataError(f"{flag}: there is no such file or folder; check the path.")
+    elif not _is_hub_id(name.partition(":")[0]):
+        raise DataError(
+            f"{flag}: there is no such file or folder, and the Hub has no ids of this form; check "
+            "the path, or give an id such as nyu-mll/glue:sst2."
+        )
+
+
+def _is_hub_id(name: str) -> bool:
+    plain = _HUB_ID.fullmatch(name) and not name.endswith((".", "-", ".git"))
+    return bool(plain) and len(name) <= _LONGEST_ID and "--" not in name and ".." not in name
+
+
+def _kind(name: str, option: str) -> str:
+    """``file``, ``folder``, or nothing."""
+    try:
+        path = Path(name).expanduser()
+        return "folder" if path.is_dir() else "file" if path.exists() else ""
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"--{option.replace('_', '-')} {name}: cannot be a path ({error}); check it."
+        ) from error
+
+
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """Fill in where the results go, ``~`` resolved, and check that they can be written there.
+
+    Raises:
+        RecipeError: The output is the model itself, or no scores file can stand there.
+        CheckpointError: The output exists and `overwrite` is off, or is not writable.
+    """
+    local = is_local(recipe.model)
+    name = _folder_name(Path(recipe.model).expanduser()) if local else ""
+    default = f"./{name or recipe.model.rstrip('/').rsplit('/', 1)[-1]}-gradnas"
+    output = _without_tilde(recipe.output or default, "output")
+    default = f"{output.rstrip('/')}.scores.safetensors"
+    save_scores = _without_tilde(recipe.save_scores or default, "save_scores")
+    scores = recipe.scores and _without_tilde(recipe.scores, "scores")
+    source = Path(recipe.model).expanduser() if local else None
+    if source is not None and Path(output).resolve() == source.resolve():
+        raise RecipeError(
+            f"--output {output}: is the folder of the model itself; give another folder, the "
+            "original is kept."
+        )
+    if not recipe.dry_run:
+        check_target(output, overwrite=recipe.overwrite, source=source)
+    if recipe.scores is None:
+        _check_scores_place(recipe, Path(save_scores), output)
+    own = {"output": output, "save_scores": save_scores, "scores": scores}
+    return recipe.model_copy(update=own)
+
+
+def _check_scores_place(recipe: Recipe, file: Path, output: str) -> None:
+    option = "save_scores" if recipe.save_scores else "output"
+    given = f"--save-scores {file}" if recipe.save_scores else f"--output {output}"
+    folder = file.absolute().parent
+    if _kind(str(folder), option) != "folder" or not os.access(folder, os.W_OK):
+        raise RecipeError(
+            f"{given}: {folder} is not a folder that can be written to; "
+            "make it, or give another file."
+        )
+    if _kind(str(file), option) == "folder":
+        raise RecipeError(f"{given}: {file} is a folder, needed a file; give another name.")
+
+
+def _folder_name(folder: Path) -> str:
+    """A folder's name as it was given; that of a link is the link's."""
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
+
+
+def _without_tilde(path: str, option: str) -> str:
+    _kind(path, option)
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+# --- scores and devices ---------------------------------------------------------------------------
+
+
+def read_scores(recipe: Recipe, *, given: Set[str]) -> Scores | None:
+    """Scores of an earlier run, if the recipe names a file.
+
+    Raises:
+        ScoresError: The file is missing, damaged, or holds another score than was asked for.
+    """
+    if recipe.scores is None:
+        return None
+    if not Path(recipe.scores).is_file():
+        raise ScoresError(
+            f"--scores {recipe.scores}: there is no such file; leave --scores away to score."
+        )
+    scores = Scores.load(recipe.scores)
+    method = scores.metadata.get("method", recipe.score)
+    if "score" in given and method != recipe.score:
+        raise ScoresError(
+            f"--scores {recipe.scores}: holds {method!r} scores, but --score {recipe.score} was "
+            "asked for; leave one of the two away."
+        )
+    return scores
+
+
+def check_device(device: str) -> None:
+    """Check that torch could know a device of that name.
+
+    Raises:
+        RecipeError: It could not.
+    """
+    found = _DEVICE.fullmatch(device)
+    if found is None or found[1] not in _DEVICES:
+        advice = "for an NVIDIA or AMD GPU give cuda" if "gpu" in device.lower() else "give another"
+        raise RecipeError(
+            f"--device {device}: is no device of torch, which are {', '.join(_DEVICES[:4])}, …, "
+            f"with a number after a colon where there are several (cuda:1); {advice}."
+        )
