@@ -7,6 +7,13 @@ import sys
 
 import pytest
 
+from hf_gradnas.cli.idle import Known, check_idle, idle_options, without_idle
+from hf_gradnas.cli.tasks import TASKS, Head, named_task
+from hf_gradnas.config.recipe import Recipe
+from hf_gradnas.config.recipe_building import build_recipe
+from hf_gradnas.config.recipe_files import shipped_recipes
+from hf_gradnas.errors import RecipeError
+
 M = ["--model", "whole"]
 # Of prune unless another command comes first; all in folders that `_make` fills.
 EARLY = {
@@ -56,12 +63,13 @@ EARLY = {
     "inspect: adapter": (["inspect", "--model", "adapter"], "folder of an adapter"),
     "inspect: quickstart": (["inspect", "--model", "quickstart"], "is trained by prune only"),
     "inspect: column": (["inspect", *M, "--text-column", "x"], "there is no data with columns"),
+    "push: folder": (["push", "none", "me/x"], "is not a saved model"),
+    "push: repository": (["push", "whole", "a/b/c"], "is not the id of a repository"),
     "verify: folder": (["verify", "none"], "is no folder"),
     "verify: not pruned": (["verify", "whole"], "holds no gradnas.json"),
     "verify: not JSON": (["verify", "pruned"], "cannot be read"),
-    "verify: device": (["verify", "pruned", "--device", "gpu"], "is no device of torch"),
-    "push: folder": (["push", "none", "me/x"], "is not a saved model"),
-    "push: repository": (["push", "whole", "a/b/c"], "is not the id of a repository"),
+    "verify: device": (["verify", "saved", "--device", "gpu"], "is no device of torch"),
+    "verify: another format": (["verify", "newer"], "format_version is 9"),
 }
 
 _RUN = """
@@ -80,7 +88,17 @@ json.dump(found, sys.stdout)
 
 
 def _make(folder):
-    for name in ("whole", "empty", "broken", "list", "weightless", "adapter", "pruned"):
+    for name in (
+        "whole",
+        "empty",
+        "broken",
+        "list",
+        "weightless",
+        "adapter",
+        "pruned",
+        "saved",
+        "newer",
+    ):
         (folder / name).mkdir()
     for name in ("whole", "weightless"):
         (folder / name / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
@@ -90,6 +108,9 @@ def _make(folder):
     (folder / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
     (folder / "pruned" / "gradnas.json").write_text("{", encoding="utf-8")
+    saved = {"format_version": 1, "sha256": {}, "reference": {}}
+    (folder / "saved" / "gradnas.json").write_text(json.dumps(saved), encoding="utf-8")
+    (folder / "newer" / "gradnas.json").write_text('{"format_version": 9}', encoding="utf-8")
     (folder / "data.tsv").write_text("a film\t1\n", encoding="utf-8")
     (folder / "empty.tsv").touch()
     (folder / "bad.yaml").write_text("a: [", encoding="utf-8")
@@ -121,3 +142,146 @@ def test_it_is_refused_before_torch_is_imported(case, refused):
     assert code == 2, said
     assert re.search(EARLY[case][1], " ".join(said.replace("│", " ").split())), said
     assert heavy == []
+
+
+# --- options without effect -----------------------------------------------------------------------
+
+CLASSIFIER = Known(Head.CLASS, "text")
+SEQ2SEQ = Known(Head.SEQ2SEQ, "text")
+IMAGES = Known(Head.CLASS, "image")
+SPEECH = Known(Head.SEQ2SEQ, "audio")
+HUB = {"dataset": "a/b"}
+SCORED = {"scores": "s.safetensors"}
+IDLE = {
+    "split, no data": (Known(), {"split": "train"}, "there is no --dataset"),
+    "split, one file": (Known(), {"dataset": "d.tsv", "split": "x"}, "d.tsv is one file"),
+    "eval split, one file": (
+        Known(),
+        {**HUB, "eval_dataset": "d.tsv", "eval_split": "test"},
+        "d.tsv is one file, without splits; omit",
+    ),
+    "eval split of the file itself": (
+        Known(),
+        {"dataset": "d.tsv", "eval_split": "test"},
+        "give --eval-dataset FILE instead",
+    ),
+    "text for images": (IMAGES, {**HUB, "text_column": "x"}, "give --image-column"),
+    "text of plain text": (Known(), {"dataset": "d.txt", "text_column": "x"}, "is plain text"),
+    "label of a text": (SEQ2SEQ, {**HUB, "label_column": "x"}, "give --target-column"),
+    "label of no data": (CLASSIFIER, {"label_column": "x"}, "give --dataset too"),
+    "label of the model": (
+        CLASSIFIER,
+        {**HUB, "labels": "model", "label_column": "x"},
+        "--labels model takes them from the model",
+    ),
+    "target of a class": (CLASSIFIER, {**HUB, "target_column": "x"}, "give --label-column"),
+    "target of a running text": (
+        Known(Head.CAUSAL, "text"),
+        {**HUB, "target_column": "x"},
+        "generates no separate text; omit it",
+    ),
+    "image of a text": (CLASSIFIER, {**HUB, "image_column": "x"}, "takes text and no image"),
+    "audio of an image": (IMAGES, {**HUB, "audio_column": "x"}, "takes image and no audio"),
+    "length of an image": (IMAGES, {**HUB, "max_length": 8}, "reads no tokens"),
+    "flops of an image": (IMAGES, {**HUB, "flops_length": 8}, "reads no tokens"),
+    "flops of a sound": (
+        Known(Head.CLASS, "audio"),
+        {**HUB, "flops_length": 8},
+        "takes audio and reads no tokens",
+    ),
+    "map of no classes": (SEQ2SEQ, {**HUB, "label_map": {"a": 0}}, "has no classes"),
+    "map of sampled labels": (
+        CLASSIFIER,
+        {**HUB, "labels": "model", "label_map": {"a": 0}},
+        "--labels model",
+    ),
+    "labels of scores": (CLASSIFIER, {**HUB, **SCORED, "labels": "model"}, "are made already"),
+    "scores of scores": (Known(), {**SCORED, "save_scores": "x"}, "are made already"),
+    "revision of a folder": (Known(), {"model": ".", "revision": "x"}, "not come from the Hub"),
+    "revision of the quickstart": (Known(), {"model": "quickstart", "revision": "x"}, "the Hub"),
+    "no recovery": (Known(), {"recover_lora_rank": 8}, "give --recover-epochs"),
+    "no evaluation": (
+        Known(),
+        {"eval": False, "eval_dataset": "a/b"},
+        "--no-eval measures nothing",
+    ),
+    "no examples to evaluate": (Known(), {"eval": False, "eval_num_examples": 3}, "--no-eval"),
+    "no split to evaluate": (Known(), {**HUB, "eval": False, "eval_split": "x"}, "--no-eval"),
+    "no teacher": (
+        Known(),
+        {"recover_epochs": 1, "recover_alpha": 0, "recover_temperature": 3},
+        "leaves the teacher's predictions out",
+    ),
+}
+
+
+@pytest.fixture
+def data_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.tsv").touch()
+    (tmp_path / "d.txt").touch()
+
+
+@pytest.mark.parametrize("case", IDLE)
+@pytest.mark.usefixtures("data_files")
+def test_an_option_without_effect_is_refused(case):
+    known, values, reason = IDLE[case]
+    recipe = Recipe.model_validate({"model": "m", **values})
+    option = list(values)[-1]
+    flag = f"--{option.replace('_', '-')}"
+    with pytest.raises(RecipeError, match=f"{flag} .*: has no effect here, as .*{reason}"):
+        check_idle(recipe, {option}, known)
+    check_idle(recipe, set(values) - {option}, known)
+    default = Recipe.model_fields[option].get_default(call_default_factory=True)
+    assert vars(without_idle(recipe, known))[option] == default
+
+
+READ = {
+    "columns of a classifier": (CLASSIFIER, {**HUB, "text_column": "x", "label_column": "y"}),
+    "label for an evaluation": (
+        CLASSIFIER,
+        {**HUB, "labels": "model", "label_column": "y", "eval_dataset": "c/d"},
+    ),
+    "columns of the evaluation alone": (CLASSIFIER, {"eval_dataset": "c/d", "text_column": "x"}),
+    "transcript with sampled labels": (SPEECH, {**HUB, "labels": "model", "target_column": "x"}),
+    "length of a decoder": (SPEECH, {**HUB, "max_length": 8, "flops_length": 8}),
+    "labels for the recovery": (CLASSIFIER, {**SCORED, "labels": "model", "recover_epochs": 1}),
+    "columns while nothing is known": (Known(), {**HUB, "image_column": "x", "text_column": "y"}),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_an_option_that_is_read_is_kept(case):
+    known, values = READ[case]
+    recipe = Recipe(model="m", **values)
+    check_idle(recipe, set(values), known)
+    assert without_idle(recipe, known) == recipe
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_defaults_are_never_judged(name):
+    recipe = Recipe(model="m")
+    known = Known.of_task(named_task(name))
+    check_idle(recipe, recipe.model_fields_set, known)
+    assert without_idle(recipe, known) == recipe
+    assert idle_options(recipe, known)
+
+
+SHIPPED = {
+    "bert-classification-50": "text-classification",
+    "llama-per-layer-75": "text-generation",
+    "llama-stock-75": "text-generation",
+    "quickstart": "text-generation",
+    "t5-70": "summarization",
+    "trainer-gradual-50": "text-classification",
+    "vit-60": "image-classification",
+    "whisper-70": "automatic-speech-recognition",
+}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_no_shipped_recipe_sets_what_its_model_does_not_read(name):
+    recipe = build_recipe({}, file=name)
+    task = named_task(SHIPPED[name])
+    assert recipe.task is None or named_task(recipe.task) is task
+    check_idle(recipe, recipe.model_fields_set, Known.of_task(task))

@@ -327,7 +327,10 @@ def test_what_is_no_checkpoint_is_bad_input(verify, tmp_path, folder):
 def test_a_device_that_is_not_there_is_bad_input(verify, saved, replayed):
     code, _, err = verify(saved, "--device", "nonsense")
     assert code == 2
-    assert "--device nonsense: cannot be used here" in err
+    assert "--device nonsense: is no device of torch" in err
+    code, _, err = verify(saved, "--device", "xla")
+    assert code == 2
+    assert "--device xla: cannot be used here" in err
 
 
 def test_an_interruption_has_its_own_code(verify, saved, monkeypatch):

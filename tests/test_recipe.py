@@ -97,6 +97,24 @@ def test_a_label_map_has_one_form_of_flags_and_one_of_files(tmp_path):
     assert setting.label_map == {**flags.label_map, "negative": 2}
 
 
+def test_a_flag_takes_with_it_what_a_file_says_of_what_it_replaces(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "model: m\nrevision: r\neval_dataset: e\nrecover_epochs: 1\nrecover_alpha: 0.2\n"
+        "save_scores: s\nlabels: model\nseed: 0\nsplit: train\ndtype: float32\n",
+        encoding="utf-8",
+    )
+    whole = build_recipe({}, file=file)
+    assert whole.model_fields_set == {
+        *("model", "revision", "eval_dataset", "recover_epochs", "recover_alpha"),
+        *("save_scores", "labels", "dtype"),
+    }  # seed and split are the defaults
+    flags = {"model": "n", "scores": "t", "eval": False, "recover_epochs": "0"}
+    assert build_recipe(flags, file=file).model_fields_set == {*flags, "dtype"}
+    kept = build_recipe({"recover_epochs": 2, "eval": True}, file=file)
+    assert (kept.recover_alpha, kept.eval_dataset) == (0.2, "e")
+
+
 def test_every_option_has_a_description_and_a_panel():
     for name, field in Recipe.model_fields.items():
         assert field.description, name

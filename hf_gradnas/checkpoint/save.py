@@ -26,9 +26,16 @@ from ..types import Plan
 from .companions import Companions
 from .outputs import Call, outputs_of
 from .reference import DIGESTED, Reference, make_reference
-from .targets import DOCUMENT, check_content, check_target, failing, target_of, write_files
+from .targets import (
+    DOCUMENT,
+    FORMAT_VERSION,
+    check_content,
+    check_target,
+    failing,
+    target_of,
+    write_files,
+)
 
-FORMAT_VERSION = 1
 TOLERANCE = 1e-5
 """Largest difference of reloaded float32 or float64 outputs, relative to max(1, largest output)."""
 HALF_TOLERANCE_EPS = 8

@@ -21,6 +21,8 @@ from .._manifests import FILES, foreign
 from ..errors import CheckpointError, GradNASWarning
 
 DOCUMENT = "gradnas.json"
+FORMAT_VERSION = 1
+"""Of that file."""
 RESERVED = (
     DOCUMENT,
     "config.json",

@@ -9,14 +9,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from ..checkpoint.targets import check_target
 from ..config.budgets import parse_budgets
 from ..config.recipe import QUICKSTART, Recipe
 from ..config.rules import parse_rules
-from ..errors import DataError, RecipeError, ScoresError
+from ..errors import CheckpointError, DataError, RecipeError, ScoresError
 from ..types import Scores
 from .files import READERS
 from .idle import Known, check_idle
@@ -31,6 +31,7 @@ _DEVICES = (
 _DEVICE = re.compile(r"([a-z]+)(:(0|[1-9]\d{0,3}))?")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _LONGEST_ID = 96
+_WHOLE = ("model*.safetensors", "pytorch_model*.bin")
 _WEIGHTS = (
     "*.safetensors",
     "*.bin",
@@ -142,8 +143,9 @@ def check_model(name: str) -> None:
 def _check_model_folder(name: str, folder: Path) -> None:
     config = folder / "config.json"
     adapter = (folder / "adapter_config.json").is_file()
-    has_weights = any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
-    if adapter and not (config.is_file() and next(folder.glob("model*.safetensors"), None)):
+    if (folder / "modules.json").is_file() and not config.is_file():
+        return  # an old folder of sentence-transformers, whose model is in a sub-folder
+    if adapter and not (config.is_file() and _holds(folder, _WHOLE)):
         raise RecipeError(
             f"--model {name}: is the folder of an adapter (adapter_config.json), not of a whole "
             "model; merge it first: model = AutoPeftModel….from_pretrained(folder)"
@@ -166,11 +168,15 @@ def _check_model_folder(name: str, folder: Path) -> None:
             f"--model {name}: cannot be loaded, its config.json holds {type(content).__name__}, "
             "needed an object; restore it, or save the model again."
         )
-    if not has_weights:
+    if not _holds(folder, _WEIGHTS):
         raise RecipeError(
             f"--model {name}: its weights cannot be loaded, the folder holds none (such as "
             "model.safetensors); check that the model was saved or downloaded whole."
         )
+
+
+def _holds(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def _check_data(name: str, option: str) -> None:
@@ -202,6 +208,20 @@ def _check_data(name: str, option: str) -> None:
 def _is_hub_id(name: str) -> bool:
     plain = _HUB_ID.fullmatch(name) and not name.endswith((".", "-", ".git"))
     return bool(plain) and len(name) <= _LONGEST_ID and "--" not in name and ".." not in name
+
+
+def local_path(name: str) -> Path:
+    """The absolute path of a folder that a command names, links and ``~`` resolved.
+
+    Raises:
+        CheckpointError: It is no path.
+    """
+    try:
+        path = Path(name).expanduser().resolve()
+        path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: cannot be a path ({error}); check it.") from error
+    return path
 
 
 def _kind(name: str, option: str) -> str:

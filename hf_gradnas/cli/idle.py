@@ -122,10 +122,6 @@ def _eval_split(recipe: Recipe, known: Known) -> str:
     return f"{name} is one file, without splits; {advice}" * _is_file(name)
 
 
-def _eval_num_examples(recipe: Recipe, _: Known) -> str:
-    return "" if _measures(recipe) else "nothing is evaluated; give --eval-dataset, or omit it"
-
-
 def _evaluation(recipe: Recipe, _: Known) -> str:
     return "" if recipe.eval else "--no-eval measures nothing; omit one of the two"
 
@@ -215,7 +211,6 @@ _ROWS: Mapping[str, _Reason] = {
     "eval_dataset": _evaluation,
     "eval_split": _eval_split,
     "eval_num_examples": _evaluation,
-    "eval_num_examples": _eval_num_examples,
     "flops_length": _length,
     "save_scores": _save_scores,
     "recover_num_examples": _recovery,

@@ -25,7 +25,7 @@ from .held_out import (
     wanted,
     without,
 )
-from .idle import Known, check_idle
+from .idle import Known, check_idle, without_idle
 from .labels import check_same_numbers
 from .loading import Source, best_device, open_source, prepare_tokenizer, resolve_max_length
 from .media import encode_audio, encode_image
@@ -82,7 +82,8 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
     """
     scores = read_scores(recipe, given=given)
     source = open_source(recipe, folder)
-    check_idle(recipe, given, Known(source.task.head, source.input))
+    known = Known(source.task.head, source.input)
+    check_idle(recipe, given, known)
     padding = prepare_tokenizer(source)
     max_length = resolve_max_length(recipe, source)
     flops_length = recipe.flops_length or max_length
@@ -101,7 +102,7 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
     evaluation = _open_evaluation(filled, source, calibration) or calibration.held_out
     recovery = _open_recovery(filled, source, calibration)
     return Job(
-        filled,
+        without_idle(filled, known),
         source,
         folder,
         calibration.examples,

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._redaction import without_secrets
+from ..checkpoint.targets import DOCUMENT, FORMAT_VERSION
 from ..errors import CheckpointError, GradNASError, RecipeError
+from .early import check_device, local_path
 from .isolation import run_alone
 from .show import Screen, quiet_libraries
 
@@ -92,8 +94,12 @@ def verify_from_options(
     """
     screen = Screen(results=not (as_json or quiet), notes=not quiet)
     try:
+        place = local_path(folder)
+        read_document(place)
+        if device is not None:
+            check_device(device)
         with quiet_libraries(screen):
-            saved = read_saved(Path(folder).expanduser().resolve())
+            saved = read_saved(place)
             _check_device(device)
             checks = list(verify(saved, device=device, trust_remote_code=trust_remote_code))
     except KeyboardInterrupt:
@@ -122,16 +128,12 @@ def verify_from_options(
 _WORDS = {True: "as saved", False: "DIFFERS", None: "left out"}
 
 
-def read_saved(folder: Path) -> _Saved:
-    """Read what a checkpoint says of itself.
+def read_document(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of itself; torch is not needed for it.
 
     Raises:
         CheckpointError: The folder is no pruned checkpoint, or one that keeps nothing to compare.
     """
-    from ..checkpoint.reference import Reference
-    from ..checkpoint.save import FORMAT_VERSION
-    from ..checkpoint.targets import DOCUMENT
-
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: is no folder; give the folder of a checkpoint that {PACKAGE} saved."
@@ -155,6 +157,18 @@ def read_saved(folder: Path) -> _Saved:
             f"was written by an older {PACKAGE}, so there is nothing to compare with; save it "
             "again (hf-gradnas prune --recipe recipe.yaml makes it from the recipe beside it)."
         )
+    return document
+
+
+def read_saved(folder: Path) -> _Saved:
+    """The same with its reference outputs, and with what its config says of the class.
+
+    Raises:
+        CheckpointError: As for `read_document`.
+    """
+    from ..checkpoint.reference import Reference
+
+    document = read_document(folder)
     config = _read_json(folder / "config.json")
     layout = str(document.get("plan", {}).get("layout"))
     reference = Reference.from_dict(document["reference"])
