@@ -9,6 +9,7 @@ import handmade
 import pytest
 import torch
 import transformers as tf
+import zoo
 
 from hf_gradnas.checkpoint import replay
 from hf_gradnas.checkpoint.reference import (
@@ -272,3 +273,19 @@ def test_without_a_sample_there_are_no_outputs():
     made = make_reference(model, None)
     assert (made.inputs, made.output) == (None, None)
     assert Reference.from_dict(made.to_dict()) == made
+
+
+def test_forwards_that_draw_numbers_give_the_same_outputs_again():
+    model, sample = zoo.build("bert")
+    forward = model.forward
+
+    def noisy(**batch):
+        logits = forward(**batch).logits
+        return {"logits": logits + torch.randn_like(logits)}
+
+    model.forward = noisy
+    inputs = reference_inputs(sample, model)
+    state = torch.get_rng_state()
+    first, again = replay.run(model, inputs), replay.run(model, inputs)
+    assert first == again
+    assert torch.equal(torch.get_rng_state(), state)

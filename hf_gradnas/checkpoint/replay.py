@@ -77,7 +77,10 @@ def run(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         if isinstance(value, Tensor):
             real = value.is_floating_point()
             batch[name] = value.to(model.device, model.dtype if real else value.dtype)
-    with torch.no_grad():
+    others = [] if model.device.type == "cpu" else [model.device]
+    kind = model.device.type if others else "cuda"
+    with torch.no_grad(), torch.random.fork_rng(others, device_type=kind):
+        torch.manual_seed(0)  # some forwards draw numbers, in eval mode too
         found = first_output(model(**batch))
     if found is None:
         return None
