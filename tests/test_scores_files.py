@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zoo
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from score_examples import build, examples_of, in_batches
 
-from hf_gradnas.errors import DataError, ScoresError
+from hf_gradnas.errors import DataError, GradNASWarning, ScoresError
 from hf_gradnas.scores import check_scores, collect_scores, model_fingerprint
-from hf_gradnas.types import Scores
+from hf_gradnas.types import Scores, plans
 
 BATCHES = in_batches(examples_of("bert", 20), 4)
 
@@ -150,10 +152,29 @@ def test_another_model_setting_or_data_set_starts_over_and_says_why(tmp_path, ca
 def test_resume_can_be_switched_off(tmp_path: Path, caplog) -> None:
     model, axes, _ = build("bert")
     file = tmp_path / "scores.safetensors"
-    file.write_bytes(b"whatever this is")
+    _interrupt(file, model, axes, method="taylor")
     found = collect_scores(model, axes, BATCHES, file=file, resume=False)
     _assert_same(Scores.load(file), found)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("method", ["fisher", "magnitude"])
+def test_what_holds_no_scores_is_never_replaced(tmp_path: Path, method, resume) -> None:
+    model, axes, _ = build("bert")
+    never = _interrupted(BATCHES, 0)
+    file = tmp_path / "notes.txt"
+    file.write_bytes(b"mine")
+    for place in (file, tmp_path):
+        with pytest.raises(ScoresError, match=r"cannot be (written|read) \("):
+            collect_scores(model, axes, never, file=place, method=method, resume=resume)
+    weights = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros(2)}, weights, metadata={"format": "pt"})
+    before = weights.read_bytes()
+    with pytest.raises(ScoresError, match=r"holds something else|format_version None"):
+        collect_scores(model, axes, never, file=weights, method=method, resume=resume)
+    assert file.read_bytes() == b"mine"
+    assert weights.read_bytes() == before
 
 
 def test_batches_that_can_be_read_once_cannot_start_over(tmp_path: Path) -> None:
@@ -196,6 +217,117 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         with pytest.raises(ScoresError, match=message):
             collect_scores(model, axes, BATCHES, file=file)
         assert file.read_bytes() == before
+
+
+def test_changed_values_or_settings_are_noticed(tmp_path: Path) -> None:
+    model, axes, _ = build("bert")
+    file = tmp_path / "scores.safetensors"
+    scores = collect_scores(model, axes, BATCHES, file=file)
+    with safe_open(file, framework="numpy") as opened:
+        metadata = opened.metadata()
+    values = load_file(file)
+    name = axes[0].name
+    for changed, said in (
+        ({name: values[name] * 2}, metadata),
+        ({name: values[name][::-1].copy()}, metadata),
+        ({"other": values[name]}, metadata),
+        ({}, {**metadata, "examples": "21"}),
+    ):
+        save_file({**values, **changed}, file, metadata=said)
+        with pytest.raises(ScoresError, match="was changed since it was written"):
+            Scores.load(file)
+        with pytest.raises(ScoresError, match="was changed since it was written"):
+            collect_scores(model, axes, _interrupted(BATCHES, 0), file=file)
+    save_file(values, file, metadata={k: v for k, v in metadata.items() if k != "sha256"})
+    _assert_same(Scores.load(file), scores)  # as version 0.1 wrote them
+
+
+class _FullDisk:
+    """Lets the first writes through; the rest fail half done, as on a full disk."""
+
+    def __init__(self, monkeypatch, allowed: int) -> None:
+        self.left, self.save = allowed, plans.save_file
+        monkeypatch.setattr(plans, "save_file", self)
+
+    def __call__(self, tensors, path, metadata):
+        self.left -= 1
+        if self.left < 0:
+            Path(path).write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        self.save(tensors, path, metadata=metadata)
+
+
+def test_a_write_that_fails_while_scoring_is_one_warning(tmp_path, monkeypatch) -> None:
+    model, axes, _ = build("bert")
+    file = tmp_path / "scores.safetensors"
+    expected = collect_scores(model, axes, BATCHES)
+    disk = _FullDisk(monkeypatch, 1)
+
+    def batches():
+        for number, batch in enumerate(BATCHES):
+            if number == len(BATCHES) - 1:
+                disk.left = 9  # somebody freed some space
+            yield batch
+
+    with pytest.warns(GradNASWarning, match=r"No space left.*Scoring goes on") as caught:
+        found = collect_scores(model, axes, batches(), file=file, save_every_s=0.0)
+    assert len(caught) == 1
+    _assert_same(found, expected)
+    _assert_same(Scores.load(file), expected)
+
+
+def test_a_final_write_that_fails_is_an_error_and_keeps_the_old_file(tmp_path, monkeypatch) -> None:
+    model, axes, _ = build("bert")
+    file = tmp_path / "scores.safetensors"
+    _interrupt(file, model, axes)
+    before = file.read_bytes()
+    _FullDisk(monkeypatch, 0)
+    with pytest.raises(ScoresError, match=r"cannot be written \(I/O error: No space left"):
+        collect_scores(model, axes, BATCHES, file=file)
+    with (
+        pytest.warns(GradNASWarning, match="No space left"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        collect_scores(model, axes, _interrupted(BATCHES, 4), file=file)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def _terminated(batches, after: int):
+    yield from batches[:after]
+    signal.raise_signal(signal.SIGTERM)
+    yield from batches[after:]
+
+
+def test_sigterm_keeps_the_scores_as_ctrl_c_does(tmp_path: Path) -> None:
+    model, axes, _ = build("bert")
+    file = tmp_path / "scores.safetensors"
+    with pytest.raises(SystemExit) as stopped:
+        collect_scores(model, axes, _terminated(BATCHES, 3), file=file)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert Scores.load(file).metadata["batches"] == "3"
+    _assert_same(
+        collect_scores(model, axes, BATCHES, file=file), collect_scores(model, axes, BATCHES)
+    )
+
+
+def test_a_program_that_handles_sigterm_goes_on_doing_so(tmp_path: Path) -> None:
+    model, axes, _ = build("bert")
+    file = tmp_path / "scores.safetensors"
+    calls = []
+
+    def own(number, frame):
+        calls.append(number)
+
+    previous = signal.signal(signal.SIGTERM, own)
+    try:
+        collect_scores(model, axes, _terminated(BATCHES, 3), file=file)
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert calls == [signal.SIGTERM]
+    assert Scores.load(file).metadata["complete"] == "true"
 
 
 def test_a_file_that_cannot_be_written_fails_before_scoring(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def prune_from_options(
         file: Recipe file or name of a shipped recipe.
 
     Returns:
-        0 done, 1 pruning or verification failed, 2 bad input, 130 interrupted.
+        0 done, 1 pruning or verification failed, 2 bad input, 130 interrupted, 143 terminated.
     """
     from .launch import is_main, launched
 
@@ -60,6 +60,9 @@ def prune_from_options(
     except KeyboardInterrupt:
         screen.error(run.interruption() if run else "interrupted; nothing was written.")
         return INTERRUPTED
+    except SystemExit as stop:  # SIGTERM while scoring
+        screen.error(run.interruption() if run else "terminated; nothing was written.")
+        return stop.code if isinstance(stop.code, int) else FAILED
     except GradNASError as error:
         _say(screen, run, str(error))
         return FAILED if run is not None and run.cutting else BAD_INPUT

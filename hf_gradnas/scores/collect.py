@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ..types import Axis, Scores
 from .batches import digest
 from .fingerprints import axes_fingerprint, check_same_everywhere, model_fingerprint
 from .gradients import GradientRecorder
+from .keeping import kept
 from .losses import DataLoss, Objective, SampledLoss
 from .measure import GlobalBatch, Measure, Part
 from .methods import GLOBAL_METHODS, METHODS, WEIGHT_METHODS
@@ -54,8 +54,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     """Measure how much the loss is hurt when a unit goes, for every unit, in one pass.
 
     Parameters are frozen, modules in eval mode and compiled code off; all is restored at any end.
-    All processes of an `accelerator` must call this; each scores its share of the examples, and
-    all get the same scores.
+    All processes of an `accelerator` must call this; each scores its share, all get the same.
 
     Args:
         model: A Transformers model; its class tells which columns are labels.
@@ -67,9 +66,9 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         num_examples: Score the first so many examples, over all processes; None: all.
         seed: For drawn labels and for `random`.
         file: Safetensors file to keep the scores in, also unfinished ones.
-        save_every_s: Seconds between such writes; Ctrl-C in a single process writes too.
+        save_every_s: Seconds between such writes; see `keeping.kept`.
         progress: Called on the main process: examples done and the total (None: not known).
-        resume: Go on from `file` where model, settings and data are the same.
+        resume: Go on from `file` where model, settings and data are the same; else it is not read.
         accelerator: For several processes, or to accumulate gradients.
 
     Raises:
@@ -81,6 +80,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     processes = Processes(accelerator)
     settings = _settings(axes, method, labels, num_examples, seed, processes)
     record = _open(model, axes, settings, file, processes)
+    processes.from_main(partial(record.check_writable, resume=resume))
     if method in WEIGHT_METHODS:
         state = _from_weights(model, axes, method, seed)
         return record.write(record.scores(state, complete=True))
@@ -88,7 +88,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     read = partial(read_steps, batches, model, num_examples, processes)
     with ExitStack() as stack:
         state, stream = _begin(stack, record, batches, read, resume=resume)
-        keep = stack.enter_context(_kept(record, state, save_every_s))
+        keep = stack.enter_context(kept(record, state, save_every_s))
         latest = state
         for latest in stack.enter_context(closing(_states(record, state, stream, objective))):
             keep(latest)
@@ -110,7 +110,6 @@ def _open(
     path = None if file is None else Path(file)
     record = Record(axes, settings, model_fingerprint(model), path, processes)
     check_same_everywhere(record.model, settings, processes)
-    processes.from_main(record.check_writable)
     return record
 
 
@@ -250,34 +249,6 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
-
-
-@contextmanager
-def _kept(record: Record, state: State, every_s: float) -> Iterator[Callable[[State], None]]:
-    """Write the latest state now and then, and on Ctrl-C; yields what takes each new state.
-
-    Several processes write only now and then, when the main one's clock says so: Ctrl-C may find
-    them at different places.
-    """
-    latest, saved_at = state, time.monotonic()
-    processes = record.processes
-
-    def keep(state: State) -> None:
-        nonlocal latest, saved_at
-        latest = state
-        if record.file is None:
-            return
-        is_due = time.monotonic() - saved_at >= every_s
-        if processes.gather([is_due])[0, 0]:
-            record.save(latest, complete=False)
-            saved_at = time.monotonic()
-
-    try:
-        yield keep
-    except KeyboardInterrupt:
-        if processes.count == 1 and latest is not state:
-            record.save(latest, complete=False)
-        raise
 
 
 def _finish(record: Record, state: State) -> Scores:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 
+from .._files import check_replaceable, temporary_sibling
 from .._redaction import sayable
 from ..errors import ScoresError
 from ..types import Axis, Scores
@@ -109,10 +111,6 @@ class Record:
             labels=int(sums[1]),
         )
 
-    def save(self, state: State, *, complete: bool) -> Scores:
-        """Scores of all processes' states, written to the file if there is one."""
-        return self.write(self.scores(self.joined(state), complete=complete))
-
     def write(self, scores: Scores) -> Scores:
         """The scores, written to the file by the main process if there is one."""
         file = self.file
@@ -120,8 +118,23 @@ class Record:
             self.processes.from_main(lambda: scores.save(file))
         return scores
 
-    def check_writable(self) -> None:
+    def attempt(self, state: State) -> str:
+        """Write an unfinished state; what went wrong in words, or "": nothing did."""
+        scores = self.scores(self.joined(state), complete=False)
+        return self.processes.from_main(partial(self._try, scores))
+
+    def _try(self, scores: Scores) -> str:
+        try:
+            if self.file is not None:
+                scores.save(self.file)
+        except ScoresError as error:
+            return str(error)
+        return ""
+
+    def check_writable(self, *, resume: bool) -> None:
         """Check that the file can be written, before anything is scored.
+
+        What holds no scores is not replaced; with `resume`, `earlier` finds that when it reads it.
 
         Raises:
             ScoresError: It cannot.
@@ -129,10 +142,11 @@ class Record:
         if self.file is None:
             return
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=self.file.parent):
+            file = Path(os.path.realpath(self.file))
+            check_replaceable(file, lambda file: resume or Scores.is_file(file))
+            with temporary_sibling(file):
                 pass
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ScoresError(
                 f"Scores: {self.file} cannot be written ({error}); give a file in a folder that "
                 "can."

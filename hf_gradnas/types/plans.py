@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +14,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .._files import write_text, write_whole
 from ..errors import PlanError, ScoresError
 from .costs import Budget
 from .documents import parse_json
 from .plan_checks import check_values
+
+DIGEST = "sha256"
+"""Key of a scores file's metadata: of its values and of the rest of its metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +98,28 @@ class Plan:
         return plan
 
     def save(self, file: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(file).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        """Write the plan as JSON, whole or not at all; a plan that is there is replaced.
+
+        Raises:
+            PlanError: The file cannot be written, or holds something else; it is as it was.
+        """
+        text = json.dumps(self.to_dict(), indent=1)
+        try:
+            write_text(file, text, replaces=self._is_file)
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                f"Plan: {file} cannot be written ({error}); what was there is as it was. Give "
+                "another file, or free some space."
+            ) from error
+
+    @staticmethod
+    def _is_file(file: Path) -> bool:
+        """Whether a file looks like one of `save`, of whatever version."""
+        try:
+            data = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(data, dict) and {"kept", "sizes", "format_version"} <= data.keys()
 
     @classmethod
     def load(cls, file: str | Path) -> Plan:
@@ -134,31 +160,50 @@ class Scores:
     FORMAT_VERSION = 1
 
     def save(self, file: str | Path) -> None:
-        """Write the scores as safetensors, one tensor per axis; the file is there whole or not."""
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        sibling = file.with_name(f"{file.name}.tmp")
+        """Write the scores as safetensors, one tensor per axis; the file is there whole or not.
+
+        Several processes may write one file at once; the last one to end wins.
+
+        Raises:
+            ScoresError: The file cannot be written, or holds something else; it is as it was.
+        """
         tensors = {
             name: np.ascontiguousarray(v, dtype=np.float64) for name, v in self.values.items()
         }
         metadata = {**self.metadata, "format_version": str(self.FORMAT_VERSION)}
+        metadata[DIGEST] = _digest(tensors, metadata)
         try:
-            save_file(tensors, sibling, metadata=metadata)
-            sibling.replace(file)
-        finally:
-            sibling.unlink(missing_ok=True)
+            write_whole(
+                file,
+                lambda path: save_file(tensors, path, metadata=metadata),
+                replaces=self.is_file,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ScoresError(
+                f"Scores: {file} cannot be written ({error}); what was there is as it was. Give "
+                "another file, or free some space."
+            ) from error
+
+    @staticmethod
+    def is_file(file: str | os.PathLike[str]) -> bool:
+        """Whether a file looks like one of `save`, of whatever version."""
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                return "format_version" in (opened.metadata() or {})
+        except (SafetensorError, OSError):
+            return False
 
     @classmethod
     def load(cls, file: str | Path) -> Scores:
         """Read scores written by `save`.
 
         Raises:
-            ScoresError: The file is missing, damaged, or holds something else.
+            ScoresError: The file is missing, damaged or changed, or holds something else.
         """
         try:
             with safe_open(file, framework="numpy") as opened:
                 metadata = opened.metadata() or {}
-                version = metadata.pop("format_version", None)
+                version = metadata.get("format_version")
                 if version != str(cls.FORMAT_VERSION):
                     raise ScoresError(
                         f"Scores: {file} has the format_version {version!r}, needed "
@@ -171,4 +216,21 @@ class Scores:
                 f"Scores: {file} cannot be read ({error}); it is missing, damaged or no scores "
                 "file: remove it and score again."
             ) from error
+        written = metadata.pop(DIGEST, None)  # version 0.1 wrote none
+        if written is not None and written != _digest(values, metadata):
+            raise ScoresError(
+                f"Scores: {file} was changed since it was written: its values and metadata do not "
+                "have the digest in it; remove it and score again."
+            )
+        del metadata["format_version"]
         return cls(values, metadata)
+
+
+def _digest(values: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of values with their names, types and shapes, and of metadata."""
+    state = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(values):
+        array = np.ascontiguousarray(values[name])
+        state.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        state.update(array.tobytes())
+    return state.hexdigest()
