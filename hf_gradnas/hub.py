@@ -5,6 +5,8 @@ Knows the Hub's client; knows nothing of models. The folder that is pushed is on
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +32,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ._manifests import FILES, is_sealed, sealed
+from .checkpoint.targets import DOCUMENT
 from .errors import HubError
 from .report import address
 
@@ -184,11 +188,29 @@ def _additions(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
     }
     if _CARD in files:
         card = (folder / _CARD).read_bytes().decode(errors="surrogateescape")
-        files[_CARD] = address(card, repo_id).encode(errors="surrogateescape")
+        addressed = address(card, repo_id).encode(errors="surrogateescape")
+        if addressed != (folder / _CARD).read_bytes():
+            files |= {_CARD: addressed, **_relisted(folder, {_CARD: addressed})}
     return [
         CommitOperationAdd(path_in_repo=path, path_or_fileobj=content)
         for path, content in files.items()
     ]
+
+
+def _relisted(folder: Path, changed: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The record of a folder's files, with the digests of those that are pushed otherwise.
+
+    A record that was changed, or one without such a list, stays as it is.
+    """
+    try:
+        record = json.loads((folder / DOCUMENT).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not (isinstance(record, dict) and FILES in record and is_sealed(record)):
+        return {}
+    now = {name: hashlib.sha256(content).hexdigest() for name, content in changed.items()}
+    files = record[FILES] | {name: now[name] for name in now if name in record[FILES]}
+    return {DOCUMENT: sealed({**record, FILES: files}).encode()}
 
 
 def _earlier_weights(before: ModelInfo, additions: list[CommitOperationAdd]) -> tuple[str, ...]:

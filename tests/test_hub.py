@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import runpy
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas._manifests import FILES, sealed
 from hf_gradnas.callback.publishing import check_publishing, publish
 from hf_gradnas.cli.app import main
 from hf_gradnas.errors import HubError, OrderError
@@ -100,13 +102,18 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def pushed_of(folder: Path, repo_id: str) -> dict[str, bytes]:
-    """Content of a repository that a folder was pushed to: all of it, the card with its address."""
+    """Content of a repository that a folder was pushed to: all of it, the card with its address.
+
+    The list of files there has the digest of the card as it is there.
+    """
     files = content_of(folder)
     card = files["README.md"].decode()
     assert f'from_pretrained("{folder.name}"' in card
     card = card.replace(f'from_pretrained("{folder.name}"', f'from_pretrained("{repo_id}"')
     card = card.replace(f"\n# {folder.name}\n", f"\n# {repo_id.split('/')[1]}\n")
-    return {**files, "README.md": card.encode()}
+    record = json.loads(files["gradnas.json"])
+    record[FILES]["README.md"] = hashlib.sha256(card.encode()).hexdigest()
+    return {**files, "README.md": card.encode(), "gradnas.json": sealed(record).encode()}
 
 
 def note(pairs: Path, name: str, batch: dict[str, torch.Tensor], **asked: Any) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..checkpoint.savable import check_processor
-from ..checkpoint.targets import check_target
+from ..checkpoint.targets import check_target, target_of
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
 from ..scores.owners import body_of
@@ -300,7 +300,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         """Let a push by the trainer end with the same repository."""
         if state.is_world_process_zero:
             folder = self._target(args, state)
-            complete_output(folder, args, is_cut=self.directory == folder)
+            complete_output(folder, args, is_cut=self.directory == target_of(folder))
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -310,7 +310,8 @@ class GradNASCallback(TrainerCallback, ExportableState):
 
     def _begin_run(self, args: Any, state: Any, model: PreTrainedModel, loader: Any) -> Run:
         check_whole(args)
-        check_target(self._target(args, state), overwrite=True)
+        source = body_of(model)[0].name_or_path
+        check_target(self._target(args, state), overwrite=True, source=source)
         check_publishing(args)
         if self.dataloader is None:
             batches = trainer_batches(loader, model, self.settings, args)

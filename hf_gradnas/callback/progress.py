@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .._files import write_whole
 from ..errors import PlanError, ScoresError
 from ..structure.sizes import Kept
 from ..types import Plan, is_integer
@@ -122,11 +123,30 @@ def _unpacked(data: Mapping[str, Any] | None) -> Plan | None:
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, run_id: str) -> None:
-    """Write a run's tensors beside a checkpoint; the file is there whole or not."""
-    sibling = folder / f"{FILE}.tmp"
+    """Write a run's tensors beside a checkpoint; the file is there whole or not.
+
+    Raises:
+        ScoresError: It cannot be written, or a file of that name holds something else.
+    """
     on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    save_file(on_cpu, sibling, {RUN_ID: run_id})
-    sibling.replace(folder / FILE)
+    file = folder / FILE
+    try:
+        write_whole(
+            file, lambda path: save_file(on_cpu, path, {RUN_ID: run_id}), replaces=_is_saved
+        )
+    except (OSError, SafetensorError) as error:
+        raise ScoresError(
+            f"{file}: cannot be written ({error}), and what was there is as it was; free space."
+        ) from error
+
+
+def _is_saved(file: Path) -> bool:
+    """Whether a file is one of `save_tensors`."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return RUN_ID in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_tensors(folder: Path, *, run_id: str) -> dict[str, torch.Tensor] | None:

@@ -6,13 +6,14 @@ of a repository. At the end, the cut model takes their place there.
 
 from __future__ import annotations
 
-import shutil
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .._compat import wait_for_uploads
-from ..checkpoint.targets import DOCUMENT
+from .._files import write_whole
+from ..checkpoint.targets import DOCUMENT, failing
 from ..hub import Pushed, check_access, push
 from ..scores.processes import Processes
 
@@ -49,17 +50,30 @@ def complete_output(folder: Path, args: Any, *, is_cut: bool) -> None:
         folder: Where the cut model is or will be saved.
         args: The trainer's arguments.
         is_cut: Whether the folder holds what the trainer's model is.
+
+    Raises:
+        CheckpointError: A file cannot be written.
     """
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    with failing(output):
+        _complete(folder, output, is_cut=is_cut)
+
+
+def _complete(folder: Path, output: Path, *, is_cut: bool) -> None:
     if folder.resolve().parent == output.resolve():
         ignored = output / ".gitignore"
-        lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.is_file() else []
-        line = f"/{folder.name}/"
-        if line not in lines:
-            ignored.write_text("\n".join([*lines, line, ""]), encoding="utf-8")
+        before = ignored.read_bytes() if ignored.is_file() else b""
+        line = os.fsencode(f"/{folder.name}/")
+        if line not in before.splitlines():
+            end = b"" if before.endswith(b"\n") or not before else b"\n"
+            _write(ignored, before + end + line + b"\n")
     if is_cut:
-        shutil.copy(folder / DOCUMENT, output / DOCUMENT)
+        _write(output / DOCUMENT, (folder / DOCUMENT).read_bytes())
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file beside a trainer's, which may replace what is there as the trainer does."""
+    write_whole(file, lambda path: path.write_bytes(content), replaces=lambda file: True)
 
 
 def _publish(folder: Path, args: Any) -> Pushed:

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint.savable import check_savable
-from ..errors import GradNASWarning, PlanError
+from ..checkpoint.targets import usable_target
+from ..errors import GradNASWarning, PlanError, ScoresError
 from ..pruner import GradNASPruner
 from ..scores.processes import Processes
 from ..scores.sample import longest_of_all
@@ -237,14 +239,21 @@ class Run:
                 tensors[name] = torch.from_numpy(self._processes.sum(tensor.double().numpy()))
         if not writes:
             return
+        said = (
+            f"{checkpoint}: found no such folder to save sums of scores in (a hyperparameter "
+            "search has one for each trial, which only hp_name=… tells the callback)."
+        )
         if checkpoint.is_dir():
-            save_tensors(checkpoint, tensors, run_id=self.progress.run_id)
-        elif not self._warned:
+            try:
+                save_tensors(checkpoint, tensors, run_id=self.progress.run_id)
+            except ScoresError as error:
+                said = str(error)
+            else:
+                return
+        if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{checkpoint}: found no such folder to save sums of scores in (a hyperparameter "
-                "search has one for each trial, which only hp_name=… tells the callback); a "
-                "training that goes on from this checkpoint sums them up anew.",
+                f"{said} A training that goes on from this checkpoint sums them up anew.",
                 GradNASWarning,
                 stacklevel=2,
             )
@@ -291,6 +300,9 @@ class Run:
     def write(self, target: Path, processing_class: Any) -> Path:
         """Save the cut model, and return where; all processes wait for the main one."""
         document = {"scores": dict(self.progress.scores), "callback": self.settings.to_dict()}
+        source = self._pruner.model.name_or_path
+        find = partial(usable_target, target, overwrite=True, source=source)
+        target = self._processes.from_main(find)
         return self._pruner.save_pretrained(
             target, processing_class, overwrite=True, document=document
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
+from .._files import LISTED, replace_folder, temporary_sibling
+from .._manifests import FILES, digests, foreign, sealed, stamps
 from ..errors import CheckpointError
 from .datasets import bundled_text
 
@@ -74,32 +76,51 @@ def make_quickstart(
     Raises:
         CheckpointError: `folder` exists but is not one of these, or cannot be written.
     """
-    record = folder / _RECORD
-    if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["training"] == asdict(training):
-            return _at(folder, known["unigram_perplexity"])
-    elif folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(
-            f"{folder}: holds files that are not a quickstart model; remove it, or give another "
-            "--output."
-        )
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    before = stamps(folder)
+    known = _read_record(folder)
+    if known.get("training") == asdict(training):
+        return _at(folder, known["unigram_perplexity"])
     try:
-        (unfinished / "model").mkdir(parents=True)
-        unigram = _train_into(unfinished, training, progress)
-        document = {"training": asdict(training), "unigram_perplexity": unigram}
-        (unfinished / _RECORD).write_text(json.dumps(document, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    except OSError as error:
+        _check_replaceable(folder)
+        with temporary_sibling(folder.absolute()) as unfinished:
+            (unfinished / "model").mkdir()
+            unigram = _train_into(unfinished, training, progress)
+            document = {"training": asdict(training), "unigram_perplexity": unigram}
+            text = sealed({**document, FILES: digests(unfinished)})
+            (unfinished / _RECORD).write_text(text, encoding="utf-8")
+            replace_folder(unfinished, folder.absolute(), before)
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: cannot be written ({error}); give another --output."
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return _at(folder, unigram)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """What an earlier run says of the folder; nothing where that cannot be read."""
+    try:
+        known = json.loads((folder / _RECORD).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    is_whole = isinstance(known, dict) and isinstance(known.get("unigram_perplexity"), float)
+    return known if is_whole else {}
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Check that a folder holds nothing but what an earlier run wrote.
+
+    Raises:
+        CheckpointError: It holds more.
+    """
+    if folder.is_dir():
+        others = foreign(folder)
+        if others:
+            raise CheckpointError(
+                f"{folder}: holds files that are not a quickstart model, or changed since "
+                f"({', '.join(others[:LISTED])}); remove them, or give another --output."
+            )
 
 
 def _at(folder: Path, unigram: float) -> Quickstart:

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._files import write_whole
 from ..config.gradnas import GradNASConfig
 from ..errors import CheckpointError
 from ..structure.sizes import tensor_at
@@ -37,10 +37,10 @@ def save(model: nn.Module, f: str | os.PathLike[str]) -> None:
 
     Args:
         model: A converted or cut model, or its distributed wrapper.
-        f: Path of the file; an existing one is replaced.
+        f: Path of the file; one that `save` wrote before is replaced.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        CheckpointError: The file cannot be written, or holds something else; it is as it was.
     """
     model = unwrap(model)
     space, mode = space_of(model), GradNASModeDescriptor()
@@ -57,18 +57,17 @@ def save(model: nn.Module, f: str | os.PathLike[str]) -> None:
         "aliases": aliases,
     }
     file = Path(f)
-    sibling = file.with_name(f".{file.name}.tmp-{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, sibling, metadata={KEY: json.dumps(state)})
-        sibling.replace(file)
-    except (OSError, SafetensorError) as error:
+        write_whole(
+            file,
+            lambda path: save_file(tensors, path, metadata={KEY: json.dumps(state)}),
+            replaces=_is_saved,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"save: {file} cannot be written ({error}); choose another path."
+            f"save: {file} cannot be written ({error}), and what was there is as it was; choose "
+            "another path, or free some space."
         ) from error
-    finally:
-        with suppress(OSError):  # where the folder cannot be made, there is nothing to remove
-            sibling.unlink()
 
 
 def restore(model: nn.Module, f: str | os.PathLike[str]) -> nn.Module:
@@ -174,6 +173,15 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name in beside:
             tensor_at(model, name).copy_(tensors[name])
+
+
+def _is_saved(file: Path) -> bool:
+    """Whether a file is one of `save`."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return KEY in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Tensors]:
