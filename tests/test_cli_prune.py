@@ -275,9 +275,18 @@ def test_pruning_again_composes(prune, bert, tsv, tmp_path):
     assert small.num_parameters() < large.num_parameters()
 
 
-def test_random_weights_are_warned_of(prune, tmp_path):
+def test_random_weights_stop_unless_asked_for(prune, tmp_path, monkeypatch):
     base = save_bert(tmp_path / "base", "BertModel")
-    code, _, err = prune("--model", base, "--task", "text-classification", *TINY)
+    command = ["--model", base, "--task", "text-classification", *TINY]
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_gradnas.pruner.GradNASPruner.discover", _never)
+        code, _, err = prune(*command)
+    assert code == 2
+    assert "(BertModel) has no weights for classifier.bias, classifier.weight of BertFor" in err
+    assert "leave --task away, or give --allow-new-head" in err
+    assert sorted(tmp_path.rglob("*")) == before
+    code, _, err = prune(*command, "--allow-new-head")
     assert code == 0
     assert "the checkpoint has no weights for classifier" in err
 

@@ -49,7 +49,7 @@ def test_two_processes_prune_as_one_does(tmp_path: Path, capsys) -> None:
     # No head in the checkpoint: the processes must make up the same one.
     model, data = save_bert(tmp_path / "bert", "BertModel"), write_tsv(tmp_path / "train.tsv", 30)
     options = ["--model", model, "--dataset", data, "--eval-dataset", data, *OPTIONS.split()]
-    options += ["--task", "text-classification"]
+    options += ["--task", "text-classification", "--allow-new-head"]
     code, out, err = run(*options, "--output", "two")
     assert code == 0, err
     assert out.count("Saved: two") == 1

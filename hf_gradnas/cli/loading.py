@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
+from .heads import warn_of_unused
 from .tasks import TASKS, Head, Task, input_of, model_class, named_task, task_of
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def load_model(recipe: Recipe, source: Source, folder: str) -> tuple[PreTrainedM
             output_loading_info=True,
             **_hub_options(recipe),
         )
+    warn_of_unused(model, info["unexpected_keys"])
     device = recipe.device or best_device()
     try:
         model = model.to(device)

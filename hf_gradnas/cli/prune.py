@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.recipe import QUICKSTART, Recipe
 from ..config.recipe_building import build_recipe
 from ..config.recipe_saving import shareable, to_yaml
-from ..errors import GradNASError, RecipeError
+from ..errors import GradNASError
 from .doubts import warn_of_doubts
 from .early import check_early, is_local
 from .records import record
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from .preparation import Job
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-_MISSING_SHOWN = 4
 
 
 def prune_from_options(
@@ -195,23 +194,16 @@ class _Run:
 
     def _load(self, job: Job) -> tuple[PreTrainedModel, DataLoader[Any], Batches | None]:
         from .examples import make_loader
+        from .heads import check_head, listed
         from .loading import load_model
         from .measuring import evaluation_batches
 
         model, missing = load_model(self.recipe, job.source, job.folder)
-        if missing and job.recovery is not None:
-            raise RecipeError(
-                f"--recover-epochs {self.recipe.recover_epochs:g}: the checkpoint has no weights "
-                f"for {', '.join(missing[:_MISSING_SHOWN])}, so there is nothing to learn from "
-                "it; fine-tune it first, or leave --recover-epochs away."
-            )
+        check_head(self.recipe, job.source, model, missing)
         if missing:
-            shown = ", ".join(missing[:_MISSING_SHOWN]) + (
-                ", …" if len(missing) > _MISSING_SHOWN else ""
-            )
             self.screen.warn(
-                f"the checkpoint has no weights for {shown}; they are random, so scores and "
-                "metrics mean little. Fine-tune first, or give another --task."
+                f"the checkpoint has no weights for {listed(missing)}; they are random, so scores "
+                "and metrics mean little."
             )
         size = self.recipe.batch_size
         loader = make_loader(job.calibration, job.source, model, batch_size=size)

@@ -39,6 +39,7 @@ def settings_of(
     shown: dict[str, Any] = {
         "model": recipe.model,
         "task": recipe.task,
+        "allow_new_head": "yes" if recipe.allow_new_head else None,
         "trust_remote_code": "yes, code of the model is run" if recipe.trust_remote_code else None,
         "dataset": recipe.dataset or BUNDLED,
         "split": recipe.split if recipe.dataset else None,

@@ -79,6 +79,12 @@ class Recipe(Settings):
         description="Run model code that comes with the checkpoint. Not from a recipe file.",
         json_schema_extra=_MODEL,
     )
+    allow_new_head: bool = Field(
+        default=False,
+        description="Go on with a head of --task that the checkpoint has no weights for, so that "
+        "they are random, or that was trained for another task.",
+        json_schema_extra=_MODEL,
+    )
     device: str | None = Field(
         default=None,
         description="Where to run, e.g. cpu, cuda, cuda:1, mps. Default: the accelerator if any.",
