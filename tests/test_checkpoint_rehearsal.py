@@ -11,11 +11,12 @@ import zoo
 from torch import nn
 from transformers.utils import ModelOutput
 
-from hf_gradnas import GradNASPruner
+from hf_gradnas import GradNASPruner, nas
 from hf_gradnas.checkpoint import rehearsal
 from hf_gradnas.checkpoint.prunable import find_prunable
 from hf_gradnas.checkpoint.rehearsal import trial_plan
 from hf_gradnas.errors import StructureError
+from hf_gradnas.nas.hparams import needed_space
 from hf_gradnas.surgery import check_plan
 from hf_gradnas.types import Kind
 
@@ -124,3 +125,18 @@ def test_where_only_a_removal_fails_one_unit_stays(monkeypatch):
     found = find_prunable(model, inputs)
     assert {axis.minimum for axis in found.structure.axes} == {1}
     assert not found.structure.refusals
+
+
+def test_the_surface_of_the_reference_searches_what_can_be_loaded_again():
+    model, inputs = forgetting("width")
+    config = {
+        "verbose": False,
+        "data_loader": [inputs["x"]],
+        "collect_func": lambda batch: batch,
+        "loss_func": lambda output, batch: output.logits.square().mean(),
+    }
+    fine = {"nn.Linear": {"*": {"feature_divisor": 2}}}
+    nas.convert(model, [("gradnas", fine)])
+    nas.search(model, {"flops": "90%"}, inputs["x"][:1], config)
+    names = {axis.name for axis in needed_space(model).needed_structure().axes}
+    assert names == {"layers.0.narrow:neurons", "layers.1.narrow:neurons"}

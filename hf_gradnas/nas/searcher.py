@@ -18,14 +18,17 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..checkpoint.rehearsal import rehearsed
 from ..checkpoint.savable import check_savable
 from ..config.budgets import format_amount, parse_budgets
 from ..costs.closed_form import unsplit_table_params
 from ..errors import BudgetError, DataError, OrderError, StructureError
 from ..search.solver import find_plan
+from ..structure.config_keys import find_stock_space
 from ..structure.counting import count_costs
-from ..types import Budget, CostModel, Scores
+from ..types import Budget, CostModel, Scores, Structure
 from ..verification import find_structure
 from .arguments import named_arguments, probe_arguments, unwrap
 from .gradients import Setup
@@ -148,7 +151,7 @@ class GradientBinarySearcher:
         if space.structure is None:
             space.probe = probe_arguments(self.model, self.dummy_input)
             check_savable(self.model, space.probe)
-            space.structure = find_structure(self.model, space.probe)
+            space.structure = self._find_structure(space.probe)
             space.hparams = make_hparams(self.model, space.structure, space.config)
         searched = self._searched()
         if not searched:
@@ -194,6 +197,14 @@ class GradientBinarySearcher:
             "history": self.history,
             "iter_num": len(self.history["threshold"]),
         }
+
+    def _find_structure(self, probe: Mapping[str, Any]) -> Structure:
+        """Proved axes; of a Transformers model those that it can be saved and loaded without."""
+        structure = find_structure(self.model, probe)
+        if not isinstance(self.model, PreTrainedModel):
+            return structure
+        stock = find_stock_space(self.model, structure)
+        return rehearsed(self.model, structure, probe, lambda _: (stock, "per_layer", ""))[0]
 
     def _searched(self) -> dict[str, Hparam]:
         hparams, kinds = needed_space(self.model).hparams, self.hparam_names_for_search
