@@ -111,14 +111,14 @@ def without_paths(text: str) -> str:
 def portable(path: str) -> str:
     """A path as others may see it; a relative one as it is.
 
-    One in the home directory begins with ``~``, one in the working folder is relative to it. Of any
-    other, the last part is left, after ``.../``.
+    One in the home directory begins with ``~``, one in the working folder with ``.``. Of any other,
+    the last part is left, after ``.../``.
     """
     place = Path(path)
     if not place.is_absolute():
         name = PureWindowsPath(path).name if PureWindowsPath(path).is_absolute() else None
         return path if name is None else SHORTENED + name
-    for base, prefix in ((Path.home(), "~/"), (_working_folder(), "")):
+    for base, prefix in ((Path.home(), "~/"), (_working_folder(), "./")):
         for folder in {base, base.resolve()} - {Path(base.anchor)}:
             if place.is_relative_to(folder):
                 return prefix + place.relative_to(folder).as_posix()

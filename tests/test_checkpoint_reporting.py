@@ -123,8 +123,8 @@ def test_a_model_that_is_pruned_again_keeps_its_origin(bert, tmp_path):
 
 def test_the_command_writes_card_recipe_metrics_and_latency(bert, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    data = write_tsv(tmp_path / "films.tsv")
-    options = ["--model", str(bert), "--dataset", str(data), "--eval-dataset", str(data)]
+    data, other = write_tsv(tmp_path / "train.tsv"), write_tsv(tmp_path / "films.tsv", 12)
+    options = ["--model", str(bert), "--dataset", str(data), "--eval-dataset", str(other)]
     options += ["--num-examples", "8", "--target", "flops=60%", "--output", "out"]
     assert main(["prune", *options]) == 0
     shown = capsys.readouterr()
@@ -142,7 +142,13 @@ def test_the_command_writes_card_recipe_metrics_and_latency(bert, tmp_path, monk
     block = card.text.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(block) == yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
     command = card.text.split("```bash\n")[1].split("\n```")[0]
-    assert sorted(shlex.split(command)) == sorted(["hf-gradnas", "prune", *options])
+    assert sorted(shlex.split(command)) == sorted(
+        [
+            "hf-gradnas",
+            "prune",
+            *(o.replace(str(tmp_path), ".") for o in options),
+        ]
+    )
     assert [entry["batch_size"] for entry in document["latency"]["batches"]] == [1, 8]
     summary = json.loads((folder / "report" / "summary.json").read_text(encoding="utf-8"))
     assert len(summary["latencies"]) == 2
@@ -165,6 +171,42 @@ def test_the_home_directory_is_read_and_shown_as_a_tilde(bert, tmp_path, monkeyp
     assert main(["prune", *again]) == 0
     assert not (tmp_path / "~").exists()
     capsys.readouterr()
+
+
+def test_no_secret_and_no_absolute_path_is_saved(bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model = bert.rename(tmp_path / "hf_aBcDeFgH12345678")
+    data = write_tsv(tmp_path / "films [red] `b`.tsv")
+    folder = tmp_path / "a ``` b"
+    options = ["--model", str(model), "--dataset", str(data), "--num-examples", "8"]
+    assert main(["prune", *options, "--output", str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err
+    assert "aBcDeFgH" not in shown.out + shown.err
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"README.md", "recipe.yaml", "gradnas.json", "config.json"} < {p.name for p in written}
+    for path in [*written, folder.with_name(f"{folder.name}.scores.safetensors")]:
+        content = path.read_bytes()
+        assert str(tmp_path).encode() not in content, path
+        assert b"aBcDeFgH" not in content, path
+        assert path.suffix != ".md" or b"\x1b" not in content
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["model"] == ".../hf_***"
+    assert recipe["dataset"] == ".../films [red] `b`.tsv"
+    assert (recipe["output"], recipe["save_scores"]) == (
+        "a ``` b",
+        "a ``` b.scores.safetensors",
+    )
+    saved = ["--recipe", str(folder / "recipe.yaml")]
+    for flag, value in (("--model", str(model)), ("--dataset", str(data))):
+        assert main(["prune", *saved]) == 2
+        assert f"{flag} .../" in (err := capsys.readouterr().err)
+        assert f"give {flag} with the place where it is" in err
+        saved += [flag, value]
+    assert (
+        main(["prune", *saved, "--dry-run", "--output", "x", "--save-scores", str(tmp_path / "s")])
+        == 0
+    )
 
 
 def test_no_report_leaves_pictures_and_latency_out(bert, tmp_path, monkeypatch, capsys):

@@ -96,7 +96,7 @@ def test_absolute_paths_lose_all_but_their_end(tmp_path, monkeypatch):
     assert portable("/data/own/x.tsv") == ".../x.tsv"
     assert portable("C:\\Users\\me\\x.tsv") == ".../x.tsv"
     assert portable(str(tmp_path / "home" / "a" / "b")) == "~/a/b"
-    assert portable(str(tmp_path / "here" / "a" / "b")) == "a/b"
+    assert portable(str(tmp_path / "here" / "a" / "b")) == "./a/b"
     for path in ("./a/b", "../a", "a", "~/a", "user/name"):
         assert portable(path) == path
     text = "no '/data/own/x.tsv', see file:///etc/a/b (https://host/a/b, and/or ./c/d) at /a/b/c."

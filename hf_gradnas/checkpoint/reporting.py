@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .._redaction import shareable, without_secrets
 from ..errors import GradNASWarning
-from ..report import find_origin, report_files, summarise
+from ..report import find_origin, in_one_line, report_files, summarise
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import CostModel, Plan, Scores, Structure
 from .companions import companions_of
@@ -112,6 +113,7 @@ def describe(
     sentence_class: str | None = None,
 ) -> dict[str, str | bytes]:
     """Card and report of a cut model that is called `name`, by path."""
+    document, name = shareable(document), without_secrets(name)
     source = root_of(model.name_or_path)
     origin = find_origin(source, revision=document.get("recipe", {}).get("revision"))
     stock = stock_class(model)
@@ -120,7 +122,7 @@ def describe(
         findings.structure,
         costs=findings.costs,
         document=document,
-        name=name,
+        name=in_one_line(name),
         model=stock.__name__,
         base_model=origin.base_model,
         versions=versions(),

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from .._files import replace_folder, temporary_sibling
 from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
+from .._redaction import shareable
 from ..errors import CheckpointError, GradNASError, first_line
+from ..report import python_string
 from ..scores.batches import to_device
 from ..scores.owners import LIBRARY, save_owner
 from ..structure.modeling_gradnas import auto_class_name
@@ -94,7 +96,7 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
         copied = [] if companions is None else companions.write(written)
         with _reloading(model):
             reference = _check_reload(model, written, sample)
-        content = {**document, "plan": plan.to_dict(), "versions": versions()}
+        content = {**shareable(document), "plan": plan.to_dict(), "versions": versions()}
         content |= {"format_version": FORMAT_VERSION, "reference": reference.to_dict()}
         content |= {"companions": copied} if copied else {}
         files_written = digests(written)
@@ -229,11 +231,11 @@ def loading_snippet(
         sentence_class: Class of sentence-transformers that loads it; None: plain Transformers does.
     """
     stock = stock_class(model)
-    name = auto_class_name(stock) or stock.__name__
-    lines = [f"from transformers import {name}", f'model = {name}.from_pretrained("{directory}")']
+    name, place = auto_class_name(stock) or stock.__name__, python_string(directory)
+    lines = [f"from transformers import {name}", f"model = {name}.from_pretrained({place})"]
     if sentence_class is not None:
         name = sentence_class
-        lines = [f"from {LIBRARY} import {name}", f'model = {name}("{directory}")']
+        lines = [f"from {LIBRARY} import {name}", f"model = {name}({place})"]
     if layout == "per_layer":
         where = "" if sentence_class else " to from_pretrained"
         note = f"  # or pass trust_remote_code=True{where}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..checkpoint.targets import check_target
 from ..config.budgets import parse_budgets
 from ..config.recipe import QUICKSTART, Recipe
+from ..config.recipe_saving import check_inputs
 from ..config.rules import parse_rules
 from ..errors import CheckpointError, DataError, RecipeError, ScoresError
 from ..types import Scores
@@ -62,6 +63,7 @@ def check_early(recipe: Recipe, *, given: Set[str]) -> Recipe:
         ScoresError: The scores file cannot be used.
         CheckpointError: The output exists and `overwrite` is off, or is not writable.
     """
+    check_inputs(recipe)
     parse_budgets(recipe.target, dict.fromkeys(COSTS, math.inf))
     parse_rules(recipe.rules())
     if recipe.training is not None:

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .. import _redaction
+from .._redaction import SHORTENED
+from ..errors import RecipeError
 from .recipe import BY_FLAG_ONLY, Recipe
 
-_PATHS = ("model", "dataset", "eval_dataset", "scores", "save_scores", "output")
+_INPUTS = ("model", "dataset", "eval_dataset", "scores")
+_OUTPUTS = ("save_scores", "output")
 _NOT_SAVED = {*BY_FLAG_ONLY, "private"}
 
 
 def shareable(recipe: Recipe) -> Recipe:
-    """The recipe with the home directory written ``~``: it names no user, and still runs."""
-    home = Path.home()
-    paths = {name: Path(vars(recipe)[name] or "") for name in _PATHS}
-    return recipe.model_copy(
-        update={
-            name: f"~/{path.relative_to(home).as_posix()}"
-            for name, path in paths.items()
-            if path.is_relative_to(home)
-        }
-    )
+    """The recipe without secrets and without absolute paths, see `_redaction.portable`.
+
+    It still runs for who has the same home directory or working folder. Of other paths the last
+    part is left: results then go to the folder that one is in, and inputs are asked for.
+    """
+    values = _redaction.shareable(recipe.model_dump(mode="json"))
+    for name in _OUTPUTS:
+        values[name] = values[name] and values[name].removeprefix(SHORTENED)
+    changed = {name: v for name, v in values.items() if isinstance(v, str)}
+    return recipe.model_copy(update={**changed, "exclude": tuple(values["exclude"])})
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Check that no input is what `shareable` left of a path.
+
+    Raises:
+        RecipeError: One is.
+    """
+    for name in _INPUTS:
+        value = vars(recipe)[name]
+        if value is not None and value.startswith(SHORTENED):
+            flag = "--" + name.replace("_", "-")
+            raise RecipeError(
+                f"{flag} {value}: a saved recipe keeps only the last part of such a path; give "
+                f"{flag} with the place where it is."
+            )
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Takes plans, scores and numbers as data; knows no model and writes no file.
 
 from .card import address
 from .files import FOLDER, report_files
+from .markdown import in_one_line, python_string
 from .origin import Origin, fetch_card, find_origin, is_hub_id
 from .prediction import say_prediction
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
@@ -19,7 +20,9 @@ __all__ = [
     "address",
     "fetch_card",
     "find_origin",
+    "in_one_line",
     "is_hub_id",
+    "python_string",
     "report_files",
     "say_prediction",
     "summarise",

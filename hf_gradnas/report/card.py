@@ -5,12 +5,15 @@ The template is Python text: Jinja is no dependency of ``huggingface_hub``.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import yaml
 
+from .._redaction import sayable, visible
+from .markdown import code, fenced, plain
 from .metadata import card_data, data_name, final_metrics
 from .origin import Origin
 from .prediction import say_prediction
@@ -33,6 +36,8 @@ _LOADERS = (
     "CrossEncoder",
     "MultiVectorEncoder",
 )
+_LOADED = re.compile(rf'(?:{"|".join(_LOADERS)})\(("(?:[^"\\\n]|\\.)*")')
+_MODEL_NAME = re.compile(r"^- name: .*$(?=\n  results:)", re.MULTILINE)
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _HEADER = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)
 
@@ -71,7 +76,7 @@ def make_card(
         _limits(summary),
     )
     body = "\n\n".join(part for section in sections for part in section)
-    return ModelCard(f"---\n{header}\n---\n\n{body}\n")
+    return ModelCard(sayable(f"---\n{header}\n---\n\n{body}\n"))
 
 
 def address(card: str, repo_id: str) -> str:
@@ -87,21 +92,29 @@ def address(card: str, repo_id: str) -> str:
     """
     header = _HEADER.match(card)
     title = _TITLE.search(card, header.end() if header else 0)
-    if title is None or not any(f'{call}("{title[1]}"' in card for call in _LOADERS):
-        return card
-    folder, name = title[1], repo_id.rpartition("/")[2]
-    changes = (
-        (f"\n# {folder}\n", f"\n# {name}\n"),
-        (f"\n- name: {folder}\n  results:", f"\n- name: {name}\n  results:"),
-        *((f'{call}("{folder}"', f'{call}("{repo_id}"') for call in _LOADERS),
+    literal = next(
+        (found[1] for found in _LOADED.finditer(card) if title and _names(found, title)), None
     )
-    for before, after in changes:
-        card = card.replace(before, after)
-    return card
+    if title is None or literal is None:
+        return card
+    name = repo_id.rpartition("/")[2]
+    head = _MODEL_NAME.sub(f"- name: {name}", card[: title.start()])
+    body = card[title.end() :]
+    for call in _LOADERS:
+        body = body.replace(f"{call}({literal}", f'{call}("{repo_id}"')
+    return f"{head}# {name}{body}"
+
+
+def _names(loaded: re.Match[str], title: re.Match[str]) -> bool:
+    """Whether a line that loads a model names the one that a title names."""
+    try:
+        return visible(plain(json.loads(loaded[1]))) == title[1]
+    except ValueError:  # its owner has changed it
+        return False
 
 
 def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
-    base = origin.base_model
+    base = plain(origin.base_model or "")
     if base and origin.is_hub:
         base = f"[{base}](https://huggingface.co/{base})"
     kept = " and ".join(
@@ -110,31 +123,33 @@ def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
         else f"{cost.kept_ratio:.1%} of its {cost.name}"
         for cost in summary.costs
     )
-    yield f"# {summary.name}"
+    yield f"# {plain(summary.name)}"
     yield (
-        f"{base or 'A model'} (`{summary.model}`) after structured pruning: whole attention heads, "
-        f"neurons or channels were removed, and {kept} are left. It runs at that size on any "
-        "hardware, without sparse kernels or masks."
+        f"{base or 'A model'} ({code(summary.model)}) after structured pruning: whole attention "
+        f"heads, neurons or channels were removed, and {kept} are left. It runs at that size on "
+        "any hardware, without sparse kernels or masks."
     )
 
 
 def _loading(summary: Summary, loading: str, library: str) -> Iterator[str]:
-    plain = "Plain Transformers" if library == "transformers" else library
+    tool = "Plain Transformers" if library == "transformers" else library
     yield "## How to load it"
-    lines = [line.split("  #")[0] for line in loading.splitlines()]
-    yield "\n".join(("```python", *lines, "```"))
+    lines = [
+        line.split("  #")[0] if line.startswith("import ") else line for line in loading.split("\n")
+    ]
+    yield fenced("python", "\n".join(lines))
     if summary.layout == "per_layer":
         yield (
-            f"The layout is `per_layer`: each layer has its own width. {plain} loads it "
+            f"The layout is `per_layer`: each layer has its own width. {tool} loads it "
             f"after `import {PROJECT}`, or without {PROJECT} through the code in this repository:"
         )
         lines = [line for line in lines if not line.startswith("import ")]
         without = "\n".join(lines).rstrip(")") + ", trust_remote_code=True)"
-        yield f"```python\n{without}\n```"
+        yield fenced("python", without)
     else:
         yield (
             "The layout is `stock`: all layers have the same width, and "
-            f"{plain[0].lower()}{plain[1:]} loads it as it loads the original."
+            f"{tool[0].lower()}{tool[1:]} loads it as it loads the original."
         )
 
 
@@ -152,7 +167,9 @@ def _what_was_cut(summary: Summary, pictures: str | None, has_scores: bool) -> I
         count = f"{len(summary.axes)} rows"
         yield f"<details>\n<summary>Every module ({count})</summary>\n\n{table}\n\n</details>"
     if summary.refusals:
-        named = [f"`{item.module}` ({item.kind})" for item in summary.refusals[:_REFUSALS_SHOWN]]
+        named = [
+            f"{code(item.module)} ({item.kind})" for item in summary.refusals[:_REFUSALS_SHOWN]
+        ]
         more = len(summary.refusals) - len(named)
         rest = f" and {more} more" if more else ""
         yield f"Seen but not pruned: {', '.join(named)}{rest}."
@@ -167,7 +184,7 @@ def _costs(summary: Summary, pictures: str | None) -> Iterator[str]:
     )
     if summary.latencies:
         order = "both models in turn" if summary.in_turn else "one model after the other"
-        yield f"Median time of a forward, measured on {summary.machine}, {order}:"
+        yield f"Median time of a forward, measured on {plain(summary.machine)}, {order}:"
         yield latency_table(summary)
     if pictures:
         yield f"![Cost before and after]({pictures}/costs.png)"
@@ -193,9 +210,9 @@ def _measured_on(summary: Summary) -> str:
     found = summary.evaluation
     if not found:
         data = summary.recipe.get("eval_dataset") or summary.recipe.get("dataset")
-        return f"Measured on {data_name(data)}:" if data else "Measured:"
+        return f"Measured on {plain(data_name(data))}:" if data else "Measured:"
     said = f"Measured on {found['examples']:,} examples"
-    name = data_name(found["dataset"])
+    name = plain(data_name(found["dataset"]))
     said += f" held out from the calibration data ({name})" if found["held_out"] else f" of {name}"
     if found.get("scored_too"):
         said += ", which was scored on too, so that the figures flatter it"
@@ -216,9 +233,9 @@ def _how(summary: Summary) -> Iterator[str]:
     if "examples" in found:
         said.append(f"scored on {found['examples']} examples")
     if "dataset" in found:
-        said.append(f"data: {data_name(found['dataset'])}")
+        said.append(f"data: {plain(data_name(found['dataset']))}")
     if "labels" in found:
-        said.append(f"labels: {found['labels']}")
+        said.append(f"labels: {plain(found['labels'])}")
     yield "; ".join(said) + "."
     if summary.recovery:
         steps, examples = summary.recovery.get("steps"), summary.recovery.get("examples")
@@ -227,11 +244,11 @@ def _how(summary: Summary) -> Iterator[str]:
             "original as its teacher."
         )
     if summary.command:
-        yield f"```bash\n{summary.command}\n```"
+        yield fenced("bash", summary.command)
     if summary.recipe:
         text = yaml.safe_dump(dict(summary.recipe), sort_keys=False, allow_unicode=True).rstrip()
         yield "All options; `hf-gradnas prune --recipe recipe.yaml` runs them again:"
-        yield f"```yaml\n{text}\n```"
+        yield fenced("yaml", text)
     if summary.versions:
         said = [f"{package} {version}" for package, version in summary.versions.items()]
         yield f"Versions: {', '.join(said)}. The kept units are listed in `gradnas.json`."

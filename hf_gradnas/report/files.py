@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+from .._redaction import sayable, shareable
 from ..types import Plan, Scores
 from .card import make_card
+from .markdown import plain
 from .origin import CARD, Origin
 from .plots import draw_all
 from .summary import Summary
@@ -49,11 +51,11 @@ def report_files(
         pictures=FOLDER if pictures else None,
         has_scores=scores is not None,
     )
-    files: dict[str, str | bytes] = {CARD: str(card)}
+    files: dict[str, str | bytes] = {CARD: sayable(str(card))}
     if pictures:
-        files[f"{FOLDER}/summary.json"] = json.dumps(summary.to_dict(), indent=1) + "\n"
-        files[f"{FOLDER}/plan.md"] = _tables(summary)
-        files[f"{FOLDER}/plan.csv"] = plan_csv(summary)
+        files[f"{FOLDER}/summary.json"] = json.dumps(shareable(summary.to_dict()), indent=1) + "\n"
+        files[f"{FOLDER}/plan.md"] = sayable(_tables(summary))
+        files[f"{FOLDER}/plan.csv"] = sayable(plan_csv(summary))
         drawn = draw_all(summary, plan, scores)
         files.update({f"{FOLDER}/{name}": content for name, content in drawn.items()})
     return files
@@ -61,9 +63,9 @@ def report_files(
 
 def _tables(summary: Summary) -> str:
     """All tables under each other."""
-    parts = [f"# {summary.name}", "## Costs", costs_table(summary)]
+    parts = [f"# {plain(summary.name)}", "## Costs", costs_table(summary)]
     if summary.latencies:
-        parts += [f"## Latency ({summary.machine})", latency_table(summary)]
+        parts += [f"## Latency ({plain(summary.machine)})", latency_table(summary)]
     if summary.metrics:
         parts += ["## Metrics", metrics_table(summary)]
     parts += ["## Plan", kinds_table(summary), plan_table(summary)]

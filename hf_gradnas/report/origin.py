@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._redaction import shareable
+
 CARD = "README.md"
 # Folders that trainers and this package name alike for everybody; the one above tells more.
 _GENERIC = re.compile(r"model|pruned|checkpoint-\d+|snapshots|[0-9a-f]{40}")
@@ -45,7 +47,7 @@ def find_origin(source: str, *, revision: str | None = None) -> Origin:
     if folder.is_dir():
         metadata = _read_metadata(folder / CARD)
         cached = _cached_id(folder.resolve())
-        if cached:
+        if cached and is_hub_id(cached):
             return Origin(cached, metadata, is_hub=True)
         named = _named_in(metadata)
         return Origin(named or folder_name(folder), metadata, is_hub=bool(named))
@@ -127,4 +129,4 @@ def _read_metadata(card: Path | None) -> Mapping[str, Any]:
         found = yaml.safe_load(header.group(2)) if header else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return shareable(found) if isinstance(found, dict) else {}

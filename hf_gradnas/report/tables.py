@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 from ..config.budgets import format_amount
+from .markdown import code, plain
 from .quality import with_errors
 from .summary import Summary
 
@@ -27,7 +28,7 @@ def _cell(text: str) -> str:
 def plan_table(summary: Summary) -> str:
     """Kept and all units of every axis, and the sums over each kind."""
     rows = [
-        (f"`{axis.module}`", axis.kind, f"{axis.kept:,}", f"{axis.size:,}", _share(axis.kept_ratio))
+        (code(axis.module), axis.kind, f"{axis.kept:,}", f"{axis.size:,}", _share(axis.kept_ratio))
         for axis in summary.axes
     ]
     return markdown_table(("module", "axis", "kept", "of", "share"), rows, right=3)
@@ -88,8 +89,8 @@ def metrics_table(summary: Summary) -> str:
         shown = [
             "-" if v is None else f"{v:,}" if name == "examples" else f"{v:.4f}" for v in values
         ]
-        rows.append((name, *shown))
-    headers = ("metric", *(_STATES.get(state, state) for state in states))
+        rows.append((plain(name), *shown))
+    headers = ("metric", *(_STATES.get(state) or plain(state) for state in states))
     return markdown_table(headers, rows, right=len(states))
 
 
