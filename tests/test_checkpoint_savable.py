@@ -332,7 +332,7 @@ OUTPUTS: dict[str, tuple[Change, str]] = {
     ),
     "buffer that no file holds": (
         lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
-        r"model\.rotary_emb\.inv_freq with other values than a load makes",
+        r"model\.rotary_emb\.inv_freq with another type or other values than a load gives",
     ),
     "config": (
         lambda m: setattr(m.config, "hidden_act", "relu"),

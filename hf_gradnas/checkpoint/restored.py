@@ -70,12 +70,13 @@ def check_outputs(
 
 def _differing(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
     """Place of the first output that is not the same; "" where all are."""
-    for path in before.keys() | after.keys():
+    for path in sorted(before.keys() | after.keys()):
         if path not in before or path not in after:
             return path
         has, loaded = before[path], after[path]
         if has.shape != loaded.shape:
             return path
+        has, loaded = has.cpu(), loaded.cpu()
         finite = has[has.isfinite()]
         limit = allowed_difference(finite) if len(finite) else 0.0
         same = torch.isclose(has.double(), loaded.double(), rtol=0, atol=limit, equal_nan=True)
@@ -96,7 +97,7 @@ def _suspects(model: PreTrainedModel, twin: PreTrainedModel, others: list[str]) 
             yield f"{path} is a {names[0]}, the config builds a {names[1]}"
         yield from _put_on(path or "the model", module)
     yield from (f"no {path}" for path in makes if path not in has)
-    yield from (f"{name} with other values than a load makes" for name in others)
+    yield from (f"{name} with another type or other values than a load gives it" for name in others)
     for path in has.keys() & makes.keys():
         yield from _set_by_hand(path or "model", vars(has[path]), vars(makes[path]))
 

@@ -11,7 +11,7 @@ import copy
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -60,8 +60,10 @@ def build_twin(model: PreTrainedModel) -> PreTrainedModel:
     """
     config = _saved_config(model)
     try:
-        with silence(), _dtype(model.dtype), torch.device("meta"), no_init_weights():
-            with meta_device_safe_creation_ops():
+        with ExitStack() as stack:
+            for context in (silence(), torch.random.fork_rng(devices=[]), _dtype(model.dtype)):
+                stack.enter_context(context)
+            with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
                 twin = type(model)(config)
             twin.tie_weights()
     except Exception as error:  # classes refuse in their own ways
@@ -153,7 +155,7 @@ def _is_close(has: Tensor, makes: Tensor) -> bool:
         return False
     if not (has.is_floating_point() and makes.is_floating_point()):
         return torch.equal(has, makes)
-    numbers = has.double(), makes.double()
+    numbers = has.cpu().double(), makes.cpu().double()
     return torch.allclose(*numbers, rtol=ROUNDED, atol=SMALLEST, equal_nan=True)
 
 
