@@ -276,6 +276,15 @@ def _check_scores_place(recipe: Recipe, file: Path, output: str) -> None:
         )
     if _kind(str(file), option) == "folder":
         raise RecipeError(f"{given}: {file} is a folder, needed a file; give another name.")
+    if Path(output).resolve() in file.resolve().parents:
+        raise RecipeError(
+            f"{given}: is in the output folder {output}, which is written as a whole at the end; "
+            "give a file beside it."
+        )
+    if file.exists() and file.stat().st_size and not Scores.is_file(file):
+        raise RecipeError(
+            f"{given}: {file} holds no scores, and only scores are replaced; give another file."
+        )
 
 
 def _folder_name(folder: Path) -> str:

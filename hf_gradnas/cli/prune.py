@@ -319,7 +319,8 @@ class _Run:
         measured = {name: found for name, found in columns.items() if found is not None}
         if measured:
             document["metrics"] = {name: found.to_dict() for name, found in measured.items()}
-        output = str(self.recipe.output)
+        place = partial(self._place, str(self.recipe.output), model.name_or_path)
+        output = str(self.processes.from_main(place))
         pruner.save_pretrained(
             output,
             job.source.processor,
@@ -340,6 +341,13 @@ class _Run:
         for line in loading_snippet(model, plan.layout, output, loader).splitlines():
             self.screen.line(f"    {line}")
         self._push(output)
+
+    def _place(self, output: str, source: str) -> Path | str:
+        """The output folder; one beside it where the output was taken by others in the meantime."""
+        from ..checkpoint.targets import target_of, usable_target
+
+        found = usable_target(output, overwrite=self.recipe.overwrite, source=source)
+        return output if found == target_of(output) else found
 
     def _recover(self, model: PreTrainedModel, examples: Examples, job: Job) -> dict[str, Any]:
         """Train the cut model; the teacher is loaded again from where the original came."""
