@@ -29,7 +29,7 @@ from .scores.batches import to_device
 from .scores.owners import body_of
 from .scores.prediction import with_prediction
 from .scores.processes import Processes
-from .scores.sample import Batch, check_positions, from_main, longest_of_all, reiterable
+from .scores.sample import Batch, check_inputs, from_main, longest_of_all, reiterable
 from .scores.shards import gathered, is_sharded, shape_of
 from .scores.wrappers import check_parameters, uncompiled
 from .search.solver import STRATEGIES, check_budgets, find_plan
@@ -146,11 +146,11 @@ class GradNASPruner:
 
         Raises:
             CheckpointError: The model's config or generation config cannot be saved.
-            DataError: Its sequences are longer than the model has positions.
+            DataError: The batch or a length cannot be the model's.
             StructureError: Nothing in the model can be pruned, a rule's glob matches nothing, or
                 the model could not be saved and loaded as it is (see `check_savable`).
         """
-        check_positions(batch, self.model.config)
+        check_inputs(batch, self.model, flops_length)
         check_parameters(self.model, "discover")
         batch = to_device(from_main(batch, self._processes), self.model)
         with uncompiled(), self._processes.joint():
@@ -387,7 +387,7 @@ class GradNASPruner:
 
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise PlanError(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from ..config.gradnas import GradNASConfig
@@ -32,9 +33,8 @@ def convert(model: nn.Module, mode: ModeLike) -> nn.Module:
 
     Raises:
         CheckpointError: The config or generation config of a Transformers model cannot be saved.
-        PlanError: The mode is unknown, more than one is given, or its config asks for another
-            kernel size than a convolution has.
-        pydantic.ValidationError: The config cannot be read; the message has the field's path.
+        PlanError: The mode is unknown, more than one is given, or its config cannot be read or
+            asks for another kernel size than a convolution has; the message has the field's path.
         StructureError: The model has no parameters, or could not be saved and loaded as it is.
     """
     descriptor, config = _read_mode(mode)
@@ -118,15 +118,21 @@ def _read_mode(mode: ModeLike) -> tuple[GradNASModeDescriptor, GradNASConfig]:
     if len(entries) != 1:
         raise PlanError(f"mode: found {len(entries)} modes, needed one; give 'gradnas'.")
     entry = entries[0]
-    name, given = entry if isinstance(entry, tuple) else (entry, None)
+    is_pair = isinstance(entry, tuple) and len(entry) == 2  # noqa: PLR2004 - name and config
+    name, given = entry if is_pair else (entry, None)
     if isinstance(name, type) and issubclass(name, GradNASModeDescriptor):
         name = name()
-    descriptor = name if isinstance(name, GradNASModeDescriptor) else MODES.get(name)
+    descriptor = name if isinstance(name, GradNASModeDescriptor) else None
+    if isinstance(name, str):
+        descriptor = MODES.get(name)
     if descriptor is None:
         raise PlanError(
-            f"mode {name!r}: not known, this package has {', '.join(map(repr, MODES))}; "
+            f"mode {name!r:.60}: not known, this package has {', '.join(map(repr, MODES))}; "
             "give that name, or [('gradnas', config)]."
         )
     if isinstance(given, GradNASConfig):
         return descriptor, given
-    return descriptor, GradNASConfig.model_validate(given or {})
+    try:
+        return descriptor, GradNASConfig.model_validate({} if given is None else given)
+    except ValidationError as error:
+        raise PlanError(f"mode: its config cannot be read: {error}") from error

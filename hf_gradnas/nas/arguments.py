@@ -14,7 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import DataError
+from ..errors import DataError, StructureError
 from ..structure.trace import map_tensors
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -22,7 +22,15 @@ Collect = Callable[[Any], Any]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside a distributed wrapper or one of ``torch.compile``."""
+    """The module inside a distributed wrapper or one of ``torch.compile``.
+
+    Raises:
+        StructureError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise StructureError(
+            f"model: found {model!r:.60}, needed a torch.nn.Module; pass the model itself."
+        )
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..errors import DataError, GradNASWarning, ScoresError
+from ..errors import DataError, GradNASError, GradNASWarning, ScoresError, first_line
 from ..scores.fingerprints import axes_fingerprint, model_fingerprint
 from ..structure.states import evaluating, frozen
 from ..types import Scores
@@ -165,7 +165,16 @@ def _setup_of(
 
 def _backward(model: nn.Module, work: Pass, batch: Any, *, index: int) -> None:
     args, kwargs = call_arguments(model, work.collect_func(batch))
-    loss = work.loss_func(model(*args, **kwargs), batch)
+    try:
+        output = model(*args, **kwargs)
+    except (GradNASError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's own code may raise anything
+        raise DataError(
+            f"Batch {index}: {type(model).__name__} fails on what collect_func returned "
+            f"({type(error).__name__}: {first_line(error)}); return the arguments of its forward."
+        ) from error
+    loss = work.loss_func(output, batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise DataError(

@@ -129,6 +129,11 @@ class GradientBinarySearcher:
         """
         self.config = self.sanitize_search_config(config)
         self.model: nn.Module = unwrap(model)
+        if not isinstance(constraints, Mapping):
+            raise BudgetError(
+                f"constraints: found {constraints!r:.60}, needed a mapping from a cost to its "
+                'limit, such as {"flops": "60%"}.'
+            )
         self.constraints, self.dummy_input = dict(constraints), dummy_input
         self.history = {"threshold": [], "constraints": [], "satisfied": []}
         self.before_search()

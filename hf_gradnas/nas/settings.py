@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import DataError, GradNASWarning, PlanError
+from ..types import is_integer
 from .arguments import first_element
 
 REDUCTIONS = ("max", "sum")
@@ -35,7 +37,11 @@ def sanitize(
     config: Mapping[str, Any], defaults: Mapping[str, Any], score_func: Callable[..., float]
 ) -> dict[str, Any]:
     """A complete copy of the settings (see `GradientBinarySearcher.sanitize_search_config`)."""
-    unknown = sorted(config.keys() - defaults.keys())
+    if not isinstance(config, Mapping):
+        raise PlanError(
+            f"config: found {config!r:.60}, needed a dict with data_loader and loss_func, or None."
+        )
+    unknown = sorted(map(str, config.keys() - defaults.keys()))
     if unknown:
         raise PlanError(
             f"config: {', '.join(unknown)} is no setting of the search; known are "
@@ -94,8 +100,16 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
             f"config: checkpoint={config['checkpoint']!r}; give the path of a file, or None."
         )
     tolerance = config["score_convergence_tol"]
-    if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance > 0):
+    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and 0 < tolerance < math.inf):
         raise PlanError(
             f"config: score_convergence_tol={tolerance!r}; give a relative change above 0, such as "
             "0.01, or None to read all batches."
+        )
+    for name in ("score_convergence_patience", "score_convergence_min_updates"):
+        if not is_integer(config[name]) or config[name] < 0:
+            raise PlanError(f"config: {name}={config[name]!r}; give a whole number of batches.")
+    if not isinstance(config["average_scores"], bool):
+        raise PlanError(
+            f"config: average_scores={config['average_scores']!r:.60}; give True or False."
         )

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers.utils import find_labels
 
 from ..errors import DataError
+from .columns import check_columns, wrong_column
+
+IGNORED = -100  # the label that Transformers' losses leave out
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,11 @@ def check_batch(index: int, columns: Any, known: Iterable[str]) -> Batch:
             f"Batch {index} is a {type(columns).__name__}, needed a dict for model(**batch); "
             "give the loader a collate function that returns a dict."
         )
+    check_columns(index, columns)
     labels = tuple(key for key in known if columns.get(key) is not None)
+    for key in labels:
+        if isinstance(columns[key], Tensor) and not columns[key].dim():
+            raise wrong_column(index, f"{key} of shape ()", "one row per example")
     return Batch(index, columns, _count(index, columns, labels), labels)
 
 
@@ -93,8 +100,8 @@ def _count(index: int, columns: Mapping[str, Any], labels: tuple[str, ...]) -> i
                 return value.shape[0]
             break
     raise DataError(
-        f"Batch {index} holds no example (columns {sorted(columns)}); give dicts of tensors whose "
-        "first dimension counts the examples."
+        f"Batch {index} holds no example (columns {sorted(map(str, columns))}); give dicts of "
+        "tensors whose first dimension counts the examples."
     )
 
 
@@ -114,7 +121,9 @@ def to_device(columns: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     for key, value in columns.items():
         if isinstance(value, Tensor):
             is_real = value.is_floating_point() and key not in labels
-            moved[key] = value.to(like.device, like.dtype if is_real else value.dtype)
+            # What was made in inference mode could not be kept for a backward.
+            kept = value.clone() if value.is_inference() else value
+            moved[key] = kept.to(like.device, like.dtype if is_real else value.dtype)
     return moved
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from .._compat import configs_of
 from ..errors import DataError, ScoresError
-from ..types import Axis, Scores
+from ..types import Axis, Scores, is_integer
 from .batches import digest
 from .fingerprints import axes_fingerprint, check_same_everywhere, model_fingerprint
 from .gradients import GradientRecorder
@@ -76,8 +77,8 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         ScoresError: An unknown choice, a `file` of no use, or processes with different models.
         StructureError: An axis does not fit the model.
     """
-    axes = tuple(structure_axes)
-    processes = Processes(accelerator)
+    axes, processes = tuple(structure_axes), Processes(accelerator)
+    _check_arguments(seed, file, progress)
     settings = _settings(axes, method, labels, num_examples, seed, processes)
     record = _open(model, axes, settings, file, processes)
     processes.from_main(partial(record.check_writable, resume=resume))
@@ -113,9 +114,21 @@ def _open(
     return record
 
 
+def _check_arguments(seed: object, file: object, progress: object) -> None:
+    """Check what would fail only after the first batch was scored."""
+    is_seed = is_integer(seed) and cast(int, seed) >= 0
+    for name, is_right, found, needed in (
+        ("seed", is_seed, seed, "a whole number of 0 or more"),
+        ("file", isinstance(file, str | PathLike | None) and file != "", file, "a path or None"),
+        ("progress", progress is None or callable(progress), progress, "a function or None"),
+    ):
+        if not is_right:
+            raise ScoresError(f"{name}={found!r:.80}: needed {needed}; give that, or omit it.")
+
+
 def _check_choices(**choices: tuple[str, Iterable[str]]) -> None:
     for name, (value, known) in choices.items():
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ScoresError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
 
 
@@ -242,6 +255,9 @@ def _quiet(model: nn.Module) -> Iterator[None]:
                 stack.callback(setattr, module, "training", True)
                 module.training = False
         for config in configs_of(model):
+            # Transformers guesses it from the labels of the first batch, for good.
+            if hasattr(config, "problem_type"):
+                stack.callback(setattr, config, "problem_type", config.problem_type)
             if hasattr(config, "use_cache"):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple
 
+import numpy as np
 from torch import nn
 
 from ..errors import ScoresError
 from ..types import Axis, Scores
 from .batches import tensor_bytes
+from .methods import METHODS
 from .processes import Processes
 from .shards import whole
 
@@ -72,11 +74,33 @@ def check_scores(scores: Scores, model: nn.Module, axes: Iterable[Axis]) -> None
             f"{type(model).__name__} has {needed[:12]}…); score this model, in the dtype that it "
             "is pruned in."
         )
+    method = scores.metadata.get("method", "fisher")
+    if method not in METHODS:
+        raise ScoresError(
+            f"Scores: their method is {method!r:.40}, known are {', '.join(METHODS)}; score the "
+            "model again."
+        )
+    check_values(scores, axes)
+
+
+def check_values(scores: Scores, axes: Iterable[Axis]) -> None:
+    """Check that scores hold one finite real number per unit of every axis.
+
+    Raises:
+        ScoresError: They do not.
+    """
     for axis in axes:
         values = scores.values.get(axis.name)
-        if values is None or values.shape != (axis.size,):
-            shape = "none" if values is None else str(values.shape)
+        if not isinstance(values, np.ndarray) or values.shape != (axis.size,):
+            found = str(values.shape) if isinstance(values, np.ndarray) else type(values).__name__
+            shape = "none" if values is None else found
             raise ScoresError(
                 f"{axis.name}: the scores hold {shape} for this axis, needed ({axis.size},); "
+                "score the model again."
+            )
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            found = "numbers that are not finite" if values.dtype.kind == "f" else str(values.dtype)
+            raise ScoresError(
+                f"{axis.name}: the scores hold {found}, needed finite floating-point numbers; "
                 "score the model again."
             )

@@ -27,7 +27,7 @@ from accelerate.data_loader import (
 from accelerate.utils import find_batch_size
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
-from ..errors import DataError
+from ..errors import DataError, GradNASError, first_line
 from .batches import digest
 from .processes import Processes
 
@@ -213,6 +213,7 @@ def _without_repeats(loader: Any, processes: Processes) -> Iterator[Dealt]:
 
 def _every_nth(batches: Iterable[Any], processes: Processes) -> Iterator[Dealt]:
     """Every ``processes``-th batch, and a check that all processes read the same ones."""
+    batches = _told(batches) if isinstance(batches, DataLoader) else batches
     if processes.count == 1:
         yield from map(Dealt, batches)
         return
@@ -229,6 +230,30 @@ def _every_nth(batches: Iterable[Any], processes: Processes) -> Iterator[Dealt]:
         yield Dealt(own, check=_short(seen))
     elif (index + 1) % processes.count:
         yield Dealt(None, rows=0, check=_short(seen))
+
+
+def _told(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Batches of a loader; what its data set or collate function raises names the batch.
+
+    Raises:
+        DataError: A batch cannot be made.
+    """
+    index, stream = 0, iter(loader)
+    while True:
+        try:
+            columns = next(stream)
+        except StopIteration:
+            return
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, GradNASError):
+                raise
+            raise DataError(
+                f"dataloader: batch {index} cannot be made ({type(error).__name__}: "
+                f"{first_line(error)}); mend its data set, or give it a "
+                "collate_fn that pads examples to one length and returns a dict of tensors."
+            ) from error
+        yield columns
+        index += 1
 
 
 def _short(text: str) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from .batches import Batch, to_device
+from .batches import Batch
+from .inputs import run_model
 from .normaliser import count_labels, find_normaliser, is_likelihood, loss_of
 from .sampling import inputs_to_sample, predict
 
@@ -67,7 +68,7 @@ class DataLoss:
         count = count_labels(self.normaliser, batch)
         if not count:
             return None, 0
-        loss = loss_of(self.model(**to_device(batch.columns, self.model)), batch)
+        loss = loss_of(run_model(self.model, batch.index, batch.columns), batch)
         return at_least_float32(loss) * count, count
 
 
@@ -94,7 +95,7 @@ class SampledLoss:
             DataError: A decoder has nothing to read, or the model predicts nothing.
         """
         inputs, mask = inputs_to_sample(self.model, batch)
-        outputs = self.model(**to_device(inputs, self.model))
+        outputs = run_model(self.model, batch.index, inputs)
         prediction = predict(outputs, self.model, mask)
         count = int(prediction.valid.sum())
         if not count:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GradNASWarning
-from .batches import Batch, to_device
-
-IGNORED = -100  # the label that Transformers' losses leave out
+from .batches import IGNORED, Batch
+from .inputs import run_model
 
 Count = Callable[[Tensor], int]
 
@@ -68,7 +67,13 @@ def count_labels(normaliser: str, batch: Batch) -> int:
 
     Zero where every label is ignored.
     """
-    return COUNTS[normaliser](_counted(batch))
+    labels = _counted(batch)
+    if normaliser in TOKEN_COUNTS and not is_token_labels(labels):
+        raise DataError(
+            f"Batch {batch.index}: found labels of shape {tuple(labels.shape)} and "
+            f"{labels.dtype}, needed one id per token as in the first batch; mend the data set."
+        )
+    return COUNTS[normaliser](labels)
 
 
 def is_likelihood(batch: Batch) -> bool:
@@ -87,8 +92,15 @@ def _counted(batch: Batch) -> Tensor:
 
 def _counted_key(batch: Batch) -> str:
     """Key of the labels that count: one id per token if there is such, else the first."""
-    tokens = (key for key in batch.labels if is_token_labels(batch.columns[key]))
-    return next(tokens, batch.labels[0])
+    tensors = [key for key in batch.labels if isinstance(batch.columns[key], Tensor)]
+    if not tensors:
+        kinds = ", ".join(f"{k} as a {type(batch.columns[k]).__name__}" for k in batch.labels)
+        raise DataError(
+            f"Batch {batch.index}: found {kinds}, needed a tensor whose rows are the examples, by "
+            'which the loss is shared out; give tensors, or score with labels="model".'
+        )
+    tokens = (key for key in tensors if is_token_labels(batch.columns[key]))
+    return next(tokens, tensors[0])
 
 
 def is_token_labels(labels: Tensor) -> bool:
@@ -141,7 +153,7 @@ def _error(pair: Batch, losses: list[float], normaliser: str) -> float:
 
 
 def _loss(model: nn.Module, part: Batch) -> float:
-    return float(loss_of(model(**to_device(part.columns, model)), part))
+    return float(loss_of(run_model(model, part.index, part.columns), part))
 
 
 def _row(batch: Batch, row: int) -> Batch:

@@ -19,7 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object, reduce
 
 from .. import errors
-from ..errors import GradNASError
+from ..errors import GradNASError, ScoresError
 
 T = TypeVar("T")
 
@@ -41,6 +41,11 @@ class Processes:
     """
 
     def __init__(self, accelerator: Accelerator | PartialState | None = None) -> None:
+        if not isinstance(accelerator, Accelerator | PartialState | None):
+            raise ScoresError(
+                f"accelerator: found a {type(accelerator).__name__}, needed an Accelerator or "
+                "PartialState of accelerate, or None."
+            )
         self.accelerator = accelerator
         self.count: int = 1 if accelerator is None else accelerator.num_processes
         self.index: int = 0 if accelerator is None else accelerator.process_index

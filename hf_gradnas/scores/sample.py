@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_labels
 
 from ..errors import DataError
 from .batches import check_batch, read_batches
+from .inputs import check_ids
 from .loaders import deal
 from .processes import Processes
-from .steps import check_end, read_steps
+from .steps import check_end, is_none_or_positive, read_steps
 
 Batch = Mapping[str, Any]
 
@@ -54,10 +55,10 @@ def longest_batch(batches: Iterable[Batch], model: nn.Module, num_examples: int 
                     f"dataloader: batch {index} is a {type(batch).__name__}, but the model is "
                     "called as model(**batch); yield dicts of tensors."
                 )
+            examples += check_batch(index, batch, known).examples
             here = _length(batch)
             if here > length:
                 longest, length = batch, here
-            examples += check_batch(index, batch, known).examples
             if num_examples is not None and examples >= num_examples:
                 break
     if longest is None:
@@ -111,12 +112,25 @@ def _length(batch: Batch) -> int:
     return max((shape[1] for shape in shapes if len(shape) > 1), default=0)
 
 
-def check_positions(batch: Batch, config: PreTrainedConfig) -> None:
-    """Refuse sequences that the position table cannot hold, before torch fails inside it.
+def check_inputs(batch: Batch, model: PreTrainedModel, flops_length: int | None) -> None:
+    """Check the batch that structure and costs are found with, before the model runs it.
 
     Raises:
-        DataError: The sequences are longer than ``max_position_embeddings``.
+        DataError: It is no batch of the model, its sequences are longer than the position table,
+            or the length that FLOPs are counted for is no length.
     """
+    columns = check_batch(0, batch, find_labels(type(model))).columns
+    check_ids(0, columns, model)
+    _check_positions(columns, model.config)
+    if not is_none_or_positive(flops_length):
+        raise DataError(
+            f"flops_length={flops_length!r}: found no number of tokens; give 1 or more, or None "
+            "for the batch's own."
+        )
+
+
+def _check_positions(batch: Batch, config: PreTrainedConfig) -> None:
+    """Refuse sequences that the position table cannot hold, before torch fails inside it."""
     tokens, positions = batch.get("input_ids"), getattr(config, "max_position_embeddings", None)
     if tokens is not None and positions is not None and tokens.shape[1] > positions:
         raise DataError(

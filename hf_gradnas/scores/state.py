@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,10 @@ import numpy as np
 from .._files import check_replaceable, temporary_sibling
 from .._redaction import sayable
 from ..errors import ScoresError
-from ..types import Axis, Scores
+from ..types import Axis, Scores, parse_json
 from .batches import digest
+from .fingerprints import check_values
+from .normaliser import COUNTS
 from .processes import Processes
 from .steps import Step
 
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 NAMED_SETTINGS = ("method", "labels", "seed", "mask_place")
 SINGLE = {"processes": 1, "accumulation_steps": 1}  # in files that do not say
+OTHER_NORMALISERS = ("", "none", "sampled_labels")
+_COUNT = re.compile(r"[0-9]{1,18}")
+_DIGEST = re.compile(r"[0-9a-f]{64}|")
 PACKAGES = ("hf_gradnas", "torch", "transformers")
 
 
@@ -162,24 +168,61 @@ class Record:
             return None
         scores = Scores.load(self.file)
         found = scores.metadata
-        settings = {**SINGLE, **json.loads(found.get("settings", "{}"))}
+        try:
+            settings = {**SINGLE, **parse_json(found.get("settings", "{}"))}
+        except (ValueError, TypeError) as error:
+            raise self._damaged(f"settings: {error}") from error
         changed = [key for key, value in self.settings.items() if settings.get(key) != value]
         if found.get("model_fingerprint") != self.model:
             changed = ["model"]
         if changed:
             self.log_restart(f"of another {' and '.join(changed)}")
             return None
-        state = State(
+        return self._state(scores), found["complete"] == "true"
+
+    def _state(self, scores: Scores) -> State:
+        """State that scores of these settings hold, checked: it may come from any file.
+
+        Raises:
+            ScoresError: Numbers are missing, or can be none.
+        """
+        found = {"steps": scores.metadata.get("batches", ""), **scores.metadata}
+        counts = {key: found.get(key, "") for key in ("examples", "batches", "steps")}
+        counts["labels_scored"] = found.get("labels_scored", "0")
+        for key, text in counts.items():
+            if not _COUNT.fullmatch(text):
+                raise self._damaged(f"{key} is {text!r}")
+        for key, known in (
+            ("complete", ("true", "false")),
+            ("normaliser", (*COUNTS, *OTHER_NORMALISERS)),
+        ):
+            if found.get(key) not in known:
+                raise self._damaged(f"{key} is {found.get(key)!r}")
+        if not _DIGEST.fullmatch(found.get("data_fingerprint", "-")):
+            raise self._damaged(f"data_fingerprint is {found.get('data_fingerprint')!r}")
+        check_values(scores, self.axes)
+        return State(
             totals=np.concatenate([scores.values[axis.name] for axis in self.axes]),
             examples=int(found["examples"]),
             batches=int(found["batches"]),
-            steps=int(found.get("steps", found["batches"])),
+            steps=int(found["steps"]),
             data=found["data_fingerprint"],
             normaliser=found["normaliser"],
-            labels=int(found.get("labels_scored", 0)),
-            loss=float(found.get("loss_sum", math.nan)),
+            labels=int(counts["labels_scored"]),
+            loss=self._loss(found.get("loss_sum", "nan")),
         )
-        return state, found["complete"] == "true"
+
+    def _loss(self, text: str) -> float:
+        try:
+            return float(text)
+        except ValueError as error:
+            raise self._damaged(f"loss_sum is {text!r}") from error
+
+    def _damaged(self, found: str) -> ScoresError:
+        return ScoresError(
+            f"Scores: {self.file} is damaged ({found}); remove it and score again, or give another "
+            "file."
+        )
 
     def log_restart(self, reason: str) -> None:
         """Say why the scores in the file are not gone on from."""

@@ -5,17 +5,19 @@ Knows which examples count and what number they have among all; knows nothing of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
 from transformers.utils import find_labels
 
 from ..errors import DataError
+from ..types import is_integer
 from .batches import Batch, check_batch
 from .loaders import Dealt, deal
 from .processes import Processes
@@ -55,11 +57,9 @@ def read_steps(
         DataError: A batch is not a dict of tensors, there is none, or the processes read
             different data.
     """
-    if num_examples == 0:
-        raise DataError("num_examples=0: nothing to score; give 1 or more, or None for all.")
     check_end(batches, num_examples)
     known = find_labels(type(model))
-    left = np.inf if num_examples is None else num_examples
+    left = np.inf if num_examples is None else min(num_examples, sys.maxsize)
     done = index = check = 0
     with deal(batches, processes) as share:
         stream = iter(share.batches)
@@ -88,16 +88,32 @@ def read_steps(
 
 
 def check_end(batches: Iterable[Any], num_examples: int | None) -> None:
-    """Refuse to read all of what is known to have no end.
+    """Check that batches can be read, so many examples of them, and that they end.
 
     Raises:
-        DataError: It is an ``itertools.cycle``.
+        DataError: There is nothing to read, or no end: it is an ``itertools.cycle``.
     """
+    if not is_none_or_positive(num_examples):
+        raise DataError(
+            f"num_examples={num_examples!r}: nothing to score; give 1 or more, or None for all."
+        )
+    try:
+        iter(batches)
+    except TypeError as error:
+        raise DataError(
+            f"dataloader: found a {type(batches).__name__}, which cannot be iterated over; give a "
+            "DataLoader, or a list of dicts for model(**batch)."
+        ) from error
     if num_examples is None and isinstance(batches, cycle):
         raise DataError(
             "dataloader: an itertools.cycle has no end, and all of it would be scored; give "
             "num_examples, or the iterable that it repeats."
         )
+
+
+def is_none_or_positive(number: object) -> bool:
+    """Whether a value is None or a whole number of 1 or more; True is neither."""
+    return number is None or (is_integer(number) and cast(int, number) > 0)
 
 
 def _batch_of(dealt: Dealt, index: int, known: list[str]) -> Batch | None:

@@ -26,8 +26,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     A forward that Accelerate patched for mixed precision stays patched.
 
     Raises:
-        StructureError: FSDP1 has merged its parameters.
+        StructureError: It is no module, or FSDP1 has merged its parameters.
     """
+    if not isinstance(model, nn.Module):
+        raise StructureError(
+            f"model: found {model!r:.60}, needed a Transformers PreTrainedModel; pass the model "
+            "itself, loaded with from_pretrained."
+        )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise StructureError(
             f"model: {type(model).__name__} is wrapped by FSDP1, which merges parameters into flat "

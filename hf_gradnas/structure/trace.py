@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import DataError
+from ..errors import DataError, GradNASError
 
 CONVS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
 MATMULS = CONVS | frozenset(
@@ -252,9 +252,9 @@ def trace_forward(
     with record(model, keep_calls=keep_calls) as trace:
         try:
             model(*args, **inputs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, GradNASError):
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except Exception as error:  # the model's own code may raise anything
             given = {f"args[{index}]": value for index, value in enumerate(args)} | dict(inputs)
             shapes = {n: tuple(v.shape) for n, v in given.items() if isinstance(v, Tensor)}
             raise DataError(
