@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_cases import save_bert, save_whisper, write_tsv
 
+from hf_gradnas._manifests import digests, sealed
 from hf_gradnas.checkpoint.replay import encode
 from hf_gradnas.checkpoint.save import save_pruned
 from hf_gradnas.cli import verify as command
@@ -94,6 +95,15 @@ def edit(folder, name="gradnas.json", **changes):
     return document
 
 
+def record_anew(folder):
+    """Let the record say that the folder's files are those that were saved, as a forger would."""
+    written = digests(folder)
+    del written["gradnas.json"]
+    code = {name: of for name, of in written.items() if name.endswith((".py", ".safetensors"))}
+    content = edit(folder, files=written, sha256=code)
+    (folder / "gradnas.json").write_text(sealed(content), encoding="utf-8")
+
+
 # --- for real -------------------------------------------------------------------------------------
 
 
@@ -107,9 +117,16 @@ def test_a_per_layer_checkpoint_in_new_processes(verify, saved, monkeypatch):
     assert (code, err) == (0, "")
     answer = json.loads(out)
     assert (answer["verified"], answer["layout"]) == (True, "per_layer")
-    names = ["model.safetensors", "modeling_gradnas.py", *ROUTES]
-    assert [check["what"] for check in answer["checks"]] == names
-    assert all(check["difference"] <= check["limit"] for check in answer["checks"][2:])
+    files = {check["what"]: check["kind"] for check in answer["checks"][:-2]}
+    assert files == {
+        "config.json": "settings",
+        "generation_config.json": "settings",
+        "gradnas.json": "text",
+        "model.safetensors": "weights",
+        "modeling_gradnas.py": "code",
+    }
+    assert [check["what"] for check in answer["checks"][-2:]] == ROUTES
+    assert all(check["difference"] <= check["limit"] for check in answer["checks"][-2:])
     alone, imported = (result["module"] for result in results)
     assert alone.startswith("transformers_modules.")
     assert imported.startswith("hf_gradnas.")
@@ -183,8 +200,107 @@ def test_a_changed_weight_is_named_and_nothing_is_loaded(verify, folder, replaye
     assert replayed[0] == []
     code, out, err = verify(folder, "--json", "--quiet")
     assert code == 1
-    assert [check["passed"] for check in json.loads(out)["checks"]] == [False, True, None, None]
+    passed = {check["what"]: check["passed"] for check in json.loads(out)["checks"]}
+    assert passed == {
+        **dict.fromkeys(["config.json", "generation_config.json", "gradnas.json"], True),
+        **{"model.safetensors": False, "modeling_gradnas.py": True, **dict.fromkeys(ROUTES)},
+    }
     assert "model.safetensors" in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_changed_settings_are_named_and_the_model_is_loaded_all_the_same(
+    verify, folder, replayed, name
+):
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    record_anew(folder)
+    assert verify(folder)[::2] == (0, "")
+    (folder / name).write_text((folder / name).read_text("utf-8") + " ", encoding="utf-8")
+    code, out, err = verify(folder)
+    assert code == 1
+    assert f"pruned: {name}: SHA-256 is" in err
+    assert "verification failed (settings of the model or its tokenizer); restore" in err
+    assert out.count("DIFFERS") == 1
+    (folder / name).unlink()
+    code, _, err = verify(folder)
+    assert code == 1
+    assert f"{name}: is missing." in err
+    assert len(replayed[0]) == (5 if name == "config.json" else 6)  # auto_map names a route
+
+
+@pytest.mark.parametrize("name", ["README.md", "recipe.yaml", "report/plan.md", "LICENSE"])
+def test_a_changed_text_is_said_and_is_no_failure(verify, folder, replayed, name):
+    (folder / "report").mkdir()
+    (folder / name).write_text("a", encoding="utf-8")
+    record_anew(folder)
+    (folder / name).write_text("b", encoding="utf-8")
+    code, out, err = verify(folder)
+    assert (code, "Verified: " in out, "DIFFERS" in out) == (0, True, False)
+    said = f"Warning: {folder}: {name}: changed or missing; what the model computes"
+    assert said in err
+    (folder / name).unlink()
+    code, out, err = verify(folder, "--json")
+    assert (code, said in err) == (0, True)
+    answer = json.loads(out)
+    found = {check["what"]: (check["kind"], check["passed"]) for check in answer["checks"]}
+    assert (answer["verified"], found[name]) == (True, ("text", False))
+
+
+def test_an_edited_record_is_said(verify, folder, replayed):
+    document = json.loads((folder / "gradnas.json").read_text(encoding="utf-8"))
+    edit(folder, plan={**document["plan"], "loss_increase": 5.0})
+    code, out, err = verify(folder)
+    assert (code, "was changed since it was written" in out) == (0, True)
+    assert "gradnas.json: changed or missing" in err
+
+
+def test_what_was_added_is_named(verify, folder, replayed):
+    for name in ("notes.txt", "eval.json", ".gitattributes"):
+        (folder / name).write_text("a", encoding="utf-8")
+    code, out, err = verify(folder)
+    assert (code, ".gitattributes" in out) == (0, False)
+    assert f"{folder}: eval.json, notes.txt: was not there when the checkpoint was saved" in err
+    for name in ("adapter_config.json", "pytorch_model.bin", "json/__init__.py", "x/w.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("a", encoding="utf-8")
+        code, _, err = verify(folder)
+        assert code == 1
+        assert f"{name}: was not there when the checkpoint was saved." in err
+        (folder / name).unlink()
+    assert len(replayed[0]) == 2
+
+
+def test_a_record_reaches_no_file_outside(verify, folder, replayed):
+    (folder.parent / "outside.txt").write_text("a", encoding="utf-8")
+    document = json.loads((folder / "gradnas.json").read_text(encoding="utf-8"))
+    outside = {"../outside.txt": "0" * 64, str(folder.parent / "outside.txt"): "0" * 64}
+    edit(folder, files={**document["files"], **outside})
+    code, _, err = verify(folder)
+    assert code == 1
+    for name in outside:
+        assert f"{name}: is missing." in err
+
+
+def test_an_old_checkpoint_is_compared_by_weights_and_code(verify, folder, replayed):
+    edit(folder, files=None, sha256_of_this=None)
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    (folder / "config.json").write_text((folder / "config.json").read_text("utf-8") + " ", "utf-8")
+    code, out, err = verify(folder, "--json")
+    assert (code, err) == (0, "")
+    assert len(json.loads(out)["checks"]) == 4
+    (folder / "own.py").write_text("", encoding="utf-8")
+    code, _, err = verify(folder)
+    assert (code, "own.py: was not there" in err) == (1, True)
+
+
+def test_a_damaged_config_is_named(verify, folder, replayed):
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    replayed[1]["error"] = "OSError: no config"
+    code, _, err = verify(folder)
+    assert (code, "config.json: SHA-256 is" in err) == (1, True)
+    edit(folder, files=None, sha256_of_this=None)
+    code, _, err = verify(folder)
+    assert (code, "config.json: cannot be read" in err) == (2, True)
 
 
 def test_missing_and_further_weight_files_are_named(verify, folder, replayed):
@@ -238,14 +354,11 @@ def test_without_reference_outputs_loading_is_checked(verify, folder, replayed):
 def test_code_of_others_is_not_run_unless_trusted(verify, folder, replayed, place):
     if place == "file":
         (folder / "modeling_gradnas.py").write_text("raise SystemExit('run')", encoding="utf-8")
-        digests = command.read_saved(folder).digests
-        from hf_gradnas.checkpoint.reference import file_digests
-
-        edit(folder, sha256={**digests, **file_digests(folder)})
     else:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         changed = {**config["auto_map"], "AutoConfig": "someone/else--configuration.Config"}
         edit(folder, "config.json", auto_map=changed)
+    record_anew(folder)
     code, out, _ = verify(folder)
     assert code == 0
     assert "not loaded: modeling_gradnas.py is not the one of this hf_gradnas" in " ".join(
@@ -263,6 +376,7 @@ def test_code_in_a_folder_below_is_not_run_either(verify, folder, replayed, tmp_
     (place / "generate.py").write_text("raise SystemExit('run')", encoding="utf-8")
     if linked:
         (folder / "custom_generate").symlink_to(place)
+    record_anew(folder)
     out = verify(folder)[1]
     name = "custom_generate" if linked else "custom_generate/generate.py"
     assert f"not loaded: {name} is not of hf_gradnas; --trust-remote-code" in " ".join(out.split())
@@ -276,6 +390,7 @@ def test_a_class_that_transformers_lacks_needs_its_own_code(verify, folder, repl
     assert code == 2
     assert "its class OwnModel is not in Transformers; load it where" in err
     edit(folder, "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
+    record_anew(folder)
     code, _, err = verify(folder)
     assert code == 2
     assert "--trust-remote-code runs the code that loads it" in err
@@ -294,6 +409,8 @@ def test_a_class_that_transformers_lacks_needs_its_own_code(verify, folder, repl
         ({"reference": None}, "written by an older hf_gradnas"),
         ({"format_version": 99}, "format_version is 99, this hf_gradnas reads 1"),
         ({"reference": {"a": 1}}, "its reference cannot be read"),
+        ({"files": ["model.safetensors"]}, "files is a list, needed an object"),
+        ({"plan": 3}, "plan is a int, needed an object"),
     ],
 )
 def test_a_document_that_says_too_little_is_bad_input(verify, folder, replayed, change, message):

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._manifests import FILES, OLD_FILES, is_sealed
 from .._redaction import without_secrets
 from ..checkpoint.targets import DOCUMENT, FORMAT_VERSION
 from ..errors import CheckpointError, GradNASError, RecipeError
 from .early import check_device, local_path
 from .isolation import run_alone
+from .saved_files import CODE as CODE_KIND
+from .saved_files import LOADING, MEANING, NEW, TEXT, WEIGHTS, Check, check_files
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -30,25 +33,6 @@ CODE = "modeling_gradnas"
 PLAIN = f"plain Transformers, without {PACKAGE}"
 REMOTE = f"trust_remote_code=True, without {PACKAGE}"
 IMPORTED = f"import {PACKAGE}"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Outcome of one check.
-
-    Attributes:
-        what: A file's name, or a way of loading.
-        passed: None: it was left out.
-        found: What was found, in words.
-        difference: Largest difference from the reference outputs, where they were compared.
-        limit: Largest one that is accepted.
-    """
-
-    what: str
-    passed: bool | None
-    found: str
-    difference: float | None = None
-    limit: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +54,8 @@ class _Saved:
     digests: Mapping[str, str]
     reference: Reference
     auto_map: Mapping[str, str]
+    is_sealed: bool | None
+    """Whether the document is as it was written; None: an old one, which cannot tell."""
 
 
 def verify_from_options(
@@ -108,24 +94,38 @@ def verify_from_options(
     except GradNASError as error:
         screen.error(str(error))
         return BAD_INPUT
-    failed = [check for check in checks if check.passed is False]
+    failed = [check for check in checks if check.has_failed]
     if as_json:
         answer = {"folder": without_secrets(folder), "layout": saved.layout, "verified": not failed}
         answer["checks"] = [asdict(check) for check in checks]
         sys.stdout.write(json.dumps(answer, indent=1) + "\n")
-    rows = [(check.what, _WORDS[check.passed], check.found) for check in checks]
+    rows = [(check.what, check.word, check.found) for check in checks]
     screen.line(f"{folder}, layout {saved.layout}:")
     screen.table("Checks", ("file or way of loading", "result", "found"), rows)
+    return _say_outcome(screen, folder, checks)
+
+
+def _say_outcome(screen: Screen, folder: str, checks: Sequence[Check]) -> int:
+    texts = [check.what for check in checks if check.passed is False and not check.has_failed]
+    if texts:
+        screen.warn(
+            f"{folder}: {', '.join(texts)}: changed or missing; what the model computes does "
+            "not depend on it."
+        )
+    new = [check.what for check in checks if check.kind != LOADING and check.passed is None]
+    if new:
+        screen.warn(f"{folder}: {', '.join(new)}: {NEW}; not compared.")
+    failed = [check for check in checks if check.has_failed]
     for check in failed:
         screen.error(f"{folder}: {check.what}: {check.found}.")
     if failed:
-        screen.error("verification failed; restore these files, or prune again.")
+        kinds = " and ".join(dict.fromkeys(MEANING[check.kind] for check in failed))
+        screen.error(f"verification failed ({kinds}); restore these files, or prune again.")
         return FAILED
-    screen.line("Verified: the checkpoint's weights, code and outputs are as they were saved.")
+    screen.line(
+        "Verified: the checkpoint's weights, code, settings and outputs are as they were saved."
+    )
     return DONE
-
-
-_WORDS = {True: "as saved", False: "DIFFERS", None: "left out"}
 
 
 def read_document(folder: Path) -> dict[str, Any]:
@@ -169,10 +169,19 @@ def read_saved(folder: Path) -> _Saved:
     from ..checkpoint.reference import Reference
 
     document = read_document(folder)
-    config = _read_json(folder / "config.json")
-    layout = str(document.get("plan", {}).get("layout"))
+    whole = FILES in document
+    digests = _mapping(document, FILES if whole else OLD_FILES, folder / DOCUMENT)
+    layout = str(_mapping(document, "plan", folder / DOCUMENT).get("layout"))
     reference = Reference.from_dict(document["reference"])
-    return _Saved(folder, layout, document["sha256"], reference, config.get("auto_map") or {})
+    try:
+        config = folder / "config.json"
+        auto_map = _mapping(_read_json(config), "auto_map", config)
+    except CheckpointError:
+        if not whole:
+            raise
+        auto_map = {}  # that it differs is said among the files
+    sealed = is_sealed(document) if whole else None
+    return _Saved(folder, layout, digests, reference, auto_map, sealed)
 
 
 def _check_device(device: str | None) -> None:
@@ -190,21 +199,21 @@ def _check_device(device: str | None) -> None:
 def verify(
     saved: _Saved, *, device: str | None = None, trust_remote_code: bool = False
 ) -> Iterator[Check]:
-    """Compare all files, then load in every way and compare outputs; changed files are not loaded.
+    """Compare all files, then load in every way and compare outputs.
+
+    Nothing is loaded where weights or code differ.
 
     Raises:
         CheckpointError: The checkpoint's class is not in Transformers, and its code not trusted.
     """
-    from ..checkpoint.reference import file_digests
-
-    wanted, found = saved.digests, file_digests(saved.folder)
-    files = [
-        Check(name, found.get(name) == wanted.get(name), _say(wanted.get(name), found.get(name)))
-        for name in sorted({*wanted, *found})
-    ]
+    whole = saved.is_sealed is not None
+    files = list(check_files(saved.folder, saved.digests, whole=whole))
+    if whole:
+        found = "as it was written" if saved.is_sealed else "was changed since it was written"
+        files.append(Check(DOCUMENT, saved.is_sealed, found, kind=TEXT))
     yield from files
+    changed = any(check.has_failed and check.kind in (WEIGHTS, CODE_KIND) for check in files)
     for route in routes(saved, trust_remote_code=trust_remote_code):
-        changed = not all(check.passed for check in files)
         untrusted = "" if trust_remote_code else _untrusted_code(route, saved)
         if changed or untrusted:
             why = "files differ" if changed else f"{untrusted}; {_TRUSTING} runs it nevertheless"
@@ -311,13 +320,14 @@ def replay(
     )
 
 
-def _say(wanted: str | None, found: str | None) -> str:
-    if wanted is None:
-        return "was not there when the checkpoint was saved"
-    if found is None:
-        return "is missing"
-    same = "SHA-256 " + wanted[:12] + "…"
-    return same if found == wanted else f"SHA-256 is {found[:12]}…, was {wanted[:12]}…"
+def _mapping(content: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:
+    found = content.get(key) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{file}: {key} is a {type(found).__name__}, needed an object; restore it, or prune "
+            "again."
+        )
+    return found
 
 
 def _read_json(file: Path) -> dict[str, Any]:
