@@ -11,6 +11,7 @@ from transformers.training_args import ParallelMode
 
 from ..errors import DataError, OrderError, PlanError
 from ..scores.batches import read_batches
+from ..scores.normaliser import own_loss
 from .settings import Settings
 
 # Which callback prunes a model, and in the training of which state.
@@ -33,13 +34,13 @@ def check_whole(args: Any) -> None:
 
 
 def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Check that a batch has the labels that gradients are taken with.
+    """Check that a batch has labels to take gradients with, or the model a loss without.
 
     Raises:
         DataError: It has none.
     """
     found = next(read_batches([batch], model, None))
-    if not found.labels:
+    if not found.labels and not own_loss(model, found):
         raise DataError(
             f"labels='data': found no labels among {', '.join(sorted(found.columns))} in what is "
             f"scored with; give the labels that {type(model).__name__} takes, in dataloader=… if "

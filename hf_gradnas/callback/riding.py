@@ -29,7 +29,7 @@ from ..errors import DataError, ScoresError
 from ..scores.batches import Batch, read_batches, to_device
 from ..scores.gradients import GradientRecorder
 from ..scores.methods import GRADIENT_METHODS
-from ..scores.normaliser import count_labels, find_normaliser, loss_of
+from ..scores.normaliser import count_labels, find_normaliser, loss_of, own_loss
 from ..types import Axis
 
 NUM_ITEMS = "num_items_in_batch"
@@ -119,7 +119,8 @@ class TrainingScores:
         self._per_batch = GRADIENT_METHODS[method]
         self._recorder = _Recorder(model, self.axes)
         first = next(read_batches([batch], model, None))
-        if not first.labels:
+        self._has_own = not first.labels and own_loss(model, first)
+        if not first.labels and not self._has_own:
             raise DataError(
                 f"Batch 0: no labels among {', '.join(sorted(first.columns))}, and scores of the "
                 "training's passes need the model's own loss; use scores_from='private'."
@@ -260,7 +261,7 @@ class TrainingScores:
             )
         columns = {key: value for key, value in kwargs.items() if key != NUM_ITEMS}
         batch = next(read_batches([columns], model, None))
-        if not batch.labels:
+        if not batch.labels and not self._has_own:
             raise DataError(
                 f"scores_from='training': a batch of the training has no labels (columns "
                 f"{', '.join(sorted(columns))}), so that its loss is not the model's own; use "

@@ -117,14 +117,21 @@ def to_device(columns: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Columns on the model's device; floating-point inputs other than labels in its dtype."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     labels = find_labels(type(model))
-    moved = dict(columns)
-    for key, value in columns.items():
-        if isinstance(value, Tensor):
-            is_real = value.is_floating_point() and key not in labels
-            # What was made in inference mode could not be kept for a backward.
-            kept = value.clone() if value.is_inference() else value
-            moved[key] = kept.to(like.device, like.dtype if is_real else value.dtype)
-    return moved
+    return {key: _moved(value, like, cast=key not in labels) for key, value in columns.items()}
+
+
+def _moved(value: Any, like: Tensor, *, cast: bool) -> Any:
+    """A tensor, or those in lists and dicts (the boxes of a detector), on the device of another."""
+    if isinstance(value, Tensor):
+        is_real = value.is_floating_point() and cast
+        # What was made in inference mode could not be kept for a backward.
+        kept = value.clone() if value.is_inference() else value
+        return kept.to(like.device, like.dtype if is_real else value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, like, cast=cast) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, like, cast=cast) for item in value)
+    return value
 
 
 def digest(earlier: str, columns: Mapping[str, Any]) -> str:

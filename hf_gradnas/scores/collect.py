@@ -85,7 +85,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     if method in WEIGHT_METHODS:
         state = _from_weights(model, axes, method, seed)
         return record.write(record.scores(state, complete=True))
-    objective = SampledLoss(model, seed) if labels == "model" else DataLoss(model, "")
+    objective = _objective(model, method, labels, seed)
     read = partial(read_steps, batches, model, num_examples, processes)
     with ExitStack() as stack:
         state, stream = _begin(stack, record, batches, read, resume=resume)
@@ -97,6 +97,12 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
                 if progress is not None and processes.is_main:
                     progress(latest.examples, num_examples)
         return _finish(record, latest)
+
+
+def _objective(model: nn.Module, method: str, labels: str, seed: int) -> Objective:
+    if labels == "model":
+        return SampledLoss(model, seed)
+    return DataLoss(model, "", by_batch=method in GLOBAL_METHODS)
 
 
 def _open(

@@ -8,10 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
 from .batches import Batch
 from .inputs import run_model
-from .normaliser import count_labels, find_normaliser, is_likelihood, loss_of
+from .normaliser import (
+    count_labels,
+    find_normaliser,
+    is_likelihood,
+    loss_of,
+    no_labels,
+    own_loss,
+)
 from .sampling import inputs_to_sample, predict
 
 
@@ -30,17 +36,24 @@ class Objective(Protocol):
 
 
 class DataLoss:
-    """Sum of the examples' losses with the labels of the data.
+    """Sum of the examples' losses with the labels of the data, or as the model has one without.
+
+    Args:
+        model: The model.
+        normaliser: As the attribute.
+        by_batch: Whether only whole batches' losses are used.
 
     Attributes:
         normaliser: Name of the count that the model divides by; found on the first batch if empty.
         is_likelihood: Whether the latest batch's loss is a negative log-likelihood, in nats.
     """
 
-    def __init__(self, model: nn.Module, normaliser: str) -> None:
+    def __init__(self, model: nn.Module, normaliser: str, *, by_batch: bool = False) -> None:
         self.model = model
+        self._by_batch = by_batch
         self.normaliser = normaliser
         self.is_likelihood = True
+        self._has_own: bool | None = None  # a loss without labels; None: not known yet
 
     def prepare(self, batch: Batch) -> None:
         """Find the normaliser, unless it is known.
@@ -49,14 +62,13 @@ class DataLoss:
             DataError: The batch has no labels, or the model returns no loss.
         """
         if not batch.labels:
-            raise DataError(
-                f"Batch {batch.index} has no labels (columns: {', '.join(sorted(batch.columns))}); "
-                f"add the labels that {type(self.model).__name__} takes, or score with "
-                'labels="model", which samples them from its own predictions.'
-            )
+            if self._has_own is None:
+                self._has_own = own_loss(self.model, batch)
+            if not self._has_own:
+                raise no_labels(self.model, batch)
         self.is_likelihood = is_likelihood(batch)
         if not self.normaliser:
-            self.normaliser = find_normaliser(self.model, batch)
+            self.normaliser = find_normaliser(self.model, batch, by_batch=self._by_batch)
 
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor | None, int]:
         """Loss sum of a batch and the count of its labels.

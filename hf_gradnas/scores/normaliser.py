@@ -7,6 +7,7 @@ that is a sum) is measured on two short variants of one example, not looked up b
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,10 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import find_labels
 
-from ..errors import DataError, GradNASWarning
+from ..errors import DataError, GradNASWarning, first_line
 from .batches import IGNORED, Batch
 from .inputs import run_model
+
+_NOTHING = 1e-5  # relative to a loss: no difference, or no loss at all
 
 Count = Callable[[Tensor], int]
 
@@ -31,19 +35,40 @@ def _labels(labels: Tensor) -> int:
     return int((labels != IGNORED).sum())
 
 
-def _examples(labels: Tensor) -> int:
-    return labels.shape[0]
-
-
-def _sum(labels: Tensor) -> int:
-    return 1
-
-
 # In order of preference, where a model's first batch cannot tell them apart.
 TOKEN_COUNTS: dict[str, Count] = {"labels_after_shift": _labels_after_shift, "labels": _labels}
 SUM = "sum"
-EXAMPLE_COUNTS: dict[str, Count] = {"examples": _examples, SUM: _sum}
-COUNTS: dict[str, Count] = {**TOKEN_COUNTS, **EXAMPLE_COUNTS}
+EXAMPLE_COUNTS = ("examples", SUM)
+COUNTS = (*TOKEN_COUNTS, *EXAMPLE_COUNTS)
+# Arguments from which a model computes a loss without labels: targets, or what to hide of an input.
+TARGETS = (
+    "return_loss",
+    "future_values",
+    "target_values",
+    "bool_masked_pos",
+    "mask_time_indices",
+    "sampled_negative_indices",
+)
+
+
+def own_loss(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model computes a loss from a batch without labels, out of its inputs alone."""
+    with torch.no_grad():
+        outputs = run_model(model, batch.index, batch.columns)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    return isinstance(loss, Tensor) and loss.numel() == 1
+
+
+def no_labels(model: nn.Module, batch: Batch) -> DataError:
+    """The error of a batch from which no loss comes."""
+    taken = inspect.signature(model.forward).parameters
+    names = [*find_labels(type(model)), *(name for name in TARGETS if name in taken)]
+    takes = f"what it takes ({', '.join(names)})" if names else "a model with a head"
+    return DataError(
+        f"Batch {batch.index} has no labels (columns: {', '.join(sorted(batch.columns))}), and "
+        f"{type(model).__name__} computes no loss without; give {takes}, or score with "
+        'labels="model", which samples them from its own predictions.'
+    )
 
 
 def loss_of(outputs: Any, batch: Batch) -> Tensor:
@@ -67,13 +92,16 @@ def count_labels(normaliser: str, batch: Batch) -> int:
 
     Zero where every label is ignored.
     """
+    if normaliser in EXAMPLE_COUNTS:
+        return 1 if normaliser == SUM else batch.examples
     labels = _counted(batch)
-    if normaliser in TOKEN_COUNTS and not is_token_labels(labels):
+    if labels is None or not is_token_labels(labels):
+        found = "none" if labels is None else f"of shape {tuple(labels.shape)} and {labels.dtype}"
         raise DataError(
-            f"Batch {batch.index}: found labels of shape {tuple(labels.shape)} and "
-            f"{labels.dtype}, needed one id per token as in the first batch; mend the data set."
+            f"Batch {batch.index}: found labels {found}, needed one id per token as in the first "
+            "batch; mend the data set."
         )
-    return COUNTS[normaliser](labels)
+    return TOKEN_COUNTS[normaliser](labels)
 
 
 def is_likelihood(batch: Batch) -> bool:
@@ -81,66 +109,102 @@ def is_likelihood(batch: Batch) -> bool:
 
     Of a regression, or of several labels that share a loss, a squared gradient is no loss.
     """
-    return len(batch.labels) == 1 and not _counted(batch).is_floating_point()
+    labels = _counted(batch)
+    return len(batch.labels) == 1 and labels is not None and not labels.is_floating_point()
 
 
-def _counted(batch: Batch) -> Tensor:
-    """Label tensor that counts."""
-    labels: Tensor = batch.columns[_counted_key(batch)]
-    return labels
+def _counted(batch: Batch) -> Tensor | None:
+    """Label tensor that counts; None where there are no labels, or other ones than tensors."""
+    key = _counted_key(batch)
+    return None if key is None else batch.columns[key]
 
 
-def _counted_key(batch: Batch) -> str:
-    """Key of the labels that count: one id per token if there is such, else the first."""
+def _counted_key(batch: Batch) -> str | None:
+    """Key of the labels that count: one id per token if there is such, else the first tensor."""
     tensors = [key for key in batch.labels if isinstance(batch.columns[key], Tensor)]
-    if not tensors:
-        kinds = ", ".join(f"{k} as a {type(batch.columns[k]).__name__}" for k in batch.labels)
-        raise DataError(
-            f"Batch {batch.index}: found {kinds}, needed a tensor whose rows are the examples, by "
-            'which the loss is shared out; give tensors, or score with labels="model".'
-        )
     tokens = (key for key in tensors if is_token_labels(batch.columns[key]))
-    return next(tokens, tensors[0])
+    return next(tokens, next(iter(tensors), None))
 
 
-def is_token_labels(labels: Tensor) -> bool:
+def is_token_labels(labels: Any) -> bool:
     """Whether labels hold one id per token ``(examples, seq)``."""
-    return labels.dim() == 2 and not labels.is_floating_point()  # noqa: PLR2004 - a matrix
+    is_matrix = isinstance(labels, Tensor) and labels.dim() == 2  # noqa: PLR2004
+    return is_matrix and not labels.is_floating_point()
 
 
 @torch.no_grad()
-def find_normaliser(model: nn.Module, batch: Batch) -> str:
+def find_normaliser(model: nn.Module, batch: Batch, *, by_batch: bool = False) -> str:
     """Name of the count in `COUNTS` that the model divides its loss by.
+
+    Args:
+        model: The model.
+        batch: A first batch.
+        by_batch: Whether only whole batches' losses are used, so that any loss will do.
 
     Raises:
         DataError: The loss is not finite.
 
     Warns:
-        GradNASWarning: None fits (a loss with a part that is no mean over labels); ``examples``
-            is then taken.
+        GradNASWarning: None fits (a loss with a part that is no mean over labels, or one that
+            compares examples), or the loss is not the same twice; ``examples`` is then taken.
     """
+    if by_batch and _counted(batch) is None:
+        return "examples"
     half = next(p for p in model.parameters() if p.is_floating_point()).element_size() <= 2  # noqa: PLR2004
     pair = _pair(model, batch, tries=4 if half else 1)
-    losses = [_loss(model, part) for part in (pair, _row(pair, 0), _row(pair, 1))]
+    try:
+        losses = [_loss(model, part) for part in (pair, _row(pair, 0), _row(pair, 1))]
+    except DataError as error:
+        if _counted(batch) is not None:
+            raise
+        _warn_of_batches(
+            model, f"cannot be had of single examples ({first_line(error.__cause__ or error)})", ""
+        )
+        return "examples"
     if not math.isfinite(losses[0]):
         raise DataError(
             f"Batch {batch.index}: the loss is {losses[0]} for a single example of it; look for "
             "broken inputs, labels or weights, or load the model in float32 or bfloat16."
         )
+    again = losses[1] if batch.labels else _loss(model, _row(pair, 0))
+    if abs(again - losses[1]) > _NOTHING * abs(again):
+        _warn_of_draws(model, losses[1], again)
+        return "examples"
     counts = COUNTS if is_token_labels(_counted(pair)) else EXAMPLE_COUNTS
     errors = {name: _error(pair, losses, name) for name in counts if count_labels(name, pair) > 0}
     best = min(errors.values())
     if not best <= (1e-2 if half else 1e-4):
-        warnings.warn(
-            f"The loss of {type(model).__name__} is no mean and no sum over labels or examples "
-            f"(deviations {', '.join(f'{k} {v:.1g}' for k, v in errors.items())}): an example's "
-            "loss is taken as the batch's loss times the number of examples, and scores may depend "
-            "on the batch size; switch auxiliary losses off in the model's config.",
-            GradNASWarning,
-            stacklevel=2,
-        )
+        found = f" (deviations {', '.join(f'{k} {v:.1g}' for k, v in errors.items())})"
+        if max(map(abs, losses[1:])) <= _NOTHING * abs(losses[0]):
+            what = "is none of an example alone, as it compares those of a batch"
+            _warn_of_batches(model, what + found, "")
+        else:
+            what = "is no mean and no sum over labels or examples"
+            _warn_of_batches(model, what + found, "switch auxiliary losses off, ")
         return "examples"
     return next(name for name, error in errors.items() if error <= best + 1e-5)
+
+
+def _warn_of_draws(model: nn.Module, first: float, second: float) -> None:
+    warnings.warn(
+        f"{type(model).__name__} draws random numbers in evaluation (losses of one example: "
+        f"{first:.4g}, then {second:.4g}), so that scores differ a little from run to run; give "
+        "what it draws in the batch where its forward takes it (noise, bool_masked_pos).",
+        GradNASWarning,
+        stacklevel=3,
+    )
+
+
+def _warn_of_batches(model: nn.Module, what: str, advice: str) -> None:
+    """Say what to do about a loss that is not the mean or sum of those of single examples."""
+    warnings.warn(
+        f"The loss of {type(model).__name__} {what}: an example's loss is taken as the "
+        "batch's loss times the number of examples, and scores may depend on the batch size; "
+        f"{advice}take score='gradnas', whose terms are whole batches, with batches of "
+        "the training's size, or labels='model'.",
+        GradNASWarning,
+        stacklevel=3,
+    )
 
 
 def _error(pair: Batch, losses: list[float], normaliser: str) -> float:
@@ -168,11 +232,14 @@ def _pair(model: nn.Module, batch: Batch, *, tries: int) -> Batch:
     tries the lowest and the highest loss are taken (half precision needs that contrast).
     """
     row = _longest(batch)
-    pair = Batch(batch.index, batch.select([row, row]), 2, batch.labels)
     labels = _counted(batch)
+    if labels is None:  # targets of any kind differ from example to example
+        rows = [row, (row + 1) % batch.examples]
+        return Batch(batch.index, batch.select(rows), 2, batch.labels)
+    pair = Batch(batch.index, batch.select([row, row]), 2, batch.labels)
     if not is_token_labels(labels) or labels.shape[1] == 1:  # one label each has no variants
         return pair
-    key = _counted_key(batch)
+    key = str(_counted_key(batch))
 
     def loss(kept: Tensor) -> float:
         columns = {**batch.select([row]), key: kept[None]}
@@ -209,4 +276,6 @@ def _longest(batch: Batch) -> int:
     if isinstance(mask, Tensor) and mask.shape[0] == batch.examples:
         return int(mask.flatten(1).sum(1).argmax())
     labels = _counted(batch)
+    if labels is None:
+        return 0
     return int((labels != IGNORED).reshape(batch.examples, -1).sum(1).argmax())

@@ -101,7 +101,9 @@ def inputs_to_sample(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, An
         mask = text != IGNORED
     else:
         text, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    start = model.config.decoder_start_token_id
+    start = model.config.to_dict().get("decoder_start_token_id")
+    if text is None and start is None:
+        return inputs, None  # it decodes no tokens: a time series
     if text is None or start is None:
         raise DataError(
             f"Batch {batch.index}: the decoder of {type(model).__name__} has nothing to read "
@@ -137,8 +139,8 @@ def predict(outputs: Any, model: PreTrainedModel, mask: Tensor | None) -> Predic
     for name in LOGITS:
         if name in named:
             return _classes(named[name], model, mask)
-    for value in named.values():
-        if isinstance(value, Tensor) and value.is_floating_point():
+    for key, value in named.items():
+        if key != "loss" and isinstance(value, Tensor) and value.is_floating_point():
             return _positions(value, mask, gaussian)
     raise DataError(
         f"{type(model).__name__} returned {sorted(map(str, named))}, none of which is a prediction "
