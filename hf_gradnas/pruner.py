@@ -312,9 +312,9 @@ class GradNASPruner:
         Args:
             directory: Target; must not exist unless `overwrite`.
             processing_class: Tokenizer or processor to save beside the model.
-            overwrite: Replace a checkpoint that stands there.
+            overwrite: Replace what hf_gradnas wrote there; anything else there is an error.
             document: More to keep in ``gradnas.json`` (metrics, data).
-            files: Further files beside the model, by path.
+            files: Further files beside the model, by path; not of names that the model's have.
             report: Write the pictures and tables of the folder ``report`` too.
 
         Raises:

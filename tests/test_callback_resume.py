@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from hf_gradnas import Plan
 from hf_gradnas.callback.progress import FILE, Progress, load_tensors, save_tensors
 from hf_gradnas.callback.resuming import checkpoint_folder
-from hf_gradnas.errors import GradNASWarning, PlanError, ScoresError
+from hf_gradnas.errors import CheckpointError, GradNASWarning, PlanError, ScoresError
 
 pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
 SCRIPT = Path(__file__).with_name("callback_process.py")
@@ -197,6 +197,39 @@ def test_a_checkpoint_folder_that_is_not_there_is_said_once(tmp_path: Path) -> N
     with pytest.warns(GradNASWarning, match="found no such folder to save sums of scores") as seen:
         trainer.train()
     assert len([w for w in seen if w.category is GradNASWarning]) == 1
+
+
+def test_sums_that_cannot_be_written_are_one_warning(tmp_path: Path, monkeypatch) -> None:
+    def fail(tensors: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_gradnas.callback.progress.save_file", fail)
+    callback = pruning(when="gradual", scores_from="training")
+    trainer = make_trainer(tmp_path, callback, save_strategy="steps", save_steps=3, max_steps=7)
+    with pytest.warns(GradNASWarning, match=r"No space left.* sums them up anew") as caught:
+        trainer.train()
+    assert len([item for item in caught if "No space left" in str(item.message)]) == 1
+    assert not list(tmp_path.glob("checkpoint-*/.*"))
+    assert callback.directory is not None
+    with pytest.raises(ScoresError, match=r"gradnas\.safetensors: cannot be written"):
+        save_tensors(tmp_path, {}, run_id="1")
+
+
+def test_a_folder_that_others_filled_during_training_is_not_touched(tmp_path: Path) -> None:
+    class Fill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (tmp_path / "pruned").mkdir(exist_ok=True)
+            (tmp_path / "pruned" / "notes.txt").write_text("mine")
+
+    callback = pruning(when="end")
+    trainer = make_trainer(tmp_path, callback, more=(Fill(),), max_steps=1)
+    with pytest.warns(GradNASWarning, match=r"holds notes\.txt.* saved to .*pruned-1 instead"):
+        trainer.train()
+    assert callback.directory == tmp_path / "pruned-1"
+    assert [path.name for path in (tmp_path / "pruned").iterdir()] == ["notes.txt"]
+    with pytest.raises(CheckpointError, match=r"holds notes\.txt"):  # before the first step
+        make_trainer(tmp_path, pruning(when="end")).train()
 
 
 def test_another_budget_is_refused(tmp_path: Path) -> None:

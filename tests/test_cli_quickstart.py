@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,25 @@ def test_a_folder_of_something_else_is_kept(tmp_path):
     with pytest.raises(CheckpointError, match="not a quickstart model"):
         make_quickstart(tmp_path, SMALL)
     assert (tmp_path / "mine.txt").is_file()
+
+
+def test_another_training_replaces_the_model_and_nothing_else(tmp_path):
+    folder = tmp_path / "q"
+    make_quickstart(folder, SMALL)
+    other = replace(SMALL, steps=2)
+    (folder / "notes.txt").write_text("mine")
+    (tmp_path / "q.unfinished").mkdir()
+    (tmp_path / "q.unfinished" / "mine").touch()
+    with pytest.raises(CheckpointError, match=r"not a quickstart model, .*\(notes\.txt\)"):
+        make_quickstart(folder, other)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    make_quickstart(folder, other)
+    assert json.loads((folder / "quickstart.json").read_text())["training"]["steps"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "q.unfinished"]
+    (folder / "quickstart.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a quickstart model"):
+        make_quickstart(folder, other)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -398,3 +398,23 @@ def test_save_makes_folders_and_replaces_a_file(tmp_path):
         nas.save(model, str(file))
     fresh = nas.restore(networks.build("convs", seed=7)[0], str(file))
     assert torch.equal(result(fresh, args), result(model, args))
+
+
+def test_save_replaces_only_what_save_wrote(tmp_path):
+    model, _ = networks.build("convs")
+    weights, notes = tmp_path / "model.safetensors", tmp_path / "notes.txt"
+    save_file({"a": torch.ones(2)}, weights, metadata={"format": "pt"})
+    notes.write_text("mine")
+    before = weights.read_bytes()
+    for file in (weights, notes, tmp_path):
+        with pytest.raises(CheckpointError, match=r"cannot be written \(it .*is as it was"):
+            nas.save(model, file)
+    assert weights.read_bytes() == before
+    assert notes.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {weights.name, notes.name}
+
+
+def test_a_saved_file_has_the_mode_of_the_umask(tmp_path):
+    (tmp_path / "other").touch()
+    nas.save(networks.build("convs")[0], tmp_path / "net")
+    assert (tmp_path / "net").stat().st_mode == (tmp_path / "other").stat().st_mode

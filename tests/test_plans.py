@@ -194,3 +194,19 @@ def test_damaged_progress_in_a_trainers_checkpoint_is_refused(changes, match):
         Progress.from_dict({**data, **changes})
     with pytest.raises(PlanError, match="KeyError"):
         Progress.from_dict({key: value for key, value in data.items() if key != "plan"})
+
+
+def test_a_plan_replaces_nothing_but_a_plan(tmp_path):
+    plan = Plan(kept={"a:heads": (0,)}, sizes={"a:heads": 2}, layout="stock")
+    file = tmp_path / "new" / "plan.json"
+    plan.save(file)
+    plan.save(file)
+    assert Plan.load(file) == plan
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+    for text in ("mine", "[]", '{"kept": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(PlanError, match=r"config\.json cannot be written \(it holds something"):
+            plan.save(tmp_path / "config.json")
+        assert (tmp_path / "config.json").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "new", "other"]

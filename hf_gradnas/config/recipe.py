@@ -322,7 +322,7 @@ class Recipe(Settings):
     )
     overwrite: bool = Field(
         default=False,
-        description="Replace an output folder that exists. Not from a recipe file.",
+        description="Replace what hf_gradnas wrote to the output folder. Not from a recipe file.",
         json_schema_extra=_OUTPUT,
     )
     report: bool = Field(
