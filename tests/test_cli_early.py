@@ -81,7 +81,8 @@ for name, arguments in json.load(sys.stdin).items():
     said = io.StringIO()
     with redirect_stderr(said), redirect_stdout(io.StringIO()):
         code = main(arguments)
-    heavy = sorted({"torch", "transformers", "datasets", "accelerate"} & set(sys.modules))
+    modules = {"torch", "transformers", "datasets", "accelerate", "huggingface_hub"}
+    heavy = sorted(modules & set(sys.modules))
     found[name] = (code, said.getvalue(), heavy)
 json.dump(found, sys.stdout)
 """

@@ -11,17 +11,20 @@ import os
 import re
 from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.targets import check_target
 from ..config.budgets import parse_budgets
 from ..config.recipe import QUICKSTART, Recipe
 from ..config.recipe_saving import check_inputs
 from ..config.rules import parse_rules
-from ..errors import CheckpointError, DataError, RecipeError, ScoresError
-from ..types import Scores
+from ..errors import CheckpointError, DataError, HubError, RecipeError, ScoresError
 from .files import READERS
 from .idle import Known, check_idle
 from .tasks import named_task
+
+if TYPE_CHECKING:
+    from ..types import Scores
 
 COSTS = ("flops", "params")
 # Devices of torch and of its better-known extensions.
@@ -226,6 +229,26 @@ def local_path(name: str) -> Path:
     return path
 
 
+def check_pushed(folder: str, repository: str) -> None:
+    """Check what is pushed and where to, as far as that needs no client of the Hub.
+
+    Raises:
+        HubError: The folder holds no model, or the repository has no id of the Hub's form.
+        CheckpointError: The folder is no path.
+    """
+    place = local_path(folder)
+    if not ((place / "config.json").is_file() and _holds(place, ["*.safetensors"])):
+        raise HubError(
+            f"{folder}: is not a saved model (needed config.json and *.safetensors), so nothing "
+            "was pushed; give the folder that the pruned model was saved in."
+        )
+    if not _is_hub_id(repository):
+        raise HubError(
+            f"{repository!r}: is not the id of a repository; needed user/name, of letters, digits, "
+            "'-', '_' and '.'."
+        )
+
+
 def _kind(name: str, option: str) -> str:
     """``file``, ``folder``, or nothing."""
     try:
@@ -308,6 +331,8 @@ def read_scores(recipe: Recipe, *, given: Set[str]) -> Scores | None:
     """
     if recipe.scores is None:
         return None
+    from ..types import Scores
+
     if not Path(recipe.scores).is_file():
         raise ScoresError(
             f"--scores {recipe.scores}: there is no such file; leave --scores away to score."

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import HubError
+from ..errors import CheckpointError, HubError
+from .early import check_pushed
 from .show import Screen
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ def push_from_arguments(
     Returns:
         0 done, 1 the push failed, 2 it cannot be made, 130 interrupted.
     """
-    from ..hub import check_access, saved_files
-
     screen, code = Screen(), BAD_INPUT
     try:
+        check_pushed(folder, repo_id)
+        from ..hub import check_access, saved_files
+
         saved_files(Path(folder))
         repo_id = check_access(repo_id, private=private or None)
         code = FAILED
@@ -35,7 +37,7 @@ def push_from_arguments(
     except KeyboardInterrupt:
         screen.error(f"interrupted; {folder} is as it was, and {repo_id} got no half commit.")
         return INTERRUPTED
-    except HubError as error:
+    except (HubError, CheckpointError) as error:
         screen.error(str(error))
         return code
     screen.line(f"Pushed: {pushed}")

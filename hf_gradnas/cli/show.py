@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from .._redaction import sayable
 from ..config.budgets import format_amount
-from ..report import say_prediction
-from ..report.quality import with_errors
-from ..types import Budget, CostModel, Plan, Structure
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
+    from ..types import Budget, CostModel, Plan, Structure
     from .evaluate import Metrics
 
 _PLAIN_WIDTH = 110
@@ -81,6 +78,14 @@ class Screen:
     @contextmanager
     def progress(self, what: str) -> Iterator[Report]:
         """A progress bar on a terminal; nothing where the output is a file or pipe."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -161,6 +166,8 @@ def show_costs(
     screen: Screen, plan: Plan, totals: Mapping[str, float], costs: Mapping[str, CostModel]
 ) -> None:
     """Each cost before and after, with its budget and the smallest step of the layout."""
+    from ..report import say_prediction
+
     budgets: dict[str, Budget] = {budget.cost: budget for budget in plan.budgets}
     rows = []
     for name in costs:
@@ -192,6 +199,8 @@ def show_metrics(screen: Screen, columns: Mapping[str, Metrics], measured_on: st
         columns: Metrics by state.
         measured_on: What the examples are, after their number.
     """
+    from ..report.quality import with_errors
+
     first = next(iter(columns.values()))
     found = [with_errors(metrics.to_dict()) for metrics in columns.values()]
     rows = [

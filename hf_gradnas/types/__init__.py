@@ -1,13 +1,16 @@
 """Frozen data that the verbs of hf_gradnas take and return.
 
 Knows names, indices and numbers; knows neither torch nor transformers. Tensors are named by their
-full path in the model, as in ``state_dict()``.
+full path in the model, as in ``state_dict()``. What needs NumPy is imported when it is first used,
+so that the command line can refuse a slip without it.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .costs import Budget, CostModel, Product
 from .documents import parse_json
 from .plan_checks import check_indices, check_values, is_integer
-from .plans import Plan, Scores
 from .structure import (
     Attribute,
     Axis,
@@ -20,6 +23,9 @@ from .structure import (
     Structure,
     Tap,
 )
+
+if TYPE_CHECKING:
+    from .plans import Plan, Scores
 
 __all__ = [
     "Attribute",
@@ -42,3 +48,11 @@ __all__ = [
     "is_integer",
     "parse_json",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Plan", "Scores"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.plans"), name)
+    globals()[name] = value
+    return value
