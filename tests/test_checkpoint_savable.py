@@ -332,7 +332,7 @@ OUTPUTS: dict[str, tuple[Change, str]] = {
     ),
     "buffer that no file holds": (
         lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
-        r"model\.rotary_emb\.inv_freq with another type or other values than a load gives",
+        r"model\.rotary_emb\.inv_freq, which a load gives other values",
     ),
     "config": (
         lambda m: setattr(m.config, "hidden_act", "relu"),
@@ -479,6 +479,36 @@ def test_a_class_that_needs_more_than_its_config_is_an_error() -> None:
     model, batch = llama()
     model.__class__ = Needy
     refused(model, batch, r"Needy: cannot be built from its config.*TypeError", StructureError)
+
+
+class Derived(transformers.LlamaForCausalLM):
+    """A class that makes in its constructor what no checkpoint holds, and no load makes again."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head.register_buffer("scale", torch.full((1,), 2.0), persistent=False)
+        self.lm_head.register_forward_hook(lambda head, args, output: head.scale * output)
+
+
+def test_a_buffer_that_no_load_fills_is_named() -> None:
+    _, batch = llama()
+    model = Derived(transformers.LlamaConfig(**zoo.FAMILIES["llama"].kwargs)).eval()
+    message = r"lm_head\.scale, which no load fills \(the _init_weights of its class has to\)"
+    refused(model, batch, message, StructureError)
+
+
+class Unfilled(Derived):
+    """A class that a load cannot fill."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        raise NotImplementedError("later")
+
+
+def test_a_class_whose_weights_cannot_be_initialised_is_an_error() -> None:
+    _, batch = llama()
+    model = Derived(transformers.LlamaConfig(**zoo.FAMILIES["llama"].kwargs)).eval()
+    model.__class__ = Unfilled
+    refused(model, batch, r"Unfilled: its _init_weights fails.*NotImpl.*later", StructureError)
 
 
 class TiedInside(transformers.LlamaForCausalLM):

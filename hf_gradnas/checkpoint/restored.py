@@ -35,7 +35,7 @@ def check_outputs(
         model: The model; it runs once or twice in eval mode, and is left as it was.
         twin: What a load of it would be (see `twin`).
         batch: Keyword arguments of the forward; the first tokens of two examples are run.
-        others: Names of tensors that the twin has with other values.
+        others: Tensors that the twin has with other values, in words.
 
     Raises:
         StructureError: Outputs differ by more than rounding.
@@ -97,8 +97,8 @@ def _suspects(model: PreTrainedModel, twin: PreTrainedModel, others: list[str]) 
             yield f"{path} is a {names[0]}, the config builds a {names[1]}"
         yield from _put_on(path or "the model", module)
     yield from (f"no {path}" for path in makes if path not in has)
-    yield from (f"{name} with another type or other values than a load gives it" for name in others)
-    for path in has.keys() & makes.keys():
+    yield from others
+    for path in sorted(has.keys() & makes.keys()):
         yield from _set_by_hand(path or "model", vars(has[path]), vars(makes[path]))
 
 
@@ -114,7 +114,7 @@ def _put_on(path: str, module: nn.Module) -> Iterator[str]:
 
 def _set_by_hand(path: str, has: Mapping[str, Any], makes: Mapping[str, Any]) -> Iterator[str]:
     """Numbers and names that differ among the attributes of a module."""
-    for key in has.keys() & makes.keys() - {"training"}:
+    for key in sorted(has.keys() & makes.keys() - {"training", "name_or_path"}):
         is_simple = isinstance(has[key], bool | int | float | str) and not key.startswith("_")
         if is_simple and has[key] != makes[key]:
             yield f"{path}.{key} is {has[key]!r}, the config gives {makes[key]!r}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -82,7 +82,10 @@ def fill_twin(twin: PreTrainedModel, model: PreTrainedModel) -> list[str]:
     loading makes it, and replaced by what the model has where a cast explains the difference.
 
     Returns:
-        Names of tensors that loading would give other values, or another type.
+        Tensors that a load would give other values or another type, in words.
+
+    Raises:
+        StructureError: What a load does to fill the model fails.
     """
     given, wanted = entries(model), entries(twin)
     for name, entry in wanted.items():
@@ -90,24 +93,43 @@ def fill_twin(twin: PreTrainedModel, model: PreTrainedModel) -> list[str]:
             cast(Any, entry.tensor)._is_hf_initialized = True  # upstream's mark, on the twin's own
         else:
             device = given[name].tensor.device if name in given else model.device
-            entry.module._buffers[entry.leaf] = torch.empty_like(entry.tensor, device=device)
-    with silence(), torch.random.fork_rng(devices=[]):
-        twin.initialize_weights()
-    others = []
-    for name, entry in entries(twin).items():
-        has = given.get(name)
-        is_parameter = entry.leaf in entry.module._parameters
-        store = cast(Any, entry.module._parameters if is_parameter else entry.module._buffers)
-        if entry.is_saved and has is not None:
-            store[entry.leaf] = has.tensor
-            if is_narrowed(name, has.tensor, wanted[name].tensor, twin):
-                store[entry.leaf] = has.tensor.detach().to(wanted[name].tensor.dtype)
-                others.append(name)
-        elif has is not None and _is_close(has.tensor, entry.tensor):
-            store[entry.leaf] = has.tensor.detach().clone()
-        else:
-            others.append(name)
-    return others
+            entry.module._buffers[entry.leaf] = _unfilled(entry.tensor, device)
+    try:
+        with silence(), torch.random.fork_rng(devices=[]):
+            twin.initialize_weights()
+    except Exception as error:  # classes refuse in their own ways
+        raise StructureError(
+            f"{type(model).__name__}: its _init_weights fails, so that what is saved could not be "
+            f"loaded ({type(error).__name__}: {_one_line(error)}); mend it first."
+        ) from error
+    return [
+        found for name, entry in entries(twin).items() if (found := _lend(name, entry, given, twin))
+    ]
+
+
+def _lend(name: str, entry: Entry, given: Mapping[str, Entry], twin: PreTrainedModel) -> str:
+    """Put the model's tensor into the twin where a load would; else say why not."""
+    has = given.get(name)
+    is_parameter = entry.leaf in entry.module._parameters
+    store = cast(Any, entry.module._parameters if is_parameter else entry.module._buffers)
+    if entry.is_saved and has is not None:
+        store[entry.leaf] = has.tensor
+        if not is_narrowed(name, has.tensor, entry.tensor, twin):
+            return ""
+        store[entry.leaf] = has.tensor.detach().to(entry.tensor.dtype)
+        return f"{name}, which a load casts to {entry.tensor.dtype}"
+    if has is not None and _is_close(has.tensor, entry.tensor):
+        store[entry.leaf] = has.tensor.detach().clone()
+        return ""
+    if entry.tensor.numel() and torch.equal(entry.tensor, _unfilled(entry.tensor, None)):
+        return f"{name}, which no load fills (the _init_weights of its class has to)"
+    return f"{name}, which a load gives other values"
+
+
+def _unfilled(like: Tensor, device: torch.device | None) -> Tensor:
+    """A tensor with values that show that nothing was written into it."""
+    value = float("-inf") if like.is_floating_point() else -(2**7) * (like.dtype != torch.bool)
+    return torch.full_like(like, value, device=device)
 
 
 def is_narrowed(name: str, tensor: Tensor, loaded: Tensor, twin: PreTrainedModel) -> bool:
