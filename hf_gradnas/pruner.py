@@ -231,12 +231,14 @@ class GradNASPruner:
     def plan(self, budget: Mapping[str, Any]) -> Plan:
         """Find the best units to keep under a budget such as ``{"flops": "60%"}``.
 
+        Warns where it leaves less than a tenth of what can be pruned.
+
         Raises:
             BudgetError: The budget cannot be read or reached.
             OrderError: There are no scores yet.
         """
         budgets = self.check(budget)
-        make = partial(find_plan, self.structure.axes, self.scores, self.costs, budgets)
+        make = partial(find_plan, self.structure.axes, self.scores, self.costs, budgets, warns=True)
         options = {"search": self.search, "layout": self.layout, "rules": self.rules}
         make = partial(make, **options, stock=self._space)
         return self._settle(self._processes.from_main(make))

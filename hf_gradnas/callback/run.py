@@ -336,9 +336,14 @@ class Run:
 
     def _plan(self, share: float) -> Plan:
         """Plan for the budget, or on the way to it."""
-        if share >= 1:
-            return self._pruner.plan(self.settings.budget)
-        return self._pruner.plan(budget_at(self._budgets, share))
+        budget = self.settings.budget if share >= 1 else budget_at(self._budgets, share)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan = self._pruner.plan(budget)
+        if share >= 1:  # a budget near the lowest: what a stage on the way has is not asked for
+            for warning in caught:
+                logger.warning("gradnas: %s", warning.message)
+        return plan
 
     def _prepare(self, plan: Plan) -> None:
         """Let the units that a plan prunes fade from now on."""

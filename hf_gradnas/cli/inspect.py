@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._redaction import without_secrets
-from ..config.budgets import format_amount
+from ..config.budgets import format_amount, say_lowest
 from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
 from ..config.rules import Rules, check_rules, parse_rules, rule_for
@@ -281,6 +281,10 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
         table.append((name, format_amount(total), *cells))
     headers = ("cost", "now", *(f"lowest {layout}" for layout in LAYOUTS))
     screen.table("Costs and lowest budgets", headers, table, right=1 + len(LAYOUTS))
+    for name, cost in found.costs.items():
+        held = say_lowest(cost, found.lowest[found.layout][name], found.totals[name])
+        if held:
+            screen.line(f"What holds the lowest {name} ({cost.unit}) in {found.layout}: {held}")
     if length:
         screen.line(f"FLOPs are counted for {length} tokens (--flops-length).")
 
@@ -325,6 +329,8 @@ def to_dict(found: Inspection, recipe: Recipe) -> dict[str, Any]:
             "stock_possible": "stock" in found.lowest,
         },
         "totals": dict(found.totals),
+        "units": {name: cost.unit for name, cost in found.costs.items()},
+        "cannot_be_pruned": {name: dict(cost.parts) for name, cost in found.costs.items()},
         "lowest": {layout: lowest.get(layout) for layout in LAYOUTS},
         "axes": axes,
         "refused": refusals,

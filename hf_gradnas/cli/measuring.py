@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..report.quality import milder, what_was_lost
+from ..config.budgets import milder
+from ..report.quality import what_was_lost
 from ..scores.batches import to_device
 from ..types import Budget
 from .evaluate import Metrics, evaluate

@@ -8,16 +8,20 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
-from ..errors import BudgetError
-from ..types import Budget
+from ..errors import BudgetError, GradNASWarning
+from ..types import Budget, CostModel
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _PERCENT = 100
 _LONGEST = 1024  # bits of the largest float
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(E[+-]?[0-9]+)?")
+_LEAST_SHOWN = 0.001
+NEAR_RATIO = 0.1
+"""A budget is near the lowest if it leaves less of what can be pruned than this share."""
 EXAMPLE = '{"flops": "50%"}'
 
 
@@ -54,6 +58,56 @@ def format_amount(value: float) -> str:
         if abs(value) >= SUFFIXES[suffix]:
             return f"{value / SUFFIXES[suffix]:.4g}{suffix}"
     return f"{value:.4g}"
+
+
+def milder(ratio: float) -> str:
+    """A budget half-way from one to the whole model, in whole percent."""
+    return f"{math.ceil(50 * (1 + min(ratio, 1.0)) - 1e-9)}%"
+
+
+def say_lowest(cost: CostModel, lowest: float, total: float) -> str:
+    """What holds the lowest value of a cost, as shares of the whole model's."""
+    if not cost.parts:
+        return ""
+    parts = dict(cost.parts)
+    narrowest = lowest - cost.constant
+    if narrowest > 0:
+        parts["the least of what is pruned"] = narrowest
+    (first, amount), *rest = parts.items()
+    shares = [f"{first} hold {_share(amount / total)}"]
+    shares += [f"{kind} {_share(amount / total)}" for kind, amount in rest]
+    return f"Of the whole, {', '.join(shares)}."
+
+
+def percent_up(ratio: float) -> str:
+    """Percentage rounded up, so that asking for it succeeds."""
+    return f"{math.ceil(ratio * 1e4) / 1e2:.2f}"
+
+
+def warn_near_lowest(lowest: Mapping[str, float], budgets: Sequence[Budget]) -> None:
+    """Warn of budgets that leave less than a tenth of what can be pruned.
+
+    Args:
+        lowest: Lowest reachable value of each cost.
+        budgets: Limits that can be reached.
+    """
+    for budget in budgets:
+        least = lowest[budget.cost]
+        room = budget.total - least
+        if room > 0 and budget.limit - least < NEAR_RATIO * room:
+            warnings.warn(
+                f"budget {budget.cost}: {100 * budget.ratio:.4g}% is near the lowest that can be "
+                f"reached, {percent_up(least / budget.total)}%: it leaves less than a tenth of "
+                "what can be pruned, and quality is likely lost. Train the pruned model after it "
+                "(--recover-epochs 1, pruner.recover), or choose a milder budget "
+                f"({budget.cost}={milder(budget.ratio)}).",
+                GradNASWarning,
+                stacklevel=3,
+            )
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.1%}" if ratio >= _LEAST_SHOWN else "less than 0.1%"
 
 
 def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:

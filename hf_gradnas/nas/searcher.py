@@ -22,7 +22,13 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.rehearsal import rehearsed
 from ..checkpoint.savable import check_savable
-from ..config.budgets import format_amount, parse_budgets
+from ..config.budgets import (
+    format_amount,
+    parse_budgets,
+    percent_up,
+    say_lowest,
+    warn_near_lowest,
+)
 from ..costs.closed_form import unsplit_table_params
 from ..errors import BudgetError, DataError, OrderError, StructureError
 from ..search.solver import find_plan
@@ -231,12 +237,15 @@ class GradientBinarySearcher:
         least = self._cost_of({name: h.choices[0] for name, h in searched.items()})
         for budget in self.budgets:
             if least[budget.cost] > budget.limit:
+                held = say_lowest(self.costs[budget.cost], least[budget.cost], budget.total)
                 raise BudgetError(
                     f"constraint {budget.cost}: {100 * budget.ratio:.4g}% "
                     f"({format_amount(budget.limit)}) cannot be met; the smallest choices "
-                    f"everywhere reach {100 * least[budget.cost] / budget.total:.4g}%. Raise it, "
+                    f"everywhere reach {percent_up(least[budget.cost] / budget.total)}%. "
+                    f"{f'{held} ' if held else ''}Raise it, "
                     "or allow smaller ratios or a smaller divisor in the mode's config."
                 )
+        warn_near_lowest(least, self.budgets)
 
     def _cost_of(self, choices: Mapping[str, int]) -> dict[str, float]:
         space = needed_space(self.model)

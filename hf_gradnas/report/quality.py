@@ -65,8 +65,3 @@ def what_was_lost(before: Mapping[str, float], after: Mapping[str, float]) -> st
             f"{MOST_RATIO:.0%}"
         )
     return ""
-
-
-def milder(ratio: float) -> str:
-    """A budget half-way from one to the whole model, in whole percent."""
-    return f"{math.ceil(50 * (1 + min(ratio, 1.0)) - 1e-9)}%"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.budgets import format_amount
+from ..config.budgets import format_amount, percent_up, say_lowest, warn_near_lowest
 from ..config.rules import Rules
 from ..errors import BudgetError, PlanError, ScoresError
 from ..types import Axis, Budget, CostModel, Plan, Scores, StockSpace
@@ -50,6 +50,7 @@ def find_plan(  # noqa: PLR0913 - one call says all of a search; the pruner and 
     stock: StockSpace | None = None,
     choices: Choices | None = None,
     fill: bool = True,
+    warns: bool = False,
 ) -> Plan:
     """Find the units to keep; see `find_plans`, of which this is the case of one plan."""
     return find_plans(
@@ -63,6 +64,7 @@ def find_plan(  # noqa: PLR0913 - one call says all of a search; the pruner and 
         stock=stock,
         choices=choices,
         fill=fill,
+        warns=warns,
     )[0]
 
 
@@ -78,6 +80,7 @@ def find_plans(  # noqa: PLR0913 - as find_plan
     stock: StockSpace | None = None,
     choices: Choices | None = None,
     fill: bool = True,
+    warns: bool = False,
 ) -> list[Plan]:
     """Find the units to keep for many budgets; the options are evaluated once.
 
@@ -93,6 +96,7 @@ def find_plans(  # noqa: PLR0913 - as find_plan
         choices: Permitted kept counts per axis name, used for these axes in place of rules and
             default multiples; the full size is always permitted.
         fill: Whether `binary` keeps what still fits beside its threshold's own plan.
+        warns: Whether to warn of budgets that leave less than a tenth of what can be pruned.
 
     Returns:
         One plan per entry of `budgets`, with the sum of pruned scores as its ``loss_increase``.
@@ -110,7 +114,10 @@ def find_plans(  # noqa: PLR0913 - as find_plan
     plans = []
     for key, limits in zip(names, budgets, strict=True):
         space = spaces[key]
-        _check(space.lowest(), limits, layout=layout)
+        lowest = space.lowest()
+        _check(lowest, limits, costs, layout=layout)
+        if warns:
+            warn_near_lowest(lowest, limits)
         picks, loss = _solve(space, limits, search=search, fill=fill)
         plans.append(
             Plan(
@@ -181,7 +188,7 @@ def check_budgets(
     lowest = lowest_costs(
         axes, costs, layout=layout, rules=rules, stock=stock, choices=choices, budgets=budgets
     )
-    _check(lowest, budgets, layout=layout)
+    _check(lowest, budgets, costs, layout=layout)
 
 
 def _check_search(search: str) -> None:
@@ -207,25 +214,29 @@ def _names(budgets: Sequence[Budget], costs: Mapping[str, CostModel]) -> tuple[s
     return tuple(budget.cost for budget in budgets)
 
 
-def _check(lowest: Mapping[str, float], budgets: Sequence[Budget], *, layout: str) -> None:
+def _check(
+    lowest: Mapping[str, float],
+    budgets: Sequence[Budget],
+    costs: Mapping[str, CostModel],
+    *,
+    layout: str,
+) -> None:
     for budget in budgets:
         least = lowest[budget.cost]
         if budget.limit < least:
             more = ""
             if layout == "stock":
                 more = "layout='per_layer' reaches further (--layout per_layer), or "
+            cost = costs[budget.cost]
+            held = say_lowest(cost, least, budget.total)
             raise BudgetError(
                 f"budget {budget.cost}: {100 * budget.ratio:.4g}% ({format_amount(budget.limit)}) "
                 f"cannot be reached in layout {layout!r}; the lowest is "
-                f"{_percent_up(least / budget.total)}% ({format_amount(least)} of "
-                f"{format_amount(budget.total)}). Raise the budget, {more}allow more in "
+                f"{percent_up(least / budget.total)}% ({format_amount(least)} of "
+                f"{format_amount(budget.total)}{f' {cost.unit}' if cost.unit else ''})"
+                f".{f' {held}' if held else ''} Raise the budget, {more}allow more in "
                 "rules (--exclude, --min-units)."
             )
-
-
-def _percent_up(ratio: float) -> str:
-    """Percentage rounded up, so that asking for it succeeds."""
-    return f"{np.ceil(ratio * 1e4) / 1e2:.2f}"
 
 
 def _outcome(

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .._compat import attention_implementation
 from ..costs.closed_form import flops_cost, params_cost, unsplit_table_params
 from ..types import Axis, CostModel, Kind, Structure
+from .remainder import parts_of_rest
 from .states import evaluating, frozen
 from .trace import Matmul, Trace, rows_of, trace_forward
 
@@ -51,16 +54,33 @@ def count_costs(
     for event in trace.events:
         if isinstance(event, Matmul) and event.parameter is not None:
             rows[event.parameter] += rows_of(event, model.get_parameter(event.parameter))
+    flops = flops_cost(
+        axes,
+        shapes,
+        rows=rows,
+        macs_per_head={a.name: _macs_per_head(a, trace) for a in axes if a.kind is Kind.HEADS},
+        total_flops=total_flops,
+    )
+    params = params_cost(axes, shapes, layout=layout)
+    elements = {name: float(prod(shape)) for name, shape in shapes.items()}
+    flops_of = {name: 2.0 * rows.get(name, 0) * size for name, size in elements.items()}
+    rest = partial(parts_of_rest, model, axes, structure.refusals)
     return {
-        "flops": flops_cost(
-            axes,
-            shapes,
-            rows=rows,
-            macs_per_head={a.name: _macs_per_head(a, trace) for a in axes if a.kind is Kind.HEADS},
-            total_flops=total_flops,
+        "flops": replace(
+            flops, parts=rest(costs=flops_of, constant=flops.constant), unit=_flops_unit(inputs)
         ),
-        "params": params_cost(axes, shapes, layout=layout),
+        "params": replace(
+            params, parts=rest(costs=elements, constant=params.constant), unit="parameters"
+        ),
     }
+
+
+def _flops_unit(inputs: Mapping[str, Any]) -> str:
+    """FLOPs of what: of a sequence of so many tokens, or of one input."""
+    tokens = inputs.get("input_ids", inputs.get("decoder_input_ids"))
+    if tokens is None:
+        return "FLOPs of one input"
+    return f"FLOPs of one sequence of {tokens.shape[1]} tokens"
 
 
 def count_params(

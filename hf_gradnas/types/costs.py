@@ -42,6 +42,9 @@ class CostModel:
         while_kept: Cost that goes only when the axis loses its last unit (q/k norms of a head).
         products: Costs of tensors that two axes cut (a convolution between two others), or one axis
             in two dimensions.
+        parts: What holds the constant, such as ``embeddings``, largest first; empty where that is
+            not known.
+        unit: What it is counted in, such as ``parameters``.
     """
 
     name: str
@@ -49,6 +52,8 @@ class CostModel:
     per_unit: Mapping[str, float]
     while_kept: Mapping[str, float] = field(default_factory=dict)
     products: tuple[Product, ...] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
+    unit: str = ""
 
     def of(self, kept: Mapping[str, int]) -> float:
         """Cost of a model that keeps ``kept[axis]`` units of each axis."""
