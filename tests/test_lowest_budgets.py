@@ -87,7 +87,7 @@ def test_a_cost_of_unknown_parts_says_nothing_of_them() -> None:
     assert say_lowest(CostModel("flops", 5.0, {}), 6.0, 10.0) == ""
     known = CostModel("flops", 5.0, {}, parts={"embeddings": 4.9999, "norms": 0.0001})
     said = say_lowest(known, 5.0, 10.0)
-    assert said == "Of the whole, embeddings hold 50.0%, norms less than 0.1%."
+    assert said == "Of the whole, embeddings hold 50.0%, norms <0.1%."
 
 
 # -- near the lowest -------------------------------------------------------------------------------

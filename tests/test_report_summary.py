@@ -1,12 +1,19 @@
 """The summary and its tables say what the plan and the measurements say."""
 
 import csv
+import dataclasses
 import io
 import json
+import re
 
-from report_cases import EVALUATED, make_case
+import pytest
+from report_cases import EVALUATED, LOADING, make_case
 
+from hf_gradnas.config.budgets import format_share
+from hf_gradnas.report.card import make_card
 from hf_gradnas.report.names import LONGEST, short_names
+from hf_gradnas.report.origin import Origin
+from hf_gradnas.report.quality import sampling_error, what_was_lost
 from hf_gradnas.report.tables import (
     costs_table,
     kinds_table,
@@ -15,6 +22,7 @@ from hf_gradnas.report.tables import (
     metrics_table,
     plan_csv,
     plan_table,
+    say_speedup,
 )
 
 
@@ -98,3 +106,74 @@ def test_short_names_keep_what_differs():
     (long,) = short_names(["x" * 50])
     assert len(long) == LONGEST - 1
     assert "…" in long
+
+
+@pytest.mark.parametrize(
+    ("ratio", "digits", "said"),
+    [
+        (1.0, 0, "100%"),
+        (0.9999, 0, ">99%"),
+        (0.994, 0, "99%"),
+        (0.0, 0, "0%"),
+        (0.0001, 0, "<1%"),
+        (0.99999, 2, ">99.99%"),
+        (0.00001, 1, "<0.1%"),
+        (0.4567, 1, "45.7%"),
+    ],
+)
+def test_a_share_is_rounded_to_all_or_nothing_only_where_it_is(ratio, digits, said):
+    assert format_share(ratio, digits=digits) == said
+
+
+def test_a_slower_model_is_called_slower():
+    assert say_speedup(2.0) == "2.00 ×"
+    assert say_speedup(0.9) == "0.90 × (slower)"
+
+
+def test_shares_come_with_their_sampling_error():
+    metrics = {
+        "before": {"examples": 8, "loss": 1.0, "accuracy": 1.0},
+        "after": {"examples": 8, "loss": 2.0, "accuracy": 0.5},
+    }
+    table = metrics_table(make_case(metrics=metrics)[-1])
+    assert "| ± of accuracy | 0.0949 | 0.1581 |" in table
+    assert sampling_error(0.5, 100) == pytest.approx(0.05, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"loss": 0.4, "accuracy": 0.9}, {"loss": 0.4, "accuracy": 0.84}, "accuracy fell"),
+        ({"loss": 0.4, "accuracy": 0.9}, {"loss": 0.4, "accuracy": 0.86}, ""),
+        ({"loss": 0.1, "agreement": 1.0}, {"loss": 0.1, "agreement": 0.9}, "agreement fell"),
+        (
+            {"loss": 2.0, "perplexity": 7.39},
+            {"loss": 2.5, "perplexity": 12.2},
+            r"loss grew from 2.000 to 2.500 \(perplexity 7.39 to 12.2\) .* by more than 0.4 nats",
+        ),
+        ({"loss": 2.0, "perplexity": 7.39}, {"loss": 2.3, "perplexity": 9.97}, ""),
+        ({"loss": 100.0}, {"loss": 121.0}, "loss grew from 100 to 121 .* by more than 20%"),
+        ({"loss": 100.0}, {"loss": 119.0}, ""),
+        ({}, {"loss": 1.0}, ""),
+        ({"exact_match": 1.0}, {"exact_match": 0.0}, ""),
+    ],
+)
+def test_what_was_lost_is_said_where_it_is_much(before, after, said):
+    found = what_was_lost({"examples": 10, **before}, {"examples": 10, **after})
+    assert re.search(said, found)
+    assert bool(found) == bool(said)
+
+
+def test_the_card_says_what_was_measured_and_lost():
+    evaluation = {"dataset": "owner/words", "examples": 128, "held_out": True, "labels": "data"}
+    case = make_case(**{**EVALUATED, "evaluation": evaluation})
+    card = str(make_card(case[-1], Origin(), auto_class=None, loading=LOADING))
+    assert "Measured on 128 examples held out from the calibration data (owner/words)" in card
+    assert "Note that the loss grew from 1.000 to 2.000" in card
+    assert "model-index" not in card
+    assert "Sum of the pruned scores: 0.25" in card
+    plan = dataclasses.replace(case[0], loss_unit="nats per token", loss_before=2.0)
+    summary = dataclasses.replace(case[-1], loss_unit=plan.loss_unit, loss_before=plan.loss_before)
+    card = str(make_card(summary, Origin(), auto_class=None, loading=LOADING))
+    assert "Predicted loss increase: 0.25 nats per token, beside 2 of the whole model" in card
+    assert json.loads(json.dumps(summary.to_dict()))["loss_unit"] == "nats per token"

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .._redaction import sayable
-from ..config.budgets import format_amount
+from ..config.budgets import format_amount, format_share
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
@@ -157,7 +157,7 @@ def show_plan(screen: Screen, plan: Plan, structure: Structure) -> None:
         kept = len(plan.kept[axis.name])
         share = kept / axis.size
         rows.append(
-            (axis.module, str(axis.kind), f"{kept}/{axis.size}", f"{share:.0%}", _bar(share))
+            (axis.module, str(axis.kind), f"{kept}/{axis.size}", format_share(share), _bar(share))
         )
     screen.table("Plan", ("module", "axis", "kept", "share", ""), rows)
 
@@ -179,7 +179,7 @@ def show_costs(
                 name,
                 format_amount(before),
                 format_amount(after),
-                f"{after / before:.2%}",
+                format_share(after / before, digits=2),
                 f"{format_amount(budget.limit)} ({budget.ratio:.1%})" if budget else "-",
                 f"{step / before:.2%}" if step else "-",
             )
@@ -222,11 +222,13 @@ def show_metrics(screen: Screen, columns: Mapping[str, Metrics], measured_on: st
 
 def show_latency(screen: Screen, latency: Mapping[str, Any]) -> None:
     """Median time of a forward before and after, per batch size."""
+    from ..report.tables import say_speedup
+
     rows = []
     for found in latency["batches"]:
         before, after = found["before_ms"], found["after_ms"]
         row = (f"{found['batch_size']}", f"{before:.1f} ms", f"{after:.1f} ms")
-        rows.append((*row, f"{before / after:.2f} ×"))
+        rows.append((*row, say_speedup(before / after)))
     headers = ("batch size", "before", "after", "speed-up")
     screen.table("Latency", headers, rows, right=4)
     order = "both models in turn" if latency["in_turn"] else "one model after the other"

@@ -19,7 +19,6 @@ SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _PERCENT = 100
 _LONGEST = 1024  # bits of the largest float
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(E[+-]?[0-9]+)?")
-_LEAST_SHOWN = 0.001
 NEAR_RATIO = 0.1
 """A budget is near the lowest if it leaves less of what can be pruned than this share."""
 EXAMPLE = '{"flops": "50%"}'
@@ -60,6 +59,17 @@ def format_amount(value: float) -> str:
     return f"{value:.4g}"
 
 
+def format_share(ratio: float, *, digits: int = 0) -> str:
+    """A share in percent that is 100 % or 0 % only where it is all or nothing."""
+    text = f"{ratio:.{digits}%}"
+    least = 10.0 ** -(digits + 2)
+    if ratio < 1 and text == f"{1:.{digits}%}":
+        return f">{1 - least:.{digits}%}"
+    if ratio > 0 and text == f"{0:.{digits}%}":
+        return f"<{least:.{digits}%}"
+    return text
+
+
 def milder(ratio: float) -> str:
     """A budget half-way from one to the whole model, in whole percent."""
     return f"{math.ceil(50 * (1 + min(ratio, 1.0)) - 1e-9)}%"
@@ -74,8 +84,8 @@ def say_lowest(cost: CostModel, lowest: float, total: float) -> str:
     if narrowest > 0:
         parts["the least of what is pruned"] = narrowest
     (first, amount), *rest = parts.items()
-    shares = [f"{first} hold {_share(amount / total)}"]
-    shares += [f"{kind} {_share(amount / total)}" for kind, amount in rest]
+    shares = [f"{first} hold {format_share(amount / total, digits=1)}"]
+    shares += [f"{kind} {format_share(amount / total, digits=1)}" for kind, amount in rest]
     return f"Of the whole, {', '.join(shares)}."
 
 
@@ -104,10 +114,6 @@ def warn_near_lowest(lowest: Mapping[str, float], budgets: Sequence[Budget]) -> 
                 GradNASWarning,
                 stacklevel=3,
             )
-
-
-def _share(ratio: float) -> str:
-    return f"{ratio:.1%}" if ratio >= _LEAST_SHOWN else "less than 0.1%"
 
 
 def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from .._redaction import sayable, visible
+from ..config.budgets import format_share
 from .markdown import code, fenced, plain
 from .metadata import card_data, data_name, final_metrics
 from .origin import Origin
@@ -117,10 +118,9 @@ def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
     base = plain(origin.base_model or "")
     if base and origin.is_hub:
         base = f"[{base}](https://huggingface.co/{base})"
+    units = {"params": "parameters", "flops": "FLOPs"}
     kept = " and ".join(
-        f"{cost.kept_ratio:.1%} of its {'parameters' if cost.name == 'params' else 'FLOPs'}"
-        if cost.name in ("params", "flops")
-        else f"{cost.kept_ratio:.1%} of its {cost.name}"
+        f"{format_share(cost.kept_ratio, digits=1)} of its {units.get(cost.name, cost.name)}"
         for cost in summary.costs
     )
     yield f"# {plain(summary.name)}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.budgets import format_amount
+from ..config.budgets import format_amount, format_share
 from ..types import Plan, Scores
 from .drawing import (
     BEFORE,
@@ -185,7 +185,7 @@ def _count_in_whole(panel: Axes) -> None:
 
 def _kept(axes: Sequence[AxisWidth]) -> str:
     kept, size = sum(axis.kept for axis in axes), sum(axis.size for axis in axes)
-    return f"{kept / size:.0%} of {size:,} kept"
+    return f"{format_share(kept / size)} of {size:,} kept"
 
 
 # --- costs ----------------------------------------------------------------------------------------
@@ -227,14 +227,18 @@ def _cost_rows(summary: Summary) -> list[tuple[str, float, float, str]]:
                 _WORDS.get(cost.name, cost.name),
                 cost.before,
                 cost.after,
-                f"{text} ({cost.kept_ratio:.1%})",
+                f"{text} ({format_share(cost.kept_ratio, digits=1)})",
             )
         )
     for found in summary.latencies:
-        text = f"{found.before_ms:.1f} → {found.after_ms:.1f} ms ({found.speedup:.2f} × as fast)"
+        text = f"{found.before_ms:.1f} → {found.after_ms:.1f} ms ({_speed(found.speedup)})"
         label = f"latency, batch {found.batch_size}"
         rows.append((label, found.before_ms, found.after_ms, text))
     return rows
+
+
+def _speed(speedup: float) -> str:
+    return f"{speedup:.2f} × as fast" + ("" if speedup >= 1 else ", slower")
 
 
 def _mark_budgets(panel: Axes, summary: Summary) -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from ..config.budgets import format_amount
+from ..config.budgets import format_amount, format_share
 from .markdown import code, plain
 from .quality import with_errors
 from .summary import Summary
@@ -28,7 +28,13 @@ def _cell(text: str) -> str:
 def plan_table(summary: Summary) -> str:
     """Kept and all units of every axis, and the sums over each kind."""
     rows = [
-        (code(axis.module), axis.kind, f"{axis.kept:,}", f"{axis.size:,}", _share(axis.kept_ratio))
+        (
+            code(axis.module),
+            axis.kind,
+            f"{axis.kept:,}",
+            f"{axis.size:,}",
+            format_share(axis.kept_ratio),
+        )
         for axis in summary.axes
     ]
     return markdown_table(("module", "axis", "kept", "of", "share"), rows, right=3)
@@ -42,7 +48,9 @@ def kinds_table(summary: Summary) -> str:
         kept, size = sum(axis.kept for axis in axes), sum(axis.size for axis in axes)
         low, high = min(axis.kept for axis in axes), max(axis.kept for axis in axes)
         width = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        rows.append((kind, f"{len(axes)}", f"{kept:,}", f"{size:,}", _share(kept / size), width))
+        rows.append(
+            (kind, f"{len(axes)}", f"{kept:,}", f"{size:,}", format_share(kept / size), width)
+        )
     headers = ("axis", "modules", "kept", "of", "share", "kept per module")
     return markdown_table(headers, rows, right=5)
 
@@ -54,7 +62,7 @@ def costs_table(summary: Summary) -> str:
             cost.name,
             format_amount(cost.before),
             format_amount(cost.after),
-            f"{cost.kept_ratio:.2%}",
+            format_share(cost.kept_ratio, digits=2),
             "-"
             if cost.limit is None
             else f"{format_amount(cost.limit)} ({cost.limit / cost.before:.1%})",
@@ -71,7 +79,7 @@ def latency_table(summary: Summary) -> str:
             f"{found.batch_size}",
             f"{found.before_ms:.1f} ms",
             f"{found.after_ms:.1f} ms",
-            f"{found.speedup:.2f} ×",
+            say_speedup(found.speedup),
         )
         for found in summary.latencies
     ]
@@ -106,5 +114,6 @@ def plan_csv(summary: Summary) -> str:
     return stream.getvalue()
 
 
-def _share(ratio: float) -> str:
-    return f"{ratio:.0%}"
+def say_speedup(speedup: float) -> str:
+    """How many times as fast; said plainly where it is slower."""
+    return f"{speedup:.2f} ×" if speedup >= 1 else f"{speedup:.2f} × (slower)"
