@@ -114,10 +114,7 @@ def find_plans(  # noqa: PLR0913 - as find_plan
     plans = []
     for key, limits in zip(names, budgets, strict=True):
         space = spaces[key]
-        lowest = space.lowest()
-        _check(lowest, limits, costs, layout=layout)
-        if warns:
-            warn_near_lowest(lowest, limits)
+        _check(space.lowest(), limits, costs, layout=layout, warns=warns)
         picks, loss = _solve(space, limits, search=search, fill=fill)
         plans.append(
             Plan(
@@ -220,6 +217,7 @@ def _check(
     costs: Mapping[str, CostModel],
     *,
     layout: str,
+    warns: bool = False,
 ) -> None:
     for budget in budgets:
         least = lowest[budget.cost]
@@ -237,6 +235,8 @@ def _check(
                 f".{f' {held}' if held else ''} Raise the budget, {more}allow more in "
                 "rules (--exclude, --min-units)."
             )
+    if warns:
+        warn_near_lowest(lowest, budgets)
 
 
 def _outcome(
