@@ -28,7 +28,7 @@ _IS_NAME = re.compile(_NAME, re.IGNORECASE)
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s,;)}\]'"]*[^\s,;)}\]'":.])"""
 _SECRETS = (
     # scheme://user:password@host
-    (re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
+    (re.compile(r"([a-z][a-z0-9+.-]{0,20}://)[^/\s@'\"]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     # ?token=…, &X-Amz-Signature=…
     (
         re.compile(

@@ -86,3 +86,28 @@ def test_the_card_is_fetched_only_from_the_hub_and_may_be_missing(tmp_path, monk
     assert not asked
     fetch_card("owner/name")
     assert asked == [("owner/name", "README.md")]
+
+
+def test_the_user_is_no_origin(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "alice"))
+    assert folder_name(tmp_path / "alice" / "model") is None
+    assert folder_name(tmp_path / "alice" / "own" / "model") == "own"
+    assert folder_name(tmp_path / "bob" / "model") == "bob"
+
+
+def test_an_origin_in_a_folder_that_looks_like_the_cache_is_no_link(tmp_path):
+    folder = tmp_path / "models--a--b](http:" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    assert not find_origin(str(folder)).is_hub
+
+
+def test_the_originals_card_passes_no_secret_and_no_path_on(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    text = "---\nlicense: mit\nlicense_link: https://u:p@h/x?token=abc\ntags: [/data/a/b]\n---\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    assert find_origin(str(folder)).metadata == {
+        "license": "mit",
+        "license_link": "https://***@h/x?token=***",
+        "tags": [".../b"],
+    }

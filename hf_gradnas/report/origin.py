@@ -16,6 +16,7 @@ from .._redaction import shareable
 CARD = "README.md"
 # Folders that trainers and this package name alike for everybody; the one above tells more.
 _GENERIC = re.compile(r"model|pruned|checkpoint-\d+|snapshots|[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _NOT_ALLOWED = re.compile(r"[^\w.-]+", re.ASCII)
 
 
@@ -47,7 +48,7 @@ def find_origin(source: str, *, revision: str | None = None) -> Origin:
     if folder.is_dir():
         metadata = _read_metadata(folder / CARD)
         cached = _cached_id(folder.resolve())
-        if cached and is_hub_id(cached):
+        if cached and _REPOSITORY.fullmatch(cached):
             return Origin(cached, metadata, is_hub=True)
         named = _named_in(metadata)
         return Origin(named or folder_name(folder), metadata, is_hub=bool(named))
@@ -71,9 +72,12 @@ def fetch_card(source: str, *, revision: str | None = None) -> None:
 def folder_name(folder: Path) -> str | None:
     """Name of a folder as a Hub id could have it; that of the one above for names like ``model``.
 
-    None where no name is left.
+    None where no name is left; the user's, of the home directory, is none.
     """
-    folder = folder.expanduser().absolute()
+    folder, home = folder.expanduser().absolute(), Path.home()
+    folder = (
+        Path(folder.anchor, folder.relative_to(home)) if folder.is_relative_to(home) else folder
+    )
     names = [part for part in reversed(folder.parts) if part != folder.anchor]
     telling = next((name for name in names if not _GENERIC.fullmatch(name)), None)
     if telling is None:
