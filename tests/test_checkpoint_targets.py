@@ -201,7 +201,7 @@ def _umask():
 # --- the folder of the model ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["out", "out/inside", ".", "link"])
+@pytest.mark.parametrize("place", ["out", ".", "link"])
 def test_the_folder_of_the_model_is_never_a_target(saved, tmp_path, place, monkeypatch):
     loaded = handmade.build("gpt2")[0].model
     monkeypatch.setattr(loaded, "name_or_path", str(saved))
@@ -214,6 +214,7 @@ def test_the_folder_of_the_model_is_never_a_target(saved, tmp_path, place, monke
     assert check_target(tmp_path / "beside", overwrite=True, source=saved)
     assert check_target(tmp_path / "beside", overwrite=True, source="me/bert")
     assert check_target(tmp_path / "beside", overwrite=True, source="")
+    assert check_target(saved / "inside", overwrite=True, source=saved)  # --model . --output inside
 
 
 # --- further files --------------------------------------------------------------------------------

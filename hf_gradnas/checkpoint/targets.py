@@ -52,13 +52,13 @@ def check_target(
     Args:
         directory: The folder.
         overwrite: Whether what hf_gradnas wrote there may be replaced.
-        source: Where the model comes from; if that is a folder, it is never a target.
+        source: Where the model comes from; if that is a folder, it is never replaced.
 
     Returns:
         The folder's absolute path, links resolved.
 
     Raises:
-        CheckpointError: It exists and `overwrite` is false, it is the folder of the model, in or
+        CheckpointError: It exists and `overwrite` is false, it is the folder of the model or
             above it, it holds what hf_gradnas did not write, or the folder above it is not
             writable.
     """
@@ -105,15 +105,16 @@ def usable_target(
 
 
 def _check_source(target: Path, source: str | Path | None) -> None:
-    """Check that a target does not touch the folder that the model comes from."""
+    """Check that a target is not, and does not hold, the folder that the model comes from.
+
+    A new folder in it changes no file of the model (``--model . --output smaller``).
+    """
     if not source or not Path(source).is_dir():
         return
     folder = target_of(source)
-    where = "is the folder of the model itself"
-    if target != folder:
-        where = "is in the folder of the model" if folder in target.parents else ""
-        where = "holds the folder of the model" if target in folder.parents else where
-    if where:
+    if target == folder or target in folder.parents:
+        where = "is" if target == folder else "holds"
+        where = f"{where} the folder of the model itself"
         raise CheckpointError(
             f"{target}: {where} ({folder}), and the original is kept as it is, with overwrite too; "
             "choose another folder."
