@@ -18,6 +18,7 @@ from sentence_cases import as_repository, dense_weights, save_encoder, write_jso
 from hf_gradnas import GradNASPruner
 from hf_gradnas.checkpoint.companions import OLD_WEIGHTS, UNKNOWN, loader_of, read_companions
 from hf_gradnas.checkpoint.sentence_folders import body_folder, read_modules
+from hf_gradnas.cli.app import main
 from hf_gradnas.cli.prune import prune_from_options
 from hf_gradnas.errors import GradNASWarning
 
@@ -87,6 +88,8 @@ def test_the_command_brings_them_along_and_says_how_to_load_it(
     assert "from sentence_transformers import SentenceTransformer" in printed.out
     assert 'model = SentenceTransformer("' in printed.out
     assert "Not copied from the original (encoder): notes.json" in printed.err
+    assert main(["inspect", "--model", str(source)]) == 0
+    assert "BertModel" in capsys.readouterr().out
 
 
 def test_a_repository_in_the_cache_is_read_as_a_folder(

@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
-from transformers.modeling_utils import load_state_dict
-
 MODULES = "modules.json"
 # What stands in the folder of the Transformers model, under the names of all versions.
 _BODIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -93,6 +89,10 @@ def root_of(source: str) -> str:
 
 def weights_as_safetensors(file: Path) -> bytes | None:
     """Tensors of a ``pytorch_model.bin``, none of whose code runs; None if it holds more."""
+    from safetensors.torch import save  # noqa: PLC0415 - with torch, it takes seconds to import
+    from torch import Tensor  # noqa: PLC0415
+    from transformers.modeling_utils import load_state_dict  # noqa: PLC0415
+
     try:
         tensors = load_state_dict(file, weights_only=True)
     except Exception:  # whatever a damaged or foreign pickle raises

@@ -13,6 +13,7 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoint.sentence_folders import body_folder
 from ..checkpoint.targets import check_target
 from ..config.budgets import parse_budgets
 from ..config.recipe import QUICKSTART, Recipe
@@ -111,6 +112,11 @@ def _check_inputs(recipe: Recipe, given: Set[str]) -> None:
 
 
 # --- paths ----------------------------------------------------------------------------------------
+
+
+def model_folder(name: str) -> str:
+    """What ``from_pretrained`` takes: a Hub id, or the folder of the Transformers model in one."""
+    return str(body_folder(Path(name).expanduser())) if is_local(name) else name
 
 
 def is_local(name: str) -> bool:

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._redaction import without_secrets
@@ -17,7 +16,7 @@ from ..config.recipe_building import build_recipe
 from ..config.rules import Rules, check_rules, parse_rules, rule_for
 from ..errors import GradNASError, StructureError
 from ..types import Axis, Budget, CostModel, StockSpace, Structure
-from .early import check_inspected, is_local
+from .early import check_inspected, model_folder
 from .idle import Known, check_idle
 from .show import Screen, quiet_libraries
 
@@ -130,7 +129,7 @@ def inspect_recipe(recipe: Recipe, *, given: frozenset[str] = frozenset()) -> In
     """
     from .loading import load_model, open_source, resolve_max_length
 
-    folder = str(Path(recipe.model).expanduser()) if is_local(recipe.model) else recipe.model
+    folder = model_folder(recipe.model)
     if recipe.dataset is not None:
         source, model, missing, batch, length = _with_data(recipe, folder, given)
     else:

@@ -13,7 +13,7 @@ from ..config.recipe_building import build_recipe
 from ..config.recipe_saving import shareable, to_yaml
 from ..errors import GradNASError
 from .doubts import warn_of_doubts
-from .early import check_early, is_local
+from .early import check_early, model_folder
 from .records import record
 from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
 
@@ -171,7 +171,7 @@ class _Run:
         from .quickstart import Training, make_quickstart
 
         if self.recipe.model != QUICKSTART:
-            return self._local_folder() if is_local(self.recipe.model) else self.recipe.model
+            return model_folder(self.recipe.model)
         self.is_quickstart = True
         folder = Path(f"{self.recipe.output}.quickstart")
         training = Training(seed=self.recipe.seed)
@@ -186,11 +186,6 @@ class _Run:
         own = {name: value for name, value in own.items() if name not in self.given}
         self.recipe = self.recipe.model_copy(update=own)
         return str(made.model)
-
-    def _local_folder(self) -> str:
-        from ..checkpoint.sentence_folders import body_folder
-
-        return str(body_folder(Path(self.recipe.model).expanduser()))
 
     def _load(self, job: Job) -> tuple[PreTrainedModel, DataLoader[Any], Batches | None]:
         from .examples import make_loader
