@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas.checkpoint.savable import check_savable
+from hf_gradnas.checkpoint.twin import kernels_of
 from hf_gradnas.errors import CheckpointError, StructureError
 
 pytestmark = pytest.mark.leaves_state  # the models are changed on purpose
@@ -533,3 +534,19 @@ def test_the_message_is_one_line() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_savable(copy.deepcopy(model), batch)
     assert not re.search(r"\n", str(caught.value))
+
+
+def test_every_part_keeps_its_own_attention_kernel(tmp_path: Any) -> None:
+    stages = {"hidden_sizes": [8, 8, 8, 8], "depths": [1] * 4, "embedding_size": 8}
+    backbone = transformers.ResNetConfig(**stages, out_features=["stage4"])
+    sizes = {"d_model": 16, "num_queries": 3, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    widths = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "backbone_config": backbone}
+    config = transformers.ConditionalDetrConfig(**sizes, **heads, **widths)
+    transformers.ConditionalDetrModel(config).save_pretrained(tmp_path)
+    model = transformers.ConditionalDetrModel.from_pretrained(tmp_path)
+    assert kernels_of(model.config) == {"": "sdpa", "backbone_config": "eager"}
+    assert kernels_of(backbone) == backbone._attn_implementation
+    check_savable(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
+    torch.nn.init.constant_(model.query_position_embeddings.weight, float("nan"))
+    refused(model, None, r"query_position_embeddings\.weight: holds NaN", StructureError)

@@ -37,6 +37,7 @@ from .targets import (
     target_of,
     write_files,
 )
+from .twin import kernels_of
 
 TOLERANCE = 1e-5
 """Largest difference of reloaded float32 or float64 outputs, relative to max(1, largest output)."""
@@ -137,7 +138,7 @@ def _check_reload(
     reloaded, info = type(model).from_pretrained(
         folder,
         dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
+        attn_implementation=kernels_of(model.config),
         output_loading_info=True,
     )
     wrong = {kind: sorted(info[kind])[:4] for kind in info if info[kind]}

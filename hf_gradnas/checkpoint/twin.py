@@ -132,6 +132,16 @@ def _unfilled(like: Tensor, device: torch.device | None) -> Tensor:
     return torch.full_like(like, value, device=device)
 
 
+def kernels_of(config: PreTrainedConfig) -> Any:
+    """Attention kernels of a config and the configs in it, as ``from_pretrained`` takes them."""
+    parts = {name: vars(config).get(name) for name in config.sub_configs}
+    inside = {
+        n: kernels_of(part) for n, part in parts.items() if isinstance(part, PreTrainedConfig)
+    }
+    own = config._attn_implementation
+    return {"": own, **inside} if any(kernel != own for kernel in inside.values()) else own
+
+
 def is_narrowed(name: str, tensor: Tensor, loaded: Tensor, twin: PreTrainedModel) -> bool:
     """Whether loading casts a tensor to a type of fewer bits."""
     if not (tensor.is_floating_point() and loaded.is_floating_point()):
@@ -167,7 +177,7 @@ def _saved_config(model: PreTrainedModel) -> PreTrainedConfig:
     for each in (loaded, *(vars(loaded).get(name) for name in loaded.sub_configs)):
         if isinstance(each, PreTrainedConfig):
             each.dtype = model.dtype
-    loaded._attn_implementation = model.config._attn_implementation
+    loaded._attn_implementation = cast(Any, kernels_of(model.config))
     return cast(PreTrainedConfig, loaded)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -61,17 +61,22 @@ def _owned_once(model: nn.Module, structure: Structure) -> Structure:
     """The structure without axes of tensors that another module owns too.
 
     A cut gives one owner smaller tensors, and would leave the other as it was. A module that runs
-    several times owns its tensors once.
+    several times owns its tensors once. Channels are followed and proved through the whole model,
+    where one parameter of several modules is seen as one, but not views of the same numbers.
     """
     owners: dict[int, list[str]] = {}
+    parameters: dict[str, int] = {}
     for path, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             key = tensor.data_ptr() or id(tensor)  # views count as one too
             owners.setdefault(key, []).append(f"{path}.{name}".lstrip("."))
+            parameters[owners[key][-1]] = id(tensor)
     also = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    views = {name for name in also if len({parameters[other] for other in also[name]}) > 1}
     axes, refusals = [], list(structure.refusals)
     for axis in structure.axes:
-        shared = next((s.tensor for s in axis.slices if s.tensor in also), None)
+        found: Collection[str] = views if axis.kind == Kind.CHANNELS else also
+        shared = next((s.tensor for s in axis.slices if s.tensor in found), None)
         if shared is None:
             axes.append(axis)
             continue
