@@ -54,6 +54,8 @@ class Evaluation:
         if not self.held_out:
             return f"of {self.dataset}" + (", which was scored on too" if self.scored_too else "")
         said = f"held out from the calibration data ({self.dataset})"
+        if self.dataset != BUNDLED:
+            said += ", which the model may have been trained on"
         if self.scores_given:
             said += "; whether the given scores were made with them is not known"
         return said

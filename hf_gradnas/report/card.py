@@ -214,6 +214,8 @@ def _measured_on(summary: Summary) -> str:
     said = f"Measured on {found['examples']:,} examples"
     name = plain(data_name(found["dataset"]))
     said += f" held out from the calibration data ({name})" if found["held_out"] else f" of {name}"
+    if found["held_out"] and not found["dataset"].startswith(BUNDLED):
+        said += ", which the original may have been trained on"
     if found.get("scored_too"):
         said += ", which was scored on too, so that the figures flatter it"
     if found.get("scores_given"):
