@@ -310,10 +310,13 @@ def _check_scores_place(recipe: Recipe, file: Path, output: str) -> None:
             f"{given}: is in the output folder {output}, which is written as a whole at the end; "
             "give a file beside it."
         )
-    if file.exists() and file.stat().st_size and not Scores.is_file(file):
-        raise RecipeError(
-            f"{given}: {file} holds no scores, and only scores are replaced; give another file."
-        )
+    if file.exists() and file.stat().st_size:
+        from ..types import Scores
+
+        if not Scores.is_file(file):
+            raise RecipeError(
+                f"{given}: {file} holds no scores, and only scores are replaced; give another file."
+            )
 
 
 def _folder_name(folder: Path) -> str:
