@@ -204,7 +204,7 @@ def _relisted(folder: Path, changed: Mapping[str, bytes]) -> dict[str, bytes]:
     """
     try:
         record = json.loads((folder / DOCUMENT).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not (isinstance(record, dict) and FILES in record and is_sealed(record)):
         return {}

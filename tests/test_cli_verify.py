@@ -408,6 +408,7 @@ def test_a_class_that_transformers_lacks_needs_its_own_code(verify, folder, repl
         ({"sha256": None}, "holds no digests and no reference outputs"),
         ({"reference": None}, "written by an older hf_gradnas"),
         ({"format_version": 99}, "format_version is 99, this hf_gradnas reads 1"),
+        ({"format_version": True}, "format_version is True"),
         ({"reference": {"a": 1}}, "its reference cannot be read"),
         ({"files": ["model.safetensors"]}, "files is a list, needed an object"),
         ({"plan": 3}, "plan is a int, needed an object"),

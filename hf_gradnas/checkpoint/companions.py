@@ -279,7 +279,7 @@ def _read_json(file: Path) -> Mapping[str, Any]:
     """An object in a file; empty where there is none that can be read."""
     try:
         found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

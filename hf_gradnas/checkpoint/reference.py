@@ -8,6 +8,7 @@ names, shapes, masks and special tokens are kept, the rest is drawn at random.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -72,6 +73,13 @@ class Reference:
         """
         try:
             reference = cls(**data)
+            texts = (reference.model_class, reference.dtype, reference.device, reference.attention)
+            if not all(isinstance(text, str) for text in (*texts, reference.auto_class or "")):
+                raise TypeError(f"a name is no text: {data!r:.80}")
+            if not isinstance(getattr(torch, reference.dtype, None), torch.dtype):
+                raise TypeError(f"dtype is {reference.dtype!r}")
+            if reference.output is not None:
+                _check_output(reference.output)
             if reference.output is not None and reference.inputs is not None:
                 decode(reference.output["values"])
                 for spec in reference.inputs.values():
@@ -82,6 +90,20 @@ class Reference:
                 "from a newer hf_gradnas. Save the checkpoint again, or upgrade."
             ) from error
         return reference
+
+
+def _check_output(output: Mapping[str, Any]) -> None:
+    """Check that an output is what `replay.run` made.
+
+    Raises:
+        TypeError: It is not.
+    """
+    largest = output["largest"]
+    is_amount = isinstance(largest, int | float) and not isinstance(largest, bool)
+    if not isinstance(output["name"], str) or not isinstance(output["shape"], list):
+        raise TypeError(f"output is {output!r:.80}")
+    if not is_amount or not 0 <= largest < math.inf:
+        raise TypeError(f"the largest output is {largest!r}")
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def _read_list(file: Path) -> tuple[Module, ...] | None:
     try:
         found = json.loads(file.read_bytes())
         return tuple(_entries(found))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -122,6 +122,6 @@ def _entries(found: Any) -> Iterator[Module]:
 def _is_transformers(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and "model_type" in config

@@ -117,7 +117,7 @@ def _adapter_error(recipe: Recipe, file: Path) -> RecipeError:
     """What to say of an adapter: it is a change of a model, and no model."""
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = None
     base = base if isinstance(base, str) else "its base model"
     return RecipeError(

@@ -102,7 +102,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     """What an earlier run says of the folder; nothing where that cannot be read."""
     try:
         known = json.loads((folder / _RECORD).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     is_whole = isinstance(known, dict) and isinstance(known.get("unigram_perplexity"), float)
     return known if is_whole else {}

@@ -146,7 +146,7 @@ def read_document(folder: Path) -> dict[str, Any]:
         )
     document = _read_json(folder / DOCUMENT)
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / DOCUMENT}: format_version is {version!r}, this {PACKAGE} reads "
             f"{FORMAT_VERSION}; upgrade {PACKAGE}."
@@ -333,7 +333,7 @@ def _mapping(content: Mapping[str, Any], key: str, file: Path) -> Mapping[str, A
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error}); give the folder of a checkpoint that {PACKAGE} "
             "saved."

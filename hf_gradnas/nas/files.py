@@ -18,6 +18,7 @@ from .._files import write_whole
 from ..config.gradnas import GradNASConfig
 from ..errors import CheckpointError
 from ..structure.sizes import tensor_at
+from ..types import parse_json
 from .arguments import unwrap
 from .conversion import record_of
 from .hparams import close_space, open_space, space_of
@@ -198,8 +199,11 @@ def _read(file: Path) -> tuple[dict[str, Any], Tensors]:
                     f"restore: {file} holds no {KEY} state; give a file that save(model, f) wrote, "
                     "or load a Transformers checkpoint with from_pretrained."
                 )
-            state: dict[str, Any] = json.loads(text)
-            if state["format_version"] != FORMAT_VERSION:
+            state: dict[str, Any] = parse_json(text, allow_nan=True)
+            if (
+                type(state["format_version"]) is not int
+                or state["format_version"] != FORMAT_VERSION
+            ):
                 raise CheckpointError(
                     f"restore: {file} has format_version {state['format_version']}, this "
                     f"hf_gradnas reads {FORMAT_VERSION}; upgrade hf_gradnas."

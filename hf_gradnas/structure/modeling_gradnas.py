@@ -228,7 +228,30 @@ def _checked(record: Record) -> Record:
             f"config.gradnas: format_version is {version!r}, but this file reads {FORMAT_VERSION}; "
             "upgrade hf_gradnas, or load with the modeling_gradnas.py that came with the weights."
         )
-    return {"modules": {}, "removed": {}, "own_position_bias": {}, **record}
+    full = {"modules": {}, "removed": {}, "own_position_bias": {}, **record}
+    sections = [full[name] for name in ("modules", "removed", "own_position_bias")]
+    is_whole = isinstance(full.get("architecture"), str) and all(map(_is_mapping, sections))
+    if not is_whole or not all(_is_mapping(e) for part in sections[:2] for e in part.values()):
+        raise _changed("the record", full)
+    for path, size in full["own_position_bias"].items():
+        if not _is_shape(size):
+            raise _changed(path, size)
+    return full
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _changed(where: str, found: object) -> RecordError:
+    return RecordError(
+        f"config.gradnas: {where} holds {found!r:.60}, which hf_gradnas never writes there; it was "
+        "changed or damaged: restore config.json."
+    )
 
 
 def translated(record: Record, model: nn.Module) -> Record:
@@ -277,6 +300,9 @@ def _wanted_shapes(
         absent = [name for name in values if getattr(module, name, None) is None]
         if "config" in values and "config" not in absent:
             absent += [f"config.{n}" for n in values["config"] if not hasattr(module.config, n)]
+        for name in values.keys() - set(absent):
+            if not _fits(getattr(module, name, None), values[name]):
+                raise _changed(f"{path}.{name}", values[name])
         if absent:
             raise RecordError(
                 f"{path}: {type(module).__name__} has no {absent[0]!r}, which config.gradnas sets; "
@@ -294,6 +320,13 @@ def _wanted_shapes(
         if size and TABLE in module._modules and not given:
             wanted[f"{path}.{TABLE}", "weight"] = tuple(size)
     return wanted
+
+
+def _fits(there: Any, value: Any) -> bool:
+    """Whether a value is of the kind of what it is to replace."""
+    if isinstance(there, torch.Tensor):
+        return _is_shape(value)
+    return type(value) is type(there) if isinstance(there, int) else True
 
 
 def _check_shapes(

@@ -97,6 +97,8 @@ def _last_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or not is_token_aligned(mask, inputs.get("input_ids")):
         return None
+    if mask.ndim != 2:  # noqa: PLR2004 - one of queries and keys tells no ends
+        return None
     places = torch.arange(mask.shape[1], device=mask.device)
     return (places * (mask != 0)).argmax(dim=1)
 
