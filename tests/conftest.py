@@ -26,6 +26,25 @@ import hf_gradnas  # noqa: E402 - per-layer loading is installed in every test
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 transformers.utils.logging.disable_progress_bar()
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/fuzz."""
+    parser.addoption("--fuzz-seed", type=int, default=0, help="Seed of the fuzzed inputs.")
+    parser.addoption("--fuzz-times", type=int, default=1, help="How often as many of them.")
+
+
+@pytest.fixture
+def fuzz_seed(request: pytest.FixtureRequest) -> int:
+    """Seed of the fuzzed inputs."""
+    return int(request.config.getoption("--fuzz-seed"))
+
+
+@pytest.fixture
+def fuzz_times(request: pytest.FixtureRequest) -> int:
+    """How often as many inputs of the long run."""
+    return int(request.config.getoption("--fuzz-times"))
+
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Whisper's own `generate` passes both (transformers 5.23); goes when upstream stops.
 KNOWN_DEPRECATIONS = ("Passing `generation_config` together with generation-related arguments",)
