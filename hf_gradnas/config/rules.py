@@ -11,16 +11,23 @@ from ..errors import PlanError, StructureError
 from ..types import Structure
 from .strict import Settings
 
+_MOST = 2**31 - 1  # no model has more units
+
 
 class Rule(Settings):
     """Limits on one axis."""
 
     min: int = Field(
-        default=0, ge=0, strict=True, description="Fewest units that stay; 0 may remove them all."
+        default=0,
+        ge=0,
+        le=_MOST,
+        strict=True,
+        description="Fewest units that stay; 0 may remove them all.",
     )
     multiple: int | None = Field(
         default=None,
         ge=1,
+        le=_MOST,
         strict=True,
         description="Kept units are a multiple of this (or all); None: chosen from the cost.",
     )
