@@ -62,6 +62,23 @@ def test_a_damaged_saved_data_set_is_refused(tmp_path):
         _open(tmp_path)
 
 
+def test_a_split_that_was_asked_for_is_no_other(tmp_path):
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "data.jsonl", [{"text": "a"}])
+    assert len(_open(tmp_path / "files").dataset) == 1
+    with pytest.raises(DataError, match=r"found data.jsonl, needed one file for split 'train'"):
+        _open(tmp_path / "files", exact=True)
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    rows.save_to_disk(str(tmp_path / "one"))
+    assert len(_open(tmp_path / "one").dataset) == 1
+    with pytest.raises(DataError, match="is one saved data set, without splits; omit 'train'"):
+        _open(tmp_path / "one", exact=True)
+    datasets.DatasetDict({"odd": rows}).save_to_disk(str(tmp_path / "lone"))
+    assert len(_open(tmp_path / "lone").dataset) == 1
+    with pytest.raises(DataError, match="has no split 'train', found odd"):
+        _open(tmp_path / "lone", exact=True)
+
+
 def test_folders_of_images_are_classes(tmp_path):
     rows = _open(write_images(tmp_path / "animals"), "validation").dataset
     assert rows["label"] == ["cat"] * 4 + ["dog"] * 4  # names: their alphabet means nothing

@@ -486,3 +486,25 @@ def test_what_cannot_be_saved_is_refused_before_scoring(prune, bert, tsv, tmp_pa
     assert code == 2
     assert "bert.pooler.dense.bias: holds NaN" in " ".join(err.split())
     assert not list(tmp_path.glob("out*"))
+
+
+def test_labels_in_another_order_are_warned_of(prune, bert, tsv, tmp_path):
+    model = tf.BertForSequenceClassification.from_pretrained(bert)
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([9.0, -9.0]))  # always the first label
+    model.save_pretrained(bert)
+    rows = ("\t".join((line.split("\t")[0], "1")) for line in tsv.read_text().splitlines())
+    (tmp_path / "ones.tsv").write_text("\n".join(rows), encoding="utf-8")
+    files = ["--dataset", tsv, "--eval-dataset", "ones.tsv"]
+    code, _, err = prune("--model", bert, *files, "--dry-run", *TINY)
+    assert code == 0
+    assert "the accuracy of the unpruned model is 0.0% on 24 examples" in err
+    assert "--label-map" in err
+
+
+def test_options_that_this_model_does_not_read_are_refused(prune, bert, tsv, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.cli.loading.load_model", _never)
+    for option in ("--target-column", "--image-column", "--audio-column"):
+        code, _, err = prune("--model", bert, "--dataset", tsv, option, "text")
+        assert code == 2
+        assert f"{option} text: has no effect here" in err

@@ -41,7 +41,13 @@ def open_bundled() -> Rows:
 
 
 def open_dataset(
-    name: str, *, split: str, seed: int, shuffle: bool = False, take: int | None = None
+    name: str,
+    *,
+    split: str,
+    seed: int,
+    shuffle: bool = False,
+    take: int | None = None,
+    exact: bool = False,
 ) -> Rows:
     """Open `name`: a path if there is one, else a data set of the Hub.
 
@@ -51,6 +57,7 @@ def open_dataset(
         seed: For `shuffle`.
         shuffle: Put the rows in a random order.
         take: Rows that are needed at most; a data set of the Hub is then streamed.
+        exact: Whether a split was asked for, so that no other one will do.
 
     Raises:
         DataError: Nothing is there, it cannot be read, or it holds no example.
@@ -59,7 +66,7 @@ def open_dataset(
     if path.is_file():
         rows = read_file(path)
     elif path.is_dir():
-        rows = _read_folder(path, split)
+        rows = _read_folder(path, split, exact)
     elif _looks_like_path(name):
         raise DataError(f"{name}: there is no such file or folder; check the path.")
     else:
@@ -75,20 +82,20 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix.lower() in READERS
 
 
-def _read_folder(folder: Path, split: str) -> Rows:
+def _read_folder(folder: Path, split: str, exact: bool) -> Rows:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _read_saved(folder, split)
+        return _read_saved(folder, split, exact)
     names = next((names for names in _SPLIT_NAMES.values() if split in names), (split,))
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in READERS and p.is_file())
     if all(path.stem == "metadata" for path in files):
         media = _media_kind(folder)
         if media is not None:
-            return _read_media(folder, split, media)
+            return _read_media(folder, split, media, exact)
     matching = [p for p in files if any(p.stem.lower().startswith(name) for name in names)]
-    found = matching or files
+    found = matching if exact else matching or files
     if len(found) == 1:
         return read_file(found[0])
-    what = ", ".join(p.name for p in found) or "no data file, image or audio file"
+    what = ", ".join(p.name for p in matching or files) or "no data file, image or audio file"
     raise DataError(
         f"{folder}: found {what}, needed one file for split {split!r}; give the file itself or "
         "another --split."
@@ -105,7 +112,7 @@ def _media_kind(folder: Path) -> str | None:
     return None
 
 
-def _read_media(folder: Path, split: str, kind: str) -> Rows:
+def _read_media(folder: Path, split: str, kind: str, exact: bool) -> Rows:
     """Images or audio through the folder builders of `datasets` (class folders, metadata files)."""
     from datasets import Audio, Image, load_dataset
 
@@ -117,7 +124,7 @@ def _read_media(folder: Path, split: str, kind: str) -> Rows:
             f"{folder}: cannot be read as a folder of {kind} files ({first_line(error)}); put the "
             "files into one folder per class, or add a metadata.csv."
         ) from error
-    rows = _pick_split(dataset, split, str(folder))
+    rows = _pick_split(dataset, split, str(folder), exact)
     feature = Image() if kind == "image" else Audio(decode=False)
     return Rows(_with_names(rows.cast_column(kind, feature)), str(folder), folder=folder)
 
@@ -133,7 +140,7 @@ def _with_names(rows: Dataset) -> Dataset:
     return rows.remove_columns("label").add_column("label", names)
 
 
-def _read_saved(folder: Path, split: str) -> Rows:
+def _read_saved(folder: Path, split: str, exact: bool) -> Rows:
     from datasets import load_from_disk
 
     try:
@@ -143,7 +150,8 @@ def _read_saved(folder: Path, split: str) -> Rows:
             f"{folder}: cannot be read as a saved data set ({first_line(error)}); save it again "
             "with dataset.save_to_disk(folder)."
         ) from error
-    return Rows(_pick_split(saved, split, str(folder)), str(folder), folder=folder)
+    rows = _pick_split(saved, split, str(folder), exact)
+    return Rows(rows, str(folder), folder=folder)
 
 
 def _read_hub(name: str, split: str, take: int | None) -> Rows:
@@ -164,13 +172,15 @@ def _read_hub(name: str, split: str, take: int | None) -> Rows:
     return Rows(loaded, name)
 
 
-def _pick_split(loaded: Any, split: str, origin: str) -> Dataset:
+def _pick_split(loaded: Any, split: str, origin: str, exact: bool) -> Dataset:
     from datasets import DatasetDict
 
     if not isinstance(loaded, DatasetDict):
+        if exact:
+            raise DataError(f"{origin}: is one saved data set, without splits; omit {split!r}.")
         return loaded
     names = next((names for names in _SPLIT_NAMES.values() if split in names), (split,))
-    only = tuple(loaded) if len(loaded) == 1 and split in _DEFAULTS else ()
+    only = tuple(loaded) if len(loaded) == 1 and split in _DEFAULTS and not exact else ()
     for name in (split, *names, *only):
         if name in loaded:
             return loaded[name]

@@ -219,6 +219,7 @@ def _open_training_split(recipe: Recipe, source: Source, examples: int | None) -
         return open_dataset(
             recipe.dataset,
             split=recipe.split,
+            exact="split" in recipe.model_fields_set,
             seed=recipe.seed,
             shuffle=recipe.shuffle,
             take=None if examples is None else _rows_needed(examples, recipe, source),
@@ -254,6 +255,7 @@ def _open_evaluation(
     rows = open_dataset(
         name,
         split=recipe.eval_split or "validation",
+        exact=recipe.eval_split is not None,
         seed=recipe.seed,
         take=None if limit is None else _rows_needed(limit, recipe, source),
     )
