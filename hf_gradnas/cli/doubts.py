@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING
 
-from ..errors import GradNASWarning
 from .tasks import Head
 
 if TYPE_CHECKING:
@@ -19,17 +17,16 @@ _ERRORS = 3.0
 _SLACK = 1.02
 
 
-def warn_of_doubts(metrics: Metrics, head: Head, config: PreTrainedConfig) -> None:
-    """Warn where an unpruned model does worse than one that knows nothing.
+def doubts(metrics: Metrics, head: Head, config: PreTrainedConfig) -> list[str]:
+    """Where an unpruned model does worse than one that knows nothing; a warning each.
 
     Args:
         metrics: Measured on the model before anything was cut.
         head: What is predicted.
         config: Of the model: its number of labels, and the size of its vocabulary.
     """
-    for text in (_below_chance(metrics, config), _above_vocabulary(metrics, head, config)):
-        if text:
-            warnings.warn(text, GradNASWarning, stacklevel=2)
+    found = (_below_chance(metrics, config), _above_vocabulary(metrics, head, config))
+    return [text for text in found if text]
 
 
 def _below_chance(metrics: Metrics, config: PreTrainedConfig) -> str:

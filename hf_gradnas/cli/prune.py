@@ -12,7 +12,7 @@ from ..config.recipe import QUICKSTART, Recipe
 from ..config.recipe_building import build_recipe
 from ..config.recipe_saving import shareable, to_yaml
 from ..errors import GradNASError
-from .doubts import warn_of_doubts
+from .doubts import doubts
 from .early import check_early, model_folder
 from .records import record
 from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
@@ -122,7 +122,8 @@ class _Run:
         pruner = self._discover(model, loader, job)
         before = self._evaluate(model, evaluation, job, "Evaluating the original")
         if before is not None:
-            warn_of_doubts(before, job.source.task.head, model.config)
+            for doubt in doubts(before, job.source.task.head, model.config):
+                self.screen.warn(doubt)
         plan = self._plan(pruner, loader, job)
         self.cutting = True
         if self.recipe.dry_run:
