@@ -21,7 +21,7 @@ from .checkpoint.savable import check_savable
 from .config.budgets import parse_budgets
 from .config.rules import check_rules, parse_rules
 from .costs.closed_form import unsplit_table_params
-from .errors import OrderError, PlanError
+from .errors import DataError, OrderError, PlanError
 from .hub import push
 from .masks import masked
 from .scores import METHODS, check_scores, collect_scores
@@ -150,18 +150,17 @@ class GradNASPruner:
             StructureError: Nothing in the model can be pruned, a rule's glob matches nothing, or
                 the model could not be saved and loaded as it is (see `check_savable`).
         """
-        check_inputs(batch, self.model, flops_length)
         check_parameters(self.model, "discover")
+        try:
+            check_inputs(batch, self.model, flops_length)
+        except DataError:
+            check_savable(self.model)  # a head that was replaced may be at fault, not the data
+            raise
+        given: dict[str, Any] = {"rules": self.rules, "flops_length": flops_length}
         batch = to_device(from_main(batch, self._processes), self.model)
         with uncompiled(), self._processes.joint():
             check_savable(self.model, batch)
-            found = find_prunable(
-                self.model,
-                batch,
-                layout=self._requested,
-                rules=self.rules,
-                flops_length=flops_length,
-            )
+            found = find_prunable(self.model, batch, layout=self._requested, **given)
         check_rules(self.rules, found.structure)
         self.layout, self.layout_reason = found.layout, found.layout_reason
         self._space, self._sample = found.space, found.sample

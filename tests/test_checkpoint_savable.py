@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 from hf_gradnas import GradNASPruner
 from hf_gradnas.checkpoint.savable import check_savable
 from hf_gradnas.checkpoint.twin import kernels_of
-from hf_gradnas.errors import CheckpointError, StructureError
+from hf_gradnas.errors import CheckpointError, DataError, StructureError
 
 pytestmark = pytest.mark.leaves_state  # the models are changed on purpose
 Change = Callable[[Any], Any]
@@ -139,6 +139,17 @@ def test_what_the_config_does_not_build_is_named(name: str) -> None:
     change(model)
     refused(model, batch, message, StructureError)
     refused(model, None, message, StructureError)
+
+
+def test_labels_of_a_head_replaced_by_hand_are_not_what_is_wrong() -> None:
+    model, batch = zoo.build("bert")
+    model.classifier = torch.nn.Linear(model.config.hidden_size, 7)
+    batch["labels"] = torch.full_like(batch["labels"], 6)
+    with pytest.raises(StructureError, match=r"classifier\.weight: has .*num_labels = 7"):
+        GradNASPruner(model).score([batch])
+    fresh, batch["labels"] = zoo.build("bert")[0], torch.full_like(batch["labels"], 6)
+    with pytest.raises(DataError, match="labels with the id 6"):
+        GradNASPruner(fresh).score([batch])
 
 
 def test_a_head_replaced_by_hand_names_the_number_of_labels() -> None:
