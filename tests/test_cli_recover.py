@@ -97,7 +97,7 @@ def test_unlabelled_text_images_and_sequences(prune, bert, tmp_path):
     images = write_images(tmp_path / "animals")
     cases = {
         "bert": (bert, text, ["--labels", "model", "--max-length", "12"]),
-        "vit": (save_vit(tmp_path / "vit"), images, []),
+        "vit": (save_vit(tmp_path / "vit"), images, ["--label-map", "cat=0,dog=1"]),
         "t5": (save_t5(tmp_path / "t5"), text, ["--max-length", "12"]),
     }
     for name, (model, data, options) in cases.items():
