@@ -405,7 +405,7 @@ class Recipes:
         def use() -> None:
             recipe = build_recipe({}, settings=settings, file=str(file))
             resolve_paths(recipe)
-            Recipe.model_validate(yaml.safe_load(recipe.to_yaml()))
+            Recipe.model_validate(recipe.model_dump(mode="json"))
 
         return Case(f"recipe: {what[:150]!r}", use, folder=self.folder)
 

@@ -63,6 +63,8 @@ class Loaders:
         else:
             key = draw.choice(SETTINGS)
             odd = draw.choice(ODD_NUMBERS)
+            if key == "file" and isinstance(odd, str) and odd:
+                odd = None  # a file of that name would be written
             options = {key: odd}
             what = f"{key}={odd!r}"
             is_nonsense = not _is_fine(key, odd)
