@@ -122,6 +122,7 @@ class Run:
     def _discover(self) -> Mapping[str, Any]:
         """Find the axes with the longest of the batches, and return it."""
         limit = self.settings.sample_size
+        check_savable(self.model)  # a wrong head is told before labels that do not fit the config
         with self._undisturbed():
             batch = longest_of_all(self._batches, self.model, limit, self._processes)
             if self.settings.needs_labels:
