@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -291,14 +292,17 @@ def test_random_weights_stop_unless_asked_for(prune, tmp_path, monkeypatch):
     assert "the checkpoint has no weights for classifier" in err
 
 
-def test_an_interruption_keeps_the_scores_and_resumes(prune, bert, tsv, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("stopped_by", "expected"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interruption_keeps_the_scores_and_resumes(
+    prune, bert, tsv, monkeypatch, tmp_path, stopped_by, expected
+):
     plain = Collator.__call__
     seen = []
 
     def interrupted(self, rows):
         seen.append(1)
         if len(seen) == 4:  # after discovery and two batches
-            raise KeyboardInterrupt
+            signal.raise_signal(getattr(signal, stopped_by))
         return plain(self, rows)
 
     command = ["--model", bert, "--dataset", tsv, "--num-examples", "12", "--batch-size", "4"]
@@ -306,7 +310,7 @@ def test_an_interruption_keeps_the_scores_and_resumes(prune, bert, tsv, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Collator, "__call__", interrupted)
         code, _, err = prune(*command)
-    assert code == 130
+    assert code == expected
     assert "the scores so far are in ./bert-gradnas.scores.safetensors" in err.replace(
         "in bert", "in ./bert"
     )
