@@ -134,6 +134,13 @@ def check_replaceable(file: Path, replaces: Callable[[Path], bool]) -> None:
         raise FileExistsError("it holds something else, which is not replaced")
 
 
+def write_record(file: Path, text: str) -> None:
+    """Write a record into a folder of `temporary_sibling`, whole: half a one looks foreign."""
+    half = file.with_name(f".{file.name}")
+    half.write_text(text, encoding="utf-8")
+    half.replace(file)
+
+
 # --- folders --------------------------------------------------------------------------------------
 
 

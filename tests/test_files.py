@@ -191,3 +191,11 @@ def test_a_free_name_has_a_number(tmp_path):
     (tmp_path / "out-1").symlink_to("nowhere")
     assert free_name(tmp_path / "out").name == "out-2"
     assert isinstance(free_name(tmp_path / "out"), Path)
+
+
+def test_a_kill_while_the_record_is_written_leaves_what_can_be_cleared(tmp_path, monkeypatch):
+    folder = left(tmp_path)
+    monkeypatch.setattr(Path, "replace", lambda self, target: None)  # killed before
+    _files.write_record(folder / "gradnas.json", "{}")
+    clear(tmp_path)
+    assert names_in(tmp_path) == []

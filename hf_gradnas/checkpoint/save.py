@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._files import replace_folder, temporary_sibling
+from .._files import replace_folder, temporary_sibling, write_record
 from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
 from .._redaction import shareable
 from ..errors import CheckpointError, GradNASError, first_line
@@ -102,7 +102,7 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
         content |= {"companions": copied} if copied else {}
         files_written = digests(written)
         content[OLD_FILES] = {n: d for n, d in files_written.items() if n.endswith(DIGESTED)}
-        (written / DOCUMENT).write_text(sealed({**content, FILES: files_written}), encoding="utf-8")
+        write_record(written / DOCUMENT, sealed({**content, FILES: files_written}))
         replace_folder(written, target, before)
     return target
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from .._files import LISTED, replace_folder, temporary_sibling
+from .._files import LISTED, replace_folder, temporary_sibling, write_record
 from .._manifests import FILES, digests, foreign, sealed, stamps
 from ..errors import CheckpointError
 from .datasets import bundled_text
@@ -87,7 +87,7 @@ def make_quickstart(
             unigram = _train_into(unfinished, training, progress)
             document = {"training": asdict(training), "unigram_perplexity": unigram}
             text = sealed({**document, FILES: digests(unfinished)})
-            (unfinished / _RECORD).write_text(text, encoding="utf-8")
+            write_record(unfinished / _RECORD, text)
             replace_folder(unfinished, folder.absolute(), before)
     except CheckpointError:
         raise
