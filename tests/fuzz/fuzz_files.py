@@ -68,7 +68,12 @@ class DataFiles:
         labelled = draw.random() < 0.8
         what = f"{head} {suffix} {name}, --text-column {text}, labelled {labelled}"
         use = lambda: self._use(file, head, recipe, labelled)  # noqa: E731
-        return Case(what, use, is_nonsense and labelled and text is None, folder=self.folder)
+        return Case(
+            what,
+            use,
+            is_nonsense and labelled and text is None and recipe.num_examples > 3,
+            folder=self.folder,
+        )
 
     def _use(self, file: Path, head: str, recipe: Recipe, labelled: bool) -> None:
         source, model = self.sources[head], self.models[head]

@@ -173,7 +173,7 @@ class Budgets:
             for found in plan.budgets:
                 assert plan.costs[found.cost] <= found.limit <= found.total
 
-        return Case(f"budget {budget!r:.120}", use, not good and not _may_pass(budget), self.model)
+        return Case(f"budget {_shown(budget)}", use, not good and not _may_pass(budget), self.model)
 
     def rules(self, draw: random.Random) -> Case:
         glob = draw.choice(("*", "*layer.0*", "[", "**", "", "nowhere", 1, None, ("*",)))
@@ -207,6 +207,13 @@ class Budgets:
         return Case(
             f"rules {rules!r:.120} {more}", use, number and rules == {glob: rule}, self.model
         )
+
+
+def _shown(budget: Any) -> str:
+    try:
+        return f"{budget!r:.120}"
+    except ValueError:  # Python prints no integer of so many digits
+        return "an integer of many digits"
 
 
 def _may_pass(budget: Any) -> bool:
