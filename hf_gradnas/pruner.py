@@ -98,6 +98,7 @@ class GradNASPruner:
         self._sample: Mapping[str, Any] | None = None
         self._scores: Scores | None = None
         self._plan: Plan | None = None
+        self._checked: set[tuple[Budget, ...]] = set()
         self._applied = False
         self._saved: Path | None = None
 
@@ -169,14 +170,16 @@ class GradNASPruner:
         return found.structure
 
     def check(self, budget: Mapping[str, Any]) -> tuple[Budget, ...]:
-        """Read a budget and check that it can be reached, before any scoring.
+        """Read a budget, and check that it can be reached; warns, once, if it is near the lowest.
 
         Raises:
             BudgetError: It cannot be read, or not be reached; the message says what can.
         """
         budgets = parse_budgets(budget, self.totals)
-        axes, space = self.structure.axes, self._space
-        check_budgets(axes, self.costs, budgets, layout=self.layout, rules=self.rules, stock=space)
+        options: dict[str, Any] = {"layout": self.layout, "rules": self.rules, "stock": self._space}
+        options["warns"] = self._processes.is_main and budgets not in self._checked
+        check_budgets(self.structure.axes, self.costs, budgets, **options)
+        self._checked.add(budgets)
         return budgets
 
     def score(
@@ -230,14 +233,12 @@ class GradNASPruner:
     def plan(self, budget: Mapping[str, Any]) -> Plan:
         """Find the best units to keep under a budget such as ``{"flops": "60%"}``.
 
-        Warns where it leaves less than a tenth of what can be pruned.
-
         Raises:
             BudgetError: The budget cannot be read or reached.
             OrderError: There are no scores yet.
         """
         budgets = self.check(budget)
-        make = partial(find_plan, self.structure.axes, self.scores, self.costs, budgets, warns=True)
+        make = partial(find_plan, self.structure.axes, self.scores, self.costs, budgets)
         options = {"search": self.search, "layout": self.layout, "rules": self.rules}
         make = partial(make, **options, stock=self._space)
         return self._settle(self._processes.from_main(make))

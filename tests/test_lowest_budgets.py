@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from callback_runs import make_trainer
+from transformers import TrainerCallback
 
 from hf_gradnas import GradNASCallback, GradNASPruner, nas
 from hf_gradnas.config.budgets import milder, say_lowest, warn_near_lowest
@@ -121,6 +122,39 @@ def test_a_plan_near_the_lowest_warns_and_a_healthy_one_does_not() -> None:
     assert said.startswith("budget params: ")
     assert "--recover-epochs" in said
     assert re.search(r"a milder budget \(params=\d\d%\)", said)
+
+
+def test_it_is_said_before_scoring_and_once() -> None:
+    pruner, inputs = pruner_of("bert")
+    near = {"params": f"{lowest_of(pruner, 'params') + 3:.2f}%"}
+    said: list[str] = []
+
+    def batches():
+        said.extend(str(warning.message) for warning in caught)
+        yield inputs
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruner.check(near)
+        pruner.score(batches())
+        pruner.plan(near)
+        assert len(said) == len(caught) == 1
+        GradNASPruner(zoo.build("bert")[0]).prune([inputs], near)
+    assert [str(warning.message) for warning in caught] == 2 * said
+
+
+@pytest.mark.leaves_state
+def test_the_callback_logs_it_before_the_first_step(tmp_path, caplog) -> None:
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            counts.append(sum("near the lowest" in record.message for record in caplog.records))
+
+    counts: list[int] = []
+    trainer = make_trainer(tmp_path, GradNASCallback({"flops": "5%"}, when="end"))
+    trainer.add_callback(Steps())
+    trainer.train()
+    assert set(counts) == {1}
+    assert sum("near the lowest" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.leaves_state

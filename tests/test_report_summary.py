@@ -159,7 +159,29 @@ def test_shares_come_with_their_sampling_error():
     ],
 )
 def test_what_was_lost_is_said_where_it_is_much(before, after, said):
-    found = what_was_lost({"examples": 10, **before}, {"examples": 10, **after})
+    found = what_was_lost({"examples": 1000, **before}, {"examples": 1000, **after})
+    assert re.search(said, found)
+    assert bool(found) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("examples", "before", "after", "said"),
+    [
+        (32, {"loss": 0.1, "accuracy": 1.0}, {"loss": 0.5, "accuracy": 30 / 32}, ""),
+        (32, {"loss": 0.1, "accuracy": 1.0}, {"loss": 0.65, "accuracy": 30 / 32}, ""),
+        (32, {"loss": 0.1, "accuracy": 1.0}, {"loss": 0.9, "accuracy": 27 / 32}, "by more than"),
+        (16, {"loss": 0.4, "accuracy": 0.75}, {"loss": 0.7, "accuracy": 0.5}, ""),
+        (16, {"loss": 0.0, "agreement": 1.0}, {"loss": 0.3, "agreement": 15 / 16}, ""),
+        (16, {"loss": 0.0, "agreement": 1.0}, {"loss": 0.9, "agreement": 0.5}, "agreement fell"),
+        (256, {"loss": 0.3, "accuracy": 0.9}, {"loss": 0.4, "accuracy": 0.83}, "by more than 0.06"),
+        (256, {"loss": 0.3, "accuracy": 0.9}, {"loss": 0.4, "accuracy": 0.845}, ""),
+        (872, {"loss": 0.3, "accuracy": 0.88}, {"loss": 0.4, "accuracy": 0.82}, "more than 0.05"),
+        (872, {"loss": 0.3, "accuracy": 0.88}, {"loss": 0.8, "accuracy": 0.87}, "0.4 nats"),
+    ],
+)
+def test_what_few_examples_may_show_by_chance_is_no_loss(examples, before, after, said):
+    """1.000 to 0.938 on 32 examples is two of them, within the error of the difference."""
+    found = what_was_lost({"examples": examples, **before}, {"examples": examples, **after})
     assert re.search(said, found)
     assert bool(found) == bool(said)
 

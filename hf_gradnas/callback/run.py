@@ -130,7 +130,11 @@ class Run:
             # An earlier run, or one that was broken off, may have left masks.
             with without_zeros(self.model) if is_masked(self.model) else nullcontext():
                 self._pruner.discover(batch)
-        self._budgets = self._pruner.check(self.settings.budget)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self._budgets = self._pruner.check(self.settings.budget)
+        for warning in caught:  # it is near the lowest
+            logger.warning("gradnas: %s", warning.message)
         return batch
 
     def _undisturbed(self) -> AbstractContextManager[None]:
@@ -338,13 +342,9 @@ class Run:
     def _plan(self, share: float) -> Plan:
         """Plan for the budget, or on the way to it."""
         budget = self.settings.budget if share >= 1 else budget_at(self._budgets, share)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            plan = self._pruner.plan(budget)
-        if share >= 1:  # a budget near the lowest: what a stage on the way has is not asked for
-            for warning in caught:
-                logger.warning("gradnas: %s", warning.message)
-        return plan
+        with warnings.catch_warnings():  # near the lowest: a stage on the way is not asked for
+            warnings.simplefilter("ignore", GradNASWarning)
+            return self._pruner.plan(budget)
 
     def _prepare(self, plan: Plan) -> None:
         """Let the units that a plan prunes fade from now on."""

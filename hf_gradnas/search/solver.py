@@ -50,7 +50,6 @@ def find_plan(  # noqa: PLR0913 - one call says all of a search; the pruner and 
     stock: StockSpace | None = None,
     choices: Choices | None = None,
     fill: bool = True,
-    warns: bool = False,
 ) -> Plan:
     """Find the units to keep; see `find_plans`, of which this is the case of one plan."""
     return find_plans(
@@ -64,7 +63,6 @@ def find_plan(  # noqa: PLR0913 - one call says all of a search; the pruner and 
         stock=stock,
         choices=choices,
         fill=fill,
-        warns=warns,
     )[0]
 
 
@@ -80,7 +78,6 @@ def find_plans(  # noqa: PLR0913 - as find_plan
     stock: StockSpace | None = None,
     choices: Choices | None = None,
     fill: bool = True,
-    warns: bool = False,
 ) -> list[Plan]:
     """Find the units to keep for many budgets; the options are evaluated once.
 
@@ -96,7 +93,6 @@ def find_plans(  # noqa: PLR0913 - as find_plan
         choices: Permitted kept counts per axis name, used for these axes in place of rules and
             default multiples; the full size is always permitted.
         fill: Whether `binary` keeps what still fits beside its threshold's own plan.
-        warns: Whether to warn of budgets that leave less than a tenth of what can be pruned.
 
     Returns:
         One plan per entry of `budgets`, with the sum of pruned scores as its ``loss_increase``.
@@ -114,7 +110,7 @@ def find_plans(  # noqa: PLR0913 - as find_plan
     plans = []
     for key, limits in zip(names, budgets, strict=True):
         space = spaces[key]
-        _check(space.lowest(), limits, costs, layout=layout, warns=warns)
+        _check(space.lowest(), limits, costs, layout=layout)
         picks, loss = _solve(space, limits, search=search, fill=fill)
         plans.append(
             Plan(
@@ -174,8 +170,19 @@ def check_budgets(
     rules: Rules | None = None,
     stock: StockSpace | None = None,
     choices: Choices | None = None,
+    warns: bool = False,
 ) -> None:
     """Check before any scoring that every budget can be reached on its own.
+
+    Args:
+        axes: All axes of the model.
+        costs: Closed form per cost name.
+        budgets: Simultaneous limits.
+        layout: ``"per_layer"`` or ``"stock"``.
+        rules: Limits per glob over module paths; later ones win.
+        stock: What the stock class can express, needed by layout ``"stock"``.
+        choices: Permitted kept counts per axis name; see `find_plans`.
+        warns: Whether to warn of budgets that leave less than a tenth of what can be pruned.
 
     Raises:
         BudgetError: No limit is given, a cost is unknown, or a limit is below what can be reached.
@@ -186,6 +193,8 @@ def check_budgets(
         axes, costs, layout=layout, rules=rules, stock=stock, choices=choices, budgets=budgets
     )
     _check(lowest, budgets, costs, layout=layout)
+    if warns:
+        warn_near_lowest(lowest, budgets)
 
 
 def _check_search(search: str) -> None:
@@ -217,7 +226,6 @@ def _check(
     costs: Mapping[str, CostModel],
     *,
     layout: str,
-    warns: bool = False,
 ) -> None:
     for budget in budgets:
         least = lowest[budget.cost]
@@ -235,8 +243,6 @@ def _check(
                 f".{f' {held}' if held else ''} Raise the budget, {more}allow more in "
                 "rules (--exclude, --min-units)."
             )
-    if warns:
-        warn_near_lowest(lowest, budgets)
 
 
 def _outcome(
