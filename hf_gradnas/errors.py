@@ -62,7 +62,15 @@ class OrderError(GradNASError, RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """First line of an error's text: what other libraries add below it helps no user."""
-    return str(error).partition("\n")[0]
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def described(error: BaseException, *, whole: bool = False) -> str:
+    """Class and first line of an error, or its `whole` text in one line."""
+    name = type(error).__name__
+    text = " ".join(str(error).split()) if whole else first_line(error)
+    return name if text in ("", name) else f"{name}: {text}"
 
 
 class GradNASWarning(UserWarning):

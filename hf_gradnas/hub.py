@@ -34,7 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ._manifests import FILES, is_sealed, sealed
 from .checkpoint.targets import DOCUMENT
-from .errors import HubError
+from .errors import HubError, first_line
 from .report import address
 
 _CARD = "README.md"
@@ -254,8 +254,8 @@ def _check_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise HubError(
-            f"{repo_id!r}: is not the id of a repository ({_first_line(error)}); needed user/name, "
-            "of letters, digits, '-', '_' and '.'."
+            f"{repo_id!r}: is not the id of a repository ({first_line(error).rstrip('.')}); needed "
+            "user/name, of letters, digits, '-', '_' and '.'."
         ) from error
 
 
@@ -342,10 +342,10 @@ def _cause(error: BaseException, repo_id: str, api: HfApi) -> str:
             return "HF_HUB_OFFLINE is set, which forbids it; unset it."
         if isinstance(each, HTTPError | ConnectionError | TimeoutError):
             return (
-                f"no connection to {api.endpoint} ({_first_line(each)}); check the network, a "
-                "proxy, and HF_ENDPOINT, then push again."
+                f"no connection to {api.endpoint} ({first_line(each).rstrip('.')}); check the "
+                "network, a proxy, and HF_ENDPOINT, then push again."
             )
-    return f"{_first_line(chain[-1])}; push again when that is put right."
+    return f"{first_line(chain[-1]).rstrip('.')}; push again when that is put right."
 
 
 def _advice(status: int, *, owner: str, endpoint: str = "") -> str:
@@ -353,8 +353,3 @@ def _advice(status: int, *, owner: str, endpoint: str = "") -> str:
         return "the Hub has a problem of its own; push again later."
     text = _ADVICE.get(status, "the Hub refused it; push again when that is put right.")
     return text.format(endpoint=endpoint, namespace=owner)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__

@@ -24,7 +24,7 @@ NUMBERS = [
 @pytest.mark.parametrize(("name", "value", "needed", "default"), NUMBERS)
 def test_numbers_out_of_range(name, value, needed, default):
     student, teacher, _ = pair("bert")
-    message = f"recover: {name} is {value!r}, needed {needed}; leave it away for {default}."
+    message = f"recover: {name} is {value!r}, needed {needed}; omit it for {default}."
     with pytest.raises(RecipeError, match=re.escape(message)):
         recover(student, teacher, examples_of("bert", 2), **{name: value})
 

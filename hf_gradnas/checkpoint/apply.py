@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import CutError, first_line
+from ..errors import CutError, described
 from ..masks import masked
 from ..scores.batches import to_device
 from ..structure.config_values import locate_axes
@@ -127,7 +127,7 @@ def cut_with_proof(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the model's own code may raise anything
-            why = f"does not run ({type(error).__name__}: {first_line(error)})"
+            why = f"does not run ({described(error)})"
             raise _not_usable(model, why) from error
         _compare(model, outputs, wanted)
     return record

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import StructureError, first_line
+from ..errors import StructureError, described
 from ..types import Axis, Plan, Refusal, StockSpace, Structure
 from .apply import apply_plan, calls_of
 from .outputs import difference, outputs_of
@@ -114,7 +114,7 @@ def _fault(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the model's own code may raise anything
-        return f"a cut model would not load and run ({type(error).__name__}: {first_line(error)})"
+        return f"a cut model would not load and run ({described(error)})"
 
 
 def _misfit(cut: Mapping[str, Any], built: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import StructureError
+from ..errors import StructureError, described
 from ..scores.batches import to_device
 from ..structure.samples import probe_inputs
 from .outputs import outputs_of
@@ -24,6 +24,7 @@ FOREIGN = ("transformers.", "accelerate.", "torch.", "hf_gradnas.")
 WRAPPED = frozenset(["_original_forward", "_old_forward"])
 """Attributes that Accelerate leaves beside a forward that it wrapped."""
 SHOWN = 4
+SHOWN_TEXT = 200
 
 
 def check_outputs(
@@ -53,7 +54,7 @@ def check_outputs(
     try:
         after = outputs_of(twin, ((), sample))
     except Exception as error:
-        difference = f"fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        difference = f"fails with {described(error, whole=True)[:SHOWN_TEXT]}"
     else:
         where = _differing(before, after)
         if not where or _differing(before, outputs_of(model, ((), sample))):

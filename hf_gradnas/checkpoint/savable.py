@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import CheckpointError, StructureError
+from ..errors import CheckpointError, StructureError, described
 from ..scores.shards import is_sharded
 from .plain import check_plain, made_by
 from .restored import check_outputs
@@ -73,7 +73,7 @@ def check_processor(processor: Any) -> None:
     except Exception as error:  # each kind of processor refuses in its own ways
         raise CheckpointError(
             f"{type(processor).__name__}: cannot be saved beside the model "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); give a tokenizer or "
+            f"({described(error, whole=True)}); give a tokenizer or "
             "processor whose save_pretrained works, or none."
         ) from error
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .._files import replace_folder, temporary_sibling, write_record
 from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
 from .._redaction import shareable
-from ..errors import CheckpointError, GradNASError, first_line
+from ..errors import CheckpointError, GradNASError, described
 from ..report import python_string
 from ..scores.batches import to_device
 from ..scores.owners import LIBRARY, save_owner
@@ -126,7 +126,7 @@ def _reloading(model: PreTrainedModel) -> Iterator[None]:
     except Exception as error:
         raise CheckpointError(
             f"{type(model).__name__}: the written checkpoint does not load and run "
-            f"({type(error).__name__}: {first_line(error)}); the target is unchanged. Report it "
+            f"({described(error)}); the target is unchanged. Report it "
             "with the model's class and config."
         ) from error
 

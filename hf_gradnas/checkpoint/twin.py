@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
-from ..errors import CheckpointError, StructureError
+from ..errors import CheckpointError, StructureError, described
 from ..structure.config_trials import silence
 
 ROUNDED = 2**-7
@@ -69,7 +69,7 @@ def build_twin(model: PreTrainedModel) -> PreTrainedModel:
     except Exception as error:  # classes refuse in their own ways
         raise StructureError(
             f"{type(model).__name__}: cannot be built from its config, so that what is saved could "
-            f"not be loaded ({type(error).__name__}: {_one_line(error)}); bring model.config in "
+            f"not be loaded ({described(error, whole=True)}); bring model.config in "
             "line with the model, and let the constructor of its class need the config alone."
         ) from error
     return twin
@@ -100,7 +100,7 @@ def fill_twin(twin: PreTrainedModel, model: PreTrainedModel) -> list[str]:
     except Exception as error:  # classes refuse in their own ways
         raise StructureError(
             f"{type(model).__name__}: its _init_weights fails, so that what is saved could not be "
-            f"loaded ({type(error).__name__}: {_one_line(error)}); mend it first."
+            f"loaded ({described(error, whole=True)}); mend it first."
         ) from error
     return [
         found for name, entry in entries(twin).items() if (found := _lend(name, entry, given, twin))
@@ -172,7 +172,7 @@ def _saved_config(model: PreTrainedModel) -> PreTrainedConfig:
     except Exception as error:  # config classes refuse in their own ways
         raise CheckpointError(
             f"{type(model).__name__}: its {what} cannot be saved and loaded, and so neither can "
-            f"the pruned model ({type(error).__name__}: {_one_line(error)}); {advice} first."
+            f"the pruned model ({described(error, whole=True)}); {advice} first."
         ) from error
     for each in (loaded, *(vars(loaded).get(name) for name in loaded.sub_configs)):
         if isinstance(each, PreTrainedConfig):
@@ -189,10 +189,6 @@ def _is_close(has: Tensor, makes: Tensor) -> bool:
         return torch.equal(has, makes)
     numbers = has.cpu().double(), makes.cpu().double()
     return torch.allclose(*numbers, rtol=ROUNDED, atol=SMALLEST, equal_nan=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 @contextmanager

@@ -7,9 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .files import READERS, Rows, read_file, text_lines
-from .loading import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -77,7 +77,7 @@ def check_early(recipe: Recipe, *, given: Set[str]) -> Recipe:
         )
     if recipe.private and recipe.push_to_hub is None:
         raise RecipeError(
-            "--private: nothing is pushed; give --push-to-hub user/name, or leave --private away."
+            "--private: nothing is pushed; give --push-to-hub user/name, or omit --private."
         )
     _check_inputs(recipe, given)
     recipe = resolve_paths(recipe)
@@ -344,14 +344,14 @@ def read_scores(recipe: Recipe, *, given: Set[str]) -> Scores | None:
 
     if not Path(recipe.scores).is_file():
         raise ScoresError(
-            f"--scores {recipe.scores}: there is no such file; leave --scores away to score."
+            f"--scores {recipe.scores}: there is no such file; omit --scores to score."
         )
     scores = Scores.load(recipe.scores)
     method = scores.metadata.get("method", recipe.score)
     if "score" in given and method != recipe.score:
         raise ScoresError(
             f"--scores {recipe.scores}: holds {method!r} scores, but --score {recipe.score} was "
-            "asked for; leave one of the two away."
+            "asked for; omit one of the two."
         )
     return scores
 

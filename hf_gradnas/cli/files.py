@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..types import parse_json
-from .loading import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -54,12 +54,12 @@ def check_head(recipe: Recipe, source: Source, model: PreTrainedModel, missing: 
         raise RecipeError(
             f"--recover-epochs {recipe.recover_epochs:g}: the checkpoint has no weights for "
             f"{listed(missing)}, so there is nothing to learn from it; fine-tune it first, or "
-            "leave --recover-epochs away."
+            "omit --recover-epochs."
         )
     if recipe.allow_new_head:
         return
     if missing:
-        advice = "fine-tune it first, " + ("leave --task away, " if recipe.task else "")
+        advice = "fine-tune it first, " + ("omit --task, " if recipe.task else "")
         raise RecipeError(
             f"{where} has no weights for {listed(missing)} of {type(model).__name__}; they would "
             f"be random, and scores and metrics would mean little. {advice.capitalize()}or give "

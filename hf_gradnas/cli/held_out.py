@@ -161,6 +161,6 @@ def data_warnings(
         trained = " and trained" if recipe.recover_epochs else ""
         yield (
             f"--eval-dataset {evaluation.dataset}: is the data that is scored{trained} on too, so "
-            "that the metrics flatter the result; give other data, or leave --eval-dataset away "
+            "that the metrics flatter the result; give other data, or omit --eval-dataset "
             "to hold some examples out."
         )

@@ -50,7 +50,7 @@ def launched(recipe: Recipe) -> Iterator[tuple[Recipe, Processes]]:
     if recipe.device not in (None, "cpu"):
         raise RecipeError(
             f"--device {recipe.device}: several processes were launched, and each takes a device "
-            "of its own; leave --device away, or give cpu."
+            "of its own; omit --device, or give cpu."
         )
     # Without the flag, Accelerate takes processes on a machine without a GPU for single ones.
     accelerator = Accelerator(cpu=recipe.device == "cpu" or not torch.accelerator.is_available())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, first_line
 from .heads import warn_of_unused
 from .tasks import TASKS, Head, Task, input_of, model_class, named_task, task_of
 
@@ -195,12 +195,6 @@ def resolve_max_length(recipe: Recipe, source: Source) -> int:
             f"sequences cannot run; give --max-length {limit} or less."
         )
     return recipe.max_length
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _positions(source: Source) -> int:

@@ -249,7 +249,7 @@ def _open_evaluation(
     if source.task.head is Head.BASE:
         raise DataError(
             f"--eval-dataset {name}: {source.cls.__name__} has no head whose loss could be "
-            "measured; leave it away, or give --task."
+            "measured; omit it, or give --task."
         )
     limit = recipe.eval_num_examples
     rows = open_dataset(

@@ -188,7 +188,7 @@ def model_class(config: PreTrainedConfig, task: Task | None) -> Any:
     raise RecipeError(
         f"--task {task.name}: Transformers has no such class for model type "
         f"{config.model_type!r}; the checkpoint's own class is {architecture_of(config)}, "
-        "leave --task away to use it."
+        "omit --task to use it."
     )
 
 

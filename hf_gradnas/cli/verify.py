@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .._manifests import FILES, OLD_FILES, is_sealed
 from .._redaction import without_secrets
 from ..checkpoint.targets import DOCUMENT, FORMAT_VERSION
-from ..errors import CheckpointError, GradNASError, RecipeError
+from ..errors import CheckpointError, GradNASError, RecipeError, first_line
 from .early import check_device, local_path
 from .isolation import run_alone
 from .saved_files import CODE as CODE_KIND
@@ -191,8 +191,8 @@ def _check_device(device: str | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(
-            f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); give another, "
-            "or leave it away."
+            f"--device {device}: cannot be used here ({first_line(error)}); give another, "
+            "or omit it."
         ) from error
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..errors import DataError, GradNASError, GradNASWarning, ScoresError, first_line
+from ..errors import DataError, GradNASError, GradNASWarning, ScoresError, described
 from ..scores.fingerprints import axes_fingerprint, model_fingerprint
 from ..structure.states import evaluating, frozen
 from ..types import Scores
@@ -172,7 +172,7 @@ def _backward(model: nn.Module, work: Pass, batch: Any, *, index: int) -> None:
     except Exception as error:  # the model's own code may raise anything
         raise DataError(
             f"Batch {index}: {type(model).__name__} fails on what collect_func returned "
-            f"({type(error).__name__}: {first_line(error)}); return the arguments of its forward."
+            f"({described(error)}); return the arguments of its forward."
         ) from error
     loss = work.loss_func(output, batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:

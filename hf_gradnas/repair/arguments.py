@@ -66,7 +66,7 @@ def training_arguments(
         if given:
             raise RecipeError(
                 f"recover: {', '.join(given)} stands beside args=TrainingArguments(...); set it "
-                "there, or leave args away."
+                "there, or omit args."
             )
         return args
     rate = LEARNING_RATE if lora is None else LORA_LEARNING_RATE
@@ -106,6 +106,6 @@ def _check_numbers(chosen: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     for name, (is_good, needed) in ranges.items():
         if not is_good:
             raise RecipeError(
-                f"recover: {name} is {chosen[name]!r}, needed {needed}; leave it away for "
+                f"recover: {name} is {chosen[name]!r}, needed {needed}; omit it for "
                 f"{defaults[name]:g}."
             )

@@ -36,7 +36,7 @@ def check_lora(lora: Any) -> None:
     if find_spec("peft") is None:
         raise RecipeError(
             f"lora={lora}: PEFT is not installed; install it with "
-            "'pip install hf_gradnas[peft]', or leave lora (--recover-lora-rank) away to train "
+            "'pip install hf_gradnas[peft]', or omit lora (--recover-lora-rank) to train "
             "all weights."
         )
     if not _is_rank(lora):
@@ -154,8 +154,8 @@ def _check_copies(wrapped: nn.Module, tied: Mapping[nn.Module, str]) -> None:
                 if part in tied:
                     raise RecipeError(
                         f"lora: modules_to_save copies {path}, whose weight is also that of "
-                        f"{tied[part]}, so that the two would part; leave it away there, or leave "
-                        "lora away to train all weights."
+                        f"{tied[part]}, so that the two would part; omit it there, or omit lora "
+                        "to train all weights."
                     )
 
 

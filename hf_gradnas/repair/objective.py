@@ -69,7 +69,7 @@ class Distillation:
             if not is_good:
                 raise RecipeError(
                     f"distillation: {name} is {vars(self)[name]!r}, needed {needed}; "
-                    f"leave it away for {type(self).__dataclass_fields__[name].default}."
+                    f"omit it for {type(self).__dataclass_fields__[name].default}."
                 )
 
     @property

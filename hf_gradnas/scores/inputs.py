@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
-from ..errors import DataError, GradNASError, first_line
+from ..errors import DataError, GradNASError, described
 from .batches import IGNORED, to_device
 from .columns import wrong_column
 
@@ -36,7 +36,7 @@ def run_model(model: nn.Module, index: int, columns: Mapping[str, Any]) -> Any:
         shapes = {n: tuple(v.shape) for n, v in columns.items() if isinstance(v, Tensor)}
         raise DataError(
             f"Batch {index}: {type(model).__name__} fails on columns of the shapes {shapes} "
-            f"({type(error).__name__}: {first_line(error)}); check that they are what its forward "
+            f"({described(error)}); check that they are what its forward "
             "takes, and that all examples of a batch are padded to one length."
         ) from error
 

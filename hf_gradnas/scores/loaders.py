@@ -27,7 +27,7 @@ from accelerate.data_loader import (
 from accelerate.utils import find_batch_size
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
-from ..errors import DataError, GradNASError, first_line
+from ..errors import DataError, GradNASError, described
 from .batches import digest
 from .processes import Processes
 
@@ -177,7 +177,7 @@ def _can_prepare(batches: Iterable[Any]) -> bool:
     if not makes_batches and isinstance(batches.sampler, RandomSampler):
         raise DataError(
             "dataloader: with batch_size=None and shuffle=True every process would read it in an "
-            "order of its own; leave shuffle away, or prepare it with the Accelerator."
+            "order of its own; omit shuffle, or prepare it with the Accelerator."
         )
     return makes_batches and not isinstance(batches.dataset, IterableDataset)
 
@@ -248,9 +248,9 @@ def _told(loader: DataLoader[Any]) -> Iterator[Any]:
             if isinstance(error, GradNASError):
                 raise
             raise DataError(
-                f"dataloader: batch {index} cannot be made ({type(error).__name__}: "
-                f"{first_line(error)}); mend its data set, or give it a "
-                "collate_fn that pads examples to one length and returns a dict of tensors."
+                f"dataloader: batch {index} cannot be made ({described(error)}); mend its "
+                "data set, or give it a collate_fn that pads examples to one length and returns "
+                "a dict of tensors."
             ) from error
         yield columns
         index += 1

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import first_line
+from ..errors import described
 from ..types import Attribute, Axis, Kind, Refusal, Slice, Tap
 from .channel_graph import Flow, Forward, Run, trace_graph
 from .channel_labels import ATTRIBUTE, NOBODY, OUTPUT, Rows, core, nobody, varying
@@ -77,7 +77,7 @@ def discover_channels(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = f"the forward cannot be traced ({type(error).__name__}: {first_line(error)})"
+        reason = f"the forward cannot be traced ({described(error)})"
         return (), (Refusal("", str(Kind.CHANNELS), reason),)
 
 

@@ -273,7 +273,7 @@ def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refu
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the module's own code may raise anything
-        reason = first_line(error) or type(error).__name__
+        reason = first_line(error)
         return Refusal(site.scope, "neurons" if site.core is None else "heads", reason)
 
 

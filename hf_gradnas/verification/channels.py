@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import attention_implementation
-from ..errors import first_line
+from ..errors import described
 from ..masks import masked
 from ..structure.channels import discover_channels
 from ..structure.probe import double_call, double_copy
@@ -184,7 +184,7 @@ def _counts(axis: Axis, units: Sequence[int]) -> str:
 
 
 def _not_running(error: Exception) -> str:
-    return f"{NOT_RUNNING} ({type(error).__name__}: {first_line(error)})"
+    return f"{NOT_RUNNING} ({described(error)})"
 
 
 def _run(model: nn.Module, call: Call) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import attention_implementation
-from ..errors import StructureError, first_line
+from ..errors import StructureError, described
 from ..masks import masked
 from ..structure.discovery import (
     MAX_TRIES,
@@ -116,7 +116,7 @@ def _outcome(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return f"it cannot be proved ({type(error).__name__}: {first_line(error)})"
+        return f"it cannot be proved ({described(error)})"
 
 
 def _prove_template(
@@ -160,7 +160,7 @@ def _disproof(
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # the module's own code may raise anything
-                told = f"{NOT_RUNNING} ({type(error).__name__}: {first_line(error)})"
+                told = f"{NOT_RUNNING} ({described(error)})"
                 return f"cut to {_counts(kept)} {told}"
             if not effect > EFFECT:
                 return f"masking down to {_counts(kept)} {NO_EFFECT}"
