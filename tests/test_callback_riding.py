@@ -152,29 +152,28 @@ def test_riding_and_saving_work_under_autocast(tmp_path: Path) -> None:
 # -- hooks ---------------------------------------------------------------------------------------
 
 
-class Fails(torch.nn.Module):
-    """Raises in the forward of one layer, from the third on."""
+class Fails:
+    """Forward hook of one layer that raises in training, from the third forward on."""
 
-    def __init__(self, layer: torch.nn.Module, error: type[BaseException]) -> None:
-        super().__init__()
-        self.layer, self.error, self.calls = layer, error, 0
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error, self.calls = error, 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += self.training
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        self.calls += module.training
         if self.calls > 2:
             raise self.error("stop")
-        return self.layer(*args, **kwargs)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_no_hook_is_left_when_a_forward_raises(error: type, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, pruning(scores_from="training"))
-    trainer.model.classifier = Fails(trainer.model.classifier, error)
+    hook = trainer.model.classifier.register_forward_pre_hook(Fails(error))
     try:
         trainer.train()
     except error:
         caught = True
     assert caught
+    hook.remove()
     assert hooks_on(trainer.model) == 0
 
 

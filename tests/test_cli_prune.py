@@ -468,11 +468,17 @@ def test_scores_of_another_model_or_kind_are_refused(prune, bert, tsv, tmp_path,
 def test_a_loss_that_is_not_finite_names_the_batch(prune, bert, tsv):
     model = tf.BertForSequenceClassification.from_pretrained(bert)
     with torch.no_grad():
-        model.classifier.bias.fill_(float("nan"))
+        model.classifier.bias.fill_(float("inf"))
     model.save_pretrained(bert)
     code, _, err = prune("--model", bert, "--dataset", tsv, *TINY)
     assert code == 2
     assert re.search("[Bb]atch 0", err)
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    model.save_pretrained(bert)
+    code, _, err = prune("--model", bert, "--dataset", tsv, *TINY)
+    assert code == 2
+    assert "classifier.bias: holds NaN" in err
 
 
 def test_a_headless_model_cannot_be_evaluated(prune, tmp_path, tsv):
