@@ -16,7 +16,13 @@ from safetensors.torch import load_file
 from sentence_cases import as_repository, dense_weights, save_encoder, write_json
 
 from hf_gradnas import GradNASPruner
-from hf_gradnas.checkpoint.companions import OLD_WEIGHTS, UNKNOWN, loader_of, read_companions
+from hf_gradnas.checkpoint.companions import (
+    OLD_WEIGHTS,
+    OUTSIDE,
+    UNKNOWN,
+    loader_of,
+    read_companions,
+)
 from hf_gradnas.checkpoint.sentence_folders import body_folder, read_modules
 from hf_gradnas.cli.app import main
 from hf_gradnas.cli.prune import prune_from_options
@@ -195,6 +201,24 @@ def test_a_list_of_modules_cannot_lead_out_of_its_folder(path: str, tmp_path: Pa
     modules[1]["path"] = path
     write_json(source / "modules.json", modules)
     assert read_modules(source) is None
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    secret = tmp_path / "home" / "key"
+    secret.parent.mkdir()
+    secret.write_text('{"key": "x1y2"}')
+    source = save_encoder(tmp_path / "encoder")
+    (source / "1_Pooling" / "config.json").rename(source / "1_Pooling" / "other.json")
+    (source / "1_Pooling" / "config.json").symlink_to("other.json")  # inside: it is followed
+    (source / "sentence_bert_config.json").unlink()
+    for name in ("LICENSE", "sentence_bert_config.json", "2_Dense/notes.json"):
+        (source / name).symlink_to(secret)
+    (source / "3_Normalize").symlink_to(secret.parent)
+    found = read_companions(source, tf.BertModel)
+    assert not [name for name, content in found.files.items() if b"x1y2" in content]
+    assert b"mean_tokens" in found.files["1_Pooling/config.json"]
+    expected = ("2_Dense/", "3_Normalize", "LICENSE", "sentence_bert_config.json")
+    assert found.left_out == {OUTSIDE: expected}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '[{"idx": 0}]', '{"a": 1}', "null"])

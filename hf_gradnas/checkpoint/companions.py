@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from huggingface_hub.errors import HTTPError
@@ -61,6 +61,7 @@ EXPORTED = (
 OLD_WEIGHTS = "hold the weights of the original; export the pruned model again"
 UNKNOWN = "are not known to belong to the model; copy what it needs"
 OTHER_MODEL = "belong to a sentence-transformers model, which the pruned class is not the body of"
+OUTSIDE = "lead out of the folder by a link; copy them if they belong to the model"
 UNREADABLE = "cannot be read without running a pickle; save it as safetensors and copy it"
 
 
@@ -170,7 +171,8 @@ def read_companions(folder: Path, stock: type[PreTrainedModel], *, owner: Any = 
     """
     modules = read_modules(folder)
     files: dict[str, bytes] = {}
-    left_out: dict[str, list[str]] = {}
+    root = folder if modules is None else modules.root
+    left_out: dict[str, list[str]] = {OUTSIDE: _links_out(root)}
     loader = _class_of(owner)
     if modules is not None and owner is None:
         if modules.body is not None and _is_body(stock, folder, modules):
@@ -195,10 +197,10 @@ def read_companions(folder: Path, stock: type[PreTrainedModel], *, owner: Any = 
 def _listed_files(folder: Path, modules: Modules | None) -> dict[str, Path]:
     """Files beside the model and, of a folder of modules, those of no module, by path."""
     if modules is None:
-        return dict(_files_in(folder))
-    own = {MODULES, *OPTIONS, *(module.path for module in modules.modules)}
-    body = modules.root if modules.body is None else modules.root / modules.body.path
-    found = {name: path for place in (modules.root, body) for name, path in _files_in(place)}
+        return dict(_files_in(folder, folder))
+    root, own = modules.root, {MODULES, *OPTIONS, *(module.path for module in modules.modules)}
+    body = root if modules.body is None else root / modules.body.path
+    found = {name: path for place in (root, body) for name, path in _files_in(place, root)}
     return {n: path for n, path in found.items() if not {n, n.partition("/")[0]} & own}
 
 
@@ -226,22 +228,22 @@ def _module_files(modules: Modules) -> tuple[dict[str, bytes], list[str]]:
     files = {MODULES: json.dumps(listed, indent=2).encode()}
     for place in (root, root / (body.path if body else "")):
         for name in OPTIONS:
-            if (place / name).is_file():
+            if (place / name).is_file() and not _leads_out(place / name, root):
                 files[name] = (place / name).read_bytes()
     unreadable: list[str] = []
     for module in modules.modules:
         if module is not body and module.path:
-            found, pickles = _files_of_module(root / module.path)
+            found, pickles = _files_of_module(root / module.path, root)
             files |= {f"{module.path}/{name}": content for name, content in found.items()}
             unreadable += [f"{module.path}/{name}" for name in pickles]
     return files, unreadable
 
 
-def _files_of_module(folder: Path) -> tuple[dict[str, bytes], list[str]]:
+def _files_of_module(folder: Path, root: Path) -> tuple[dict[str, bytes], list[str]]:
     """The same of one module; tensors in a pickle are written as safetensors."""
     files: dict[str, bytes] = {}
     unreadable = []
-    for name, path in _files_in(folder):
+    for name, path in _files_in(folder, root):
         safe = PurePosixPath(name).with_name("model.safetensors").as_posix()
         if path.name == "pytorch_model.bin":
             if (folder / safe).is_file():
@@ -284,13 +286,40 @@ def _read_json(file: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files of a folder and of the folders in it, no hidden ones, by path."""
+def _files_in(folder: Path, root: Path) -> Iterator[tuple[str, Path]]:
+    """Files of a folder and of the folders in it, no hidden ones, by path.
+
+    A link may lead anywhere, to a key in the user's home too: see `_leads_out`.
+    """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if path.is_file() and not hidden:
+        if path.is_file() and not _is_hidden(name) and not _leads_out(path, root):
             yield name.as_posix(), path
+
+
+def _is_hidden(name: PurePath) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+
+
+def _leads_out(path: Path, root: Path) -> bool:
+    """Whether a path is, by links, outside of the folder of a model.
+
+    The cache of the Hub keeps the content of a repository beside its folders of links.
+    """
+    place, root = path.resolve(), root.resolve()
+    blobs = root.parent.parent / "blobs"
+    is_cached = root.parent.name == "snapshots" and place.is_relative_to(blobs)
+    return not is_cached and not place.is_relative_to(root)
+
+
+def _links_out(root: Path) -> list[str]:
+    """Names of links to what is there, and outside; those that nobody misses aside."""
+    found = []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if path.is_symlink() and path.exists() and not _is_hidden(name) and _leads_out(path, root):
+            found.append(name.as_posix())
+    return [name for name in found if not _matches(name, REPLACED)]
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
