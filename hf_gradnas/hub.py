@@ -6,7 +6,6 @@ Knows the Hub's client; knows nothing of models. The folder that is pushed is on
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,22 +32,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ._manifests import FILES, is_sealed, sealed
-from .checkpoint.targets import DOCUMENT
+from .checkpoint.targets import DOCUMENT, WEIGHT_FILES
 from .errors import HubError, first_line
 from .report import address
+from .types import read_object
 
 _CARD = "README.md"
 COMMIT_MESSAGE = "Upload pruned model"
 # What decides which weights a loader takes: a repository must not keep those of another model.
-WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_config.json",
-    "adapter_model.*",
-    "modeling_gradnas.py",
-)
+WEIGHTS = (*WEIGHT_FILES, "modeling_gradnas.py")
 _ADVICE = {
     401: "the Hub does not know the token; make one with write permission at {endpoint}/settings"
     "/tokens, and log in with 'hf auth login' or set HF_TOKEN.",
@@ -202,11 +194,8 @@ def _relisted(folder: Path, changed: Mapping[str, bytes]) -> dict[str, bytes]:
 
     A record that was changed, or one without such a list, stays as it is.
     """
-    try:
-        record = json.loads((folder / DOCUMENT).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not (isinstance(record, dict) and FILES in record and is_sealed(record)):
+    record = read_object(folder / DOCUMENT)
+    if not (FILES in record and is_sealed(record)):
         return {}
     now = {name: hashlib.sha256(content).hexdigest() for name, content in changed.items()}
     files = record[FILES] | {name: now[name] for name in now if name in record[FILES]}

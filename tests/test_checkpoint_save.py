@@ -222,6 +222,10 @@ def test_how_outputs_are_compared():
     for other in (torch.full((3,), float("nan")), torch.ones(4)):
         with pytest.raises(CheckpointError, match="differ by nan"):
             save._compare_outputs(ones, other)
+    hidden = torch.tensor([float("-inf"), float("nan"), 1.0])
+    save._compare_outputs(hidden, hidden + 9e-6)
+    with pytest.raises(CheckpointError, match="differ by 1 "):
+        save._compare_outputs(hidden, hidden + 1)
 
 
 def test_a_model_without_float_output_needs_no_sample(model_and_sample, monkeypatch):

@@ -23,6 +23,7 @@ from ..report import FOLDER as REPORT_FOLDER
 from ..report import find_origin, is_hub_id
 from ..scores.owners import SENTENCE_CLASSES, sentence_class
 from ..structure.modeling_gradnas import auto_class_name
+from ..types import read_object
 from .sentence_folders import (
     MODULES,
     OPTIONS,
@@ -263,7 +264,7 @@ def loader_of(folder: Path) -> str | None:
     """Name of the class of sentence-transformers that loads a folder; None: it is none of those."""
     if not (folder / MODULES).is_file():
         return None
-    name = _read_json(folder / "config_sentence_transformers.json").get("model_type")
+    name = read_object(folder / "config_sentence_transformers.json").get("model_type")
     return name if name in SENTENCE_CLASSES else SENTENCE_CLASSES[0]
 
 
@@ -272,18 +273,9 @@ def _is_body(stock: type[PreTrainedModel], folder: Path, modules: Modules) -> bo
 
     Some folders name the class with the head that it was trained with.
     """
-    named = _read_json(body_folder(folder) / "config.json").get("architectures") or []
+    named = read_object(body_folder(folder) / "config.json").get("architectures") or []
     is_base = auto_class_name(stock) == "AutoModel"
     return stock.__name__ in named or (is_base and loader_of(modules.root) == SENTENCE_CLASSES[0])
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    """An object in a file; empty where there is none that can be read."""
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _files_in(folder: Path, root: Path) -> Iterator[tuple[str, Path]]:

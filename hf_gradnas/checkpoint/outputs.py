@@ -27,6 +27,11 @@ DEVICE_TOLERANCE = 1e-3
 HALF_TOLERANCE = 5e-2
 """The same for outputs of 16 bits and less, as a ratio of norms: single entries round coarsely."""
 
+RELOADED_TOLERANCE = 1e-5
+"""Largest difference of reloaded outputs of 32 bits and more, relative to max(1, largest)."""
+RELOADED_HALF_STEPS = 8
+"""The same for outputs of 16 bits and less, in steps of their type at 1."""
+
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, call: Call) -> dict[str, Tensor]:
@@ -66,16 +71,37 @@ def floating(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
-    """Relative difference of two tensors of one shape, and the largest that is accepted."""
-    new, old = found.cpu().double(), wanted.cpu().double()
-    same = (new == old) | (new.isnan() & old.isnan())
-    apart = torch.where(same, torch.zeros_like(new), new - old)
+    """Relative difference of cut and masked outputs of one shape, and the largest accepted one."""
+    apart, old = _apart(found, wanted), wanted.cpu().double()
     sizes = torch.where(old.isfinite(), old, torch.zeros_like(old))
     if torch.finfo(wanted.dtype).bits < torch.finfo(torch.float32).bits:
         scale, limit = sizes.norm().item(), HALF_TOLERANCE
         largest = apart.norm().item()
     else:
-        scale = sizes.abs().max().item() if sizes.numel() else 0.0
+        scale = _largest(sizes.abs())
         limit = TOLERANCE if wanted.device.type == "cpu" else DEVICE_TOLERANCE
-        largest = apart.abs().max().item() if apart.numel() else 0.0
+        largest = _largest(apart)
     return largest / max(scale, torch.finfo(torch.float64).tiny), limit
+
+
+def largest_difference(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference of two tensors of one shape; NaN and infinity equal themselves."""
+    return _largest(_apart(found, wanted))
+
+
+def allowed_difference(wanted: Tensor) -> float:
+    """Largest difference of a reloaded model's output from `wanted` that is rounding."""
+    small = torch.finfo(wanted.dtype).bits < torch.finfo(torch.float32).bits
+    tolerance = RELOADED_HALF_STEPS * torch.finfo(wanted.dtype).eps if small else RELOADED_TOLERANCE
+    return tolerance * max(1.0, _largest(wanted[wanted.isfinite()].abs()))
+
+
+def _apart(found: Tensor, wanted: Tensor) -> Tensor:
+    """Absolute difference of every entry."""
+    new, old = found.cpu().double(), wanted.cpu().double()
+    same = (new == old) | (new.isnan() & old.isnan())
+    return torch.where(same, torch.zeros_like(new), (new - old).abs())
+
+
+def _largest(values: Tensor) -> float:
+    return values.max().item() if values.numel() else 0.0

@@ -1,18 +1,16 @@
-"""What a checkpoint says of itself: digests of its files, and outputs to be had again.
+"""What a checkpoint says of itself: outputs to be had again.
 
-Both stand in ``gradnas.json`` (the output's root holds no safetensors but the weights, and a pushed
+They are in ``gradnas.json`` (the output's root holds no safetensors but the weights, and a pushed
 copy stays one folder of few files). No calibration data is among them: of the pruner's sample only
 names, shapes, masks and special tokens are kept, the rest is drawn at random.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +21,12 @@ from transformers.utils import find_labels
 
 from ..errors import CheckpointError, GradNASWarning
 from ..structure.modeling_gradnas import auto_class_name
+from .outputs import largest_difference
 from .replay import decode, encode, encode_uniform, run
 
 DIGESTED = (".safetensors", ".py")
 """Suffixes of files that decide what the model computes, and that nobody edits by hand."""
 SEED = 0
-_CHUNK = 1 << 20
 # Of outputs run again, relative to max(1, largest output). A checkpoint that loads wrongly differs
 # by much more; other machines and kernels add up in another order.
 TOLERANCES = {"float64": 1e-8, "float32": 1e-4}
@@ -104,24 +102,6 @@ def _check_output(output: Mapping[str, Any]) -> None:
         raise TypeError(f"output is {output!r:.80}")
     if not is_amount or not 0 <= largest < math.inf:
         raise TypeError(f"the largest output is {largest!r}")
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights or code in a folder's root, by name."""
-    files = (file for file in sorted(folder.iterdir()) if file.suffix in DIGESTED)
-    return {file.name: sha256(file) for file in files if file.is_file()}
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    state = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 # --- outputs --------------------------------------------------------------------------------------
@@ -233,9 +213,7 @@ def output_difference(wanted: Mapping[str, Any], found: Mapping[str, Any] | None
     """Largest difference of two outputs of `replay.run`; nan if they cannot be compared."""
     if found is None or list(found["shape"]) != list(wanted["shape"]):
         return float("nan")
-    before, after = (decode(output["values"]).double() for output in (wanted, found))
+    before, after = (decode(output["values"]) for output in (wanted, found))
     if before.shape != after.shape:
         return float("nan")
-    same = (before == after) | (before.isnan() & after.isnan())
-    differences = (before - after).abs()[~same]
-    return differences.max().item() if len(differences) else 0.0
+    return largest_difference(after, before)

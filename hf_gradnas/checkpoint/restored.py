@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import StructureError, described
 from ..scores.batches import to_device
 from ..structure.samples import probe_inputs
-from .outputs import outputs_of
-from .save import allowed_difference
+from .outputs import allowed_difference, largest_difference, outputs_of
 
 FOREIGN = ("transformers.", "accelerate.", "torch.", "hf_gradnas.")
 """Packages whose hooks a load puts on again, or that change no value."""
@@ -77,11 +75,7 @@ def _differing(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str
         has, loaded = before[path], after[path]
         if has.shape != loaded.shape:
             return path
-        has, loaded = has.cpu(), loaded.cpu()
-        finite = has[has.isfinite()]
-        limit = allowed_difference(finite) if len(finite) else 0.0
-        same = torch.isclose(has.double(), loaded.double(), rtol=0, atol=limit, equal_nan=True)
-        if not same.all():
+        if not largest_difference(loaded, has) <= allowed_difference(has):  # catches nan too
             return path
     return ""
 

@@ -26,7 +26,13 @@ from ..scores.owners import LIBRARY, save_owner
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
 from .companions import Companions
-from .outputs import Call, outputs_of
+from .outputs import (
+    RELOADED_TOLERANCE,
+    Call,
+    allowed_difference,
+    largest_difference,
+    outputs_of,
+)
 from .reference import DIGESTED, Reference, make_reference
 from .targets import (
     DOCUMENT,
@@ -38,11 +44,6 @@ from .targets import (
     write_files,
 )
 from .twin import kernels_of
-
-TOLERANCE = 1e-5
-"""Largest difference of reloaded float32 or float64 outputs, relative to max(1, largest output)."""
-HALF_TOLERANCE_EPS = 8
-"""The same for 16-bit and smaller outputs, in steps of their type at 1."""
 
 
 def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with defaults
@@ -60,9 +61,9 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
     """Write model, tokenizer or processor and ``gradnas.json``, reload, compare, then rename.
 
     Everything is written to a hidden folder beside the target and reloaded from there with the
-    model's own class. All tensors must be equal bit by bit, and outputs on `sample` agree to
-    `TOLERANCE` (float32, float64) or `HALF_TOLERANCE_EPS` (16 bits and less). ``gradnas.json``
-    keeps digests of all files, and for ``verify`` outputs on random inputs.
+    model's own class. All tensors must be equal bit by bit, and outputs on `sample` agree but for
+    rounding (`outputs.allowed_difference`). ``gradnas.json`` keeps digests of all files, and for
+    ``verify`` outputs on random inputs.
 
     Args:
         model: A cut model, its config rewritten.
@@ -182,26 +183,15 @@ def _copy_derived(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
 
 
 def _compare_outputs(before: Tensor | None, after: Tensor | None) -> None:
-    difference, limit = float("nan"), TOLERANCE
+    difference, limit = float("nan"), RELOADED_TOLERANCE
     if before is not None and after is not None and before.shape == after.shape:
-        same = (before == after) | (before.isnan() & after.isnan())
-        if same.all():
-            return
-        limit = allowed_difference(before)
-        difference = (before.double() - after.double()).abs().max().item()
+        difference, limit = largest_difference(after, before), allowed_difference(before)
     if not difference <= limit:  # catches nan too
         raise CheckpointError(
             f"outputs of the reloaded checkpoint differ by {difference:.3g} from those in memory "
             f"(at most {limit:.3g} is accepted); the target is unchanged. Report it with the "
             "model's class and config."
         )
-
-
-def allowed_difference(before: Tensor) -> float:
-    """Largest difference of a reloaded model's output from `before` that is rounding."""
-    small = torch.finfo(before.dtype).bits < torch.finfo(torch.float32).bits
-    tolerance = HALF_TOLERANCE_EPS * torch.finfo(before.dtype).eps if small else TOLERANCE
-    return tolerance * max(1.0, before.abs().max().item())
 
 
 def _outputs(model: PreTrainedModel, call: Call) -> dict[str, Tensor]:

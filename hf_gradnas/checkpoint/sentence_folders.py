@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..types import read_object
+
 MODULES = "modules.json"
 # What stands in the folder of the Transformers model, under the names of all versions.
 _BODIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -120,8 +122,4 @@ def _entries(found: Any) -> Iterator[Module]:
 
 
 def _is_transformers(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
+    return "model_type" in read_object(folder / "config.json")

@@ -23,6 +23,15 @@ from ..errors import CheckpointError, GradNASWarning
 DOCUMENT = "gradnas.json"
 FORMAT_VERSION = 1
 """Of that file."""
+WEIGHT_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_config.json",
+    "adapter_model.*",
+)
+"""Names by which a loader of Transformers or sentence-transformers finds weights."""
 RESERVED = (
     DOCUMENT,
     "config.json",

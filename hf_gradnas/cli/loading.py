@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError, first_line
+from ..types import read_object
 from .heads import warn_of_unused
 from .tasks import TASKS, Head, Task, input_of, model_class, named_task, task_of
 
@@ -115,10 +115,7 @@ def _adapter_file(recipe: Recipe, folder: str) -> Path | None:
 
 def _adapter_error(recipe: Recipe, file: Path) -> RecipeError:
     """What to say of an adapter: it is a change of a model, and no model."""
-    try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        base = None
+    base = read_object(file).get("base_model_name_or_path")
     base = base if isinstance(base, str) else "its base model"
     return RecipeError(
         f"--model {recipe.model}: holds an adapter ({ADAPTER}), needed is a whole model, since an "

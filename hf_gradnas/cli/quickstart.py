@@ -6,7 +6,6 @@ folder ``<output>.quickstart``; a folder that is already complete is used again.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from .._files import LISTED, replace_folder, temporary_sibling, write_record
 from .._manifests import FILES, digests, foreign, sealed, stamps
 from ..errors import CheckpointError
+from ..types import read_object
 from .datasets import bundled_text
 
 if TYPE_CHECKING:
@@ -100,12 +100,8 @@ def make_quickstart(
 
 def _read_record(folder: Path) -> dict[str, Any]:
     """What an earlier run says of the folder; nothing where that cannot be read."""
-    try:
-        known = json.loads((folder / _RECORD).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    is_whole = isinstance(known, dict) and isinstance(known.get("unigram_perplexity"), float)
-    return known if is_whole else {}
+    known = read_object(folder / _RECORD)
+    return known if isinstance(known.get("unigram_perplexity"), float) else {}
 
 
 def _check_replaceable(folder: Path) -> None:

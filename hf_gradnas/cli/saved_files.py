@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from .._manifests import file_sha256
-from ..checkpoint.targets import DOCUMENT
+from ..checkpoint.targets import DOCUMENT, WEIGHT_FILES
 from ..report.files import FOLDER
 
 WEIGHTS, CODE, SETTINGS, TEXT, LOADING = "weights", "code", "settings", "text", "loading"
@@ -23,15 +23,6 @@ MEANING = {
     LOADING: "loading or outputs",
 }
 """Kinds of checks that decide, in words."""
-# By these a loader of Transformers or sentence-transformers finds weights.
-_WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_config.json",
-    "adapter_model.*",
-)
 _TEXTS = ("*.md", "recipe.yaml", "*.csv", "*.png", "*.svg", "*.jpg", "LICENSE*", "NOTICE*", "*.rst")
 NEW = "was not there when the checkpoint was saved"
 
@@ -75,7 +66,7 @@ def kind_of(name: str) -> str:
     path = PurePosixPath(name)
     if path.suffix == ".py":
         return CODE
-    if any(fnmatchcase(path.name, pattern) for pattern in _WEIGHTS):
+    if any(fnmatchcase(path.name, pattern) for pattern in WEIGHT_FILES):
         return WEIGHTS
     is_told = path.parts[0] == FOLDER or any(fnmatchcase(path.name, text) for text in _TEXTS)
     return TEXT if is_told else SETTINGS

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._manifests import FILES, OLD_FILES, is_sealed
+from .._manifests import FILES, OLD_FILES, file_sha256, is_sealed
 from .._redaction import without_secrets
 from ..checkpoint.targets import DOCUMENT, FORMAT_VERSION
 from ..errors import CheckpointError, GradNASError, RecipeError, first_line
@@ -257,14 +257,13 @@ def _auto_class(saved: _Saved, target: str) -> str | None:
 
 def _untrusted_code(route: Route, saved: _Saved) -> str:
     """Code that a route would run, or could, and that is not this hf_gradnas's own, in words."""
-    from ..checkpoint.reference import sha256
     from ..structure import modeling_gradnas
 
     if not route.trust:
         return ""
     others = [to for to in saved.auto_map.values() if not str(to).startswith(f"{CODE}.")]
     own = saved.folder / f"{CODE}.py"
-    if others or saved.digests.get(own.name) != sha256(Path(modeling_gradnas.__file__)):
+    if others or saved.digests.get(own.name) != file_sha256(Path(modeling_gradnas.__file__)):
         return f"{own.name} is not the one of this {PACKAGE}"
     # Transformers runs custom_generate/generate.py of a folder that is trusted, too.
     for path in sorted(saved.folder.rglob("*")):

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .costs import Budget, CostModel, Product
-from .documents import parse_json
+from .documents import parse_json, read_object
 from .plan_checks import check_indices, check_values, is_integer
 from .structure import (
     Attribute,
@@ -47,6 +47,7 @@ __all__ = [
     "check_values",
     "is_integer",
     "parse_json",
+    "read_object",
 ]
 
 

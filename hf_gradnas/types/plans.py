@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from .._files import write_text, write_whole
 from ..errors import PlanError, ScoresError
 from .costs import Budget
-from .documents import parse_json
+from .documents import parse_json, read_object
 from .plan_checks import check_values
 
 DIGEST = "sha256"
@@ -115,11 +115,7 @@ class Plan:
     @staticmethod
     def _is_file(file: Path) -> bool:
         """Whether a file looks like one of `save`, of whatever version."""
-        try:
-            data = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return False
-        return isinstance(data, dict) and {"kept", "sizes", "format_version"} <= data.keys()
+        return {"kept", "sizes", "format_version"} <= read_object(file).keys()
 
     @classmethod
     def load(cls, file: str | Path) -> Plan:
