@@ -48,7 +48,7 @@ def hidden_name(target: Path, kind: str) -> Path:
     """A new path beside a target that `clear` knows.
 
     Args:
-        target: What it stands in for.
+        target: What it is there for.
         kind: ``tmp`` for what is being written, ``old`` for what was moved away.
     """
     unique = uuid4().hex[:8]

@@ -3,7 +3,7 @@
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +62,21 @@ class _Deprecations(logging.Handler):
         message = record.getMessage()
         if "deprecat" in message.lower() and not message.startswith(KNOWN_DEPRECATIONS):
             self.messages.append(message)
+
+
+@pytest.fixture
+def prune(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command; returns its exit code, standard output and standard error."""
+    from hf_gradnas.cli.app import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main(["prune", *map(str, arguments)])
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err
+        # Progress bars of older Transformers leave line ends behind.
+        return code, shown.out, shown.err if shown.err.strip() else ""
+
+    return run
 
 
 @pytest.fixture(autouse=True)

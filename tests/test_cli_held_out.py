@@ -15,7 +15,6 @@ from cli_cases import (
     write_tsv,
 )
 
-from hf_gradnas.cli.app import main
 from hf_gradnas.cli.examples import Collator, Examples
 from hf_gradnas.cli.held_out import FEWEST_OF_ALL, divide, span, wanted, without
 from hf_gradnas.config.recipe import Recipe
@@ -29,18 +28,6 @@ TINY = ["--num-examples", "8", "--batch-size", "4", "--target", "flops=80%", "--
 def own_folder(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def prune(capsys):
-    """Runs the command; returns its exit code, standard output and standard error."""
-
-    def run(*arguments):
-        code = main(["prune", *map(str, arguments)])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
 
 
 @pytest.fixture

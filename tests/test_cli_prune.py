@@ -25,7 +25,6 @@ from cli_cases import (
     write_wave,
 )
 
-from hf_gradnas.cli.app import main
 from hf_gradnas.cli.examples import Collator
 from hf_gradnas.types import Scores
 
@@ -36,20 +35,6 @@ TINY = ["--num-examples", "8", "--batch-size", "4", "--no-report"]  # pictures t
 def own_folder(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def prune(capsys):
-    """Runs the command; returns its exit code, standard output and standard error."""
-
-    def run(*arguments):
-        code = main(["prune", *map(str, arguments)])
-        shown = capsys.readouterr()
-        assert "\x1b" not in shown.out + shown.err
-        # Progress bars of older Transformers leave line ends behind.
-        return code, shown.out, shown.err if shown.err.strip() else ""
-
-    return run
 
 
 @pytest.fixture

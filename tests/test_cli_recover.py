@@ -10,7 +10,6 @@ import transformers as tf
 import yaml
 from cli_cases import save_bert, save_llama, save_t5, save_vit, write_images, write_text, write_tsv
 
-from hf_gradnas.cli.app import main
 from hf_gradnas.repair import Recovery
 
 TINY = ["--num-examples", "8", "--batch-size", "4", "--target", "flops=70%", "--no-report"]
@@ -22,18 +21,6 @@ def own_folder(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("scratch")))
-
-
-@pytest.fixture
-def prune(capsys):
-    """Runs the command; returns its exit code, standard output and standard error."""
-
-    def run(*arguments):
-        code = main(["prune", *map(str, arguments)])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err if shown.err.strip() else ""
-
-    return run
 
 
 @pytest.fixture

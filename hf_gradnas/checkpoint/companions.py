@@ -1,4 +1,4 @@
-"""What stands beside the original's weights and comes along, so that a folder stays what it was.
+"""What is beside the original's weights and comes along, so that a folder stays what it was.
 
 A folder of sentence-transformers keeps its modules; texts such as chat templates and processor
 settings come along where nothing newer was saved. Everything else that may matter is named. Files

@@ -14,7 +14,7 @@ from typing import Any
 from ..types import read_object
 
 MODULES = "modules.json"
-# What stands in the folder of the Transformers model, under the names of all versions.
+# What is in the folder of the Transformers model, under the names of all versions.
 _BODIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 OPTIONS = (
     "config_sentence_transformers.json",

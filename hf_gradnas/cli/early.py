@@ -270,7 +270,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     """Fill in where the results go, ``~`` resolved, and check that they can be written there.
 
     Raises:
-        RecipeError: The output is the model itself, or no scores file can stand there.
+        RecipeError: The output is the model itself, or no scores file can be there.
         CheckpointError: The output exists and `overwrite` is off, or is not writable.
     """
     local = is_local(recipe.model)

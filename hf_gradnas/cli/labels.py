@@ -170,7 +170,7 @@ class _Reader:
         )
 
     def _word(self, value: Any) -> str:
-        """What stands for a value in a label map and among the model's names."""
+        """Name of a value in a label map and among the model's names."""
         number = _number(value)
         if self.data_names and number is not None and 0 <= number < len(self.data_names):
             return self.data_names[number]

@@ -19,7 +19,7 @@ def _count(found: int, wanted: int, held_out: int) -> str:
 
 
 def _measured_on(recipe: Recipe, held_out: int) -> str | None:
-    """What stands in the place of a data set to evaluate on."""
+    """The data that is measured on, in words."""
     if held_out:
         return f"{held_out} examples held out from --dataset"
     return recipe.eval_dataset

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import DataError, RecipeError
-from .objective import is_positive, is_whole
+from ..types import is_integer
+from .objective import is_positive
 
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-4, 1e-3
 """Peak learning rates of a training of all weights, and of one of adapters."""
@@ -100,8 +101,8 @@ def _check_numbers(chosen: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     ranges = {
         "epochs": (is_positive(chosen["epochs"]), "a finite number, more than 0"),
         "learning_rate": (is_positive(chosen["learning_rate"]), "a finite number, more than 0"),
-        "batch_size": (is_whole(size) and size > 0, "a whole number, more than 0"),
-        "seed": (is_whole(seed) and 0 <= seed < _SEEDS, "a whole number, 0 or more, below 2**32"),
+        "batch_size": (is_integer(size) and size > 0, "a whole number, more than 0"),
+        "seed": (is_integer(seed) and 0 <= seed < _SEEDS, "a whole number, 0 or more, below 2**32"),
     }
     for name, (is_good, needed) in ranges.items():
         if not is_good:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .._compat import peft_reads_an_old_name
 from ..errors import RecipeError
-from .objective import is_whole
+from ..types import is_integer
 
 Places = Mapping[nn.Module, Mapping[str, nn.Module]]
 
@@ -44,7 +44,7 @@ def check_lora(lora: Any) -> None:
 
 
 def _is_rank(lora: Any) -> bool:
-    return is_whole(lora) and bool(lora >= 1)
+    return is_integer(lora) and bool(lora >= 1)
 
 
 def _check_config(config: Any) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from ..errors import RecipeError
@@ -88,8 +88,3 @@ def is_weight(value: Any) -> bool:
 def is_positive(value: Any) -> bool:
     """Whether a value is a finite number above 0."""
     return is_weight(value) and value != 0
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; True and False are none."""
-    return not isinstance(value, bool) and isinstance(value, Integral)

@@ -1,4 +1,4 @@
-"""Writes names and texts into Markdown and Python so that none of them ends what it stands in."""
+"""Writes names and texts into Markdown and Python so that none of them ends what it is in."""
 
 from __future__ import annotations
 

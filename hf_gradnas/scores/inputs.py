@@ -84,7 +84,7 @@ def _check_range(index: int, name: str, ids: Tensor, size: int | None) -> None:
 
 
 def _words(model: nn.Module) -> int | None:
-    """Number of a text model's tokens; None where ids may also stand for something else."""
+    """Number of a text model's tokens; None where ids may also mean something else."""
     if not isinstance(model, PreTrainedModel) or model.config.sub_configs:
         return None
     try:

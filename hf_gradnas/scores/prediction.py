@@ -33,7 +33,7 @@ def with_prediction(plan: Plan, scores: Scores) -> Plan:
 
 
 def _label(metadata: Mapping[str, str], labels: float) -> str:
-    """What one label stands for."""
+    """What one label is given to."""
     if metadata.get("normaliser") in TOKEN_COUNTS:
         return "token"
     return "example" if labels == _number(metadata, "examples") else "label"

@@ -43,7 +43,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """Check that no adapter of PEFT stands in a model, or around it.
+    """Check that no adapter of PEFT is in a model, or around it.
 
     Raises:
         StructureError: One does; it would not follow the cut.
