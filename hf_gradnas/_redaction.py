@@ -98,7 +98,7 @@ def without_secrets(text: str) -> str:
 
 def is_secret_name(name: str) -> bool:
     """Whether an option or variable of this name holds a secret."""
-    return _IS_NAME.fullmatch(name) is not None
+    return name != "PWD" and _IS_NAME.fullmatch(name) is not None  # the shell's working folder
 
 
 def without_paths(text: str) -> str:

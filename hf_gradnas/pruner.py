@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from .checkpoint.apply import apply_plan
+from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.prunable import find_prunable
 from .checkpoint.reporting import Findings, save_with_report
 from .checkpoint.savable import check_savable
@@ -151,6 +151,7 @@ class GradNASPruner:
             StructureError: Nothing in the model can be pruned, a rule's glob matches nothing, or
                 the model could not be saved and loaded as it is (see `check_savable`).
         """
+        check_uncut("discover", is_cut=self._applied)
         check_parameters(self.model, "discover")
         try:
             check_inputs(batch, self.model, flops_length)
@@ -206,6 +207,7 @@ class GradNASPruner:
             DataError: Batches that the model cannot be scored with.
             StructureError: Nothing in the model can be pruned.
         """
+        check_uncut("score", is_cut=self._applied)
         dataloader = self._discovered(dataloader, num_examples)
         self._scores = collect_scores(
             self.model,
@@ -249,6 +251,7 @@ class GradNASPruner:
         Raises:
             PlanError: The plan does not fit this model.
         """
+        check_uncut("masked", is_cut=self._applied)
         check_plan(self.structure.axes, plan)
         return uncompiled(masked(self.model, self.structure.axes, plan.kept))
 
@@ -261,11 +264,7 @@ class GradNASPruner:
             CutError: On the sample the cut model differs from the masked one; it is not usable.
             PlanError: The plan does not fit this model or its class, or it was cut already.
         """
-        if self._applied:
-            raise PlanError(
-                "apply: this model was cut already, and a plan counts the units of the uncut one; "
-                "make a new GradNASPruner of the cut model to prune it further."
-            )
+        check_uncut("apply", is_cut=self._applied)
         check_plan(self.structure.axes, plan)
         check_parameters(self.model, "apply", shards=True)
         space = _need(self._space, "config", "discover(batch) or score(dataloader)")
@@ -343,7 +342,7 @@ class GradNASPruner:
             HubError: The push failed; what was saved is as it was.
             OrderError: `save_pretrained` was not called.
         """
-        folder = _need(self._saved, "push_to_hub", "save_pretrained(directory)")
+        folder = _need(self._saved, "folder to push", "save_pretrained(directory)")
         return self._processes.from_main(partial(push, folder, repo_id, **options)).url
 
     def prune(self, dataloader: Iterable[Batch], budget: Mapping[str, Any], **score: Any) -> Plan:
@@ -357,6 +356,7 @@ class GradNASPruner:
         Raises:
             BudgetError: The budget cannot be read or reached (raised before scoring).
         """
+        check_uncut("prune", is_cut=self._applied)
         dataloader = self._discovered(dataloader, score.get("num_examples"))
         self.check(budget)
         self.score(dataloader, **score)

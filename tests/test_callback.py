@@ -273,7 +273,10 @@ def test_nothing_is_left_after_an_exception(when: str, error: type, tmp_path: Pa
         ({"mask": "grey"}, "mask='grey' is not known"),
         ({"scores_from": "afar"}, "scores_from='afar' is not known"),
         ({"start_ratio": 0.8}, "start_ratio=0.8, end_ratio=0.7: needed"),
+        ({"start_ratio": "0.1"}, "start_ratio=0.1, end_ratio=0.7: needed"),
         ({"stages": 0}, "stages=0: needed is 1 or more"),
+        ({"stages": "5"}, "stages=5: needed is 1 or more"),
+        ({"num_examples": "8"}, "num_examples=8: needed is 1 or more, or None"),
         ({"num_examples": 0}, "num_examples=0: needed is 1 or more, or None"),
         ({"score": "fisherr"}, "score='fisherr' is not known; choose one of fisher, gradnas"),
         ({"search": "x"}, "search='x' is not known"),
@@ -287,6 +290,20 @@ def test_nothing_is_left_after_an_exception(when: str, error: type, tmp_path: Pa
 def test_arguments_are_checked(arguments: dict, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         GradNASCallback(BUDGET, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("50%", "budget: found '50%', needed a mapping"),
+        ({"flops": 0.5}, "a bare number .* write '50%'"),
+        ({"speed": "50%"}, "unknown cost 'speed'"),
+        (None, "found None"),
+    ],
+)
+def test_a_budget_is_read_where_the_callback_is_made(budget: Any, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        GradNASCallback(budget)
 
 
 def test_a_budget_out_of_reach_fails_before_the_first_step(tmp_path: Path) -> None:

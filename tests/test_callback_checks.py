@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
+from hf_gradnas import GradNASCallback
 from hf_gradnas.config.rules import Rule
-from hf_gradnas.errors import DataError, OrderError, StructureError
+from hf_gradnas.errors import DataError, OrderError, PlanError, StructureError
 
 pytestmark = [
     pytest.mark.leaves_state,  # training leaves a model in train mode
@@ -179,6 +180,12 @@ def test_a_callback_belongs_to_one_trainer_that_it_is_attached_to(tmp_path: Path
     with pytest.raises(OrderError, match="attach: the callback belongs to another trainer"):
         callback.attach(second)
     assert callback not in second.callback_handler.callbacks
+
+
+def test_only_a_trainer_can_be_attached_to() -> None:
+    callback = GradNASCallback({"params": "80%"})
+    with pytest.raises(PlanError, match="attach: found a NoneType, needed a Trainer"):
+        callback.attach(None)  # type: ignore[arg-type]
 
 
 def test_rules_may_be_objects(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_the_pruner_pushes_what_it_saved(
     model, inputs = zoo.build("llama", dtype=torch.float32)
     pruner = GradNASPruner(model, layout=layout, score="random")
     pruner.prune([inputs], {"params": "85%"})
-    with pytest.raises(OrderError, match=r"push_to_hub: not known yet; call save_pretrained"):
+    with pytest.raises(OrderError, match=r"folder to push: not known yet; call save_pretrained"):
         pruner.push_to_hub("ada/too-early")
     tokenizer = cli_cases.word_tokenizer(pair=False)
     folder = pruner.save_pretrained(tmp_path / "small", tokenizer)

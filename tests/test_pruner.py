@@ -210,11 +210,42 @@ def test_a_wrong_order_names_the_missing_call(
 
 
 @pytest.mark.leaves_state
+def test_what_is_no_folder_or_tokenizer_is_refused(
+    llama: tuple[GradNASPruner, dict], tmp_path
+) -> None:
+    pruner, inputs = llama
+    pruner.prune([inputs], {"params": "85%"})
+    for folder in (None, "", 3):
+        with pytest.raises(CheckpointError, match=r"^directory=.*: needed the path of a folder"):
+            pruner.save_pretrained(folder)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"^processing_class='bert': found a name, needed"):
+        pruner.save_pretrained(tmp_path / "x", "bert")
+    file = tmp_path / "data.tsv"
+    file.write_text("kept")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="is a file, needed a folder"):
+            pruner.save_pretrained(file, overwrite=overwrite)
+    assert file.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.leaves_state
 def test_a_second_cut_by_the_same_pruner_is_refused(llama: tuple[GradNASPruner, dict]) -> None:
     pruner, inputs = llama
     plan = pruner.prune([inputs], {"params": "85%"})
-    with pytest.raises(PlanError, match="was cut already"):
-        pruner.apply(plan)
+    left, scores = numel(pruner.model), pruner.scores
+    calls = {
+        "apply": lambda: pruner.apply(plan),
+        "masked": lambda: pruner.masked(plan),
+        "score": lambda: pruner.score([inputs]),
+        "discover": lambda: pruner.discover(inputs),
+        "prune": lambda: pruner.prune([inputs], {"params": "80%"}),
+    }
+    for step, call in calls.items():
+        with pytest.raises(PlanError, match=f"^{step}: this model was cut already.*a new GradNASP"):
+            call()
+    assert numel(pruner.model) == left
+    assert pruner.scores is scores
 
 
 def test_bad_input_is_refused_before_scoring(llama: tuple[GradNASPruner, dict]) -> None:

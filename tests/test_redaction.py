@@ -62,6 +62,12 @@ def test_other_words_stay(text):
     assert sayable(text) == text
 
 
+def test_the_working_folder_of_a_shell_is_no_secret(monkeypatch):
+    monkeypatch.setenv("PWD", "/data/project")
+    said = "/data/project/smaller: the output folder exists"
+    assert without_secrets(said) == said
+
+
 def test_what_the_environment_holds_of_secrets_is_hidden(monkeypatch):
     monkeypatch.setenv("SERVICE_API_KEY", "plainwords")
     monkeypatch.setenv("OWN_TOKEN", "short")

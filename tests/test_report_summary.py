@@ -192,6 +192,7 @@ def test_the_card_says_what_was_measured_and_lost():
     card = str(make_card(case[-1], Origin(), auto_class=None, loading=LOADING))
     assert "Measured on 128 examples held out from the calibration data (owner/words)" in card
     assert "Note that the loss grew from 1.000 to 2.000" in card
+    assert "±" not in card  # of a perplexity, none is known
     assert "model-index" not in card
     assert "Sum of the pruned scores: 0.25" in card
     plan = dataclasses.replace(case[0], loss_unit="nats per token", loss_before=2.0)

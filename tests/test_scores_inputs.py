@@ -93,6 +93,7 @@ LOADERS = {
     "nothing": (None, "found a NoneType, which cannot be iterated over"),
     "a number": (3, "found a int"),
     "a function": (lambda: None, "found a function"),
+    "one batch": ({"input_ids": torch.ones(2, 3)}, r"found one mapping, .* \[batch\]"),
     "a text": ("text", "[bB]atch 0 is a str"),
     "ragged": (
         DataLoader([{"input_ids": torch.ones(n, dtype=torch.long)} for n in (2, 3)], batch_size=2),

@@ -179,7 +179,11 @@ class GradNASCallback(TrainerCallback, ExportableState):
         Raises:
             BudgetError: The budget cannot be reached.
             OrderError: The trainer is training, or the callback belongs to another one.
+            PlanError: It is no Trainer.
         """
+        if not isinstance(trainer, Trainer):
+            found = type(trainer).__name__
+            raise PlanError(f"attach: found a {found}, needed a Trainer; make it first.")
         if trainer.is_in_train:
             raise OrderError("attach: the trainer is training already; attach before train().")
         if self._trainer is not None and self._trainer() not in (None, trainer):

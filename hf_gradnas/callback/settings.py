@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..config.budgets import parse_budgets
 from ..config.rules import parse_rules
 from ..errors import PlanError
 from ..scores import METHODS
 from ..scores.methods import GRADIENT_METHODS
+from ..scores.steps import is_none_or_positive
 from ..search.solver import STRATEGIES
 from ..structure.config_keys import LAYOUTS
+from ..types import is_integer
 from .schedule import SCHEDULES
 
 WHENS = ("end", "begin", "gradual")
@@ -51,17 +55,20 @@ class Settings:
         _check("mask", self.mask, MASKS)
         _check("scores_from", self.scores_from, SOURCES)
         parse_rules(self.rules)
-        if self.num_examples is not None and self.num_examples < 1:
+        parse_budgets(self.budget, {"flops": math.inf, "params": math.inf})
+        if not is_none_or_positive(self.num_examples):
             raise PlanError(
                 f"num_examples={self.num_examples}: needed is 1 or more, or None for all of the "
                 "data."
             )
-        if not 0 <= self.start_ratio < self.end_ratio <= 1:
+        ratios = (self.start_ratio, self.end_ratio)
+        are_numbers = all(type(r) in (int, float) for r in ratios)
+        if not are_numbers or not 0 <= self.start_ratio < self.end_ratio <= 1:
             raise PlanError(
                 f"start_ratio={self.start_ratio}, end_ratio={self.end_ratio}: needed are shares of "
                 "the training's steps with 0 <= start_ratio < end_ratio <= 1."
             )
-        if self.stages < 1:
+        if not is_integer(self.stages) or self.stages < 1:
             raise PlanError(f"stages={self.stages}: needed is 1 or more.")
         if self.scores_from == "training":
             self._check_training()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import CutError, described
+from ..errors import CutError, PlanError, described
 from ..masks import masked
 from ..scores.batches import to_device
 from ..structure.config_values import locate_axes
@@ -26,6 +26,19 @@ from ..types import Axis, Plan, StockSpace, Structure
 from .head_indices import renumber_heads
 from .outputs import Call, difference, outputs_of
 from .rewrite import write_per_layer, write_stock
+
+
+def check_uncut(step: str, *, is_cut: bool) -> None:
+    """Check that a step is taken before the cut.
+
+    Raises:
+        PlanError: It is taken after it.
+    """
+    if is_cut:
+        raise PlanError(
+            f"{step}: this model was cut already, and scores and plans count the units of the "
+            "uncut one; make a new GradNASPruner of the cut model to prune it further."
+        )
 
 
 def apply_plan(

@@ -14,13 +14,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .._redaction import shareable, without_secrets
-from ..errors import GradNASWarning
+from ..errors import CheckpointError, GradNASWarning
 from ..report import find_origin, in_one_line, report_files, summarise
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import CostModel, Plan, Scores, Structure
 from .companions import companions_of
 from .save import loading_snippet, save_pruned, stock_class, versions
 from .sentence_folders import root_of
+from .targets import check_folder
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ def save_with_report(
     Raises:
         CheckpointError: As of `save_pruned`.
     """
+    check_folder(directory)
+    if isinstance(options.get("processing_class"), str | Path):
+        raise CheckpointError(
+            f"processing_class={options['processing_class']!r}: found a name, needed the tokenizer "
+            "or processor itself; load it with from_pretrained, or give none."
+        )
     content = findings.document(document)
     companions = companions_of(model, stock_class(model), owner)
     told: dict[str, str | bytes] = {}

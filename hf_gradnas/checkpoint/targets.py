@@ -49,6 +49,19 @@ def target_of(directory: str | Path) -> Path:
     return Path(os.path.realpath(directory))
 
 
+def check_folder(directory: object) -> None:
+    """Check that a value is the path of a folder to write to.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise CheckpointError(
+            f"directory={directory!r}: needed the path of a folder for the model; give for example "
+            "'smaller'."
+        )
+
+
 def check_target(
     directory: str | Path, overwrite: bool, *, source: str | Path | None = None
 ) -> Path:
@@ -75,6 +88,10 @@ def check_target(
     _check_source(target, source)
     with failing(target, ValueError):
         clear(target.parent)  # a checkpoint that a killed save had moved away comes back
+        if target.is_file():
+            raise CheckpointError(
+                f"{target}: is a file, needed a folder for the model; choose another name."
+            )
         if target.exists() and not overwrite:
             raise CheckpointError(
                 f"{target}: the output folder exists; pass --overwrite (overwrite=True) to replace "

@@ -1,6 +1,6 @@
 """The console script: parses, shows errors without a traceback, returns an exit code.
 
-Exit codes: 0 done, 1 pruning or verification failed, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 pruning or verification failed, 2 bad input, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import typer
 
 from .options import given_flags, with_options, with_recipe_options
 
-EXIT_CODES = "Exit codes: 0 done, 1 {one}, 2 bad input, 130 interrupted."
+EXIT_CODES = "Exit codes: 0 done, 1 {one}, 2 bad input, 130 interrupted, 143 terminated."
 _JSON = "Write one JSON object to standard output, and nothing else; nothing if the input is bad."
 
 app = typer.Typer(

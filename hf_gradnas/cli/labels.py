@@ -161,12 +161,12 @@ class _Reader:
         """The error for labels that could belong to any output."""
         names = list(_names_by_id(self.config).values())
         example = ",".join(f"{word}=NUMBER" for word in words[:3]) + ("…" if words[3:] else "")
+        found = f"{len(words)} labels" if words[1:] else "label"
         return DataError(
-            f"{self.where} holds the {len(words)} labels {_listed(sorted(words))}, and the model "
-            f"has {self.config.num_labels} outputs, {_listed(names)}, so which is which is not "
-            f"known; say so with --label-map {example} (0 to {self.config.num_labels - 1}), write "
-            "the model's names or ids into the data, or take labels from the model with --labels "
-            "model."
+            f"{self.where} holds the {found} {_listed(sorted(words))}, and the model has "
+            f"{self.config.num_labels} outputs, {_listed(names)}, so which is which is not known; "
+            f"say so with --label-map {example} (0 to {self.config.num_labels - 1}), write the "
+            "model's names or ids into the data, or take labels from the model with --labels model."
         )
 
     def _word(self, value: Any) -> str:

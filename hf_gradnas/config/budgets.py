@@ -123,7 +123,7 @@ def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
             "give a smaller limit or a percentage such as '50%'."
         )
     if name not in totals:
-        near = difflib.get_close_matches(str(name), totals, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(name), totals, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise BudgetError(
             f"budget: unknown cost {name!r}, known are {', '.join(sorted(totals))}{hint}"

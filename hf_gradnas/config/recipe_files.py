@@ -26,8 +26,9 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        found = " ".join(str(error).split())
         raise RecipeError(
-            f"--recipe {file}: cannot be read as YAML ({error}); write one 'key: value' per line."
+            f"--recipe {file}: cannot be read as YAML ({found}); write one 'key: value' per line."
         ) from error
     if not isinstance(values, dict):
         raise RecipeError(

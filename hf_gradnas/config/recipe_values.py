@@ -79,8 +79,9 @@ def read_label_map(value: Any) -> Any:
     for key, number in pairs:
         name, digits = str(key).strip(), str(number).strip()
         if isinstance(key, bool) or not name or not re.fullmatch("[0-9]{1,9}", digits):
+            pair = f"{key}={number}".lstrip("=")
             raise ValueError(
-                f"{key}={number} is not of the form NAME=NUMBER, e.g. positive=1,negative=0; "
+                f"{pair} is not of the form NAME=NUMBER, e.g. positive=1,negative=0; "
                 "in a file, quote names such as yes and no"
             )
         if name in numbers:

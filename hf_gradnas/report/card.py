@@ -18,7 +18,7 @@ from .markdown import code, fenced, plain
 from .metadata import card_data, data_name, final_metrics
 from .origin import Origin
 from .prediction import say_prediction
-from .quality import what_was_lost
+from .quality import SHARES, what_was_lost
 from .summary import Summary
 from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_table
 
@@ -225,7 +225,9 @@ def _measured_on(summary: Summary) -> str:
             ", labelled by the whole model's own predictions: agreement is how often the pruned "
             "model predicts the same"
         )
-    return f"{said}. ± is one standard error from the number of examples:"
+    if any(name in found for found in summary.metrics.values() for name in SHARES):
+        said += ". ± is one standard error from the number of examples"
+    return f"{said}:"
 
 
 def _how(summary: Summary) -> Iterator[str]:

@@ -17,7 +17,9 @@ def say_prediction(increase: float, unit: str, before: float | None, *, score: s
             f"Sum of the pruned scores: {increase:.4g} ({score or 'unknown'} scores, without a "
             "unit; it ranks plans and is no loss)."
         )
-    beside = "" if before is None else f", beside {before:.4g} of the whole model"
+    beside = (
+        "" if before is None else f", beside {before:.4g} of the whole model on the data scored"
+    )
     if score == "taylor":
         return (
             f"Predicted change of the loss: {increase:.4g} {unit} at most{beside} (first order, "

@@ -64,6 +64,8 @@ def no_labels(model: nn.Module, batch: Batch) -> DataError:
     taken = inspect.signature(model.forward).parameters
     names = [*find_labels(type(model)), *(name for name in TARGETS if name in taken)]
     takes = f"what it takes ({', '.join(names)})" if names else "a model with a head"
+    if "labels" in names and "label" in batch.columns:
+        takes += ", such as the column label under that name"
     return DataError(
         f"Batch {batch.index} has no labels (columns: {', '.join(sorted(batch.columns))}), and "
         f"{type(model).__name__} computes no loss without; give {takes}, or score with "

@@ -6,7 +6,7 @@ Knows which examples count and what number they have among all; knows nothing of
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import cycle
@@ -104,6 +104,11 @@ def check_end(batches: Iterable[Any], num_examples: int | None) -> None:
             f"dataloader: found a {type(batches).__name__}, which cannot be iterated over; give a "
             "DataLoader, or a list of dicts for model(**batch)."
         ) from error
+    if isinstance(batches, Mapping):
+        raise DataError(
+            "dataloader: found one mapping, needed batches; give a DataLoader, or put a batch in a "
+            "list: [batch]."
+        )
     if num_examples is None and isinstance(batches, cycle):
         raise DataError(
             "dataloader: an itertools.cycle has no end, and all of it would be scored; give "

@@ -203,14 +203,14 @@ class Scores:
                 if version != str(cls.FORMAT_VERSION):
                     raise ScoresError(
                         f"Scores: {file} has the format_version {version!r}, needed "
-                        f"'{cls.FORMAT_VERSION}'; upgrade hf_gradnas, or score again into "
-                        "another file."
+                        f"'{cls.FORMAT_VERSION}': it is no scores file, or of a newer version; "
+                        "give another file, upgrade hf_gradnas, or score again."
                     )
                 values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ScoresError(
                 f"Scores: {file} cannot be read ({error}); it is missing, damaged or no scores "
-                "file: remove it and score again."
+                "file: give another one, or score again."
             ) from error
         written = metadata.pop(DIGEST, None)  # version 0.1 wrote none
         if written is not None and written != _digest(values, metadata):
