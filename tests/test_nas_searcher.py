@@ -10,7 +10,7 @@ import zoo
 from torch import nn
 
 from hf_gradnas import nas
-from hf_gradnas.errors import OrderError
+from hf_gradnas.errors import OrderError, StructureError
 from hf_gradnas.nas.hparams import needed_space
 from hf_gradnas.nas.scoring import Pass, measure_scores
 
@@ -181,3 +181,14 @@ def test_measured_scores_are_float64_in_the_order_of_the_units():
     for name, expected in scores_of(model).items():
         assert found[name].dtype == np.float64
         np.testing.assert_allclose(found[name], 2 * expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("is_transformers", [True, False])
+def test_a_model_without_values_is_refused_before_it_is_scored(is_transformers):
+    model, x = zoo.build("bert") if is_transformers else (blocks(), torch.randn(4, 5))
+    model.to("meta")
+    names = [name for name, _ in model.named_parameters()]
+    batch = ({"input_ids": x["input_ids"]},) if is_transformers else x
+    with pytest.raises(StructureError, match=r"search: .* is offloaded \(on the meta device\)"):
+        search(model, [batch])
+    assert names == [name for name, p in model.named_parameters() if p.is_meta]

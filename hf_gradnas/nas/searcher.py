@@ -31,6 +31,7 @@ from ..config.budgets import (
 )
 from ..costs.closed_form import unsplit_table_params
 from ..errors import BudgetError, DataError, OrderError, StructureError
+from ..scores.wrappers import check_parameters
 from ..search.solver import find_plan
 from ..structure.config_keys import find_stock_space
 from ..structure.counting import count_costs
@@ -160,6 +161,7 @@ class GradientBinarySearcher:
                 "give a tensor, a tuple, or a tuple that ends in a dict of keywords."
             )
         if space.structure is None:
+            check_parameters(self.model, "search")
             space.probe = probe_arguments(self.model, self.dummy_input)
             check_savable(self.model, space.probe)
             space.structure = self._find_structure(space.probe)
