@@ -226,7 +226,7 @@ class Run:
             if not is_soft:
                 self._score()
                 self.progress.coming = self._plan(stage.share)
-            self._end(stage)
+            self._end()
         self.forget_best(state)
 
     def forget_best(self, state: Any) -> None:
@@ -351,7 +351,7 @@ class Run:
         self.progress.coming = plan
         self._fading = WeightMask(self.model, self._pruner.structure.axes, plan.kept, whole=False)
 
-    def _end(self, stage: Stage) -> None:
+    def _end(self) -> None:
         """Mask what the stage prunes."""
         plan, self.progress.coming, self._fading = self.progress.coming, None, None
         self.progress.stage += 1

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .._redaction import shareable, without_secrets
-from ..errors import CheckpointError, GradNASWarning
+from ..errors import CheckpointError, GradNASWarning, described
 from ..report import find_origin, in_one_line, report_files, summarise
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import CostModel, Plan, Scores, Structure
@@ -94,7 +94,7 @@ def save_with_report(
         )
     except Exception as error:  # whatever a picture does, a model that took hours is saved
         warnings.warn(
-            f"report: could not be made ({type(error).__name__}: {error}), so that the checkpoint "
+            f"report: could not be made ({described(error, whole=True)}), so that the checkpoint "
             "comes without model card and report; report it with the model's class.",
             GradNASWarning,
             stacklevel=2,

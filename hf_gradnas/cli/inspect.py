@@ -23,6 +23,7 @@ from .show import Screen, quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..checkpoint.prunable import Prunable
     from .loading import Source
 
 DONE, NOTHING, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -37,13 +38,8 @@ class Inspection:
 
     Attributes:
         source: Config, class and task.
-        structure: Proved axes, and what was refused.
+        prunable: Its axes, the layout that pruning would choose, and the costs in it.
         rules: What may be pruned, and how far.
-        layout: The one that pruning would choose, or that was asked for.
-        layout_reason: Why, as a sentence.
-        stock: What the unmodified class can express.
-        totals: Costs of the model as it is.
-        costs: Closed forms of the costs, of the layout that was chosen.
         lowest: Lowest reachable value per cost, per layout; without ``stock`` where that class can
             express nothing.
         flops_length: Tokens that FLOPs are counted for; None without tokens.
@@ -51,21 +47,16 @@ class Inspection:
     """
 
     source: Source
-    structure: Structure
+    prunable: Prunable
     rules: Rules
-    layout: str
-    layout_reason: str
-    stock: StockSpace
-    totals: Mapping[str, float]
-    costs: Mapping[str, CostModel]
     lowest: Mapping[str, Mapping[str, float]]
     flops_length: int | None
     notes: tuple[str, ...] = ()
 
     def unit_cost(self, axis: Axis, cost: str) -> float:
         """What the whole model saves if one unit of `axis` goes, and nothing else."""
-        sizes = {other.name: other.size for other in self.structure.axes}
-        model = self.costs[cost]
+        sizes = {other.name: other.size for other in self.prunable.structure.axes}
+        model = self.prunable.costs[cost]
         return model.of(sizes) - model.of({**sizes, axis.name: axis.size - 1})
 
     def is_kept(self, axis: Axis) -> bool:
@@ -211,13 +202,8 @@ def inspect_model(
     costs = {name: count_costs(model, structure, found.sample, layout=name) for name in LAYOUTS}
     return Inspection(
         source,
-        structure,
+        found,
         rules,
-        found.layout,
-        found.layout_reason,
-        stock,
-        found.totals,
-        found.costs,
         {
             name: _lowest(structure, forms, layout=name, rules=rules, stock=stock)
             for name, forms in costs.items()
@@ -253,43 +239,44 @@ def _lowest(
 
 def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
     """Tables for people."""
-    source, length = found.source, found.flops_length
+    source, prunable, length = found.source, found.prunable, found.flops_length
     screen.line(f"{source.cls.__name__} ({recipe.model}), input: {_input(recipe, found)}.")
     rows = []
-    for axis in found.structure.axes:
-        units = [format_amount(found.unit_cost(axis, name)) for name in found.costs]
+    for axis in prunable.structure.axes:
+        units = [format_amount(found.unit_cost(axis, name)) for name in prunable.costs]
         state = "proved, kept by --exclude" if found.is_kept(axis) else "proved"
         kind = str(axis.kind)
         rows.append((axis.module, kind, state, str(axis.size), str(axis.width), *units))
-    headers = ("module", "axis", "state", "units", "width", *(f"{c}/unit" for c in found.costs))
-    screen.table("Axes", headers, rows, right=3 + len(found.costs) - 1)
-    refusals = found.structure.refusals
+    headers = ("module", "axis", "state", "units", "width", *(f"{c}/unit" for c in prunable.costs))
+    screen.table("Axes", headers, rows, right=3 + len(prunable.costs) - 1)
+    refusals = prunable.structure.refusals
     if refusals:
         told = [(r.module, r.kind, r.reason) for r in refusals[:_REFUSALS_SHOWN]]
         hidden = len(refusals) - len(told)
         told += [(f"and {hidden} more (all with --json)", "", "")] if hidden else []
         screen.table("Seen but not pruned", ("module", "kind", "reason"), told)
-    screen.line(found.layout_reason or f"Layout {found.layout}, as asked.")
+    screen.line(prunable.layout_reason or f"Layout {prunable.layout}, as asked.")
     if "stock" not in found.lowest:
         screen.line(f"Layout stock is not possible: {_first_reason(found)}.")
     screen.line()
     table = []
-    for name, total in found.totals.items():
+    for name, total in prunable.totals.items():
         reached = (found.lowest.get(layout) for layout in LAYOUTS)
         cells = (_amount(lowest[name], total) if lowest else "-" for lowest in reached)
         table.append((name, format_amount(total), *cells))
     headers = ("cost", "now", *(f"lowest {layout}" for layout in LAYOUTS))
     screen.table("Costs and lowest budgets", headers, table, right=1 + len(LAYOUTS))
-    for name, cost in found.costs.items():
-        held = say_lowest(cost, found.lowest[found.layout][name], found.totals[name])
+    for name, cost in prunable.costs.items():
+        held = say_lowest(cost, found.lowest[prunable.layout][name], prunable.totals[name])
         if held:
-            screen.line(f"What holds the lowest {name} ({cost.unit}) in {found.layout}: {held}")
+            screen.line(f"What holds the lowest {name} ({cost.unit}) in {prunable.layout}: {held}")
     if length:
         screen.line(f"FLOPs are counted for {length} tokens (--flops-length).")
 
 
 def to_dict(found: Inspection, recipe: Recipe) -> dict[str, Any]:
     """The same, complete, for machines; ready for JSON."""
+    prunable = found.prunable
     axes = [
         {
             "name": axis.name,
@@ -301,18 +288,18 @@ def to_dict(found: Inspection, recipe: Recipe) -> dict[str, Any]:
             "parent": axis.parent,
             "proved": True,
             "kept_by_rules": found.is_kept(axis),
-            "cost_per_unit": {name: found.unit_cost(axis, name) for name in found.costs},
-            "not_in_stock": found.stock.refused.get(axis.name),
+            "cost_per_unit": {name: found.unit_cost(axis, name) for name in prunable.costs},
+            "not_in_stock": prunable.space.refused.get(axis.name),
         }
-        for axis in found.structure.axes
+        for axis in prunable.structure.axes
     ]
     refusals = [
         {"module": r.module, "kind": str(r.kind), "proved": False, "reason": r.reason}
-        for r in found.structure.refusals
+        for r in prunable.structure.refusals
     ]
     lowest = {
         layout: {
-            name: {"amount": amount, "ratio": amount / found.totals[name]}
+            name: {"amount": amount, "ratio": amount / prunable.totals[name]}
             for name, amount in costs.items()
         }
         for layout, costs in found.lowest.items()
@@ -323,13 +310,13 @@ def to_dict(found: Inspection, recipe: Recipe) -> dict[str, Any]:
         "input": _input(recipe, found),
         "flops_length": found.flops_length,
         "layout": {
-            "chosen": found.layout,
-            "reason": found.layout_reason,
+            "chosen": prunable.layout,
+            "reason": prunable.layout_reason,
             "stock_possible": "stock" in found.lowest,
         },
-        "totals": dict(found.totals),
-        "units": {name: cost.unit for name, cost in found.costs.items()},
-        "cannot_be_pruned": {name: dict(cost.parts) for name, cost in found.costs.items()},
+        "totals": dict(prunable.totals),
+        "units": {name: cost.unit for name, cost in prunable.costs.items()},
+        "cannot_be_pruned": {name: dict(cost.parts) for name, cost in prunable.costs.items()},
         "lowest": {layout: lowest.get(layout) for layout in LAYOUTS},
         "axes": axes,
         "refused": refusals,
@@ -347,4 +334,4 @@ def _amount(lowest: float, total: float) -> str:
 
 
 def _first_reason(found: Inspection) -> str:
-    return next(iter(found.stock.refused.values()), "no axis is left to prune")
+    return next(iter(found.prunable.space.refused.values()), "no axis is left to prune")

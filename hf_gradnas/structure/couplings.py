@@ -24,7 +24,6 @@ CONFIG_COUNTS = {
 }
 """Config values that some forwards read; overridden per module only when the proof needs it."""
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
 
 
