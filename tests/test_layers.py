@@ -31,6 +31,8 @@ THIRD_PARTY = {
     "_manifests": set(),
     "_files": set(),
     "types": {"numpy", "safetensors"},
+    "config": {"pydantic", "pydantic_core", "yaml"},  # read before torch is imported
+    "costs": set(),
     "search": {"numpy"},
 }
 # Travels inside checkpoints as one file, so it stands alone and may be longer.
