@@ -136,6 +136,13 @@ def test_a_length_that_is_none_is_refused(length):
         GradNASPruner(model).discover(inputs, flops_length=length)
 
 
+def test_a_length_of_flops_beyond_the_positions_is_refused():
+    model, inputs = zoo.build("bert")
+    limit = model.config.max_position_embeddings
+    with pytest.raises(DataError, match=rf"^flops_length={limit + 1}: the model has {limit} pos"):
+        GradNASPruner(model).discover(inputs, flops_length=limit + 1)
+
+
 def test_what_is_no_model_or_choice_is_refused():
     model, _ = zoo.build("bert")
     for odd in (3, "bert", None, type(model), model.config):

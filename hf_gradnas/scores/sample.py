@@ -127,6 +127,12 @@ def check_inputs(batch: Batch, model: PreTrainedModel, flops_length: int | None)
             f"flops_length={flops_length!r}: found no number of tokens; give 1 or more, or None "
             "for the batch's own."
         )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if "input_ids" in columns and flops_length and positions and flops_length > positions:
+        raise DataError(
+            f"flops_length={flops_length}: the model has {positions} positions, so that longer "
+            f"sequences cannot run; give {positions} or less (--flops-length {positions})."
+        )
 
 
 def _check_positions(batch: Batch, config: PreTrainedConfig) -> None:

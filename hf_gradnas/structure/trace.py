@@ -259,7 +259,7 @@ def trace_forward(
             shapes = {n: tuple(v.shape) for n, v in given.items() if isinstance(v, Tensor)}
             raise DataError(
                 f"{type(model).__name__} cannot run a batch of {shapes}: "
-                f"{str(error).partition(chr(10))[0]} Check that its columns are what the forward "
+                f"{str(error).partition(chr(10))[0]}; check that its columns are what the forward "
                 "takes (labels or decoder_input_ids for an encoder-decoder), and that no sequence "
                 "is longer than the model's positions."
             ) from error
