@@ -21,8 +21,8 @@ def test_the_shipped_recipe_is_gradual() -> None:
 
 
 def test_changes_beat_the_recipe() -> None:
-    callback = GradNASCallback.from_recipe("trainer-gradual-50", stages=3, budget={"params": 10})
-    assert (callback.settings.stages, callback.settings.budget) == (3, {"params": 10})
+    callback = GradNASCallback.from_recipe("trainer-gradual-50", stages=3, budget={"params": 1000})
+    assert (callback.settings.stages, callback.settings.budget) == (3, {"params": 1000})
     assert callback.settings.when == "gradual"
 
 
