@@ -54,6 +54,10 @@ EARLY = {
     "no scores": ([*M, "--scores", "none"], "--scores none: there is no such file"),
     "damaged scores": ([*M, "--scores", "data.tsv"], "data.tsv cannot be read"),
     "nowhere for scores": ([*M, "--save-scores", "no/s"], "is not a folder that can be written"),
+    "scores as output": (
+        [*M, "--output", "new", "--save-scores", "./new"],
+        "is the output folder new",
+    ),
     "output exists": ([*M, "--output", "list"], "--overwrite"),
     "output is the model": ([*M, "--output", "whole", "--overwrite"], "folder of the model itself"),
     "private": ([*M, "--private"], "--private: nothing is pushed"),

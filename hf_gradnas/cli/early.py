@@ -305,10 +305,11 @@ def _check_scores_place(recipe: Recipe, file: Path, output: str) -> None:
         )
     if _kind(str(file), option) == "folder":
         raise RecipeError(f"{given}: {file} is a folder, needed a file; give another name.")
-    if Path(output).resolve() in file.resolve().parents:
+    place, target = file.resolve(), Path(output).resolve()
+    if target in (place, *place.parents):
         raise RecipeError(
-            f"{given}: is in the output folder {output}, which is written as a whole at the end; "
-            "give a file beside it."
+            f"{given}: {'is' if place == target else 'is in'} the output folder {output}, which is "
+            "written as a whole at the end; give a file beside it."
         )
     if file.exists() and file.stat().st_size:
         from ..types import Scores
