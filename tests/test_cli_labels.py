@@ -76,7 +76,7 @@ def test_a_label_map_may_name_what_the_model_does_not():
 
 BAD_MAP = {
     "names none": (["a", "b"], {"x": 0}, {}, "--label-map names none of them"),
-    "too few names": (["a", "b"], {"a": 0}, {}, "the 1 labels b, .*not known"),
+    "too few names": (["a", "b"], {"a": 0}, {}, "the label b, .*not known"),
     "no such output": (["a"], {"a": 2}, {}, "--label-map: names output 2, and the model has 2"),
     "regression": ([1.0], {"a": 0}, {"num_labels": 1}, "a regression, .*omit --label-map"),
     "zeros and ones": ([[0, 1, 1]], {"a": 0}, {"num_labels": 3}, "omit --label-map"),
@@ -208,7 +208,7 @@ BAD = {
     "unlabelled split": ([-1, -1], {}, "holds the label -1"),
     "not whole": ([0.5, 1.0], {}, "holds the label 0.5"),
     "too many words": (["a", "b", "c"], {}, "the 3 labels a, b, c, and the model has 2 outputs"),
-    "too few words": (["a", "a"], {}, "the 1 labels a, .* LABEL_0, LABEL_1, so which is which"),
+    "too few words": (["a", "a"], {}, "the label a, .* LABEL_0, LABEL_1, so which is which"),
     "none": ([0, None], {}, "has no label in row 1"),
     "no number": (["a", "b"], {"num_labels": 1}, "is not all numbers"),
     "not finite": ([1.0, float("nan")], {"num_labels": 1}, "holds nan in row 1"),

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from hf_gradnas import nas
-from hf_gradnas.errors import CheckpointError
+from hf_gradnas.errors import CheckpointError, GradNASWarning
 from hf_gradnas.nas.files import FORMAT_VERSION, KEY
 from hf_gradnas.nas.hparams import space_of
 
@@ -232,7 +232,8 @@ def test_a_uniform_result_is_stock_and_needs_no_record(tmp_path):
     fresh, dummy = copy.deepcopy(model), {k: v for k, v in batch.items() if k != "labels"}
     mode = {"nn.Linear": {"features_ratio": (0.5,), "feature_divisor": 1}, "hf.Attention": None}
     loss = lambda output, given: output.loss  # noqa: E731 - as users write it
-    _, history = prune(model, dummy, {"params": "83%"}, mode, loss, batch)
+    with pytest.warns(GradNASWarning, match=r"params: 83% is near the lowest that can be reached"):
+        _, history = prune(model, dummy, {"params": "83%"}, mode, loss, batch)
     assert {v for k, v in history["best"]["config"].items() if "dense" in k} == {48}
     assert model.config.intermediate_size == 48
     assert "gradnas" not in model.config.to_dict()

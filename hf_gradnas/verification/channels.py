@@ -80,14 +80,16 @@ def prove_channels(
 
 
 def _irregular(axes: Sequence[Axis]) -> dict[str, list[int]]:
-    """About half of the units of every axis: another number and another choice for each.
+    """Half of the units of every axis or fewer: another number and another choice for each.
 
-    Axes that must keep equal counts would look independent if all kept the same share.
+    Axes that must keep equal counts would look independent if all kept the same share. Few units
+    are kept, as some of those that go may be dead.
     """
     kept = {}
     for index, axis in enumerate(axes):
-        fewest, half = max(axis.size // 4, axis.minimum, 1), axis.size // 2
-        count = fewest + (half - fewest + index) % max(axis.size - fewest, 1)
+        fewest = max(axis.size // 8, axis.minimum, 1)
+        most = max(axis.size // 2, fewest)
+        count = fewest + (most - fewest + index) % (most - fewest + 1)
         order = torch.randperm(axis.size, generator=torch.Generator().manual_seed(index))
         kept[axis.name] = sorted(order[:count].tolist())
     return kept
