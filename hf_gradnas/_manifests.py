@@ -20,6 +20,7 @@ SEAL = "sha256_of_this"
 OLD_FILES = "sha256"
 """Key of ``gradnas.json`` for weights and code alone; all that checkpoints of 0.1 have."""
 RECORDS = ("gradnas.json", "quickstart.json")
+MOST_FOREIGN = 1000
 _CHUNK = 1 << 20
 
 
@@ -55,6 +56,7 @@ def foreign(folder: Path) -> list[str]:
     """Everything in a folder that its record does not vouch for, by path; folders end in ``/``.
 
     Links, devices, empty folders and files that were changed since they were written are among it.
+    Nothing more is looked at once `MOST_FOREIGN` are found: the folder may be somebody's home.
 
     Raises:
         OSError: Something cannot be read.
@@ -73,6 +75,8 @@ def foreign(folder: Path) -> list[str]:
             is_ours = name == record or known.get(name) == file_sha256(path)
         if not is_ours:
             found.append(name)
+        if len(found) == MOST_FOREIGN:
+            break
     return found
 
 

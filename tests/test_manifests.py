@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from hf_gradnas import _manifests
 from hf_gradnas._manifests import FILES, digests, foreign, is_sealed, sealed
 
 
@@ -58,3 +59,16 @@ def test_of_a_checkpoint_without_a_list_only_weights_and_code_are_ours(folder):
     own = {"model.safetensors": digests(folder)["model.safetensors"]}
     (folder / "gradnas.json").write_text(json.dumps({"sha256": own}))
     assert foreign(folder) == ["config.json", "gradnas.json", "report/plan.md"]
+
+
+def test_no_more_is_looked_at_than_needed_to_refuse_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(_manifests, "MOST_FOREIGN", 3)
+    for number in range(9):
+        (tmp_path / f"{number}").touch()
+    looked = []
+    walk = _manifests._walk
+    monkeypatch.setattr(
+        _manifests, "_walk", lambda folder: (looked.append(path) or path for path in walk(folder))
+    )
+    assert _manifests.foreign(tmp_path) == ["0", "1", "2"]
+    assert len(looked) == 3

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .._files import LISTED, clear, free_name, temporary_sibling
-from .._manifests import FILES, foreign
+from .._manifests import FILES, MOST_FOREIGN, foreign
 from ..errors import CheckpointError, GradNASWarning
 
 DOCUMENT = "gradnas.json"
@@ -155,7 +155,8 @@ def _check_ours(target: Path) -> None:
     others = foreign(target)
     if others:
         named = ", ".join(others[:LISTED])
-        more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
+        least = "at least " if len(others) == MOST_FOREIGN else ""
+        more = f" and {least}{len(others) - LISTED} more" if len(others) > LISTED else ""
         raise CheckpointError(
             f"{target}: holds {named}{more}, which hf_gradnas did not write or which changed since "
             f"({DOCUMENT} lists under {FILES!r} what it wrote; older versions kept no such list), "
