@@ -271,12 +271,12 @@ class GradNASPruner:
         if is_sharded(self.model):
             self.model = gathered(self.model)
         with self._processes.joint():
-            self._applied = True  # also a cut that fails its proof
+            before = [id(parameter) for parameter in self.model.parameters()]
             try:
                 apply_plan(self.model, plan, self.structure, space, sample=self._sample)
-            except PlanError:
-                self._applied = False
-                raise
+            finally:  # what fails after the cut has begun leaves no whole model
+                self._applied = before != [id(p) for p in self.model.parameters()]
+        self._applied = True
         self._plan = plan
         return self.model
 

@@ -72,6 +72,17 @@ def test_a_plan_that_does_not_fit_leaves_the_model_to_be_cut_by_another():
     pruner.apply(plan)
 
 
+def test_what_fails_before_the_cut_leaves_the_model_to_be_cut_again():
+    pruner, plan = scored("bert")
+    before = copy.deepcopy(pruner.model.state_dict())
+    hook = pruner.model.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pruner.apply(plan)
+    hook.remove()
+    assert all(torch.equal(before[k], v) for k, v in pruner.model.state_dict().items())
+    pruner.apply(plan)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_right_cuts_pass_in_every_type(dtype):
     model, inputs = zoo.build("llama")
