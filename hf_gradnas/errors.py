@@ -40,6 +40,10 @@ class ScoresError(GradNASError, ValueError):
     """Scores that are damaged or belong to another model, data set or setting."""
 
 
+class RepairError(GradNASError, ValueError):
+    """A repair that belongs to another plan or model, or that cannot be made."""
+
+
 class RecipeError(GradNASError, ValueError):
     """A recipe, flag or combination of flags that cannot be used."""
 

@@ -1,0 +1,201 @@
+"""A repair: new values of the weights that read what was pruned, as data beside the plan.
+
+Knows tensors, their file and how they are put into a model for a while or for good; how they are
+found is said in `least_squares`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._files import write_whole
+from ..errors import RepairError
+from ..scores.batches import tensor_bytes
+from ..structure.sizes import tensor_at
+from ..types import Plan, parse_json
+
+FORMAT_VERSION = 1
+_MARK = "gradnas_repair"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One layer that reads pruned units, and how far its output was from the original's.
+
+    Attributes:
+        module: Path of the layer.
+        rows: Positions that it was fitted on, over all processes.
+        columns: Kept inputs, the unknowns of each output.
+        ridge: Relative strength α of the pull towards the present weights; 0.0 where nothing was
+            changed.
+        error_before: ‖R‖² on the held-out rows, relative to the original's ‖Y‖² there.
+        error_after: The same with the new weights.
+        reason: Why it is as it was; "" where it has new weights.
+    """
+
+    module: str
+    rows: int
+    columns: int
+    ridge: float = 0.0
+    error_before: float = math.nan
+    error_after: float = math.nan
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """New weights for a plan, found without training.
+
+    Attributes:
+        tensors: Whole new values of parameters by full name, in the model's dtype, on the CPU. Rows
+            and columns that the plan removes are as they were. Empty: the repair was not accepted.
+        sites: Every layer that reads pruned units, in running order.
+        plan: Digest of the plan that it was made for (`plan_digest`).
+        model: Fingerprint of the whole model that it was made from.
+        kl_before: Mean KL divergence of the masked model's predictions from the original's on the
+            held-out batches, in nats per predicted label; of a regression half a mean squared
+            difference.
+        kl_after: The same with the new weights.
+        examples: Calibration examples, of which every fifth batch was held out.
+    """
+
+    tensors: Mapping[str, Tensor]
+    sites: tuple[Site, ...]
+    plan: str
+    model: str
+    kl_before: float = math.nan
+    kl_after: float = math.nan
+    examples: int = 0
+    format_version: int = field(default=FORMAT_VERSION)
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether there are new weights: the held-out KL fell."""
+        return bool(self.tensors)
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready description without the tensors."""
+        data = {name: value for name, value in vars(self).items() if name != "tensors"}
+        data["sites"] = [asdict(site) for site in self.sites]
+        return data
+
+    def save(self, file: str | Path) -> None:
+        """Write the repair as safetensors, whole or not at all; a repair that is there is replaced.
+
+        Raises:
+            RepairError: The file cannot be written, or holds something else; it is as it was.
+        """
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        metadata = {_MARK: json.dumps(self.summary()), "digest": _digest(tensors)}
+        try:
+            write_whole(
+                file, lambda path: save_file(tensors, path, metadata=metadata), replaces=is_repair
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RepairError(
+                f"Repair: {file} cannot be written ({error}); what was there is as it was. Give "
+                "another file, or free some space."
+            ) from error
+
+    @classmethod
+    def load(cls, file: str | Path) -> Repair:
+        """Read a repair written by `save`.
+
+        Raises:
+            RepairError: The file is missing, damaged or changed, or holds something else.
+        """
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            data = dict(parse_json(metadata[_MARK]))
+            data["sites"] = tuple(Site(**site) for site in data["sites"])
+            repair = cls(tensors=tensors, **data)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise RepairError(
+                f"Repair: {file} cannot be read ({error}); it is missing, damaged or no repair of "
+                "this version: give another file, or repair again."
+            ) from error
+        if repair.format_version != FORMAT_VERSION or metadata.get("digest") != _digest(tensors):
+            raise RepairError(
+                f"Repair: {file} was changed since it was written, or is of another version "
+                f"({repair.format_version}, needed {FORMAT_VERSION}); repair again."
+            )
+        return repair
+
+
+def is_repair(file: Path) -> bool:
+    """Whether a file looks like one of `Repair.save`, of whatever version."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return _MARK in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 over what a plan keeps."""
+    kept = {name: [int(unit) for unit in plan.kept[name]] for name in sorted(plan.kept)}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+
+
+def check_repair(repair: Repair, model: nn.Module, plan: Plan) -> None:
+    """Check that a repair was made for this plan, and that its tensors fit the whole model.
+
+    Raises:
+        RepairError: It was made for another plan or model.
+    """
+    if repair.plan != plan_digest(plan):
+        raise RepairError(
+            f"repair: it was made for the plan {repair.plan[:12]}, but the plan here is "
+            f"{plan_digest(plan)[:12]}; new weights fit one plan only: repair this one."
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in repair.tensors.items():
+        found = parameters.get(name)
+        if found is None or found.shape != tensor.shape:
+            has = "no such parameter" if found is None else f"the shape {tuple(found.shape)}"
+            raise RepairError(
+                f"repair: {name} has the shape {tuple(tensor.shape)}, the model has {has}; use it "
+                "with the whole model that it was made from, or repair again."
+            )
+
+
+@contextmanager
+def repaired(model: nn.Module, repair: Repair) -> Iterator[None]:
+    """Run a whole model with the new weights within the block; the old ones are put back."""
+    with ExitStack() as stack:
+        for name, tensor in repair.tensors.items():
+            parameter = tensor_at(model, name)
+            stack.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = tensor.to(parameter)
+        yield
+
+
+@torch.no_grad()
+def install_repair(model: nn.Module, repair: Repair) -> None:
+    """Write the new weights into a whole model for good, before it is cut."""
+    for name, tensor in repair.tensors.items():
+        tensor_at(model, name).copy_(tensor)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and values."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        state.update(tensor_bytes(tensor))
+    return state.hexdigest()
