@@ -15,27 +15,20 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan, check_uncut
-from .checkpoint.prunable import find_prunable
 from .checkpoint.reporting import Findings, save_with_report
-from .checkpoint.savable import check_savable
-from .config.budgets import parse_budgets
-from .config.rules import check_rules, parse_rules
 from .costs.closed_form import unsplit_table_params
-from .errors import DataError, OrderError, PlanError
+from .errors import OrderError
+from .examined import ExaminedModel, check_choice, need
 from .hub import push
 from .masks import masked
 from .scores import METHODS, check_scores, collect_scores
-from .scores.batches import to_device
-from .scores.owners import body_of
 from .scores.prediction import with_prediction
-from .scores.processes import Processes
-from .scores.sample import Batch, check_inputs, from_main, longest_of_all, reiterable
+from .scores.sample import Batch
 from .scores.shards import gathered, is_sharded, shape_of
 from .scores.wrappers import check_parameters, uncompiled
-from .search.solver import STRATEGIES, check_budgets, find_plan
-from .structure.config_keys import LAYOUTS
+from .search.solver import STRATEGIES, find_plan
 from .surgery import check_plan
-from .types import Budget, CostModel, Plan, Scores, StockSpace, Structure
+from .types import Plan, Scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -45,7 +38,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None], None]
 
 
-class GradNASPruner:
+class GradNASPruner(ExaminedModel):
     """Prune a Transformers model: score once with gradients, then plan and cut to any budget.
 
     Args:
@@ -81,53 +74,13 @@ class GradNASPruner:
         rules: Mapping[str, Any] | None = None,
         accelerator: Accelerator | PartialState | None = None,
     ) -> None:
-        _check_choice("score", score, METHODS)
-        _check_choice("search", search, STRATEGIES)
-        _check_choice("layout", layout, LAYOUTS)
-        self.model, self._owner = body_of(model)
-        self._processes = Processes(accelerator)
+        check_choice("score", score, METHODS)
+        check_choice("search", search, STRATEGIES)
+        super().__init__(model, layout=layout, rules=rules, accelerator=accelerator)
         self.score_method = score
         self.search = search
-        self.rules = parse_rules(rules)
-        self.layout = self._requested = layout
-        self.layout_reason = ""
-        self._structure: Structure | None = None
-        self._space: StockSpace | None = None
-        self._costs: dict[str, CostModel] = {}
-        self._totals: dict[str, float] = {}
-        self._sample: Mapping[str, Any] | None = None
         self._scores: Scores | None = None
-        self._plan: Plan | None = None
-        self._checked: set[tuple[Budget, ...]] = set()
-        self._applied = False
         self._saved: Path | None = None
-
-    @property
-    def structure(self) -> Structure:
-        """Axes of the model, and what was refused.
-
-        Raises:
-            OrderError: Neither `discover` nor `score` was called.
-        """
-        return _need(self._structure, "structure", "discover(batch) or score(dataloader)")
-
-    @property
-    def costs(self) -> dict[str, CostModel]:
-        """Closed forms of the costs, by name.
-
-        Raises:
-            OrderError: Neither `discover` nor `score` was called.
-        """
-        return _need(self._costs or None, "costs", "discover(batch) or score(dataloader)")
-
-    @property
-    def totals(self) -> dict[str, float]:
-        """Costs of the unpruned model, by name.
-
-        Raises:
-            OrderError: Neither `discover` nor `score` was called.
-        """
-        return _need(self._totals or None, "totals", "discover(batch) or score(dataloader)")
 
     @property
     def scores(self) -> Scores:
@@ -136,52 +89,7 @@ class GradNASPruner:
         Raises:
             OrderError: Neither `score` nor `use_scores` was called.
         """
-        return _need(self._scores, "scores", "score(dataloader) or use_scores(scores)")
-
-    def discover(self, batch: Batch, *, flops_length: int | None = None) -> Structure:
-        """Find and prove the axes, decide the layout, and count the costs.
-
-        Args:
-            batch: Keyword arguments of the model's forward (tensors are moved to its device).
-            flops_length: Tokens of the one sequence that FLOPs are counted for; None: the batch's.
-
-        Raises:
-            CheckpointError: The model's config or generation config cannot be saved.
-            DataError: The batch or a length cannot be the model's.
-            StructureError: Nothing in the model can be pruned, a rule's glob matches nothing, or
-                the model could not be saved and loaded as it is (see `check_savable`).
-        """
-        check_uncut("discover", is_cut=self._applied)
-        check_parameters(self.model, "discover")
-        try:
-            check_inputs(batch, self.model, flops_length)
-        except DataError:
-            check_savable(self.model)  # a head that was replaced may be at fault, not the data
-            raise
-        given: dict[str, Any] = {"rules": self.rules, "flops_length": flops_length}
-        batch = to_device(from_main(batch, self._processes), self.model)
-        with uncompiled(), self._processes.joint():
-            check_savable(self.model, batch)
-            found = find_prunable(self.model, batch, layout=self._requested, **given)
-        check_rules(self.rules, found.structure)
-        self.layout, self.layout_reason = found.layout, found.layout_reason
-        self._space, self._sample = found.space, found.sample
-        self._costs, self._totals = dict(found.costs), dict(found.totals)
-        self._structure = found.structure
-        return found.structure
-
-    def check(self, budget: Mapping[str, Any]) -> tuple[Budget, ...]:
-        """Read a budget, and check that it can be reached; warns, once, if it is near the lowest.
-
-        Raises:
-            BudgetError: It cannot be read, or not be reached; the message says what can.
-        """
-        budgets = parse_budgets(budget, self.totals)
-        options: dict[str, Any] = {"layout": self.layout, "rules": self.rules, "stock": self._space}
-        options["warns"] = self._processes.is_main and budgets not in self._checked
-        check_budgets(self.structure.axes, self.costs, budgets, **options)
-        self._checked.add(budgets)
-        return budgets
+        return need(self._scores, "scores", "score(dataloader) or use_scores(scores)")
 
     def score(
         self,
@@ -267,7 +175,7 @@ class GradNASPruner:
         check_uncut("apply", is_cut=self._applied)
         check_plan(self.structure.axes, plan)
         check_parameters(self.model, "apply", shards=True)
-        space = _need(self._space, "config", "discover(batch) or score(dataloader)")
+        space = need(self._space, "config", "discover(batch) or score(dataloader)")
         if is_sharded(self.model):
             self.model = gathered(self.model)
         with self._processes.joint():
@@ -342,7 +250,7 @@ class GradNASPruner:
             HubError: The push failed; what was saved is as it was.
             OrderError: `save_pretrained` was not called.
         """
-        folder = _need(self._saved, "folder to push", "save_pretrained(directory)")
+        folder = need(self._saved, "folder to push", "save_pretrained(directory)")
         return self._processes.from_main(partial(push, folder, repo_id, **options)).url
 
     def prune(self, dataloader: Iterable[Batch], budget: Mapping[str, Any], **score: Any) -> Plan:
@@ -364,13 +272,6 @@ class GradNASPruner:
         self.apply(plan)
         return plan
 
-    def _discovered(self, dataloader: Iterable[Batch], limit: int | None) -> Iterable[Batch]:
-        """The same batches, to be read again once `discover` has seen the longest of them."""
-        if self._structure is None:
-            dataloader = reiterable(dataloader, self.model, limit)
-            self.discover(longest_of_all(dataloader, self.model, limit, self._processes))
-        return dataloader
-
     def _cut_plan(self, step: str) -> Plan:
         """The plan that the model was cut to."""
         if self._plan is None:
@@ -386,14 +287,3 @@ class GradNASPruner:
         if plan.layout == "per_layer":
             costs["params"] -= unsplit_table_params(self.structure.axes, shapes, plan.counts())
         return with_prediction(replace(plan, costs=costs), self.scores)
-
-
-def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise PlanError(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}.")
-
-
-def _need(value: Any, what: str, call: str) -> Any:
-    if value is None:
-        raise OrderError(f"{what}: not known yet; call {call} first.")
-    return value

@@ -16,7 +16,7 @@ LAYERS = (
     ("config", "costs", "report"),
     ("structure", "search", "masks", "surgery"),
     ("verification", "scores", "repair", "checkpoint"),
-    ("hub", "pruner", "nas"),
+    ("hub", "examined", "pruner", "nas"),
     ("callback",),
     ("cli", "prune", "inspect", "verify", "__main__", "__init__"),
 )

@@ -1,0 +1,167 @@
+"""A model in hand, and what was found out about it before any scoring.
+
+Knows the checks and the discovery that every other step needs; the steps are in `pruner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from .checkpoint.apply import check_uncut
+from .checkpoint.prunable import find_prunable
+from .checkpoint.savable import check_savable
+from .config.budgets import parse_budgets
+from .config.rules import check_rules, parse_rules
+from .errors import DataError, OrderError, PlanError
+from .scores.batches import to_device
+from .scores.owners import body_of
+from .scores.processes import Processes
+from .scores.sample import Batch, check_inputs, from_main, longest_of_all, reiterable
+from .scores.wrappers import check_parameters, uncompiled
+from .search.solver import check_budgets
+from .structure.config_keys import LAYOUTS
+from .types import Budget, CostModel, Plan, StockSpace, Structure
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
+
+class ExaminedModel:
+    """A model with its axes, layout and costs; `GradNASPruner` has the steps after that.
+
+    Args:
+        model: As of `GradNASPruner`, and so are the others.
+        layout: ``auto``, ``stock`` or ``per_layer``.
+        rules: What must stay.
+        accelerator: Of the processes that work together.
+
+    Raises:
+        PlanError: An unknown layout or rule.
+        StructureError: It is no Transformers model, or adapters are in or around it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        layout: str,
+        rules: Mapping[str, Any] | None,
+        accelerator: Accelerator | PartialState | None,
+    ) -> None:
+        check_choice("layout", layout, LAYOUTS)
+        self.model, self._owner = body_of(model)
+        self._processes = Processes(accelerator)
+        self.rules = parse_rules(rules)
+        self.layout = self._requested = layout
+        self.layout_reason = ""
+        self._structure: Structure | None = None
+        self._space: StockSpace | None = None
+        self._costs: dict[str, CostModel] = {}
+        self._totals: dict[str, float] = {}
+        self._sample: Mapping[str, Any] | None = None
+        self._checked: set[tuple[Budget, ...]] = set()
+        self._plan: Plan | None = None
+        self._applied = False
+
+    @property
+    def structure(self) -> Structure:
+        """Axes of the model, and what was refused.
+
+        Raises:
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        return need(self._structure, "structure", "discover(batch) or score(dataloader)")
+
+    @property
+    def costs(self) -> dict[str, CostModel]:
+        """Closed forms of the costs, by name.
+
+        Raises:
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        return need(self._costs or None, "costs", "discover(batch) or score(dataloader)")
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Costs of the unpruned model, by name.
+
+        Raises:
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        return need(self._totals or None, "totals", "discover(batch) or score(dataloader)")
+
+    def discover(self, batch: Batch, *, flops_length: int | None = None) -> Structure:
+        """Find and prove the axes, decide the layout, and count the costs.
+
+        Args:
+            batch: Keyword arguments of the model's forward (tensors are moved to its device).
+            flops_length: Tokens of the one sequence that FLOPs are counted for; None: the batch's.
+
+        Raises:
+            CheckpointError: The model's config or generation config cannot be saved.
+            DataError: The batch or a length cannot be the model's.
+            StructureError: Nothing in the model can be pruned, a rule's glob matches nothing, or
+                the model could not be saved and loaded as it is (see `check_savable`).
+        """
+        check_uncut("discover", is_cut=self._applied)
+        check_parameters(self.model, "discover")
+        try:
+            check_inputs(batch, self.model, flops_length)
+        except DataError:
+            check_savable(self.model)  # a head that was replaced may be at fault, not the data
+            raise
+        given: dict[str, Any] = {"rules": self.rules, "flops_length": flops_length}
+        batch = to_device(from_main(batch, self._processes), self.model)
+        with uncompiled(), self._processes.joint():
+            check_savable(self.model, batch)
+            found = find_prunable(self.model, batch, layout=self._requested, **given)
+        check_rules(self.rules, found.structure)
+        self.layout, self.layout_reason = found.layout, found.layout_reason
+        self._space, self._sample = found.space, found.sample
+        self._costs, self._totals = dict(found.costs), dict(found.totals)
+        self._structure = found.structure
+        return found.structure
+
+    def check(self, budget: Mapping[str, Any]) -> tuple[Budget, ...]:
+        """Read a budget, and check that it can be reached; warns, once, if it is near the lowest.
+
+        Raises:
+            BudgetError: It cannot be read, or not be reached; the message says what can.
+        """
+        budgets = parse_budgets(budget, self.totals)
+        options: dict[str, Any] = {"layout": self.layout, "rules": self.rules, "stock": self._space}
+        options["warns"] = self._processes.is_main and budgets not in self._checked
+        check_budgets(self.structure.axes, self.costs, budgets, **options)
+        self._checked.add(budgets)
+        return budgets
+
+    def _discovered(self, dataloader: Iterable[Batch], limit: int | None) -> Iterable[Batch]:
+        """The same batches, to be read again once `discover` has seen the longest of them."""
+        if self._structure is None:
+            dataloader = reiterable(dataloader, self.model, limit)
+            self.discover(longest_of_all(dataloader, self.model, limit, self._processes))
+        return dataloader
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Check that a value is one of those that are known.
+
+    Raises:
+        PlanError: It is not.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise PlanError(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}.")
+
+
+def need(value: Any, what: str, call: str) -> Any:
+    """What an earlier step found.
+
+    Raises:
+        OrderError: The step was not taken; the message names its call.
+    """
+    if value is None:
+        raise OrderError(f"{what}: not known yet; call {call} first.")
+    return value
