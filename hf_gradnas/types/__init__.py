@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .costs import Budget, CostModel, Product
 from .documents import parse_json, read_object
+from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
 from .plan_checks import check_indices, check_values, is_integer
 from .structure import (
     Attribute,
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
     from .plans import Plan, Scores
 
 __all__ = [
+    "MASKED",
+    "REPAIRED",
+    "STATES",
     "Attribute",
     "Axis",
     "Budget",
     "CostModel",
+    "Frontier",
     "Kind",
     "Plan",
+    "Point",
     "Product",
     "Refusal",
     "Removal",
@@ -45,6 +51,7 @@ __all__ = [
     "Tap",
     "check_indices",
     "check_values",
+    "is_frontier",
     "is_integer",
     "parse_json",
     "read_object",
