@@ -58,7 +58,13 @@ def training_scores(pruner: GradNASPruner, riding: TrainingScores, processes: Pr
 
 def without_lost(scores: Scores, pruner: GradNASPruner, kept: Kept) -> Scores:
     """Scores in which units that are pruned already are worth nothing."""
-    values = {name: np.array(value) for name, value in scores.values.items()}
-    for axis in pruner.structure.axes:
-        values[axis.name][lost_units(axis, kept)] = 0
-    return replace(scores, values=values)
+    lost = {axis.name: lost_units(axis, kept) for axis in pruner.structure.axes}
+
+    def cleared(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        copies = {name: np.array(value) for name, value in values.items()}
+        for name, units in lost.items():
+            copies[name][units] = 0
+        return copies
+
+    also = {method: cleared(values) for method, values in scores.also.items()}
+    return replace(scores, values=cleared(scores.values), also=also)

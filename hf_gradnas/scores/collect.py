@@ -6,9 +6,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,15 +15,16 @@ from torch import nn
 
 from .._compat import configs_of
 from ..errors import DataError, ScoresError
-from ..types import Axis, Scores, is_integer
+from ..types import Axis, Scores
 from .batches import digest
-from .fingerprints import axes_fingerprint, check_same_everywhere, model_fingerprint
+from .fingerprints import check_same_everywhere, model_fingerprint
 from .gradients import GradientRecorder
 from .keeping import kept
 from .losses import DataLoss, Objective, SampledLoss
 from .measure import GlobalBatch, Measure, Part
-from .methods import GLOBAL_METHODS, METHODS, WEIGHT_METHODS
+from .methods import GLOBAL_METHODS, WEIGHT_METHODS
 from .processes import Processes
+from .settings import check_arguments, check_methods, settings_of
 from .state import Record, State, continued
 from .steps import Step, read_steps
 from .wrappers import check_parameters, uncompiled
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 Progress = Callable[[int, "int | None"], None]
-LABELS = ("data", "model")
-MASK_PLACES = {"input": "out_projection_input", "output": "producer_output"}
 
 
 def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaults
@@ -43,6 +41,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     batches: Iterable[Any],
     *,
     method: str = "fisher",
+    also: Sequence[str] = (),
     labels: str = "data",
     num_examples: int | None = None,
     seed: int = 0,
@@ -63,6 +62,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         batches: Dicts for ``model(**batch)``, not read by `magnitude` and `random`. For several
             processes: a prepared or plain ``DataLoader``, or the same iterable on all of them.
         method: A key of `METHODS`.
+        also: Further methods that come from gradients, for `Scores.also`, in the same pass.
         labels: ``"data"`` (the batches'), or ``"model"`` (drawn from the model's own predictions).
         num_examples: Score the first so many examples, over all processes; None: all.
         seed: For drawn labels and for `random`.
@@ -78,15 +78,32 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         StructureError: An axis does not fit the model.
     """
     axes, processes = tuple(structure_axes), Processes(accelerator)
-    _check_arguments(seed, file, progress)
-    settings = _settings(axes, method, labels, num_examples, seed, processes)
+    check_arguments(seed, file, progress)
+    methods = check_methods(method, also)
+    settings = settings_of(axes, methods, labels, num_examples, seed, processes)
     record = _open(model, axes, settings, file, processes)
     processes.from_main(partial(record.check_writable, resume=resume))
     if method in WEIGHT_METHODS:
         state = _from_weights(model, axes, method, seed)
         return record.write(record.scores(state, complete=True))
-    objective = _objective(model, method, labels, seed)
-    read = partial(read_steps, batches, model, num_examples, processes)
+    objective = _objective(model, methods, labels, seed)
+    options: dict[str, Any] = {"progress": progress, "resume": resume}
+    return _run(record, objective, batches, num_examples, save_every_s=save_every_s, **options)
+
+
+def _run(
+    record: Record,
+    objective: Objective,
+    batches: Iterable[Any],
+    num_examples: int | None,
+    *,
+    save_every_s: float,
+    progress: Progress | None,
+    resume: bool,
+) -> Scores:
+    """Score the batches that the record's file does not hold yet, and write all."""
+    processes = record.processes
+    read = partial(read_steps, batches, objective.model, num_examples, processes)
     with ExitStack() as stack:
         state, stream = _begin(stack, record, batches, read, resume=resume)
         keep = stack.enter_context(kept(record, state, save_every_s))
@@ -99,10 +116,10 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         return _finish(record, latest)
 
 
-def _objective(model: nn.Module, method: str, labels: str, seed: int) -> Objective:
+def _objective(model: nn.Module, methods: Iterable[str], labels: str, seed: int) -> Objective:
     if labels == "model":
         return SampledLoss(model, seed)
-    return DataLoss(model, "", by_batch=method in GLOBAL_METHODS)
+    return DataLoss(model, "", by_batch=all(method in GLOBAL_METHODS for method in methods))
 
 
 def _open(
@@ -120,57 +137,6 @@ def _open(
     return record
 
 
-def _check_arguments(seed: object, file: object, progress: object) -> None:
-    """Check what would fail only after the first batch was scored."""
-    is_seed = is_integer(seed) and cast(int, seed) >= 0
-    for name, is_right, found, needed in (
-        ("seed", is_seed, seed, "a whole number of 0 or more"),
-        ("file", isinstance(file, str | PathLike | None) and file != "", file, "a path or None"),
-        ("progress", progress is None or callable(progress), progress, "a function or None"),
-    ):
-        if not is_right:
-            raise ScoresError(f"{name}={found!r:.80}: needed {needed}; give that, or omit it.")
-
-
-def _check_choices(**choices: tuple[str, Iterable[str]]) -> None:
-    for name, (value, known) in choices.items():
-        if not isinstance(value, str) or value not in known:
-            raise ScoresError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
-
-
-def _settings(
-    axes: Sequence[Axis],
-    method: str,
-    labels: str,
-    num_examples: int | None,
-    seed: int,
-    processes: Processes,
-) -> dict[str, Any]:
-    """Everything that scores depend on besides model and data; the seed only where it is used.
-
-    Raises:
-        ScoresError: An unknown choice.
-    """
-    _check_choices(method=(method, METHODS), labels=(labels, LABELS))
-    is_global = method in GLOBAL_METHODS
-    return {
-        "accumulation_steps": processes.accumulation_steps if is_global else 1,
-        "axes": axes_fingerprint(axes),
-        "labels": labels,
-        "mask_place": _mask_place(axes),
-        "method": method,
-        "num_examples": num_examples,
-        "processes": 1 if method in WEIGHT_METHODS else processes.count,
-        "seed": seed if labels == "model" or method == "random" else None,
-    }
-
-
-def _mask_place(axes: Iterable[Axis]) -> str:
-    """Where the masks of the axes stand, in the order of `MASK_PLACES`."""
-    sides = {tap.side for axis in axes for tap in axis.masked_at}
-    return ",".join(place for side, place in MASK_PLACES.items() if side in sides)
-
-
 def _from_weights(model: nn.Module, axes: Iterable[Axis], method: str, seed: int) -> State:
     found = WEIGHT_METHODS[method](model, axes, seed)
     return State(np.concatenate([found[axis.name] for axis in axes]), normaliser="none")
@@ -186,7 +152,7 @@ def _begin(
 ) -> tuple[State, Iterator[Step]]:
     """State to start from and the steps that are left, closed with the stack."""
     stream = stack.enter_context(closing(read()))
-    empty = State(np.zeros(sum(axis.size for axis in record.axes)))
+    empty = State(np.zeros(len(record.methods) * sum(axis.size for axis in record.axes)))
     earlier = record.processes.from_main(record.earlier) if resume else None
     if earlier is None:
         return empty, stream
@@ -213,11 +179,11 @@ def _states(
     Raises:
         DataError: A loss or a gradient is not finite, on any process.
     """
-    method, processes, model = str(record.settings["method"]), record.processes, objective.model
+    methods, processes, model = record.methods, record.processes, objective.model
     objective.normaliser = state.normaliser or objective.normaliser
     recorder = GradientRecorder(model, record.axes)
-    measure = Measure(model, record.axes, recorder, objective, method)
-    batch = GlobalBatch(method, processes)
+    measure = Measure(model, record.axes, recorder, objective, methods)
+    batch = GlobalBatch(methods, processes)
     latest = state
     with _quiet(model), recorder.attached():
         for step in stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def check_same_everywhere(model: str, settings: Mapping[str, object], processes:
             )
 
 
-def check_scores(scores: Scores, model: nn.Module, axes: Iterable[Axis]) -> None:
+def check_scores(scores: Scores, model: nn.Module, axes: Sequence[Axis]) -> None:
     """Check that scores are complete, of this very model, and fit its axes.
 
     Raises:
@@ -74,23 +74,23 @@ def check_scores(scores: Scores, model: nn.Module, axes: Iterable[Axis]) -> None
             f"{type(model).__name__} has {needed[:12]}…); score this model, in the dtype that it "
             "is pruned in."
         )
-    method = scores.metadata.get("method", "fisher")
-    if method not in METHODS:
-        raise ScoresError(
-            f"Scores: their method is {method!r:.40}, known are {', '.join(METHODS)}; score the "
-            "model again."
-        )
+    for method in (scores.metadata.get("method", "fisher"), *scores.also):
+        if method not in METHODS:
+            raise ScoresError(
+                f"Scores: their method is {method!r:.40}, known are {', '.join(METHODS)}; score "
+                "the model again."
+            )
     check_values(scores, axes)
 
 
-def check_values(scores: Scores, axes: Iterable[Axis]) -> None:
-    """Check that scores hold one finite real number per unit of every axis.
+def check_values(scores: Scores, axes: Sequence[Axis]) -> None:
+    """Check that scores hold one finite real number per unit of every axis, for every method.
 
     Raises:
         ScoresError: They do not.
     """
-    for axis in axes:
-        values = scores.values.get(axis.name)
+    held = (scores.values, *scores.also.values())
+    for axis, values in ((axis, found.get(axis.name)) for found in held for axis in axes):
         if not isinstance(values, np.ndarray) or values.shape != (axis.size,):
             found = str(values.shape) if isinstance(values, np.ndarray) else type(values).__name__
             shape = "none" if values is None else found

@@ -30,8 +30,8 @@ class Part:
     """What one batch adds.
 
     Attributes:
-        values: ``(units of all axes,)`` float64: scores, or for a method of `GLOBAL_METHODS` sums
-            of gradients.
+        values: ``(methods * units of all axes,)`` float64, method by method: scores, or for one of
+            `GLOBAL_METHODS` sums of gradients.
         count: Labels that they were summed over.
         labels: Labels that the loss is the sum of; examples, where the model's loss is a sum.
         loss: Sum of their losses in nats; NaN where it is no log-likelihood of one label each.
@@ -51,7 +51,7 @@ class Measure:
         axes: What to score.
         recorder: Attached to the model by the caller.
         objective: The loss.
-        method: A key of `GRADIENT_METHODS`.
+        methods: Keys of `GRADIENT_METHODS`.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Measure:
         axes: Sequence[Axis],
         recorder: GradientRecorder,
         objective: Objective,
-        method: str,
+        methods: Sequence[str],
     ) -> None:
         self.axes, self.recorder, self.objective = axes, recorder, objective
-        self._method = method
+        self._methods = methods
         self._is_sharded = is_sharded(model)
         self._latest: Batch | None = None
-        self._units = sum(axis.size for axis in axes)
+        self._size = len(methods) * sum(axis.size for axis in axes)
 
     def agree(self, step: Step, processes: Processes) -> None:
         """Let all processes multiply losses by the same count: the first process's.
@@ -96,7 +96,7 @@ class Measure:
         Raises:
             DataError: The loss or a gradient is not finite.
         """
-        nothing = Part(np.zeros(self._units), 0)
+        nothing = Part(np.zeros(self._size), 0)
         if step.batch is None:
             self._run_along()
             return nothing
@@ -105,7 +105,11 @@ class Measure:
         if loss is None or not gradients:
             self._run_along()
             return nothing
-        terms = [self._term(gradients[a.name], count).to(loss.device) for a in self.axes]
+        terms = [
+            _term(method, gradients[axis.name], count).to(loss.device)
+            for method in self._methods
+            for axis in self.axes
+        ]
         # The only time per batch that the host waits for the device.
         values = torch.cat([loss.detach()[None], *terms]).double().cpu().numpy()
         self._check_finite(values, step.batch)
@@ -127,12 +131,6 @@ class Measure:
                 break
         self.recorder.start(1)
 
-    def _term(self, gradients: Tensor, count: int) -> Tensor:
-        """``(units,)`` of gradients ``(examples, units)``."""
-        if self._method in GLOBAL_METHODS:
-            return gradients.sum(0)
-        return GRADIENT_METHODS[self._method](gradients, count)
-
     def _gradients(self, batch: Batch, first: int) -> tuple[Tensor | None, int, dict[str, Tensor]]:
         """Loss sum, count of labels and gradients of a batch."""
         while True:  # once more for a batch in which outputs had to be copied first
@@ -153,28 +151,35 @@ class Measure:
                 f"Batch {batch.index}: the loss is {values[0]}; look for broken inputs or labels "
                 "in it, or load the model in float32 or bfloat16."
             )
-        ends = np.cumsum([axis.size for axis in self.axes])
+        ends = np.cumsum([axis.size for _ in self._methods for axis in self.axes])
         first = int(np.flatnonzero(~np.isfinite(values[1:]))[0])
-        axis = self.axes[int(np.searchsorted(ends, first, side="right"))]
+        axis = self.axes[int(np.searchsorted(ends, first, side="right")) % len(self.axes)]
         raise DataError(
             f"Batch {batch.index}: a gradient of {axis.name} is {values[1 + first]} though the "
             "loss is finite; load the model in float32 or bfloat16, or leave the batch out."
         )
 
 
+def _term(method: str, gradients: Tensor, count: int) -> Tensor:
+    """``(units,)`` of gradients ``(examples, units)``."""
+    if method in GLOBAL_METHODS:
+        return gradients.sum(0)
+    return GRADIENT_METHODS[method](gradients, count)
+
+
 class GlobalBatch:
     """Adds up parts until a global batch is complete, and gives what it adds to the scores.
 
-    Where the formula looks at one batch of one process, every step is complete at once.
+    Where no formula looks at more than one batch of one process, every step is complete at once.
 
     Args:
-        method: A key of `GRADIENT_METHODS`.
+        methods: Keys of `GRADIENT_METHODS`.
         processes: All that score.
     """
 
-    def __init__(self, method: str, processes: Processes) -> None:
-        self._method, self._processes = method, processes
-        is_global = method in GLOBAL_METHODS
+    def __init__(self, methods: Sequence[str], processes: Processes) -> None:
+        self._methods, self._processes = methods, processes
+        is_global = any(method in GLOBAL_METHODS for method in methods)
         self._size = processes.accumulation_steps if is_global else 1
         self._parts: list[Part] = []
 
@@ -191,11 +196,21 @@ class GlobalBatch:
         """This process's share in the scores of the global batch, which may lack its last steps."""
         parts, self._parts = self._parts, []
         values = np.sum([part.values for part in parts], axis=0)
-        if self._method not in GLOBAL_METHODS or not parts:
+        if not parts:
             return values
-        count = np.array([float(sum(part.count for part in parts))])
-        *sums, labels = self._processes.sum(np.concatenate([values, count]))
+        count = sum(part.count for part in parts)
+        shares = np.split(values, len(self._methods))
+        return np.concatenate(
+            [
+                self._squared(method, share, count) if method in GLOBAL_METHODS else share
+                for method, share in zip(self._methods, shares, strict=True)
+            ]
+        )
+
+    def _squared(self, method: str, values: np.ndarray, count: int) -> np.ndarray:
+        """Scores of a global batch from this process's sums of gradients; the main one has them."""
+        *sums, labels = self._processes.sum(np.concatenate([values, [float(count)]]))
         if not (labels and self._processes.is_main):
             return np.zeros_like(values)
         gradients = torch.tensor(np.array(sums))
-        return GRADIENT_METHODS[self._method](gradients[None], int(labels)).numpy()
+        return GRADIENT_METHODS[method](gradients[None], int(labels)).numpy()

@@ -14,6 +14,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -30,7 +31,8 @@ from .steps import Step
 logger = logging.getLogger(__name__)
 
 NAMED_SETTINGS = ("method", "labels", "seed", "mask_place")
-SINGLE = {"processes": 1, "accumulation_steps": 1}  # in files that do not say
+# In files that do not say.
+SINGLE: Mapping[str, object] = {"processes": 1, "accumulation_steps": 1, "also": []}
 OTHER_NORMALISERS = ("", "none", "sampled_labels")
 _COUNT = re.compile(r"[0-9]{1,18}")
 _DIGEST = re.compile(r"[0-9a-f]{64}|")
@@ -42,7 +44,8 @@ class State:
     """Sums so far and what they were taken over.
 
     Attributes:
-        totals: ``(units of all axes,)``, float64; where several processes score, this one's part.
+        totals: ``(methods * units of all axes,)``, float64, method by method; where several
+            processes score, this one's part.
         examples: Examples done, by all processes.
         batches: Batches done, by all processes.
         steps: Steps done; one of all processes at a time.
@@ -69,7 +72,8 @@ class Record:
 
     Attributes:
         axes: Axes in the order of `State.totals`.
-        settings: What must not change when a pass is resumed.
+        settings: What must not change when a pass is resumed; ``method`` and the list ``also``
+            name the methods in the order of `State.totals`.
         model: Fingerprint of the model.
         file: Where scores are kept; None: nowhere.
         processes: All that score; the main one writes.
@@ -83,10 +87,8 @@ class Record:
 
     def scores(self, state: State, *, complete: bool) -> Scores:
         """Scores of a state; those of an unfinished pass are its sums so far."""
-        ends = accumulate(axis.size for axis in self.axes)
-        values = {
-            a.name: state.totals[e - a.size : e] for a, e in zip(self.axes, ends, strict=True)
-        }
+        first, *further = np.split(state.totals, len(self.methods))
+        also = zip(self.methods[1:], further, strict=True)
         metadata = {
             **{key: str(self.settings[key]) for key in NAMED_SETTINGS},
             "normaliser": state.normaliser,
@@ -100,7 +102,18 @@ class Record:
             **_loss_metadata(state),
             **{f"{name}_version": sys.modules[name].__version__ for name in PACKAGES},
         }
-        return Scores(values, metadata)
+        return Scores(self._values(first), metadata, {name: self._values(v) for name, v in also})
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods, in the order of `State.totals`."""
+        further = cast("list[str]", self.settings["also"])
+        return (str(self.settings["method"]), *further)
+
+    def _values(self, totals: np.ndarray) -> dict[str, np.ndarray]:
+        """Totals of one method, per axis name."""
+        ends = accumulate(axis.size for axis in self.axes)
+        return {a.name: totals[e - a.size : e] for a, e in zip(self.axes, ends, strict=True)}
 
     def joined(self, state: State) -> State:
         """State of all processes together, the same on each; they must ask together."""
@@ -200,9 +213,12 @@ class Record:
                 raise self._damaged(f"{key} is {found.get(key)!r}")
         if not _DIGEST.fullmatch(found.get("data_fingerprint", "-")):
             raise self._damaged(f"data_fingerprint is {found.get('data_fingerprint')!r}")
-        check_values(scores, self.axes)
+        held = [scores.values, *(scores.also.get(method, {}) for method in self.methods[1:])]
+        check_values(
+            replace(scores, also=dict(zip(self.methods[1:], held[1:], strict=True))), self.axes
+        )
         return State(
-            totals=np.concatenate([scores.values[axis.name] for axis in self.axes]),
+            totals=np.concatenate([values[axis.name] for values in held for axis in self.axes]),
             examples=int(found["examples"]),
             batches=int(found["batches"]),
             steps=int(found["steps"]),

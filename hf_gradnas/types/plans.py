@@ -22,6 +22,8 @@ from .plan_checks import check_values
 
 DIGEST = "sha256"
 """Key of a scores file's metadata: of its values and of the rest of its metadata."""
+ALSO = "also"
+"""Key of a scores file's metadata: which further methods it holds, with commas between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,25 +150,57 @@ class Scores:
             ``model_fingerprint``, ``data_fingerprint``, ``settings``, versions; ``loss_sum``
             and ``labels_scored``: the loss in nats while scoring, and of how many labels (tokens,
             examples) it is the sum, where the model's loss is a log-likelihood.
+        also: Values of further methods from the same pass, per method; `of` gives their scores.
     """
 
     values: Mapping[str, np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    also: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     FORMAT_VERSION = 1
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of all methods that these scores hold, that of `values` first."""
+        return (self.metadata.get("method", ""), *self.also)
+
+    def of(self, method: str) -> Scores:
+        """The scores of one method alone, as a pass for it would have given them.
+
+        Raises:
+            ScoresError: They hold no such method, or settings that cannot be read.
+        """
+        if method not in self.methods:
+            raise ScoresError(
+                f"Scores: they hold {', '.join(map(repr, self.methods))}, but {method!r} was asked "
+                "for; choose one of these, or score the model again with that method."
+            )
+        metadata = {**self.metadata, "method": method}
+        if "settings" in metadata:
+            settings = {**_settings_of(metadata["settings"]), "method": method, "also": []}
+            metadata["settings"] = json.dumps(settings, sort_keys=True)
+        return Scores(self.also.get(method, self.values), metadata)
+
     def save(self, file: str | Path) -> None:
         """Write the scores as safetensors, one tensor per axis; the file is there whole or not.
+
+        Those of further methods are named ``method/axis``.
 
         Several processes may write one file at once; the last one to end wins.
 
         Raises:
             ScoresError: The file cannot be written, or holds something else; it is as it was.
         """
+        further = {
+            f"{m}/{name}": v for m, values in self.also.items() for name, v in values.items()
+        }
         tensors = {
-            name: np.ascontiguousarray(v, dtype=np.float64) for name, v in self.values.items()
+            name: np.ascontiguousarray(v, dtype=np.float64)
+            for name, v in {**self.values, **further}.items()
         }
         metadata = {**self.metadata, "format_version": str(self.FORMAT_VERSION)}
+        if self.also:
+            metadata[ALSO] = ",".join(self.also)
         metadata[DIGEST] = _digest(tensors, metadata)
         try:
             write_whole(
@@ -219,7 +253,30 @@ class Scores:
                 "have the digest in it; remove it and score again."
             )
         del metadata["format_version"]
-        return cls(values, metadata)
+        methods = [name for name in metadata.pop(ALSO, "").split(",") if name]
+        also = {method: _part(values, f"{method}/") for method in methods}
+        return cls(values, metadata, also)
+
+
+def _settings_of(text: str) -> dict[str, Any]:
+    """Settings of a pass, as scores keep them.
+
+    Raises:
+        ScoresError: The text is none.
+    """
+    try:
+        return dict(parse_json(text))
+    except (ValueError, TypeError) as error:
+        raise ScoresError(
+            f"Scores: their settings hold {text!r:.80}, needed a JSON object ({error}); score the "
+            "model again."
+        ) from error
+
+
+def _part(values: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Take the values whose names begin with a prefix out of the others."""
+    names = [name for name in values if name.startswith(prefix)]
+    return {name.removeprefix(prefix): values.pop(name) for name in names}
 
 
 def _digest(values: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
