@@ -145,6 +145,14 @@ class ExaminedModel:
             self.discover(longest_of_all(dataloader, self.model, limit, self._processes))
         return dataloader
 
+    def _cut_plan(self, step: str) -> Plan:
+        """The plan that the model was cut to."""
+        if self._plan is None:
+            found = "failed when it was cut" if self._applied else "is not cut yet"
+            advice = "load it again and make a new pruner" if self._applied else "call apply(plan)"
+            raise OrderError(f"{step}: the model {found}; {advice} first.")
+        return self._plan
+
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Check that a value is one of those that are known.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,14 @@ from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.reporting import Findings, save_with_report
-from .costs.closed_form import unsplit_table_params
-from .errors import OrderError
 from .examined import ExaminedModel, check_choice, need
 from .hub import push
 from .masks import masked
+from .repair.repairs import Repair, check_repair, check_unsharded, repaired
 from .scores import METHODS, check_scores, collect_scores
-from .scores.prediction import with_prediction
+from .scores.prediction import settled
 from .scores.sample import Batch
-from .scores.shards import gathered, is_sharded, shape_of
+from .scores.shards import gathered, is_sharded
 from .scores.wrappers import check_parameters, uncompiled
 from .search.solver import STRATEGIES, find_plan
 from .surgery import check_plan
@@ -80,6 +78,7 @@ class GradNASPruner(ExaminedModel):
         self.score_method = score
         self.search = search
         self._scores: Scores | None = None
+        self._repair: Repair | None = None
         self._saved: Path | None = None
 
     @property
@@ -151,29 +150,49 @@ class GradNASPruner(ExaminedModel):
         make = partial(find_plan, self.structure.axes, self.scores, self.costs, budgets)
         options = {"search": self.search, "layout": self.layout, "rules": self.rules}
         make = partial(make, **options, stock=self._space)
-        return self._settle(self._processes.from_main(make))
+        return settled(
+            self._processes.from_main(make), self.model, self.structure.axes, self.scores
+        )
 
-    def masked(self, plan: Plan) -> AbstractContextManager[None]:
+    def masked(self, plan: Plan, repair: Repair | None = None) -> AbstractContextManager[None]:
         """Try a plan without cutting: inside the ``with``, pruned units are multiplied by 0.
+
+        Args:
+            plan: What is pruned.
+            repair: New weights for it, in force inside the ``with`` too.
 
         Raises:
             PlanError: The plan does not fit this model.
+            RepairError: The repair is that of another plan or model.
+            StructureError: The weights are sharded, and there is a repair.
         """
         check_uncut("masked", is_cut=self._applied)
         check_plan(self.structure.axes, plan)
-        return uncompiled(masked(self.model, self.structure.axes, plan.kept))
+        context = masked(self.model, self.structure.axes, plan.kept)
+        if repair is not None:
+            check_unsharded(self.model, "masked")
+            check_repair(repair, self.model, plan)
+            context = repaired(self.model, repair, context)
+        return uncompiled(context)
 
-    def apply(self, plan: Plan) -> PreTrainedModel:
+    def apply(self, plan: Plan, repair: Repair | None = None) -> PreTrainedModel:
         """Cut the model in place and rewrite its config; a plan that does not fit changes nothing.
 
         Of shards (FSDP2), a plain copy of the whole is cut and becomes `model`, on all processes.
 
+        Args:
+            plan: What is kept.
+            repair: New weights for this plan, of `repair`; one that was not accepted changes none.
+
         Raises:
             CutError: On the sample the cut model differs from the masked one; it is not usable.
             PlanError: The plan does not fit this model or its class, or it was cut already.
+            RepairError: The repair is that of another plan or model.
         """
         check_uncut("apply", is_cut=self._applied)
         check_plan(self.structure.axes, plan)
+        if repair is not None:
+            check_repair(repair, self.model, plan)
         check_parameters(self.model, "apply", shards=True)
         space = need(self._space, "config", "discover(batch) or score(dataloader)")
         if is_sharded(self.model):
@@ -181,11 +200,12 @@ class GradNASPruner(ExaminedModel):
         with self._processes.joint():
             before = [id(parameter) for parameter in self.model.parameters()]
             try:
-                apply_plan(self.model, plan, self.structure, space, sample=self._sample)
+                more: dict[str, Any] = {"sample": self._sample, "repair": repair}
+                apply_plan(self.model, plan, self.structure, space, **more)
             finally:  # what fails after the cut has begun leaves no whole model
                 self._applied = before != [id(p) for p in self.model.parameters()]
         self._applied = True
-        self._plan = plan
+        self._plan, self._repair = plan, repair
         return self.model
 
     def recover(self, teacher: PreTrainedModel, train_dataset: Any, **options: Any) -> Recovery:
@@ -231,7 +251,8 @@ class GradNASPruner(ExaminedModel):
             CheckpointError: The target cannot be written, or does not load back as it was.
         """
         plan = self._cut_plan("save_pretrained")
-        found = Findings(plan, self.structure, self._costs, self._totals, self._scores)
+        totals, scores, repair = self._totals, self._scores, self._repair
+        found = Findings(plan, self.structure, self._costs, totals, scores, repair)
         options = {"processing_class": processing_class, "overwrite": overwrite, "report": report}
         more: dict[str, Any] = {"document": document, "files": files, "sample": self._sample}
         more["owner"] = self._owner
@@ -271,19 +292,3 @@ class GradNASPruner(ExaminedModel):
         plan = self.plan(budget)
         self.apply(plan)
         return plan
-
-    def _cut_plan(self, step: str) -> Plan:
-        """The plan that the model was cut to."""
-        if self._plan is None:
-            found = "failed when it was cut" if self._applied else "is not cut yet"
-            advice = "load it again and make a new pruner" if self._applied else "call apply(plan)"
-            raise OrderError(f"{step}: the model {found}; {advice} first.")
-        return self._plan
-
-    def _settle(self, plan: Plan) -> Plan:
-        """The plan with its loss in nats where it is one, and with the costs after the cut."""
-        shapes = {name: shape_of(p) for name, p in self.model.named_parameters()}
-        costs = dict(plan.costs)
-        if plan.layout == "per_layer":
-            costs["params"] -= unsplit_table_params(self.structure.axes, shapes, plan.counts())
-        return with_prediction(replace(plan, costs=costs), self.scores)

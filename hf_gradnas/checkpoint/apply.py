@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CutError, PlanError, described
 from ..masks import masked
+from ..repair.repairs import Repair, repaired
 from ..scores.batches import to_device
 from ..structure.config_values import locate_axes
 from ..structure.counting import count_params
@@ -48,6 +50,7 @@ def apply_plan(
     space: StockSpace,
     *,
     sample: Mapping[str, Any] | None = None,
+    repair: Repair | None = None,
 ) -> None:
     """Cut a model in place and rewrite its config; a plan that does not fit changes nothing.
 
@@ -58,6 +61,7 @@ def apply_plan(
         space: What its class can express.
         sample: Batch for ``model(**sample)``, on which the cut model must do what the masked one
             does; None: only its parameters are counted.
+        repair: New weights for this plan, which the masked model and the cut one then have.
 
     Raises:
         CutError: The cut model is not what the plan promises, and not usable.
@@ -67,7 +71,11 @@ def apply_plan(
     _write_config(copy.deepcopy(model.config), model, plan, structure, space)
     earlier = vars(model.config).get("gradnas")
     calls = [] if sample is None else calls_of(sample, model)
-    record = cut_with_proof(model, structure.axes, plan.kept, layout=plan.layout, calls=calls)
+    with ExitStack() as stack:
+        if repair is not None:
+            stack.enter_context(repaired(model, repair))
+        record = cut_with_proof(model, structure.axes, plan.kept, layout=plan.layout, calls=calls)
+        stack.pop_all()  # the new weights stay
     _write_config(model.config, model, plan, structure, space)
     renumber_heads(model, structure.axes, plan.kept)
     if plan.layout == "per_layer":

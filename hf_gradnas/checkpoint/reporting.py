@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .._redaction import shareable, without_secrets
 from ..errors import CheckpointError, GradNASWarning, described
+from ..repair.repairs import Repair
 from ..report import find_origin, in_one_line, report_files, summarise
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import CostModel, Plan, Scores, Structure
@@ -34,6 +35,7 @@ class Findings:
         costs: Closed forms of the costs.
         totals: Costs of the whole model.
         scores: What the plan was made from, if it is known.
+        repair: The new weights that it was cut with, if there were any.
     """
 
     plan: Plan
@@ -41,11 +43,13 @@ class Findings:
     costs: Mapping[str, CostModel]
     totals: Mapping[str, float]
     scores: Scores | None
+    repair: Repair | None = None
 
     def document(self, more: Mapping[str, Any] | None) -> dict[str, Any]:
         """Content of ``gradnas.json``."""
         metadata = {} if self.scores is None else dict(self.scores.metadata)
-        return {"totals": self.totals, "scores": metadata, **(more or {})}
+        found = {} if self.repair is None else {"repair": self.repair.record()}
+        return {"totals": self.totals, "scores": metadata, **found, **(more or {})}
 
 
 def save_with_report(

@@ -18,6 +18,7 @@ from .._manifests import FILES, OLD_FILES, file_sha256, is_sealed
 from .._redaction import without_secrets
 from ..checkpoint.targets import DOCUMENT, FORMAT_VERSION
 from ..errors import CheckpointError, GradNASError, RecipeError, first_line
+from ..report import say_repair
 from .early import check_device, local_path
 from .isolation import run_alone
 from .saved_files import CODE as CODE_KIND
@@ -56,6 +57,8 @@ class _Saved:
     auto_map: Mapping[str, str]
     is_sealed: bool | None
     """Whether the document is as it was written; None: an old one, which cannot tell."""
+    repair: Mapping[str, Any]
+    """The document's record of a repair; empty without one."""
 
 
 def verify_from_options(
@@ -97,12 +100,23 @@ def verify_from_options(
     failed = [check for check in checks if check.has_failed]
     if as_json:
         answer = {"folder": without_secrets(folder), "layout": saved.layout, "verified": not failed}
+        answer["repair"] = saved.repair or None
         answer["checks"] = [asdict(check) for check in checks]
         sys.stdout.write(json.dumps(answer, indent=1) + "\n")
     rows = [(check.what, check.word, check.found) for check in checks]
     screen.line(f"{folder}, layout {saved.layout}:")
     screen.table("Checks", ("file or way of loading", "result", "found"), rows)
+    if saved.repair:
+        screen.line(_said(saved.repair))
     return _say_outcome(screen, folder, checks)
+
+
+def _said(repair: Mapping[str, Any]) -> str:
+    """What a record says of a repair; anybody may have edited it."""
+    try:
+        return say_repair(repair)
+    except (KeyError, TypeError, ValueError):
+        return f"It was repaired, but what {DOCUMENT} keeps of that cannot be read."
 
 
 def _say_outcome(screen: Screen, folder: str, checks: Sequence[Check]) -> int:
@@ -181,7 +195,8 @@ def read_saved(folder: Path) -> _Saved:
             raise
         auto_map = {}  # that it differs is said among the files
     sealed = is_sealed(document) if whole else None
-    return _Saved(folder, layout, digests, reference, auto_map, sealed)
+    repair = _mapping(document, "repair", folder / DOCUMENT)
+    return _Saved(folder, layout, digests, reference, auto_map, sealed, repair)
 
 
 def _check_device(device: str | None) -> None:

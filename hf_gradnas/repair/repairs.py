@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import write_whole
-from ..errors import RepairError
+from ..errors import GradNASWarning, RepairError, StructureError
 from ..scores.batches import tensor_bytes
+from ..scores.shards import is_sharded, shape_of
 from ..structure.sizes import tensor_at
 from ..types import Plan, parse_json
 
 FORMAT_VERSION = 1
 _MARK = "gradnas_repair"
+CHOICES = ("auto", "none")
+"""What can be asked for: a repair where one can be found, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,12 @@ class Repair:
         data["sites"] = [asdict(site) for site in self.sites]
         return data
 
+    def record(self) -> dict[str, Any]:
+        """The same for ``gradnas.json``: plain JSON, in which what is not known is null."""
+        data = {"method": "least squares", "is_accepted": self.is_accepted, **self.summary()}
+        data["sites"] = [_without_nan(site) for site in data["sites"]]
+        return _without_nan(data)
+
     def save(self, file: str | Path) -> None:
         """Write the repair as safetensors, whole or not at all; a repair that is there is replaced.
 
@@ -120,7 +130,7 @@ class Repair:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            data = dict(parse_json(metadata[_MARK]))
+            data = dict(parse_json(metadata[_MARK], allow_nan=True))
             data["sites"] = tuple(Site(**site) for site in data["sites"])
             repair = cls(tensors=tensors, **data)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -155,8 +165,13 @@ def check_repair(repair: Repair, model: nn.Module, plan: Plan) -> None:
     """Check that a repair was made for this plan, and that its tensors fit the whole model.
 
     Raises:
-        RepairError: It was made for another plan or model.
+        RepairError: It was made for another plan or model, or is no repair.
     """
+    if not isinstance(repair, Repair):
+        raise RepairError(
+            f"repair: found a {type(repair).__name__}, needed what pruner.repair(plan, dataloader) "
+            "or Repair.load(file) gives; pass that, or None for the weights as they are."
+        )
     if repair.plan != plan_digest(plan):
         raise RepairError(
             f"repair: it was made for the plan {repair.plan[:12]}, but the plan here is "
@@ -165,22 +180,56 @@ def check_repair(repair: Repair, model: nn.Module, plan: Plan) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in repair.tensors.items():
         found = parameters.get(name)
-        if found is None or found.shape != tensor.shape:
-            has = "no such parameter" if found is None else f"the shape {tuple(found.shape)}"
+        if found is None or shape_of(found) != tuple(tensor.shape):
+            has = "no such parameter" if found is None else f"the shape {shape_of(found)}"
             raise RepairError(
                 f"repair: {name} has the shape {tuple(tensor.shape)}, the model has {has}; use it "
                 "with the whole model that it was made from, or repair again."
             )
 
 
+def check_unsharded(model: nn.Module, step: str) -> None:
+    """Check that a model holds its weights whole on this process.
+
+    Raises:
+        StructureError: It does not.
+    """
+    if is_sharded(model):
+        raise StructureError(
+            f"{step}: {type(model).__name__} is sharded by FSDP2 or ZeRO-3, but a repair is found "
+            "and tried with whole weights; find it with the whole model on one process, and give "
+            "it to apply(plan, repair), which takes shards, or omit it (repair='none')."
+        )
+
+
+def attempted(find: Callable[[], Repair]) -> Repair | None:
+    """The repair if one can be found; else None, with a warning that says why."""
+    try:
+        return find()
+    except (RepairError, StructureError) as error:
+        warnings.warn(
+            f"The model is pruned without a repair. {error}", GradNASWarning, stacklevel=2
+        )
+        return None
+
+
 @contextmanager
-def repaired(model: nn.Module, repair: Repair) -> Iterator[None]:
-    """Run a whole model with the new weights within the block; the old ones are put back."""
+def repaired(
+    model: nn.Module, repair: Repair, context: AbstractContextManager[Any] | None = None
+) -> Iterator[None]:
+    """Run a whole model with the new weights within the block; the old ones are put back.
+
+    Args:
+        model: The model, whole.
+        repair: The new weights, which stay as they are whatever becomes of the model's.
+        context: What else is in force within the block; None: nothing.
+    """
     with ExitStack() as stack:
         for name, tensor in repair.tensors.items():
             parameter = tensor_at(model, name)
             stack.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = tensor.to(parameter)
+            parameter.data = tensor.to(parameter, copy=True)
+        stack.enter_context(context or nullcontext())
         yield
 
 
@@ -189,6 +238,13 @@ def install_repair(model: nn.Module, repair: Repair) -> None:
     """Write the new weights into a whole model for good, before it is cut."""
     for name, tensor in repair.tensors.items():
         tensor_at(model, name).copy_(tensor)
+
+
+def _without_nan(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in data.items()
+    }
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

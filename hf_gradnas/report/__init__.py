@@ -8,6 +8,7 @@ from .files import FOLDER, report_files
 from .markdown import in_one_line, python_string
 from .origin import Origin, fetch_card, find_origin, is_hub_id
 from .prediction import say_prediction
+from .repairs import say_repair
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "python_string",
     "report_files",
     "say_prediction",
+    "say_repair",
     "summarise",
 ]

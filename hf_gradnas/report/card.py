@@ -19,8 +19,9 @@ from .metadata import card_data, data_name, final_metrics
 from .origin import Origin
 from .prediction import say_prediction
 from .quality import SHARES, what_was_lost
+from .repairs import say_repair
 from .summary import Summary
-from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_table
+from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_table, repair_table
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -203,7 +204,12 @@ def _quality(summary: Summary) -> Iterator[str]:
     predicted = say_prediction(
         summary.loss_increase, summary.loss_unit, summary.loss_before, score=summary.score
     )
-    yield f"{predicted} That is before any training."
+    without = "repair or training" if summary.repair else "training"
+    yield f"{predicted} That is before any {without}."
+    if summary.repair:
+        yield say_repair(summary.repair)
+    if summary.repair.get("is_accepted"):
+        yield repair_table(summary)
 
 
 def _measured_on(summary: Summary) -> str:

@@ -84,6 +84,7 @@ class Summary:
         calibration: What was scored on: ``dataset``, ``examples``, ``labels``.
         evaluation: What was measured on: ``dataset``, ``examples``, ``held_out`` from what is
             scored, ``scored_too``, ``labels``; empty where nothing was, or it is not known.
+        repair: What `Repair.record` says of the new weights it was cut with; empty without any.
         recovery: What the cut model was trained on; empty if it was not.
         recipe: Options of the command; empty where it was not used.
         command: The command; "" where it was not used.
@@ -112,6 +113,7 @@ class Summary:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     loss_unit: str = ""
     loss_before: float | None = None
+    repair: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -153,7 +155,8 @@ def summarise(
         structure: What could be.
         costs: Closed forms, for costs that the plan does not state.
         document: Content of ``gradnas.json``: ``totals``, and where there are any ``metrics``,
-            ``latency``, ``calibration``, ``recovery``, ``recipe``, ``command`` and ``scores``.
+            ``latency``, ``calibration``, ``repair``, ``recovery``, ``recipe``, ``command`` and
+            ``scores``.
         name: What the result is called.
         model: Class of the model.
         base_model: Name of the original.
@@ -182,6 +185,7 @@ def summarise(
         in_turn=measured.get("in_turn", True),
         calibration=document.get("calibration") or _scored_on(document.get("scores", {})),
         evaluation=document.get("evaluation", {}),
+        repair=document.get("repair", {}),
         recovery=document.get("recovery", {}),
         recipe=document.get("recipe", {}),
         command=document.get("command", ""),

@@ -102,6 +102,14 @@ def metrics_table(summary: Summary) -> str:
     return markdown_table(headers, rows, right=len(states))
 
 
+def repair_table(summary: Summary) -> str:
+    """Distance of the predictions from the original's, with the old weights and the new ones."""
+    values = (summary.repair.get(name) for name in ("kl_before", "kl_after"))
+    shown = ("-" if value is None else f"{value:.4g}" for value in values)
+    headers = ("divergence from the original", "cut only", "repaired")
+    return markdown_table(headers, [("KL, nats per label", *shown)], right=2)
+
+
 def plan_csv(summary: Summary) -> str:
     """The plan as CSV, one row per axis."""
     stream = io.StringIO()

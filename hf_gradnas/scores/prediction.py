@@ -8,14 +8,27 @@ scored, both are nats per label, as the loss that a model returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..types import Plan, Scores
+from torch import nn
+
+from ..costs.closed_form import unsplit_table_params
+from ..types import Axis, Plan, Scores
 from .normaliser import TOKEN_COUNTS
+from .shards import shape_of
 
 LOSS_FACTORS: Mapping[str, float] = {"fisher": 0.5, "taylor": 1.0}
 """What a sum of scores is multiplied by to be a change of the loss sum."""
+
+
+def settled(plan: Plan, model: nn.Module, axes: Sequence[Axis], scores: Scores) -> Plan:
+    """The plan with its loss in nats where it is one, and with the costs after the cut."""
+    shapes = {name: shape_of(parameter) for name, parameter in model.named_parameters()}
+    costs = dict(plan.costs)
+    if plan.layout == "per_layer":
+        costs["params"] -= unsplit_table_params(axes, shapes, plan.counts())
+    return with_prediction(replace(plan, costs=costs), scores)
 
 
 def with_prediction(plan: Plan, scores: Scores) -> Plan:
