@@ -125,11 +125,15 @@ def test_commands_on_files_run(own_folder, capsys):
     assert {command[0] for command in done} == {"prune", "inspect"}
 
 
+def scripts_of(page):
+    """Scripts of this repository that the commands of a page name."""
+    words = chain.from_iterable(commands(ALL[page]))
+    return [word for word in words if word.startswith(("examples/", "docs/"))]
+
+
 @pytest.mark.parametrize("page", ALL)
 def test_scripts_that_commands_name_are_there(page):
-    words = chain.from_iterable(commands(ALL[page]))
-    scripts = [word for word in words if word.startswith(("examples/", "docs/"))]
-    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+    assert [script for script in scripts_of(page) if not (ROOT / script).is_file()] == []
 
 
 @pytest.mark.parametrize("page", ALL)
@@ -137,8 +141,10 @@ def test_flags_in_the_text_exist(page):
     prose = re.sub(r"```.*?```", "", ALL[page], flags=re.DOTALL)
     parameters = chain.from_iterable(command.params for command in COMMANDS.values())
     known = chain.from_iterable((*p.opts, *p.secondary_opts) for p in parameters)
+    scripts = [(ROOT / script).read_text(encoding="utf-8") for script in scripts_of(page)]
+    own = chain.from_iterable(re.findall(r'"(--[a-z][a-z-]*)"', script) for script in scripts)
     used = re.findall(r"`(--[a-z][a-z-]*)(?![\w…-])", prose)
-    assert set(used) <= {*known, *FOREIGN_FLAGS, "--help"}
+    assert set(used) <= {*known, *own, *FOREIGN_FLAGS, "--help"}
 
 
 @pytest.mark.parametrize("page", ALL)
