@@ -11,7 +11,7 @@ span channels. So `masked` gives them the result that the norm has once it is cu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -63,8 +63,13 @@ def check_width(axis: Axis, features: int) -> None:
         )
 
 
+When = Callable[[], bool]
+
+
 @contextmanager
-def masked(model: nn.Module, axes: Iterable[Axis], kept: Kept) -> Iterator[None]:
+def masked(
+    model: nn.Module, axes: Iterable[Axis], kept: Kept, *, when: When | None = None
+) -> Iterator[None]:
     """Run a model as if only the kept units were there, without cutting it.
 
     Encloses forward and backward; the hooks go when the block ends, also by an exception.
@@ -73,6 +78,7 @@ def masked(model: nn.Module, axes: Iterable[Axis], kept: Kept) -> Iterator[None]
         model: The model; no parameter of it changes.
         axes: Axes to mask. A removed KV group takes its heads along, since it spans their values.
         kept: Indices of the units that stay, per axis name; an axis that is not named keeps all.
+        when: Asked at every call of a masked module: whether to mask it now; None: always.
 
     Raises:
         PlanError: `kept` names an unknown axis or unit.
@@ -81,7 +87,10 @@ def masked(model: nn.Module, axes: Iterable[Axis], kept: Kept) -> Iterator[None]
     by_name = {axis.name: axis for axis in axes}
     masks = {name: _mask_of(by_name, name, units) for name, units in kept.items()}
     masking = [by_name[name] for name in masks]
-    with multiplied(model, masking, masks), _normed(model, masking, masks, kept):
+    with (
+        multiplied(model, masking, masks, when=when),
+        _normed(model, masking, masks, kept, when=when),
+    ):
         yield
 
 
@@ -132,7 +141,11 @@ def _mask_of(axes: Mapping[str, Axis], name: str, units: Sequence[int]) -> Tenso
 
 @contextmanager
 def multiplied(
-    model: nn.Module, axes: Iterable[Axis], masks: Mapping[str, Tensor]
+    model: nn.Module,
+    axes: Iterable[Axis],
+    masks: Mapping[str, Tensor],
+    *,
+    when: When | None = None,
 ) -> Iterator[None]:
     """Multiply the units of every axis by its mask, wherever they stand, within the block.
 
@@ -140,6 +153,7 @@ def multiplied(
         model: The model.
         axes: Axes to mask.
         masks: ``(size,)`` per axis name; gradients reach those that require them.
+        when: As in `masked`.
 
     Raises:
         StructureError: An axis does not fit the model.
@@ -148,14 +162,22 @@ def multiplied(
         for axis in axes:
             mask = masks[axis.name]
             if not axis.taps:
-                add_pre_hook(stack, out_projection(model, axis), _Multiply(axis, mask))
+                multiply = _Multiply(axis, mask)
+                add_pre_hook(stack, out_projection(model, axis), _only(multiply, when))
             for (path, side, _), taps in _by_place(axis.taps).items():
                 module, entries = module_at(model, axis, path), _MultiplyEntries(axis, taps, mask)
                 if side == "input":
-                    add_pre_hook(stack, module, entries.on_input)
+                    add_pre_hook(stack, module, _only(entries.on_input, when))
                 else:
-                    add_hook(stack, module, entries.on_output)
+                    add_hook(stack, module, _only(entries.on_output, when))
         yield
+
+
+def _only(hook: Any, when: When | None) -> Any:
+    """A hook that acts when it is asked to; None: always."""
+    if when is None:
+        return hook
+    return lambda *args: hook(*args) if when() else None
 
 
 def _by_place(taps: Iterable[Tap]) -> dict[tuple[str, str, int], list[Tap]]:
@@ -168,7 +190,12 @@ def _by_place(taps: Iterable[Tap]) -> dict[tuple[str, str, int], list[Tap]]:
 
 @contextmanager
 def _normed(
-    model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor], kept: Kept
+    model: nn.Module,
+    axes: Sequence[Axis],
+    masks: Mapping[str, Tensor],
+    kept: Kept,
+    *,
+    when: When | None,
 ) -> Iterator[None]:
     """Let the norms of the axes run as if cut to the kept units within the block."""
     losing = [axis for axis in axes if lost_units(axis, kept)]
@@ -182,18 +209,20 @@ def _normed(
             if isinstance(norm, _NormBase):  # each channel has statistics of its own
                 for axis, taps in owners:
                     entries = _MultiplyEntries(axis, taps, masks[axis.name])
-                    add_hook(stack, norm, entries.on_output)
+                    add_hook(stack, norm, _only(entries.on_output, when))
             else:
                 part = _CutNorm(model, path, dim, owners, kept)
-                add_hook(stack, norm, part, with_kwargs=True)
+                add_hook(stack, norm, _only(part, when), with_kwargs=True)
         yield
 
 
-def add_pre_hook(stack: ExitStack, module: nn.Module, hook: Any) -> None:
+def add_pre_hook(
+    stack: ExitStack, module: nn.Module, hook: Any, *, with_kwargs: bool = False
+) -> None:
     """Register a forward pre-hook that goes when `stack` closes, the undo being pushed first."""
     handles: list[RemovableHandle] = []
     stack.callback(_remove, handles)
-    handles.append(module.register_forward_pre_hook(hook))
+    handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
 
 
 def add_hook(stack: ExitStack, module: nn.Module, hook: Any, *, with_kwargs: bool = False) -> None:

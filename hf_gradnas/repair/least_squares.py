@@ -1,0 +1,390 @@
+"""Repair by least squares: new weights for the layers that read pruned units, without training.
+
+In running order, each layer that loses inputs is fitted to what the original model has at the place
+where the layer's output is seen (`streams`; best is the residual stream right after the addition):
+
+    ΔW = argmin ‖R − XΔWᵀ‖² + α·mean(diag XᵀX)·‖ΔW‖²,    R = Z_original − Z_pruned
+
+X are the pruned model's own inputs of the layer, with all layers before it repaired, so that R
+holds their errors too. The pull is towards the present weights, not towards 0. X and R are centred,
+and an intercept is fitted, only where the layer has a bias. Rows are positions that are not
+padding; every fifth batch is held out: α falls from 1 until the error there has risen, the fit is
+repeated on all rows with the best α, and kept only where the error fell. In the end the whole
+repair is kept only if the KL divergence of the held-out predictions from the original's fell.
+
+FLAP (An et al. 2023, arXiv 2312.11983) mends the bias alone, Kwon et al. (2022, arXiv 2204.09656)
+fit one factor per unit; here all weights that read what stays are free.
+
+The original and the pruned model are one model, run with masks and without (`paused`).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import find_labels
+
+from ..errors import GradNASWarning, RepairError
+from ..masks import masked
+from ..scores.batches import Batch, check_batch, to_device
+from ..scores.fingerprints import model_fingerprint
+from ..scores.processes import Processes
+from ..scores.sample import from_main
+from ..scores.sampling import inputs_to_sample
+from ..types import Axis, Plan
+from .closeness import divergence_sum, prediction_of, running
+from .normal_equations import NormalEquations
+from .paused import Conductor, Forward
+from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
+from .readers import Found, Reader, applied, weight_of
+from .repairs import Repair, Site, plan_digest
+from .streams import find_readers
+
+Progress = Callable[[int, int | None], None]
+
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
+RISE = 1.02
+"""The search for α ends where the held-out error is so many times the lowest."""
+MEMORY_RATIO = 0.25
+"""Share of the free memory that waiting forwards may hold by default."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Change:
+    """What is added to a reader's weights, as far as they read what stays."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
+    model: PreTrainedModel,
+    axes: Sequence[Axis],
+    plan: Plan,
+    batches: Iterable[Any],
+    *,
+    processes: Processes | None = None,
+    num_examples: int | None = None,
+    progress: Progress | None = None,
+    spill: str | Path | None = None,
+    memory_bytes: float | None = None,
+) -> Repair:
+    """Find new weights for a plan; the model is left as it is.
+
+    One forward of each model per batch, and one more of the pruned model for every fifth.
+
+    Args:
+        model: The whole model, before the cut.
+        axes: All its axes.
+        plan: What stays.
+        batches: Dicts for ``model(**batch)``, as for scoring; labels are not read but by decoders.
+        processes: All that repair together, each on its share of the batches.
+        num_examples: Use the first so many examples, over all processes; None: all.
+        progress: Called on the main process with gates done and their number.
+        spill: Folder for states that do not fit into memory; None: the system's temporary one.
+        memory_bytes: What waiting forwards may hold in memory; None: a quarter of what is free.
+
+    Raises:
+        DataError: There is no batch, or the model fails on one.
+        RepairError: Activations are not finite, one example only, or no room to spill to.
+
+    Warns:
+        GradNASWarning: There are fewer positions than unknowns in the widest layer.
+    """
+    processes = processes or Processes()
+    with running(model):
+        parts = read_parts(model, batches, num_examples, processes)
+        found = _readers_of(model, axes, plan, [batch for batch, _ in parts], processes)
+        bound = _default_bound(model) if memory_bytes is None else memory_bytes
+        conductor = Conductor(model, found.gates, memory_bytes=bound, folder=spill)
+        with ExitStack() as stack:
+            stack.enter_context(conductor.before_masks())
+            stack.enter_context(masked(model, axes, plan.kept, when=lambda: conductor.is_pruned))
+            stack.enter_context(conductor.attached())
+            pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
+            fit = _Fit(conductor, pieces, processes)
+            fit.run(progress)
+            before, after = fit.divergences(partial(masked, model, axes, plan.kept))
+    _warn_if_few(fit.sites, processes)
+    unread = [Site(path, 0, 0, reason=reason) for path, reason in found.reasons.items()]
+    examples = processes.sum(np.array([float(sum(batch.examples for batch, _ in parts))]))
+    return Repair(
+        tensors=_new_values(fit.changes) if after < before else {},
+        sites=(*fit.sites, *unread),
+        plan=plan_digest(plan),
+        model=model_fingerprint(model),
+        kl_before=before,
+        kl_after=after,
+        examples=int(examples[0]),
+    )
+
+
+def _readers_of(
+    model: PreTrainedModel,
+    axes: Sequence[Axis],
+    plan: Plan,
+    batches: Sequence[Batch],
+    processes: Processes,
+) -> Found:
+    """Readers and gates, found on the main process's first batch: the same on all."""
+    own: Mapping[str, Any] = batches[0].columns if batches else {}
+    columns = from_main(own, processes)
+    with processes.joint():
+        batch = check_batch(0, columns, find_labels(type(model)))
+        inputs, _ = inputs_to_sample(model, batch)
+        call = to_device(inputs, model)
+        return find_readers(model, axes, plan.kept, call, examples=batch.examples)
+
+
+def _default_bound(model: nn.Module) -> float:
+    """A share of the free memory where the model is, in bytes."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return MEMORY_RATIO * torch.cuda.mem_get_info(device)[0]
+    return MEMORY_RATIO * float(psutil.virtual_memory().available)
+
+
+class _Fit:
+    """Takes all pieces from gate to gate, and fits the readers there.
+
+    Attributes:
+        sites: What became of each reader.
+        changes: New weights less the present ones, of what stays.
+    """
+
+    def __init__(self, conductor: Conductor, pieces: Sequence[Piece], processes: Processes) -> None:
+        self.sites: list[Site] = []
+        self.changes: dict[Reader, _Change] = {}
+        self._seen: set[Reader] = set()
+        self._conductor, self._pieces, self._processes = conductor, pieces, processes
+        self._decoder = decoder_path(cast(PreTrainedModel, conductor.model))
+
+    def run(self, progress: Progress | None) -> None:
+        """Fit all readers in running order.
+
+        Raises:
+            RepairError: Activations are not finite, or there is no room to spill to.
+        """
+        gates = self._conductor.gates
+        for number, gate in enumerate(gates):
+            for reader, scale in zip(gate.readers, gate.scales, strict=True):
+                self.sites.append(self._fit(number, reader, scale))
+                self._seen.add(reader)
+            if progress is not None and self._processes.is_main:
+                progress(number + 1, len(gates))
+
+    def divergences(self, alone: Callable[[], AbstractContextManager[None]]) -> tuple[float, float]:
+        """Mean KL of held-out predictions from the original's, with masks alone and repaired."""
+        model = cast(PreTrainedModel, self._conductor.model)
+        sums = np.zeros(3)
+        with self._processes.joint():
+            for piece in self._pieces:
+                if not piece.is_held_out:
+                    continue
+                for forward in (piece.original, piece.pruned):
+                    self._advance(forward, len(self._conductor.gates))
+                wanted, repaired = piece.original.result, piece.pruned.result
+                with alone():
+                    pruned = prediction_of(model, piece.batch)
+                sums[0] += divergence_sum(pruned, wanted)
+                sums[1] += divergence_sum(repaired, wanted)
+                sums[2] += int(wanted.valid.sum())
+                piece.original.stop()
+                piece.pruned.stop()
+        before, after, labels = self._processes.sum(sums)
+        return (before / labels, after / labels) if labels else (math.nan, math.nan)
+
+    # -- one reader ----------------------------------------------------------------------------
+
+    def _fit(self, number: int, reader: Reader, scale: Tensor | float) -> Site:
+        """Fit one reader at a gate, and keep what it is changed by."""
+        weight = weight_of(reader, reader.kept)
+        columns, outputs = _matrix(reader, weight).shape
+        if reader.outputs is not None:
+            outputs = len(reader.outputs)
+        sums = NormalEquations.empty(columns, outputs, weight)
+        self._add(sums, number, reader, scale, held_out=False)
+        sums.reduce(self._processes)
+        before, ridge, best = self._search(sums, number, reader, scale)
+        site = Site(reader.path, sums.rows, columns, 0.0, before, before)
+        if not ridge:
+            return replace(site, reason="no new weights are closer on the held-out rows")
+        if not self._processes.is_main:
+            sums.clear()
+        self._add(sums, number, reader, scale, held_out=True)
+        sums.reduce(self._processes)
+        solved = sums.solve(ridge, centred=reader.bias is not None)
+        if solved is None:
+            return replace(site, reason="its equations are singular")
+        self.changes[reader] = _change(reader, weight, *solved)
+        return replace(site, rows=sums.rows, ridge=ridge, error_after=best)
+
+    def _search(
+        self, sums: NormalEquations, number: int, reader: Reader, scale: Tensor | float
+    ) -> tuple[float, float, float]:
+        """Held-out error with the present weights, the best α (0: none), and the error with it."""
+        with self._processes.joint():
+            held = list(self._rows(number, reader, scale, held_out=True))
+        energy = sum(rows.energy for rows in held)
+
+        def error(solved: tuple[Tensor, Tensor] | None) -> float:
+            own = sum(_squares(rows, solved) for rows in held)
+            total, scale = self._processes.sum(np.array([own, energy]))
+            return float(total / scale) if scale else 0.0
+
+        before = best = error(None)
+        ridge = 0.0
+        for strength in RIDGES if reader.kept else RIDGES[:1]:
+            solved = sums.solve(strength, centred=reader.bias is not None)
+            if solved is None:
+                continue
+            found = error(solved)
+            if found < best:
+                best, ridge = found, strength
+            elif ridge and found > RISE * best:
+                break
+        return before, ridge, best
+
+    def _add(
+        self,
+        sums: NormalEquations,
+        number: int,
+        reader: Reader,
+        scale: Tensor | float,
+        *,
+        held_out: bool,
+    ) -> None:
+        """Add this process's rows to the sums.
+
+        Raises:
+            RepairError: Activations are not finite.
+        """
+        with self._processes.joint():
+            for rows in self._rows(number, reader, scale, held_out=held_out):
+                sums.add(rows.x, rows.residual)
+
+    def _rows(
+        self, number: int, reader: Reader, scale: Tensor | float, *, held_out: bool
+    ) -> Iterator[Rows]:
+        """Rows of a reader of all pieces that come to its gate."""
+        gate = self._conductor.gates[number]
+        for piece in self._pieces:
+            if piece.is_held_out != held_out:
+                continue
+            for forward in (piece.original, piece.pruned):
+                self._advance(forward, number)
+            arrived = [f.gate == number and not f.is_done for f in (piece.original, piece.pruned)]
+            if all(arrived) and reader.path in piece.pruned.inputs:
+                rows = piece.rows(gate, reader, scale, self._decoder)
+                if not math.isfinite(rows.energy + float(rows.x.sum() + rows.residual.sum())):
+                    raise RepairError(
+                        f"{reader.path}: its inputs or outputs are not finite on batch "
+                        f"{piece.batch.index}, so that no weights can be fitted to them; load the "
+                        "model in float32 or bfloat16, leave the batch out, or repair nothing."
+                    )
+                yield rows
+            for forward in (piece.original, piece.pruned):
+                self._conductor.rest(forward)
+
+    # -- the forwards --------------------------------------------------------------------------
+
+    def _advance(self, forward: Forward, number: int) -> None:
+        """Run a forward as far as a gate, or a later one if it does not come there."""
+        self._conductor.load(forward)
+        self._settle(forward)
+        while forward.gate < number and not forward.is_done:
+            self._conductor.go_on(forward)
+            self._settle(forward)
+
+    def _settle(self, forward: Forward) -> None:
+        """Let a pruned forward that waits have the outputs of the new weights so far."""
+        if not forward.is_pruned or forward.tensor is None:
+            return
+        gate = self._conductor.gates[forward.gate]
+        for reader, scale in list(zip(gate.readers, gate.scales, strict=True))[forward.settled :]:
+            if reader not in self._seen:
+                return
+            forward.settled += 1
+            change, x = self.changes.get(reader), forward.inputs.get(reader.path)
+            if change is not None and x is not None:
+                bias = None if change.bias is None else change.bias.to(x)
+                added = applied(reader, x, change.weight.to(x), bias)
+                forward.tensor += (added * scale).view_as(forward.tensor).to(forward.tensor)
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def _matrix(reader: Reader, weight: Tensor) -> Tensor:
+    """A weight in the layout of the unknowns ``(columns, outputs)``."""
+    return weight if reader.input_dim == 0 else weight.flatten(1).t()
+
+
+def _change(reader: Reader, weight: Tensor, solution: Tensor, intercept: Tensor) -> _Change:
+    """What a solution adds to a reader's weights, as they are after rounding to their type."""
+    added = torch.zeros_like(_matrix(reader, weight), dtype=solution.dtype)  # (columns, outputs)
+    outputs = slice(None) if reader.outputs is None else list(reader.outputs)
+    added[:, outputs] = solution.to(added)
+    if reader.input_dim != 0:
+        added = added.t().reshape(weight.shape)
+    bias = None
+    if reader.bias is not None:
+        bias = torch.zeros_like(reader.bias, dtype=intercept.dtype)
+        bias[outputs] = intercept.to(bias)
+        bias = _rounded(reader.bias.detach(), bias)
+    return _Change(_rounded(weight, added), bias)
+
+
+def _rounded(old: Tensor, added: Tensor) -> Tensor:
+    """What is added to a tensor once the sum is of its type."""
+    new = (old.to(added) + added).to(old.dtype)
+    return new.to(added) - old.to(added)
+
+
+def _new_values(changes: Mapping[Reader, _Change]) -> dict[str, Tensor]:
+    """Whole new parameters by name, on the CPU."""
+    values: dict[str, Tensor] = {}
+    for reader, change in changes.items():
+        weight = cast(Tensor, reader.module.weight).detach().clone()
+        index = torch.tensor(reader.kept, dtype=torch.long, device=weight.device)
+        weight.index_add_(reader.input_dim, index, change.weight.to(weight))
+        values[f"{reader.path}.weight"] = weight.cpu()
+        if change.bias is not None and reader.bias is not None:
+            bias = reader.bias.detach()
+            values[f"{reader.path}.bias"] = (bias + change.bias.to(bias)).cpu()
+    return values
+
+
+def _squares(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:
+    """‖R − XΔW − b‖² of some rows."""
+    left = rows.residual
+    if solved is not None:
+        weight, bias = (part.to(left) for part in solved)
+        left = left - rows.x @ weight - bias
+    return float(left.double().square().sum())
+
+
+def _warn_if_few(sites: Sequence[Site], processes: Processes) -> None:
+    """Say so where the widest layer has more unknowns than rows."""
+    short = [site for site in sites if site.rows < site.columns]
+    if short and processes.is_main:
+        widest = max(short, key=lambda site: site.columns)
+        warnings.warn(
+            f"repair: {widest.module} was fitted on {widest.rows:,} positions for "
+            f"{widest.columns:,} inputs; the result is held near the present weights. Give at "
+            f"least {-(-widest.columns // max(widest.rows, 1))} times the calibration examples.",
+            GradNASWarning,
+            stacklevel=3,
+        )

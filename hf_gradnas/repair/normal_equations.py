@@ -1,0 +1,149 @@
+"""Ridge regression from sums over rows: ``ΔW = (X̃ᵀX̃ + α·mean(diag X̃ᵀX̃)·I)⁻¹ X̃ᵀR̃``.
+
+The sums are streamed, products of a batch in float32 and their sum in float64. Memory is one square
+matrix of float64, since the factor is written into the triangle that the sums leave free.
+
+Knows numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+from ..scores.processes import Processes
+
+_BLOCK = 1024  # rows of a product at a time: less memory, and only one triangle is computed
+
+
+@dataclass
+class NormalEquations:
+    """Sums over rows of inputs x ``(columns,)`` and residuals r ``(outputs,)``, in float64.
+
+    Attributes:
+        gram: ``Σ x xᵀ`` ``(columns, columns)``, its lower triangle; the upper one is scratch.
+        cross: ``Σ x rᵀ`` ``(columns, outputs)``.
+        inputs: ``Σ x`` ``(columns,)``.
+        residuals: ``Σ r`` ``(outputs,)``.
+        dtype: Of what is solved for.
+        rows: Number of rows.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    inputs: Tensor
+    residuals: Tensor
+    dtype: torch.dtype
+    rows: int = 0
+
+    @classmethod
+    def empty(cls, columns: int, outputs: int, like: Tensor) -> NormalEquations:
+        """No rows yet, on the device of a weight, or on the CPU where that has no float64."""
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
+        where = torch.device("cpu") if device.type == "mps" else device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=where)
+
+        sums = zeros(columns, columns), zeros(columns, outputs), zeros(columns), zeros(outputs)
+        return cls(*sums, dtype)
+
+    def add(self, x: Tensor, residual: Tensor) -> None:
+        """Add rows: x ``(rows, columns)`` and residual ``(rows, outputs)``, of one real type."""
+        x, residual = x.to(self.gram.device), residual.to(self.gram.device)
+        for start in range(0, x.shape[1], _BLOCK):
+            end = start + _BLOCK
+            self.gram[start:end, :end] += x[:, start:end].t() @ x[:, :end]
+            self.cross[start:end] += x[:, start:end].t() @ residual
+        self.inputs += x.sum(0, dtype=torch.float64)
+        self.residuals += residual.sum(0, dtype=torch.float64)
+        self.rows += len(x)
+
+    def reduce(self, processes: Processes) -> None:
+        """Replace the sums of each process by those of all."""
+        if processes.count == 1:
+            return
+        for sums in (self.gram, self.cross, self.inputs, self.residuals):
+            sums.copy_(torch.from_numpy(processes.sum(sums.cpu().numpy())))
+        self.rows = int(processes.sum(np.array([float(self.rows)]))[0])
+
+    def clear(self) -> None:
+        """No rows again."""
+        for sums in (self.gram, self.cross, self.inputs, self.residuals):
+            sums.zero_()
+        self.rows = 0
+
+    def solve(self, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor] | None:
+        """Least squares with a pull of relative strength `ridge` towards 0.
+
+        Args:
+            ridge: α, in units of the mean diagonal of the centred ``X̃ᵀX̃``.
+            centred: Fit an intercept beside.
+
+        Returns:
+            ΔW ``(columns, outputs)`` and the intercept ``(outputs,)`` (zeros without one); None
+            where the matrix is singular in float64.
+        """
+        columns, outputs = self.cross.shape
+        share = float(centred) / max(self.rows, 1)
+        solution = torch.zeros(columns, outputs, dtype=self.dtype, device=self.gram.device)
+        if columns:
+            diagonal = self.gram.diagonal() - share * self.inputs.square()
+            strength = ridge * float(diagonal.clamp_min(0).mean())
+            solve = self._factored(share, diagonal + strength)
+            if solve is None:
+                return None
+            for start in range(0, outputs, _BLOCK):
+                part = slice(start, start + _BLOCK)
+                target = self.cross[:, part] - share * torch.outer(
+                    self.inputs, self.residuals[part]
+                )
+                solution[:, part] = solve(target)
+        intercept = share * (self.residuals - self.inputs @ solution.double())
+        return solution, intercept.to(self.dtype)
+
+    def _factored(self, share: float, diagonal: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What solves with ``Σxxᵀ − share·Σx Σxᵀ`` that has another diagonal; None: singular."""
+        if self.gram.device.type != "cpu":
+            matrix = self.gram.tril(-1)
+            matrix = matrix + matrix.t() - share * torch.outer(self.inputs, self.inputs)
+            matrix.diagonal().copy_(diagonal)
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            return None if int(info) else lambda target: torch.cholesky_solve(target, factor)
+        return self._factored_in_place(share, diagonal)
+
+    def _factored_in_place(
+        self, share: float, diagonal: Tensor
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The same with the factor in the upper triangle; the diagonal of the sums is kept."""
+        columns = len(diagonal)
+        kept = self.gram.diagonal().clone()
+        for start in range(0, columns, _BLOCK):
+            end = min(start + _BLOCK, columns)
+            rows = self.gram[start:end, :end]  # the lower triangle, up to the diagonal's block
+            wanted = rows - share * torch.outer(self.inputs[start:end], self.inputs[:end])
+            self.gram[:start, start:end] = wanted[:, :start].t()
+            upper = torch.ones(end - start, end - start, dtype=torch.bool).triu()
+            block = self.gram[start:end, start:end]
+            block[upper] = wanted[:, start:].t()[upper]
+        self.gram.diagonal().copy_(diagonal)
+        # Transposed, rows are columns: LAPACK reads and writes its lower triangle, our upper one.
+        matrix = self.gram.numpy().T
+        factor, info = lapack.dpotrf(matrix, lower=1, clean=0, overwrite_a=1)
+        factor_diagonal = self.gram.diagonal().clone()
+        self.gram.diagonal().copy_(kept)
+        if info:
+            return None
+
+        def solve(target: Tensor) -> Tensor:
+            self.gram.diagonal().copy_(factor_diagonal)
+            found, _ = lapack.dpotrs(factor, np.asfortranarray(target.numpy()), lower=1)
+            self.gram.diagonal().copy_(kept)
+            return torch.from_numpy(found)
+
+        return solve

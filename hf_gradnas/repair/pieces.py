@@ -1,0 +1,181 @@
+"""Calibration examples of a repair: which are held out, both forwards on them, and their rows.
+
+Knows batches and which positions are padding; knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ..errors import RepairError
+from ..scores.batches import Batch
+from ..scores.inputs import run_model
+from ..scores.processes import Processes
+from ..scores.sampling import inputs_to_sample
+from ..scores.steps import read_steps
+from .closeness import prediction_of
+from .divergence import at_least_float32
+from .paused import Conductor, Forward
+from .readers import Gate, Reader
+
+HELD_OUT = 5
+"""Every so many batches, one is held out."""
+POSITIONS = 256
+"""Positions of a convolution's output that are fitted per example, evenly spaced."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Inputs ``(rows, columns)``, what is missing ``(rows, outputs)``, and ‖·‖² of the original."""
+
+    x: Tensor
+    residual: Tensor
+    energy: float
+
+
+@dataclass(eq=False)
+class Piece:
+    """Some examples, and the forwards of the original and the pruned model on them.
+
+    Attributes:
+        batch: The examples.
+        is_held_out: Whether nothing is fitted on them but in the end.
+        original: Forward without masks.
+        pruned: Forward with masks.
+        masks: Real positions ``(examples, seq)`` of the encoder, or of the model, and of a decoder.
+    """
+
+    batch: Batch
+    is_held_out: bool
+    original: Forward
+    pruned: Forward
+    masks: tuple[Tensor | None, Tensor | None]
+
+    def rows(self, gate: Gate, reader: Reader, scale: Tensor | float, decoder: str | None) -> Rows:
+        """What a reader is fitted on: all real positions at a gate that both forwards wait at.
+
+        Args:
+            gate: The gate.
+            reader: One of its readers.
+            scale: What the reader's output is multiplied by before it is seen at the gate.
+            decoder: Path of an encoder-decoder's decoder.
+        """
+        x = flat_inputs(reader, self.pruned.inputs[reader.path])
+        if reader.alone:
+            wanted = residual = flat_outputs(reader, self.pruned.losses[reader.path])
+        else:
+            tensor = cast(Tensor, self.original.tensor)
+            wanted = flat_outputs(reader, tensor)
+            found = flat_outputs(reader, cast(Tensor, self.pruned.tensor))
+            residual = at_least_float32(wanted) - at_least_float32(found)
+            real = self._real(tensor, gate.place.path, decoder)
+            if real is not None and not reader.is_conv:
+                places = real.to(x.device)
+                x, wanted, residual = x[places], wanted[places], residual[places]
+        residual = at_least_float32(residual) / scale
+        if reader.outputs is not None:
+            residual = residual[:, list(reader.outputs)]
+        return Rows(at_least_float32(x), residual, float(wanted.double().square().sum()))
+
+    def _real(self, tensor: Tensor, path: str, decoder: str | None) -> Tensor | None:
+        """Real positions ``(rows,)`` of a tensor ``(examples, seq, features)``; None: all."""
+        in_decoder = decoder is not None and f"{path}.".startswith(f"{decoder}.")
+        mask = self.masks[1 if in_decoder else 0]
+        if mask is None:
+            return None
+        shape = tuple(tensor.shape[:-1])
+        if shape not in (tuple(mask.shape), (mask.numel(),)):
+            return None
+        return mask.flatten()
+
+
+def read_parts(
+    model: PreTrainedModel, batches: Iterable[Any], limit: int | None, processes: Processes
+) -> list[tuple[Batch, bool]]:
+    """This process's batches, each with whether it is held out.
+
+    Where a process has fewer than five, all split theirs.
+
+    Raises:
+        DataError: A batch is not a dict of tensors, or there is none.
+        RepairError: There is one example only.
+    """
+    with closing(read_steps(batches, model, limit, processes)) as steps:
+        own = [step.batch for step in steps if step.batch is not None]
+    if processes.gather([len(own)]).min() < HELD_OUT:
+        own = [part for batch in own for part in _split(batch)]
+    held = [number % HELD_OUT == HELD_OUT - 1 for number in range(len(own))]
+    if len(own) > 1 and not any(held):
+        held[-1] = True
+    counts = processes.sum(np.array([held.count(True), held.count(False)], dtype=np.float64))
+    if not counts.all():
+        raise RepairError(
+            "repair: found one example, needed at least two, of which one is held out; give more "
+            "calibration data, or repair nothing."
+        )
+    return list(zip(own, held, strict=True))
+
+
+def _split(batch: Batch) -> Iterator[Batch]:
+    """A batch in up to five pieces."""
+    for rows in np.array_split(np.arange(batch.examples), min(HELD_OUT, batch.examples)):
+        yield Batch(batch.index, batch.select(rows.tolist()), len(rows), batch.labels)
+
+
+def make_piece(conductor: Conductor, batch: Batch, *, is_held_out: bool) -> Piece:
+    """Both forwards of some examples, not begun; of what is held out, they return predictions."""
+    model = cast(PreTrainedModel, conductor.model)
+    inputs, mask = inputs_to_sample(model, batch)
+    run: Callable[[], Any] = partial(run_model, model, batch.index, inputs)
+    if is_held_out:
+        run = partial(prediction_of, model, batch)
+    own = inputs.get("attention_mask")
+    encoder = own.cpu() != 0 if isinstance(own, Tensor) else None
+    original = conductor.start(run, is_pruned=False)
+    pruned = conductor.start(run, is_pruned=True)
+    return Piece(batch, is_held_out, original, pruned, (encoder, mask))
+
+
+def decoder_path(model: PreTrainedModel) -> str | None:
+    """Path of the decoder of an encoder-decoder; None for any other model."""
+    if not model.config.is_encoder_decoder:
+        return None
+    decoder = model.get_decoder()
+    return next((path for path, module in model.named_modules() if module is decoder), None)
+
+
+def flat_inputs(reader: Reader, x: Tensor) -> Tensor:
+    """Rows ``(rows, columns)`` of a layer's inputs; of a convolution what each position sees."""
+    module = reader.module
+    if not isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d):
+        return x.flatten(0, -2)
+    sizes: list[Any] = [module.kernel_size, module.dilation, module.padding, module.stride]
+    if isinstance(module, torch.nn.Conv1d):
+        x, before = x[:, :, None], (1, 1, 0, 1)
+        sizes = [(first, *size) for first, size in zip(before, sizes, strict=True)]
+    kernel, dilation, padding, stride = sizes
+    patches = functional.unfold(x, kernel, dilation, padding, stride)  # (batch, columns, positions)
+    return _spaced(patches).transpose(1, 2).flatten(0, 1)
+
+
+def flat_outputs(reader: Reader, y: Tensor) -> Tensor:
+    """Rows ``(rows, outputs)`` of a layer's outputs, in the order of `flat_inputs`."""
+    if not reader.is_conv:
+        return y.flatten(0, -2)
+    return _spaced(y.flatten(2)).transpose(1, 2).flatten(0, 1)
+
+
+def _spaced(values: Tensor) -> Tensor:
+    """At most `POSITIONS` positions of ``(batch, features, positions)``, evenly spaced."""
+    step = -(-values.shape[2] // POSITIONS)
+    return values[:, :, ::step]

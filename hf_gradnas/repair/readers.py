@@ -1,0 +1,155 @@
+"""The layers that read pruned units, and what is computed with them.
+
+A layer that loses inputs can be mended where its output is seen beside the original's: at a gate
+(`streams` finds them). Knows modules, weights and paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from ..structure.sizes import Kept, kept_rows
+from ..types import Axis
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """One layer that loses inputs.
+
+    Attributes:
+        path: Its path.
+        module: A ``Linear``, ``Conv1D`` of Transformers, or convolution of one group.
+        kept: Inputs that stay, sorted.
+        lost: Inputs that go.
+        outputs: Outputs that stay; None: all.
+        alone: Whether it is compared with what it lost on the same inputs, not with the original:
+            its rows are no fixed places of a batch (the tokens that a router sends to an expert).
+    """
+
+    path: str
+    module: nn.Module
+    kept: tuple[int, ...]
+    lost: tuple[int, ...]
+    outputs: tuple[int, ...] | None
+    alone: bool = False
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether its features are dimension 1, else the last."""
+        return isinstance(self.module, _ConvNd)
+
+    @property
+    def input_dim(self) -> int:
+        """Dimension of its weight that counts inputs."""
+        return cast(int, input_dim(self.module))
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Its bias."""
+        return cast("nn.Parameter | None", self.module.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor among the arguments or results of a module call."""
+
+    path: str
+    side: str
+    key: int | str | None
+    call: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gate:
+    """Where the outputs of some readers are seen, in running order.
+
+    Attributes:
+        place: The tensor.
+        readers: Layers whose outputs enter it, in running order.
+        scales: Per reader what its output is multiplied by on the way: a number or ``(features,)``.
+    """
+
+    place: Place
+    readers: tuple[Reader, ...]
+    scales: tuple[Tensor | float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """All readers of a plan: those that can be mended, by gate, and why others cannot, by path."""
+
+    gates: tuple[Gate, ...]
+    reasons: Mapping[str, str]
+
+
+def input_dim(module: nn.Module) -> int | None:
+    """Dimension of a layer's weight that counts inputs; None where the layer is of another kind."""
+    if isinstance(module, nn.Linear):
+        return 1
+    if isinstance(module, Conv1D):
+        return 0
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1:
+        is_plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return 1 if is_plain else None
+    return None
+
+
+def readers_of(
+    model: nn.Module, axes: Sequence[Axis], kept: Kept
+) -> tuple[list[Reader], dict[str, str]]:
+    """Layers that lose inputs, and reasons why others that do cannot be mended."""
+    stay = kept_rows(model, axes, kept)
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    readers, reasons = [], {}
+    for name, dims in stay.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        dim = input_dim(module)
+        if leaf != "weight" or dim is None or dim not in dims:
+            continue
+        weight = cast(Tensor, module.weight)
+        if len(dims[dim]) == weight.shape[dim]:
+            continue
+        if len(owners[id(weight)]) > 1:
+            reasons[path] = "its weight is shared with another layer"
+            continue
+        lost = set(range(weight.shape[dim])) - set(dims[dim])
+        outputs = dims.get(1 - dim)
+        left = None if outputs is None or len(outputs) == weight.shape[1 - dim] else tuple(outputs)
+        readers.append(Reader(path, module, tuple(dims[dim]), tuple(sorted(lost)), left))
+    return readers, reasons
+
+
+def columns_of(x: Tensor, columns: Sequence[int], reader: Reader) -> Tensor:
+    """Some features of a reader's input."""
+    index = torch.tensor(columns, dtype=torch.long, device=x.device)
+    return x.index_select(1 if reader.is_conv else x.dim() - 1, index)
+
+
+def weight_of(reader: Reader, columns: Sequence[int]) -> Tensor:
+    """Weight of some inputs of a reader, in its own layout."""
+    weight: Tensor = reader.module.weight  # type: ignore[assignment]
+    index = torch.tensor(columns, dtype=torch.long, device=weight.device)
+    return weight.detach().index_select(reader.input_dim, index)
+
+
+def applied(reader: Reader, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Output of a reader with other weights, on inputs of as many features as these read."""
+    module = reader.module
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        run: Any = functional.conv1d if isinstance(module, nn.Conv1d) else functional.conv2d
+        found: Tensor = run(x, weight, bias, module.stride, module.padding, module.dilation)
+        return found
+    if reader.input_dim == 0:
+        weight = weight.t()
+    return functional.linear(x, weight, bias)

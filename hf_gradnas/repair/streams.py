@@ -1,0 +1,301 @@
+"""Where the outputs of readers meet the residual stream.
+
+The best place to see a layer's output beside the original's is the sum of it and the residual
+stream: errors of earlier layers are in that, and it has no activation after it. One traced forward
+finds these sums by following each output through what leaves its rows in order: views, copies,
+factors per feature, and norms with fixed statistics. Where none is found, the place is the layer's
+own output.
+
+Knows operations and module calls; knows no architecture, and nothing of least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..masks import add_hook, add_pre_hook
+from ..structure.sizes import Kept
+from ..types import Axis
+from .readers import Found, Gate, Place, Reader, readers_of
+
+aten = torch.ops.aten
+
+# Operations that leave every row of features in its place.
+VIEWS = frozenset(
+    getattr(aten, name)
+    for name in (
+        "view _unsafe_view reshape _reshape_alias alias detach clone contiguous _to_copy squeeze "
+        "unsqueeze"
+    ).split()
+)
+ADDS = frozenset([aten.add, aten.add_])
+FACTORS = frozenset([aten.mul, aten.mul_])
+NORMS = frozenset(
+    [aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten.cudnn_batch_norm]
+)
+
+
+def find_readers(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    kept: Kept,
+    call: Mapping[str, Any],
+    *,
+    examples: int,
+) -> Found:
+    """Find the layers that lose inputs, and where to compare their outputs, by one forward.
+
+    Args:
+        model: The whole model.
+        axes: Its axes.
+        kept: Kept units per axis name.
+        call: Arguments of the forward.
+        examples: Examples in it.
+    """
+    readers, reasons = readers_of(model, axes, kept)
+    trace = _Trace(model, readers, examples)
+    with torch.no_grad(), trace.attached():
+        model(**call)
+    mendable: list[Reader] = []
+    for reader in readers:
+        times = trace.times.get(reader.path, 0)
+        if times == 1:
+            mendable.append(reader)
+        else:
+            reasons[reader.path] = (
+                f"it runs {times} times in a forward" if times else "it did not run on the sample"
+            )
+    return Found(tuple(trace.gates(mendable)), reasons)
+
+
+Key = tuple[Any, ...]
+
+
+def _key(tensor: Tensor) -> Key:
+    """What tells a tensor from another, also where torch wraps the same memory anew."""
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+    )
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Outputs of readers in one tensor: per path the factor so far, and their feature dimension."""
+
+    factors: dict[str, Tensor | float]
+    dim: int
+    is_stream: bool = False
+
+
+@dataclass
+class _Trace(TorchDispatchMode):
+    """Follows the outputs of readers through one forward."""
+
+    model: nn.Module
+    readers: Sequence[Reader]
+    examples: int
+    times: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._by_module = {reader.module: reader for reader in self.readers}
+        self._sums: dict[Key, _Sum] = {}
+        self._held: list[Tensor] = []  # so that no address is used twice
+        self._found: list[tuple[int, Place, _Sum]] = []  # with the time of the event
+        self._own: dict[str, tuple[int, Place, torch.Size]] = {}
+        self._calls: dict[tuple[str, str], int] = {}
+        self._clock = 0
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook into the model within the block, and watch all operations."""
+        with ExitStack() as stack:
+            for path, module in self.model.named_modules():
+                add_pre_hook(stack, module, partial(self._enter, path), with_kwargs=True)
+                add_hook(stack, module, partial(self._leave, path))
+            stack.enter_context(self)
+            yield
+        self._held.clear()
+
+    def gates(self, readers: Sequence[Reader]) -> Iterator[Gate]:
+        """Gates in running order; a reader that no stream was found for has one of its own."""
+        left = {reader.path: reader for reader in readers}
+        events: list[tuple[int, Gate]] = []
+        for time, place, found in self._found:
+            paths = [path for path in found.factors if path in left]
+            chosen = tuple(left.pop(path) for path in paths)
+            if chosen:
+                scales = tuple(found.factors[path] for path in paths)
+                events.append((time, Gate(place, chosen, scales)))
+        for path, reader in left.items():
+            time, place, shape = self._own[path]
+            is_fixed = len(shape) > 2 and shape[0] % self.examples == 0  # noqa: PLR2004
+            own = replace(reader, alone=not is_fixed)
+            events.append((time, Gate(place, (own,), (1.0,))))
+        yield from (gate for _, gate in sorted(events, key=lambda event: event[0]))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._sums:
+            self._follow(func.overloadpacket, args, kwargs or {}, out)
+        return out
+
+    def _follow(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Give the result of an operation the readers that are in its operands."""
+        known = [a for a in _tensors(args) if _key(a) in self._sums]
+        if not known:
+            return
+        first = out[0] if isinstance(out, tuple | list) and out else out
+        if not isinstance(first, Tensor):
+            return
+        result = self._result(op, args, kwargs, first)
+        for tensor in known:  # what is read by anything but a view is no place to mend later
+            if op not in VIEWS:
+                self._sums.pop(_key(tensor), None)
+        if result is not None:
+            self._put(first, result)
+
+    def _result(
+        self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor
+    ) -> _Sum | None:
+        left = self._sums.get(_key(args[0])) if isinstance(args[0], Tensor) else None
+        right = None
+        if len(args) > 1 and isinstance(args[1], Tensor):
+            right = self._sums.get(_key(args[1]))
+        if op in VIEWS and left is not None:
+            return left if _keeps_rows(args[0], out, left.dim) else None
+        if op in ADDS and kwargs.get("alpha", 1) == 1:
+            return self._added(args, left, right, out)
+        if op in FACTORS and (left is None) != (right is None):
+            known, other = (left, args[1]) if left is not None else (right, args[0])
+            return _scaled(cast(_Sum, known), other, out)
+        if op in NORMS and left is not None and not left.is_stream and left.dim == 1:
+            return _normed(left, args)
+        return None
+
+    def _added(
+        self, args: tuple[Any, ...], left: _Sum | None, right: _Sum | None, out: Tensor
+    ) -> _Sum | None:
+        known = left if left is not None else cast(_Sum, right)
+        if left is not None and right is not None:
+            if left.dim != right.dim or args[0].shape != args[1].shape:
+                return None
+            both = {**left.factors, **right.factors}
+            return _Sum(both, left.dim, left.is_stream or right.is_stream)
+        place = 0 if left is not None else 1
+        tensor, other = args[place], args[1 - place]
+        if not isinstance(other, Tensor):
+            return _Sum(known.factors, known.dim, known.is_stream)
+        if tensor.shape != out.shape:
+            return None
+        is_stream = known.is_stream or other.shape == out.shape
+        return _Sum(known.factors, known.dim, is_stream)
+
+    def _put(self, tensor: Tensor, found: _Sum) -> None:
+        self._held.append(tensor)
+        self._sums[_key(tensor)] = found
+
+    def _enter(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        call = self._count(path, "input")
+        values: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        for key, value in values.items():
+            self._see(Place(path, "input", key, call), value)
+
+    def _leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = self._count(path, "output")
+        for key, value in _leaves(output):
+            self._see(Place(path, "output", key, call), value)
+        reader = self._by_module.get(module)
+        if reader is None or not isinstance(output, Tensor):
+            return
+        self.times[reader.path] = self.times.get(reader.path, 0) + 1
+        self._own[reader.path] = (self._clock, Place(path, "output", None), output.shape)
+        dim = 1 if reader.is_conv else output.dim() - 1
+        self._put(output, _Sum({reader.path: 1.0}, dim))
+
+    def _count(self, path: str, side: str) -> int:
+        self._clock += 1
+        self._calls[path, side] = self._calls.get((path, side), -1) + 1
+        return self._calls[path, side]
+
+    def _see(self, place: Place, value: Any) -> None:
+        """Note where a stream is first among the arguments or results of a module."""
+        if not isinstance(value, Tensor):
+            return
+        found = self._sums.get(_key(value))
+        if found is not None and found.is_stream:
+            del self._sums[_key(value)]
+            self._found.append((self._clock, place, found))
+
+
+def _keeps_rows(before: Tensor, after: Tensor, dim: int) -> bool:
+    """Whether a view has the same features per row; of maps it must have the same shape."""
+    if dim == 1 and before.dim() > 2:  # noqa: PLR2004 - (batch, channels, …)
+        return before.shape == after.shape
+    return after.dim() > 0 and before.shape[-1] == after.shape[-1]
+
+
+def _scaled(found: _Sum, other: Any, out: Tensor) -> _Sum | None:
+    """The sum times a number or a vector over features; None for any other factor."""
+    if found.is_stream:
+        return None
+    factor: Tensor | float
+    if isinstance(other, int | float) or (isinstance(other, Tensor) and other.numel() == 1):
+        factor = float(other)
+    elif isinstance(other, Tensor) and _is_per_feature(other, out, found.dim):
+        factor = other.detach().flatten().clone()
+    else:
+        return None
+    factors = {path: own * factor for path, own in found.factors.items()}
+    return _Sum(factors, found.dim)
+
+
+def _is_per_feature(other: Tensor, out: Tensor, dim: int) -> bool:
+    """Whether a factor has one value per feature."""
+    shape = [1] * (out.dim() - other.dim()) + list(other.shape)
+    return all(size == (out.shape[dim] if n == dim else 1) for n, size in enumerate(shape))
+
+
+def _normed(found: _Sum, args: tuple[Any, ...]) -> _Sum:
+    """The sum after a batch norm with fixed statistics: one factor per channel."""
+    weight, variance = args[1], args[4]
+    scale = torch.rsqrt(variance + float(args[-1])) * (1.0 if weight is None else weight)
+    factors: dict[str, Tensor | float] = {}
+    for path, own in found.factors.items():
+        factors[path] = own * scale.detach()
+    return _Sum(factors, found.dim)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Tensors among arguments, also in lists."""
+    items = values.values() if isinstance(values, Mapping) else values
+    for value in items:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list | Mapping):
+            yield from _tensors(value)
+
+
+def _leaves(output: Any) -> Iterator[tuple[int | str | None, Any]]:
+    """Values of a result with the key by which they are found again."""
+    if isinstance(output, Mapping):
+        yield from output.items()
+    elif isinstance(output, tuple | list):
+        yield from enumerate(output)
+    else:
+        yield None, output

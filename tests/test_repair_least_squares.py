@@ -1,0 +1,78 @@
+"""Repair by least squares: what waits at the gates is what the new weights do in the model."""
+
+import dataclasses
+import warnings
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+import zoo
+
+from hf_gradnas import GradNASPruner
+from hf_gradnas.masks import masked
+from hf_gradnas.repair.closeness import divergences
+from hf_gradnas.repair.least_squares import find_repair
+from hf_gradnas.repair.repairs import repaired
+
+
+@pytest.fixture(autouse=True)
+def _few_rows():
+    """Tiny models have fewer positions than inputs, which is said."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "repair: .* was fitted on")
+        yield
+
+
+def planned(family, *, flops="70%", layout="per_layer"):
+    """A tiny float64 model with its batch, pruner and plan."""
+    model, batch = zoo.build(family)
+    pruner = GradNASPruner(model, layout=layout)
+    pruner.discover(batch)
+    pruner.score([batch])
+    return model, batch, pruner, pruner.plan({"flops": flops})
+
+
+@contextmanager
+def trial(model, axes, plan, repair=None):
+    """The model as the plan and its repair leave it."""
+    with ExitStack() as stack:
+        stack.enter_context(masked(model, axes, plan.kept))
+        if repair is not None:
+            stack.enter_context(repaired(model, repair))
+        yield
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_divergences_are_those_of_the_model_with_the_new_weights(family):
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned(family)
+        axes = pruner.structure.axes
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        repair = find_repair(model, axes, plan, [batch] * 5)
+        found = divergences(
+            model,
+            [batch],
+            [lambda: trial(model, axes, plan), lambda: trial(model, axes, plan, repair)],
+        )
+    assert found[0] == pytest.approx(repair.kl_before, rel=1e-7)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    if family == "albert":  # its layers share their weights
+        assert not repair.is_accepted
+        assert {site.reason for site in repair.sites} == {"it runs 3 times in a forward"}
+        return
+    assert repair.is_accepted
+    assert found[1] == pytest.approx(repair.kl_after, rel=1e-7, abs=1e-12)
+    assert repair.kl_after < 0.5 * repair.kl_before
+    assert all(site.error_after < site.error_before for site in repair.sites if not site.reason)
+
+
+def test_nothing_depends_on_the_order_of_calls_or_the_size_of_batches():
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        axes = pruner.structure.axes
+        first = find_repair(model, axes, plan, [batch] * 5)
+        again = find_repair(model, axes, plan, [batch] * 5)
+    assert first.summary() == again.summary()
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, again.tensors[name])
+    assert dataclasses.is_dataclass(first)
