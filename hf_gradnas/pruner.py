@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.reporting import Findings, save_with_report
 from .examined import ExaminedModel, check_choice, need
+from .frontier import Limits, measure_frontier
 from .hub import push
 from .masks import masked
 from .repair.repairs import Repair, check_repair, check_unsharded, repaired
@@ -26,7 +27,7 @@ from .scores.shards import gathered, is_sharded
 from .scores.wrappers import check_parameters, uncompiled
 from .search.solver import STRATEGIES, find_plan
 from .surgery import check_plan
-from .types import Plan, Scores
+from .types import Frontier, Plan, Scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -292,3 +293,29 @@ class GradNASPruner(ExaminedModel):
         plan = self.plan(budget)
         self.apply(plan)
         return plan
+
+    def sweep(
+        self,
+        dataloader: Iterable[Batch] | Mapping[int, Iterable[Batch]],
+        budgets: Mapping[str, Limits],
+        **options: Any,
+    ) -> Frontier:
+        """Measure plans for several budgets, scores and calibration subsets; nothing is cut.
+
+        Args:
+            dataloader: As of `score`; or a mapping from a seed to such batches, for several.
+            budgets: Limits per cost, ``{"flops": ["80%", "60%"]}``; each is a budget of its own.
+            **options: ``batches`` to measure on, and further arguments of
+                `frontier.measure_frontier`.
+
+        Raises:
+            BudgetError: A budget cannot be read or reached; before any scoring.
+            DataError: There is nothing to measure on.
+            PlanError: An unknown score, or no seed.
+        """
+        check_uncut("sweep", is_cut=self._applied)
+        loaders = dict(dataloader) if isinstance(dataloader, Mapping) else {0: dataloader}
+        for seed in list(loaders)[:1]:
+            loaders[seed] = self._discovered(loaders[seed], options.get("num_examples"))
+        given = {"score": self.score_method, "processes": self._processes, **options}
+        return measure_frontier(self, loaders, budgets=budgets, **given)

@@ -41,4 +41,6 @@ def make_frontier(
             )
         )
     original = ORIGINAL if metric == "accuracy" else {"examples": 40, "loss": 3, "perplexity": 20.0}
-    return Frontier("my-bert", "per_layer", TOTALS, original, tuple(points), "of dev.tsv")
+    return Frontier(
+        "my-bert", "per_layer", TOTALS, original, tuple(points), {"evaluation": "dev.tsv"}
+    )

@@ -16,7 +16,7 @@ LAYERS = (
     ("config", "costs", "report"),
     ("structure", "search", "masks", "surgery"),
     ("verification", "scores", "repair", "checkpoint"),
-    ("hub", "examined", "pruner", "nas"),
+    ("hub", "examined", "frontier", "pruner", "nas"),
     ("callback",),
     ("cli", "prune", "inspect", "verify", "__main__", "__init__"),
 )

@@ -62,7 +62,7 @@ class Frontier:
         totals: Cost of the whole model per cost name.
         original: Metrics of the whole model, by name.
         points: In the order in which they were asked for.
-        measured_on: What they were measured on, in words.
+        document: What else is known: the command, the data.
     """
 
     model: str
@@ -70,7 +70,7 @@ class Frontier:
     totals: Mapping[str, float]
     original: Mapping[str, float] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
-    measured_on: str = ""
+    document: Mapping[str, Any] = field(default_factory=dict)
 
     FORMAT_VERSION = 1
 
@@ -154,6 +154,7 @@ def _point_of(data: Mapping[str, Any]) -> Point:
 
 def _check(found: Frontier) -> None:
     """Check the values that tables and pictures calculate with."""
+    dict(found.document)
     numbers = [*found.totals.values(), *found.original.values()]
     for point in found.points:
         if point.state not in STATES:
