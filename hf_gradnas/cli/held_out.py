@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..config.recipe import Recipe
 from ..types import Scores
 from .datasets import BUNDLED
@@ -108,6 +110,13 @@ def without(examples: Examples, first: int, count: int) -> Examples:
         count=left,
         encode=lambda index: examples[index if index < first else index + gap],
     )
+
+
+def drawn(examples: Examples, count: int, seed: int) -> Examples:
+    """`count` examples drawn at random, in the order of the data."""
+    chosen = np.random.default_rng(seed).choice(len(examples), count, replace=False)
+    places = np.sort(chosen).tolist()
+    return replace(examples, count=count, encode=lambda index: examples[places[index]])
 
 
 def labelled_by(recipe: Recipe, source: Source) -> tuple[str, str]:

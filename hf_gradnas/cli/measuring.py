@@ -12,7 +12,7 @@ from ..config.budgets import milder
 from ..report.quality import what_was_lost
 from ..scores.batches import to_device
 from ..types import Budget
-from .evaluate import Metrics, evaluate
+from .evaluate import Metrics, Progress, evaluate
 from .examples import make_loader
 from .labels import IGNORED
 from .show import Screen
@@ -75,7 +75,19 @@ def measure(
     if batches is None or evaluation is None:
         return None
     with screen.progress(what) as report:
-        found = evaluate(model, batches, head, total=len(evaluation.examples), progress=report)
+        return metrics_of(model, batches, evaluation, head, progress=report)
+
+
+def metrics_of(
+    model: PreTrainedModel,
+    batches: Batches,
+    evaluation: Evaluation,
+    head: Head,
+    *,
+    progress: Progress | None = None,
+) -> Metrics:
+    """Loss and metric of a model; what it predicted itself is agreement, not accuracy."""
+    found = evaluate(model, batches, head, total=len(evaluation.examples), progress=progress)
     if evaluation.by_model:
         return replace(found, accuracy=None, agreement=found.accuracy)
     return found

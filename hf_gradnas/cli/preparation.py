@@ -52,6 +52,7 @@ class Job:
         settings: Rows for the table of settings: option, value, where it comes from.
         notes: What was decided on the way.
         warnings: What of it makes the result worse than it need be.
+        obstacle: Why nothing is measured; "" where something is, or was not asked for.
     """
 
     recipe: Recipe
@@ -65,6 +66,7 @@ class Job:
     settings: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    obstacle: str = ""
 
 
 def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
@@ -121,6 +123,7 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
         ),
         tuple(_notes(filled, source, calibration, evaluation, recovery)),
         tuple(data_warnings(filled, source, scores, evaluation)),
+        "" if evaluation else calibration.obstacle,
     )
 
 
@@ -275,14 +278,26 @@ def _open_recovery(recipe: Recipe, source: Source, calibration: _Calibration) ->
     from ..repair.lora import check_lora
 
     check_lora(recipe.recover_lora_rank)
+    scored, held_out = len(calibration.examples), calibration.num_held_out
     limit = recipe.recover_num_examples
-    limit = None if limit is None else limit + calibration.num_held_out
+    found = _all_but(recipe, source, scored, held_out, limit and limit + held_out)
+    return span(found, 0, min(len(found), limit or len(found)))
+
+
+def open_pool(job: Job) -> Examples:
+    """All examples of the calibration data, but those that are held out to be measured on."""
+    evaluation = job.evaluation
+    held_out = len(evaluation.examples) if evaluation and evaluation.held_out else 0
+    return _all_but(job.recipe, job.source, len(job.calibration), held_out, None)
+
+
+def _all_but(recipe: Recipe, source: Source, first: int, count: int, limit: int | None) -> Examples:
+    """Examples to score on, up to a limit, without `count` of them from `first` on."""
     rows = _open_training_split(recipe, source, limit)
     # Running text has more examples than lines, but fewer than characters.
     changed = recipe.model_copy(update={"num_examples": limit or 10**12})
     feed, _ = _feed(rows, changed, source, labelled=recipe.labels == "data")
-    found = without(encode(feed), len(calibration.examples), calibration.num_held_out)
-    return span(found, 0, min(len(found), recipe.recover_num_examples or len(found)))
+    return without(encode(feed), first, count)
 
 
 def _rows_needed(examples: int, recipe: Recipe, source: Source) -> int:

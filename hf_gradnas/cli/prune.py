@@ -66,7 +66,7 @@ def prune_from_options(
         _say(screen, run, str(error))
         return FAILED if run is not None and run.cutting else BAD_INPUT
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _say(screen, run, f"out of memory ({error}); give a smaller --batch-size or --max-length.")
         return FAILED
@@ -102,6 +102,7 @@ class _Run:
 
     def execute(self) -> None:
         """All steps in order."""
+        from .opening import open_model
         from .preparation import prepare
         from .publish import push_settings
         from .show import show_settings
@@ -118,7 +119,8 @@ class _Run:
             self.screen.line(f"Note: {note}.")
         for warning in job.warnings:
             self.screen.warn(warning)
-        model, loader, evaluation = self.processes.main_first(partial(self._load, job))
+        load = partial(open_model, self.recipe, job, self.screen)
+        model, loader, evaluation = self.processes.main_first(load)
         pruner = self._discover(model, loader, job)
         before = self._evaluate(model, evaluation, job, "Evaluating the original")
         if before is not None:
@@ -188,43 +190,12 @@ class _Run:
         self.recipe = self.recipe.model_copy(update=own)
         return str(made.model)
 
-    def _load(self, job: Job) -> tuple[PreTrainedModel, DataLoader[Any], Batches | None]:
-        from .examples import make_loader
-        from .heads import check_head, listed
-        from .loading import load_model
-        from .measuring import evaluation_batches
-
-        model, missing = load_model(self.recipe, job.source, job.folder)
-        check_head(self.recipe, job.source, model, missing)
-        if missing:
-            self.screen.warn(
-                f"the checkpoint has no weights for {listed(missing)}; they are random, so scores "
-                "and metrics mean little."
-            )
-        size = self.recipe.batch_size
-        loader = make_loader(job.calibration, job.source, model, batch_size=size)
-        if job.evaluation is None:
-            return model, loader, None
-        measured = evaluation_batches(job.evaluation, job.source, model, batch_size=size)
-        return model, loader, measured
-
     def _discover(self, model: PreTrainedModel, loader: DataLoader[Any], job: Job) -> GradNASPruner:
-        from ..checkpoint.savable import check_processor
-        from ..pruner import GradNASPruner
+        from .opening import flops_length_of, make_pruner
 
-        check_processor(job.source.processor)
-        pruner = GradNASPruner(
-            model,
-            score=self.recipe.score,
-            search=self.recipe.search,
-            layout=self.recipe.layout,
-            rules=self.recipe.rules(),
-            accelerator=self.processes.accelerator,
-        )
-        # Images have a size of their own; for audio the length counts the decoder's tokens.
-        length = None if job.source.input == "image" else self.recipe.flops_length
-        self.batch, self.length = next(iter(loader)), length
-        pruner.discover(self.batch, flops_length=length)
+        pruner = make_pruner(model, self.recipe, job, self.processes)
+        self.batch, self.length = next(iter(loader)), flops_length_of(job)
+        pruner.discover(self.batch, flops_length=self.length)
         if job.scores is not None:
             pruner.use_scores(job.scores)
         pruner.check(self.recipe.target)
@@ -381,7 +352,8 @@ class _Run:
         return self._evaluate(model, evaluation, job, "Evaluating the reloaded model")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)

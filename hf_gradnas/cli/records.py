@@ -23,27 +23,33 @@ def record(recipe: Recipe, job: Job, given: frozenset[str]) -> dict[str, Any]:
     return {
         "command": command_line(recipe, given),
         "recipe": to_dict(recipe),
-        "calibration": {
-            "dataset": recipe.dataset or "bundled text",
-            "examples": len(job.calibration),
-            "labels": job.labels,
-        },
-        **_evaluation(recipe, job),
+        **data_of(recipe, job),
     }
 
 
-def _evaluation(recipe: Recipe, job: Job) -> dict[str, Any]:
-    """What was measured on."""
+def data_of(recipe: Recipe, job: Job) -> dict[str, Any]:
+    """What was scored and measured on."""
+    calibration = {
+        "dataset": recipe.dataset or "bundled text",
+        "examples": len(job.calibration),
+        "labels": job.labels,
+    }
     if job.evaluation is None:
-        return {}
+        return {"calibration": calibration}
     own = None if job.evaluation.held_out else recipe.eval_dataset
     name = own or recipe.dataset or "bundled text"
-    return {"evaluation": {"dataset": name, **job.evaluation.to_dict()}}
+    evaluation = {"dataset": name, **job.evaluation.to_dict()}
+    return {"calibration": calibration, "evaluation": evaluation}
 
 
 def command_line(recipe: Recipe, given: Iterable[str]) -> str:
     """The command that sets these options of a recipe to what they are, but for `BY_FLAG_ONLY`."""
-    parts = ["hf-gradnas", "prune"]
+    return shlex.join(["hf-gradnas", "prune", *words_of(recipe, given)])
+
+
+def words_of(recipe: Recipe, given: Iterable[str]) -> list[str]:
+    """Flags and values that set these options to what they are."""
+    parts: list[str] = []
     for name in Recipe.model_fields:
         value = vars(recipe)[name]
         if name not in given or name in {*NOT_FLAGS, *BY_FLAG_ONLY} or value is None:
@@ -57,4 +63,4 @@ def command_line(recipe: Recipe, given: Iterable[str]) -> str:
             parts += [part for item in value for part in (flag, str(item))]
         else:
             parts += [flag, str(value)]
-    return shlex.join(parts)
+    return parts

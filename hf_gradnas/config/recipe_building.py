@@ -12,6 +12,7 @@ from .._redaction import HIDDEN, is_secret_name
 from ..errors import RecipeError
 from .recipe import BY_FLAG_ONLY, FORMAT, Recipe
 from .recipe_files import nearest, parse_yaml, read_recipe_file
+from .strict import Settings
 
 # Options that describe a data set, and go with it.
 OF_DATASET = {
@@ -66,7 +67,7 @@ def build_recipe(
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise RecipeError(explained(error, Recipe)) from error
 
 
 def _check_format(values: Mapping[str, Any], *, where: str) -> None:
@@ -162,8 +163,9 @@ def _refuse_unknown(keys: Iterable[str], *, where: str) -> None:
             )
 
 
-def _explain(error: ValidationError) -> str:
-    parts = []
+def explained(error: ValidationError, settings: type[Settings]) -> str:
+    """What is wrong with each option, by its flag, and what it is for."""
+    parts, fields = [], settings.model_fields
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else "recipe"
         flag = "--" + name.replace("_", "-")
@@ -173,6 +175,6 @@ def _explain(error: ValidationError) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         hidden = any(is_secret_name(str(part)) for part in problem["loc"])
         found = HIDDEN if hidden else repr(problem["input"])
-        needed = Recipe.model_fields[name].description if name in Recipe.model_fields else ""
+        needed = fields[name].description if name in fields else ""
         parts.append(f"{flag}: {message} (found {found}). {needed}".rstrip())
     return "\n".join(parts)
