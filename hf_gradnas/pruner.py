@@ -43,7 +43,7 @@ class GradNASPruner(ExaminedModel):
     Args:
         model: Any ``PreTrainedModel``, also inside DDP or ``torch.compile``, or a model of
             sentence-transformers with one; `model` is the inner one, unchanged until `apply`.
-        score: ``fisher`` (default), ``gradnas``, ``taylor``, ``magnitude`` or ``random``.
+        score: ``fisher`` (default), or another of `scores.methods.METHODS`.
         search: ``lagrangian`` (default) or ``binary``.
         layout: ``stock`` (one width for all layers, plain Transformers loads it), ``per_layer``
             (each layer its own width), or ``auto``: per_layer as soon as a kind of axis cannot be

@@ -148,6 +148,17 @@ def grouped_heads(folder: Path) -> Any:
         return scored(loader(examples_of("llama", COUNT)), accelerator_of(), family="llama")
 
 
+def rows_of_equal_weight(folder: Path) -> Any:
+    """Beside another method; rows of examples, and of positions."""
+    options = {"method": "balanced", "also": ("fisher",)}
+    with zoo.float64_throughout():
+        long = loader(examples_of("llama", COUNT, longest=40))
+        return [
+            scored(loader(EXAMPLES), accelerator_of(), **options),
+            scored(long, accelerator_of(), family="llama", **options),
+        ]
+
+
 def weights(folder: Path) -> Any:
     accelerator = accelerator_of()
     file = folder / f"magnitude-{accelerator.num_processes}"
@@ -376,6 +387,7 @@ CASES: dict[str, Case] = {
         sampled_labels,
         global_batches,
         grouped_heads,
+        rows_of_equal_weight,
         weights,
         resumed,
         failures,

@@ -23,11 +23,13 @@ def build(family: str, **kwargs: Any) -> tuple[Any, tuple[Axis, ...], dict[str, 
     return model, find_structure(model, inputs).axes, inputs
 
 
-def examples_of(family: str, count: int = EXAMPLES) -> list[dict[str, torch.Tensor]]:
+def examples_of(
+    family: str, count: int = EXAMPLES, *, longest: int = 13
+) -> list[dict[str, torch.Tensor]]:
     """Unpadded examples of mixed lengths, each a batch of one."""
     generator = torch.Generator().manual_seed(1)
     examples = []
-    for length in torch.randint(4, 14, (count,), generator=generator).tolist():
+    for length in torch.randint(4, longest + 1, (count,), generator=generator).tolist():
         ids = torch.randint(3, zoo.VOCAB, (1, length), generator=generator)
         target = torch.randint(3, zoo.VOCAB, (1, 2 + length // 2), generator=generator)
         classes = torch.randint(0, zoo.LABELS, (1,), generator=generator)

@@ -12,15 +12,18 @@ import pytest
 import torch
 import zoo
 from callback_runs import batch_of, build, make_trainer, pruning
+from score_examples import examples_of, in_batches
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas.callback import riding
 from hf_gradnas.callback.scoring import training_scores
 from hf_gradnas.errors import DataError, PlanError, ScoresError
+from hf_gradnas.scores import collect_scores
 from hf_gradnas.scores.batches import Batch, read_batches
 from hf_gradnas.scores.processes import Processes
 from hf_gradnas.types import Scores
+from hf_gradnas.verification import find_structure
 
 pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,7 +61,10 @@ def assert_equal(found: Scores, expected: Scores, near: float = 1e-9) -> None:
         assert np.abs(found.values[name] - values).max() <= near * values.max(), name
 
 
-@pytest.mark.parametrize(("family", "score"), [("bert", "fisher"), ("llama", "taylor")])
+@pytest.mark.parametrize(
+    ("family", "score"),
+    [("bert", "fisher"), ("llama", "taylor"), ("bert", "balanced"), ("llama", "balanced")],
+)
 def test_riding_gives_the_scores_of_private_passes(family: str, score: str, tmp_path: Path) -> None:
     found = ride(tmp_path / "riding", family=family, score=score)
     expected = private(tmp_path / "private", family=family, score=score)
@@ -69,6 +75,22 @@ def test_riding_gives_the_scores_of_private_passes(family: str, score: str, tmp_
     assert found.scores.metadata["source"] == "training"
     heeded = {"bert": "examples; ", "llama": "num_items_in_batch or labels_after_shift; "}
     assert found.scores.metadata["normaliser"].startswith(heeded[family])
+
+
+def test_rows_of_positions_are_those_of_a_private_pass() -> None:
+    model = build("llama", dtype=torch.float64)
+    batches = in_batches(examples_of("llama", 8, longest=53), 4)
+    axes = find_structure(model, batches[0]).axes
+    expected = collect_scores(model, axes, batches, method="balanced")
+    found = riding.TrainingScores(model, axes, method="balanced", batch=batches[0], window=None)
+    model.train()
+    for batch in batches:
+        found.arm()
+        (model(**batch).loss / 7).backward()
+        found.collect()
+        model.zero_grad()
+    values = found.values(found.sums().totals.numpy())
+    assert_equal(Scores(values), expected, 1e-5)
 
 
 class MeanOverMicroBatches(Trainer):

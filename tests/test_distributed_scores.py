@@ -84,6 +84,15 @@ def test_heads_in_groups(two: Found) -> None:
         assert_same(two[0]["grouped_heads"], alone(batches, family="llama"))
 
 
+def test_rows_of_equal_weight(two: Found) -> None:
+    assert two[0]["rows_of_equal_weight"] == two[1]["rows_of_equal_weight"]
+    of_examples, of_positions = two[0]["rows_of_equal_weight"]
+    assert_same(of_examples, alone(method="balanced"))
+    with zoo.float64_throughout():
+        batches = in_batches(examples_of("llama", COUNT, longest=40), SIZE)
+        assert_same(of_positions, alone(batches, family="llama", method="balanced"))
+
+
 def test_gradnas_is_the_same_for_the_same_global_batches(two: Found) -> None:
     expected = alone(method="gradnas")
     assert two[0]["global_batches"] == two[1]["global_batches"]

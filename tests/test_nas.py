@@ -370,6 +370,7 @@ def test_constraints_are_checked_before_scoring(constraints, message):
         ({"reduce": "mean"}, PlanError, "reduce='mean'; choose one of"),
         ({"max_iter_data_loader": 0}, PlanError, "max_iter_data_loader=0; give a number"),
         ({"batch_size": 3}, PlanError, "batch_size is no setting of the search"),
+        ({"score": "balanced"}, PlanError, "score is no setting of the search, whose score is gra"),
         ({"data_loader": []}, DataError, "yields no batch"),
         ({"loss_func": lambda o, b: o.logits}, DataError, "Batch 0: loss_func returned shape"),
         ({"loss_func": lambda o, b: o.loss.detach()}, DataError, "scalar tensor that depends on"),

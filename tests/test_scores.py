@@ -121,9 +121,9 @@ def test_random_depends_on_seed_and_name_only() -> None:
 
 
 def test_methods_are_listed() -> None:
-    assert list(METHODS) == ["fisher", "gradnas", "taylor", "magnitude", "random"]
+    assert list(METHODS) == ["balanced", "fisher", "gradnas", "taylor", "magnitude", "random"]
     model, axes, inputs = build("bert")
-    with pytest.raises(ScoresError, match="method='wanda' is not known; choose one of fisher"):
+    with pytest.raises(ScoresError, match="method='wanda' is not known; choose one of balanced"):
         collect_scores(model, axes, [inputs], method="wanda")
     with pytest.raises(ScoresError, match="labels='none' is not known; choose one of data, model"):
         collect_scores(model, axes, [inputs], labels="none")

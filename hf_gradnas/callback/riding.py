@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from ..errors import DataError, ScoresError
 from ..scores.batches import Batch, read_batches, to_device
 from ..scores.gradients import GradientRecorder
-from ..scores.methods import GRADIENT_METHODS
-from ..scores.normaliser import count_labels, find_normaliser, loss_of, own_loss
+from ..scores.methods import ROW_METHODS, terms_of
+from ..scores.normaliser import TOKEN_COUNTS, count_labels, find_normaliser, loss_of, own_loss
+from ..scores.rows import positions_of
 from ..types import Axis
 
 NUM_ITEMS = "num_items_in_batch"
@@ -101,7 +102,7 @@ class TrainingScores:
     Args:
         model: The unwrapped model.
         axes: Its axes.
-        method: A key of `GRADIENT_METHODS`.
+        method: A key of `scores.methods.GRADIENT_METHODS`.
         batch: A labelled batch, on which the model's normaliser is found.
         window: Examples per window on this process; None: one window for all.
     """
@@ -116,7 +117,7 @@ class TrainingScores:
         window: int | None,
     ) -> None:
         self.model, self.axes, self.window = model, tuple(axes), window
-        self._per_batch = GRADIENT_METHODS[method]
+        self._method = method
         self._recorder = _Recorder(model, self.axes)
         first = next(read_batches([batch], model, None))
         self._has_own = not first.labels and own_loss(model, first)
@@ -215,20 +216,21 @@ class TrainingScores:
                 "scores_from='training': no gradient arrived at the loss that the model returned, "
                 "so that the trainer uses another one; use scores_from='private'."
             )
-        gradients = self._recorder.gradients()
+        rows = self._recorder.rows()
         self._recorder.is_kept = False
         self._recorder.start(1)
-        if gradients is None:  # outputs were overwritten; they are copied from now on
+        if rows is None:  # outputs were overwritten; they are copied from now on
             self.current.skipped += 1
             return
-        self._add(gradients, running, running.arrived.reshape(()))
+        self._add(rows, running, running.arrived.reshape(()))
 
-    def _add(self, gradients: Mapping[str, Tensor], running: _Running, arrived: Tensor) -> None:
+    def _add(self, rows: Mapping[str, Tensor], running: _Running, arrived: Tensor) -> None:
         """Add scores of a micro-batch to the window, unless one is not finite; no host sync."""
         like = self.current.totals
         factor = torch.as_tensor(running.divisor).to(like).reshape(-1)[0] / arrived.to(like)
         count = count_labels(self._count, running.batch)
-        terms = [self._per_batch(gradients[a.name].to(like) * factor, count) for a in self.axes]
+        scaled = {name: found.to(like) * factor for name, found in rows.items()}
+        terms = terms_of(self._method, scaled, self.axes, count)
         added = torch.cat([term.to(like) for term in terms])
         good = torch.isfinite(added).all()
         window = self.current
@@ -272,6 +274,8 @@ class TrainingScores:
         self._running = _Running(batch, divisor)
         self._recorder.is_kept = False
         self._recorder.start(batch.examples)
+        if self._method in ROW_METHODS and self._count in TOKEN_COUNTS:
+            self._recorder.split(positions_of(self.model, batch))
         self._recorder.is_kept = True
         self._stack.enter_context(self._recorder.attached())
         watched = _Arguments(kwargs)

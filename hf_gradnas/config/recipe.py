@@ -203,7 +203,7 @@ class Recipe(Settings):
         description="Sequence length at which flops are counted. Default: --max-length.",
         json_schema_extra=_PLAN,
     )
-    score: Literal["fisher", "gradnas", "taylor", "magnitude", "random"] = Field(
+    score: Literal["balanced", "fisher", "gradnas", "taylor", "magnitude", "random"] = Field(
         default="fisher", description="How heads and neurons are scored.", json_schema_extra=_PLAN
     )
     search: Literal["lagrangian", "binary"] = Field(

@@ -42,6 +42,11 @@ def sanitize(
             f"config: found {config!r:.60}, needed a dict with data_loader and loss_func, or None."
         )
     unknown = sorted(map(str, config.keys() - defaults.keys()))
+    if {"score", "method"} & config.keys():
+        raise PlanError(
+            "config: score is no setting of the search, whose score is gradnas, with masks at the "
+            "reference's places; for another one use GradNASPruner(model, score=…)."
+        )
     if unknown:
         raise PlanError(
             f"config: {', '.join(unknown)} is no setting of the search; known are "

@@ -19,6 +19,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from ..errors import StructureError
 from ..masks import add_hook, add_pre_hook, check_width, module_at
 from ..types import Axis, Tap
+from .rows import Positions, added, wide
 
 # Replays of the operation that made an out-projection's input, from what autograd keeps of it
 # anyway. Keeping the input itself as well would cost up to a third of a pass's memory, since
@@ -65,9 +66,9 @@ class _Site:
         return math.gcd(*(n for _, tap in self.places for n in (tap.width, tap.offset, tap.stride)))
 
     def sums_of(self, tap: Tap, size: int, sums: Tensor) -> Tensor:
-        """Share of a tap ``(examples, size)`` in the sums ``(examples, entries / width)``."""
+        """Share of a tap ``(…, size)`` in the sums ``(…, entries / width)``."""
         offset, width, stride = (n // self.width for n in (tap.offset, tap.width, tap.stride))
-        return sums[:, offset:].unfold(1, width, stride)[:, :size].sum(-1)
+        return sums[..., offset:].unfold(-1, width, stride)[..., :size, :].sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,9 @@ class GradientRecorder:
     produces them. A module that runs several times in a forward (ALBERT's shared layer), and
     several producers of the same channels, add up before anything is squared. Sums are taken in
     backward hooks only, so that a forward which gradient checkpointing runs again counts once.
+
+    After `split`, the tokens of each example are summed in rows (see `rows`). Where the positions
+    at one place are no sequence of the batch (windows of a picture), each example is one row.
     """
 
     def __init__(self, model: nn.Module, axes: Iterable[Axis]) -> None:
@@ -100,6 +104,8 @@ class GradientRecorder:
         self._outputs: dict[int, _Kept] = {}
         self._overwritten: set[_Site] = set()
         self._is_spoilt = False
+        self._positions: Positions | None = None
+        self._is_folded = False
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._num_examples = 0
         self._calls = 0
@@ -120,9 +126,25 @@ class GradientRecorder:
         """Begin a batch of that many examples."""
         self._forget()
         self._num_examples = num_examples
+        self._positions, self._is_folded = None, False
+
+    def split(self, positions: Positions | None) -> None:
+        """Sum the batch's tokens in rows, from now on; before its backward begins."""
+        self._positions = positions
 
     def gradients(self) -> dict[str, Tensor] | None:
         """Gradients of the batch so far: ``(examples, size)`` per axis name, float64.
+
+        None as for `rows`.
+        """
+        found = self.rows()
+        return None if found is None else {name: rows.sum(1) for name, rows in found.items()}
+
+    def rows(self) -> dict[str, Tensor] | None:
+        """Gradients of the batch so far: ``(examples, rows, size)`` per axis name.
+
+        One row an example, in float64; after `split` several, in float32 unless the model is
+        float64, since they may be hundreds of times as many.
 
         None where the model wrote over an output in place (``nn.ReLU(inplace=True)`` right after a
         convolution) before it could be read: start and run the batch again. Such outputs are known
@@ -137,10 +159,12 @@ class GradientRecorder:
             for axis, tap in site.places:
                 part = site.sums_of(tap, axis.size, sums)
                 earlier = found.get(axis.name)
-                found[axis.name] = part if earlier is None else earlier + part.to(earlier)
+                found[axis.name] = part if earlier is None else added(earlier, part)
         for axis in self._axes:
-            none = torch.zeros(self._num_examples, axis.size, dtype=torch.float64)
+            none = torch.zeros(self._num_examples, 1, axis.size, dtype=torch.float64)
             found.setdefault(axis.name, none)
+        if self._is_folded:
+            return {name: wide(rows).sum(1, keepdim=True) for name, rows in found.items()}
         return found
 
     def _forget(self) -> None:
@@ -218,15 +242,21 @@ class GradientRecorder:
         dim = site.dim % gradient.dim()
         if dim < gradient.dim() - 1:
             product = product.flatten(dim + 1).sum(-1)
-        features = product.view(self._num_examples, -1, gradient.shape[dim]).sum(1)
-        if site not in self._sums:
-            # MPS has no float64.
-            wide = torch.float32 if features.device.type == "mps" else torch.float64
-            self._sums[site] = features.new_zeros(
-                (self._num_examples, features.shape[1] // site.width), dtype=wide
-            )
-        sums = self._sums[site]
-        sums += features.to(sums.dtype).view(self._num_examples, -1, site.width).sum(-1)
+        rows = self._row_sums(site, product, is_last=dim == gradient.dim() - 1)
+        if rows is None:
+            features = product.view(self._num_examples, -1, gradient.shape[dim]).sum(1)
+            rows = wide(features)[:, None]
+        sums = rows.unflatten(-1, (-1, site.width)).sum(-1)
+        earlier = self._sums.get(site)
+        self._sums[site] = sums if earlier is None else added(earlier, sums)
+
+    def _row_sums(self, site: _Site, product: Tensor, *, is_last: bool) -> Tensor | None:
+        """Sums ``(examples, rows, features)``; None: one row an example, here or in all."""
+        if self._positions is None:
+            return None
+        rows = self._positions.sums(site.module, product, self._num_examples) if is_last else None
+        self._is_folded |= rows is None
+        return rows
 
     def _note(self, kept: _Kept) -> None:
         """Have an output copied from now on, and this batch run again, if it was overwritten."""

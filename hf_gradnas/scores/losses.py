@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .batches import Batch
 from .inputs import run_model
 from .normaliser import (
+    TOKEN_COUNTS,
     count_labels,
     find_normaliser,
     is_likelihood,
@@ -18,6 +19,7 @@ from .normaliser import (
     no_labels,
     own_loss,
 )
+from .rows import token_lengths
 from .sampling import inputs_to_sample, predict
 
 
@@ -27,6 +29,10 @@ class Objective(Protocol):
     model: nn.Module
     normaliser: str
     is_likelihood: bool
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether there is one label per token."""
 
     def prepare(self, batch: Batch) -> None:
         """Find the normaliser on a first batch."""
@@ -54,6 +60,11 @@ class DataLoss:
         self.normaliser = normaliser
         self.is_likelihood = True
         self._has_own: bool | None = None  # a loss without labels; None: not known yet
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether there is one label per token; False before the normaliser is known."""
+        return self.normaliser in TOKEN_COUNTS
 
     def prepare(self, batch: Batch) -> None:
         """Find the normaliser, unless it is known.
@@ -88,6 +99,9 @@ class SampledLoss:
     """Sum of the examples' losses with labels drawn from the model's own predictions.
 
     Each example draws from its own random stream, so that nothing depends on the batch size.
+
+    Attributes:
+        is_per_token: Whether the latest batch had one label per token; True before the first one.
     """
 
     normaliser = "sampled_labels"
@@ -96,6 +110,7 @@ class SampledLoss:
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.model = model
         self.seed = seed
+        self.is_per_token = True
 
     def prepare(self, batch: Batch) -> None:
         """Nothing: the drawn labels are counted."""
@@ -109,6 +124,7 @@ class SampledLoss:
         inputs, mask = inputs_to_sample(self.model, batch)
         outputs = run_model(self.model, batch.index, inputs)
         prediction = predict(outputs, self.model, mask)
+        self.is_per_token = prediction.valid.shape[1] in token_lengths(inputs)
         count = int(prediction.valid.sum())
         if not count:
             return None, 0

@@ -6,8 +6,9 @@ Knows the loss, the recorder and the formulas; knows nothing of files and loader
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -18,11 +19,14 @@ from ..types import Axis
 from .batches import Batch, to_device
 from .gradients import GradientRecorder
 from .losses import Objective
-from .methods import GLOBAL_METHODS, GRADIENT_METHODS
+from .methods import GLOBAL_METHODS, GRADIENT_METHODS, ROW_METHODS, terms_of
 from .normaliser import SUM
 from .processes import Processes
+from .rows import positions_of
 from .shards import is_sharded
 from .steps import Step
+
+MAX_ROW_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,18 @@ class Part:
     labels: int = 0
     loss: float = 0.0
 
+    def plus(self, other: Part) -> Part:
+        """What both add together."""
+        values, count = self.values + other.values, self.count + other.count
+        return Part(values, count, self.labels + other.labels, self.loss + other.loss)
+
 
 class Measure:
     """Runs a model on batches.
+
+    Where a method looks at rows of positions, a batch is run in as many parts as it takes to hold
+    at most `MAX_ROW_BYTES` of them, but at least one example; a sharded model, which all processes
+    must run equally often, in one.
 
     Args:
         model: The model; a sharded one runs as often on all processes.
@@ -66,7 +79,9 @@ class Measure:
         self._methods = methods
         self._is_sharded = is_sharded(model)
         self._latest: Batch | None = None
-        self._size = len(methods) * sum(axis.size for axis in axes)
+        self._units = sum(axis.size for axis in axes)
+        self._size = len(methods) * self._units
+        self._has_rows = any(method in ROW_METHODS for method in methods)
 
     def agree(self, step: Step, processes: Processes) -> None:
         """Let all processes multiply losses by the same count: the first process's.
@@ -101,22 +116,55 @@ class Measure:
             self._run_along()
             return nothing
         self._latest = step.batch
-        loss, count, gradients = self._gradients(step.batch, step.first)
-        if loss is None or not gradients:
+        parts, first = [], step.first
+        for batch in self._portions(step.batch):
+            parts.append(self._part(batch, first))
+            first += batch.examples
+        found = [part for part in parts if part is not None]
+        if not found:
             self._run_along()
-            return nothing
+        return reduce(Part.plus, found) if found else nothing
+
+    def _portions(self, batch: Batch) -> list[Batch]:
+        """The batch, in parts that hold no more rows than `MAX_ROW_BYTES`."""
+        if self._is_sharded or not self._has_rows:
+            return [batch]
+        positions = positions_of(self.objective.model, batch)
+        self.objective.prepare(batch)
+        if positions is None or not self.objective.is_per_token:
+            return [batch]
+        like = next(p for p in self.objective.model.parameters() if p.is_floating_point())
+        row_bytes = self._units * max(4, like.element_size())
+        most = max(1, MAX_ROW_BYTES // max(1, positions.rows * row_bytes))
+        if most >= batch.examples:
+            return [batch]
+        starts = range(0, batch.examples, most)
+        parts = [list(range(start, min(start + most, batch.examples))) for start in starts]
+        return [Batch(batch.index, batch.select(p), len(p), batch.labels) for p in parts]
+
+    def _part(self, batch: Batch, first: int) -> Part | None:
+        """Share of a batch whose first example has that number; None where it has no label."""
+        loss, count, rows = self._rows(batch, first)
+        if loss is None or not rows:
+            return None
         terms = [
-            _term(method, gradients[axis.name], count).to(loss.device)
+            term.to(loss.device)
             for method in self._methods
-            for axis in self.axes
+            for term in self._terms(method, rows, count)
         ]
         # The only time per batch that the host waits for the device.
         values = torch.cat([loss.detach()[None], *terms]).double().cpu().numpy()
-        self._check_finite(values, step.batch)
+        self._check_finite(values, batch)
         objective = self.objective
-        labels = step.batch.examples if objective.normaliser == SUM else count
+        labels = batch.examples if objective.normaliser == SUM else count
         found = float(values[0]) if objective.is_likelihood else math.nan
         return Part(values[1:], count, labels, found)
+
+    def _terms(self, method: str, rows: Mapping[str, Tensor], count: int) -> Iterable[Tensor]:
+        """``(units,)`` per axis: scores, or sums of gradients for a global batch."""
+        if method in GLOBAL_METHODS:
+            return [rows[axis.name].sum((0, 1)) for axis in self.axes]
+        return terms_of(method, rows, self.axes, count)
 
     def _run_along(self) -> None:
         """A forward and backward of a sharded model, of which nothing counts."""
@@ -131,17 +179,19 @@ class Measure:
                 break
         self.recorder.start(1)
 
-    def _gradients(self, batch: Batch, first: int) -> tuple[Tensor | None, int, dict[str, Tensor]]:
-        """Loss sum, count of labels and gradients of a batch."""
+    def _rows(self, batch: Batch, first: int) -> tuple[Tensor | None, int, dict[str, Tensor]]:
+        """Loss sum, count of labels and rows of gradients of a batch."""
         while True:  # once more for a batch in which outputs had to be copied first
             self.recorder.start(batch.examples)
             loss, count = self.objective(batch, first)
             if loss is None or not loss.requires_grad:
                 return loss, count, {}
+            if self._has_rows and self.objective.is_per_token:
+                self.recorder.split(positions_of(self.objective.model, batch))
             loss.backward()
-            gradients = self.recorder.gradients()
-            if gradients is not None:
-                return loss, count, gradients
+            rows = self.recorder.rows()
+            if rows is not None:
+                return loss, count, rows
 
     def _check_finite(self, values: np.ndarray, batch: Batch) -> None:
         if np.isfinite(values).all():
@@ -158,13 +208,6 @@ class Measure:
             f"Batch {batch.index}: a gradient of {axis.name} is {values[1 + first]} though the "
             "loss is finite; load the model in float32 or bfloat16, or leave the batch out."
         )
-
-
-def _term(method: str, gradients: Tensor, count: int) -> Tensor:
-    """``(units,)`` of gradients ``(examples, units)``."""
-    if method in GLOBAL_METHODS:
-        return gradients.sum(0)
-    return GRADIENT_METHODS[method](gradients, count)
 
 
 class GlobalBatch:

@@ -4,6 +4,11 @@ With ``g[n, i] = ∂L_n/∂m_i``, where ``L_n`` is the loss sum of example n and
 unit i at the input of the out-projection (channels: at the outputs of the layers that produce
 them):
 
+- ``balanced``: ``½ Σ_n (g[n, i] / ‖g[n]‖)²``: rows of equal weight. The norm is over the units of
+  all axes, but for KV groups whose heads are axes. A row n is one example, or for a loss over
+  tokens 16 consecutive positions of one sequence (see `rows`). Of a fine-tuned classifier's
+  ``Σ_n g²``, a handful of examples hold nearly all, so that ``fisher`` is a matter of which these
+  are. It does not depend on the batch size, and is no loss.
 - ``fisher``: ``Σ_n g[n, i]²``, the diagonal empirical Fisher information of the masks. It does not
   depend on the batch size.
 - ``gradnas``: ``Σ_batches (Σ_{n in batch} g[n, i] / c)²``, where the batch's loss is its sum over
@@ -20,16 +25,23 @@ them going together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..types import Axis, Kind
+from .rows import wide
 from .shards import whole
 
 PerBatch = Callable[[Tensor, int], Tensor]
 FromWeights = Callable[[nn.Module, Iterable[Axis], int], dict[str, np.ndarray]]
+
+
+def _balanced(gradients: Tensor, count: int) -> Tensor:
+    """Half the sum over rows of squares; `gradients` is ``(rows, units)``, rows of norm 1."""
+    return gradients.square().sum(0) / 2
 
 
 def _fisher(gradients: Tensor, count: int) -> Tensor:
@@ -79,11 +91,50 @@ def _random(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, np.n
 
 
 GRADIENT_METHODS: dict[str, PerBatch] = {
+    "balanced": _balanced,
     "fisher": _fisher,
     "gradnas": _gradnas,
     "taylor": _taylor,
 }
 # Of these, gradients add up over a global batch before the formula is applied.
 GLOBAL_METHODS = ("gradnas",)
+# Of these, the formula looks at rows that are divided by their norm.
+ROW_METHODS = ("balanced",)
 WEIGHT_METHODS: dict[str, FromWeights] = {"magnitude": _magnitude, "random": _random}
 METHODS: dict[str, PerBatch | FromWeights] = {**GRADIENT_METHODS, **WEIGHT_METHODS}
+
+
+def terms_of(
+    method: str, rows: Mapping[str, Tensor], axes: Sequence[Axis], count: int
+) -> Iterator[Tensor]:
+    """Share of a batch in the scores of one method, ``(units,)`` per axis.
+
+    Args:
+        method: A key of `GRADIENT_METHODS`.
+        rows: Gradients ``(examples, rows, units)`` per axis name.
+        axes: All that are scored together.
+        count: Labels of the batch.
+    """
+    per_batch = GRADIENT_METHODS[method]
+    factors = _row_factors(rows, axes) if method in ROW_METHODS else None
+    for axis in axes:
+        found = wide(rows[axis.name])
+        if factors is None:
+            yield per_batch(found.sum(1), count)
+        else:
+            own = factors[:, : found.shape[1]].to(found)
+            yield per_batch((found * own).flatten(0, 1), count)
+
+
+def _row_factors(rows: Mapping[str, Tensor], axes: Sequence[Axis]) -> Tensor:
+    """One over the norm of every row ``(examples, rows, 1)``; 0 for a row of zeros.
+
+    A row that is not finite stays so.
+    """
+    groups = {axis.parent for axis in axes}  # their gradients are sums of their heads'
+    parts = [wide(rows[axis.name]).square().sum(-1) for axis in axes if axis.name not in groups]
+    longest = max(parts, key=lambda part: part.shape[1])
+    squares = torch.zeros_like(longest)
+    for part in parts:
+        squares[:, : part.shape[1]] += part.to(squares)
+    return torch.where(squares == 0, squares, squares.rsqrt())[..., None]
