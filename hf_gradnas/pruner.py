@@ -15,19 +15,23 @@ from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.reporting import Findings, save_with_report
+from .config.defaults import AUTO, DEFAULT_SCORE
 from .examined import ExaminedModel, check_choice, need
 from .frontier import Limits, measure_frontier
 from .hub import push
 from .masks import masked
+from .repair.choice import closest
 from .repair.repairs import Repair, check_repair, check_unsharded, repaired
 from .scores import METHODS, check_scores, collect_scores
+from .scores.methods import CANDIDATES
 from .scores.prediction import settled
 from .scores.sample import Batch
 from .scores.shards import gathered, is_sharded
+from .scores.steps import HeldOut
 from .scores.wrappers import check_parameters, uncompiled
 from .search.solver import STRATEGIES, find_plan
 from .surgery import check_plan
-from .types import Frontier, Plan, Scores
+from .types import Budget, Frontier, Plan, Scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -43,7 +47,9 @@ class GradNASPruner(ExaminedModel):
     Args:
         model: Any ``PreTrainedModel``, also inside DDP or ``torch.compile``, or a model of
             sentence-transformers with one; `model` is the inner one, unchanged until `apply`.
-        score: ``fisher`` (default), or another of `scores.methods.METHODS`.
+        score: ``fisher`` (default), another of `scores.methods.METHODS`, or ``auto``: of
+            ``balanced`` and ``fisher`` the one whose plan is closer to the original, by KL on every
+            fifth batch, which is then not scored.
         search: ``lagrangian`` (default) or ``binary``.
         layout: ``stock`` (one width for all layers, plain Transformers loads it), ``per_layer``
             (each layer its own width), or ``auto``: per_layer as soon as a kind of axis cannot be
@@ -67,18 +73,19 @@ class GradNASPruner(ExaminedModel):
         self,
         model: PreTrainedModel,
         *,
-        score: str = "fisher",
+        score: str = DEFAULT_SCORE,
         search: str = "lagrangian",
         layout: str = "auto",
         rules: Mapping[str, Any] | None = None,
         accelerator: Accelerator | PartialState | None = None,
     ) -> None:
-        check_choice("score", score, METHODS)
+        check_choice("score", score, (AUTO, *METHODS))
         check_choice("search", search, STRATEGIES)
         super().__init__(model, layout=layout, rules=rules, accelerator=accelerator)
         self.score_method = score
         self.search = search
         self._scores: Scores | None = None
+        self._held_out = HeldOut()
         self._repair: Repair | None = None
         self._saved: Path | None = None
 
@@ -117,11 +124,16 @@ class GradNASPruner(ExaminedModel):
         """
         check_uncut("score", is_cut=self._applied)
         dataloader = self._discovered(dataloader, num_examples)
+        is_auto = self.score_method == AUTO
+        method, *also = CANDIDATES if is_auto else (self.score_method,)
+        self._held_out = HeldOut()
         self._scores = collect_scores(
             self.model,
             self.structure.axes,
             dataloader,
-            method=self.score_method,
+            method=method,
+            also=also,
+            held_out=self._held_out if is_auto else None,
             labels=labels,
             num_examples=num_examples,
             seed=seed,
@@ -134,11 +146,15 @@ class GradNASPruner(ExaminedModel):
     def use_scores(self, scores: Scores) -> None:
         """Take scores from an earlier run instead of scoring.
 
+        Of several methods, that of `score_method` is taken if it is there, else the first; all of
+        them for ``auto``, which can choose after `score` only.
+
         Raises:
             ScoresError: They belong to another model.
         """
         check_scores(scores, self.model, self.structure.axes)
-        self._scores = scores
+        is_one = scores.also and self.score_method in scores.methods
+        self._scores = scores.of(self.score_method) if is_one else scores
 
     def plan(self, budget: Mapping[str, Any]) -> Plan:
         """Find the best units to keep under a budget such as ``{"flops": "60%"}``.
@@ -147,12 +163,20 @@ class GradNASPruner(ExaminedModel):
             BudgetError: The budget cannot be read or reached.
             OrderError: There are no scores yet.
         """
-        budgets = self.check(budget)
-        make = partial(find_plan, self.structure.axes, self.scores, self.costs, budgets)
+        budgets, scores = self.check(budget), self.scores
+        if self.score_method != AUTO:
+            return self._planned(scores, budgets)
+        plans = [self._planned(scores.of(method), budgets) for method in scores.methods]
+        given = {"processes": self._processes}
+        return closest(self.model, self._held_out, plans, self.masked, **given)
+
+    def _planned(self, scores: Scores, budgets: tuple[Budget, ...]) -> Plan:
+        """The plan of one method."""
+        axes = self.structure.axes
+        make = partial(find_plan, axes, scores, self.costs, budgets, stock=self._space)
         options = {"search": self.search, "layout": self.layout, "rules": self.rules}
-        make = partial(make, **options, stock=self._space)
         return settled(
-            self._processes.from_main(make), self.model, self.structure.axes, self.scores
+            self._processes.from_main(partial(make, **options)), self.model, axes, scores
         )
 
     def masked(self, plan: Plan, repair: Repair | None = None) -> AbstractContextManager[None]:
@@ -253,6 +277,8 @@ class GradNASPruner(ExaminedModel):
         """
         plan = self._cut_plan("save_pretrained")
         totals, scores, repair = self._totals, self._scores, self._repair
+        if scores is not None and plan.score in scores.also:
+            scores = scores.of(plan.score)
         found = Findings(plan, self.structure, self._costs, totals, scores, repair)
         options = {"processing_class": processing_class, "overwrite": overwrite, "report": report}
         more: dict[str, Any] = {"document": document, "files": files, "sample": self._sample}
@@ -317,5 +343,6 @@ class GradNASPruner(ExaminedModel):
         loaders = dict(dataloader) if isinstance(dataloader, Mapping) else {0: dataloader}
         for seed in list(loaders)[:1]:
             loaders[seed] = self._discovered(loaders[seed], options.get("num_examples"))
-        given = {"score": self.score_method, "processes": self._processes, **options}
+        names = CANDIDATES if self.score_method == AUTO else self.score_method
+        given = {"score": names, "processes": self._processes, **options}
         return measure_frontier(self, loaders, budgets=budgets, **given)

@@ -159,6 +159,15 @@ def rows_of_equal_weight(folder: Path) -> Any:
         ]
 
 
+def chosen(folder: Path) -> Any:
+    """The plan of the score that is closer to the original on rows held out."""
+    model, _, _ = build("bert", dtype=torch.float64)
+    pruner = GradNASPruner(model, score="auto", accelerator=accelerator_of())
+    pruner.score(loader(EXAMPLES))
+    plan = pruner.plan(BUDGET)
+    return {"kept": {n: list(u) for n, u in plan.kept.items()}, "tried": dict(plan.tried)}
+
+
 def weights(folder: Path) -> Any:
     accelerator = accelerator_of()
     file = folder / f"magnitude-{accelerator.num_processes}"
@@ -388,6 +397,7 @@ CASES: dict[str, Case] = {
         global_batches,
         grouped_heads,
         rows_of_equal_weight,
+        chosen,
         weights,
         resumed,
         failures,

@@ -340,3 +340,21 @@ def test_attach_during_training_is_refused(tmp_path: Path) -> None:
     trainer.add_callback(At(lambda step, model: GradNASCallback(BUDGET).attach(trainer)))
     with pytest.raises(OrderError, match="the trainer is training already"):
         trainer.train()
+
+
+@pytest.mark.parametrize("when", ["end", "begin", "gradual"])
+def test_the_score_is_chosen_on_rows_held_out(when: str, tmp_path: Path) -> None:
+    callback = pruning(when=when, score="auto", num_examples=8)
+    make_trainer(tmp_path, callback, per_device_train_batch_size=2).train()
+    plan = callback.plan
+    assert plan.tried.keys() == {"balanced", "fisher"}
+    assert plan.score == min(plan.tried, key=plan.tried.get)
+    document = json.loads((callback.directory / "gradnas.json").read_text(encoding="utf-8"))
+    assert document["plan"]["tried"] == plan.tried
+    assert document["scores"]["method"] == plan.score
+
+
+def test_no_score_is_chosen_on_the_passes_of_the_training(tmp_path: Path, caplog) -> None:
+    callback = pruning(score="auto", scores_from="training", num_examples=None)
+    make_trainer(tmp_path, callback).train()
+    assert callback.scores.metadata["method"] == callback.plan.score == "balanced"

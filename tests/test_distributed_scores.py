@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distributed_scores import BUDGET, COUNT, EXAMPLES, SIZE, loader
 from score_examples import build, examples_of, in_batches
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.repair.closeness import divergences
 from hf_gradnas.scores import collect_scores, model_fingerprint
 
 Found = list[dict[str, Any]]
@@ -91,6 +93,26 @@ def test_rows_of_equal_weight(two: Found) -> None:
     with zoo.float64_throughout():
         batches = in_batches(examples_of("llama", COUNT, longest=40), SIZE)
         assert_same(of_positions, alone(batches, family="llama", method="balanced"))
+
+
+def test_all_processes_choose_the_same_score(two: Found) -> None:
+    first, second = (found["chosen"] for found in two)
+    assert first == second
+    model, axes, _ = build("bert", dtype=torch.float64)
+    batches = in_batches(EXAMPLES, SIZE)
+    held_out = batches[8:10]  # one step of two processes
+    pruner = GradNASPruner(model)
+    pruner.discover(batches[0])
+    plans = {}
+    for method in first["tried"]:
+        rest = [*batches[:8], *batches[10:]]
+        pruner.use_scores(collect_scores(model, axes, rest, method=method))
+        plans[method] = pruner.plan(BUDGET)
+    variants = [partial(pruner.masked, plan) for plan in plans.values()]
+    expected = divergences(model, held_out, variants)
+    assert list(first["tried"].values()) == pytest.approx(expected, rel=1e-9)
+    best = min(first["tried"], key=first["tried"].get)
+    assert first["kept"] == {name: list(units) for name, units in plans[best].kept.items()}
 
 
 def test_gradnas_is_the_same_for_the_same_global_batches(two: Found) -> None:

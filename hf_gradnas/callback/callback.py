@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..checkpoint.savable import check_processor
 from ..checkpoint.targets import check_target, target_of
+from ..config.defaults import DEFAULT_SCORE
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
 from ..scores.owners import body_of
@@ -85,7 +86,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         budget: Mapping[str, Any],
         *,
         when: str = "end",
-        score: str = "fisher",
+        score: str = DEFAULT_SCORE,
         search: str = "lagrangian",
         layout: str = "auto",
         rules: Mapping[str, Any] | None = None,

@@ -117,7 +117,7 @@ class TrainingScores:
         window: int | None,
     ) -> None:
         self.model, self.axes, self.window = model, tuple(axes), window
-        self._method = method
+        self.method = method
         self._recorder = _Recorder(model, self.axes)
         first = next(read_batches([batch], model, None))
         self._has_own = not first.labels and own_loss(model, first)
@@ -230,7 +230,7 @@ class TrainingScores:
         factor = torch.as_tensor(running.divisor).to(like).reshape(-1)[0] / arrived.to(like)
         count = count_labels(self._count, running.batch)
         scaled = {name: found.to(like) * factor for name, found in rows.items()}
-        terms = terms_of(self._method, scaled, self.axes, count)
+        terms = terms_of(self.method, scaled, self.axes, count)
         added = torch.cat([term.to(like) for term in terms])
         good = torch.isfinite(added).all()
         window = self.current
@@ -274,7 +274,7 @@ class TrainingScores:
         self._running = _Running(batch, divisor)
         self._recorder.is_kept = False
         self._recorder.start(batch.examples)
-        if self._method in ROW_METHODS and self._count in TOKEN_COUNTS:
+        if self.method in ROW_METHODS and self._count in TOKEN_COUNTS:
             self._recorder.split(positions_of(self.model, batch))
         self._recorder.is_kept = True
         self._stack.enter_context(self._recorder.attached())

@@ -160,7 +160,7 @@ class Run:
             self._riding = TrainingScores(
                 self.model,
                 self._pruner.structure.axes,
-                method=self.settings.score,
+                method=self.settings.riding_score,
                 batch=batch,
                 window=None if window is None else -(-window // self._processes.count),
             )
@@ -344,7 +344,10 @@ class Run:
         budget = self.settings.budget if share >= 1 else budget_at(self._budgets, share)
         with warnings.catch_warnings():  # near the lowest: a stage on the way is not asked for
             warnings.simplefilter("ignore", GradNASWarning)
-            return self._pruner.plan(budget)
+            plan = self._pruner.plan(budget)
+        if self.scores is not None and plan.score in self.scores.methods:
+            self.progress.scores = self.scores.of(plan.score).metadata
+        return plan
 
     def _prepare(self, plan: Plan) -> None:
         """Let the units that a plan prunes fade from now on."""

@@ -42,7 +42,7 @@ def training_scores(pruner: GradNASPruner, riding: TrainingScores, processes: Pr
             "use scores_from='private'."
         )
     metadata = {
-        "method": pruner.score_method,
+        "method": riding.method,
         "labels": "data",
         "source": "training",
         "normaliser": riding.normaliser,

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config.budgets import parse_budgets
+from ..config.defaults import AUTO, DEFAULT_SCORE
 from ..config.rules import parse_rules
 from ..errors import PlanError
 from ..scores import METHODS
-from ..scores.methods import GRADIENT_METHODS
+from ..scores.methods import CANDIDATES, GRADIENT_METHODS
 from ..scores.steps import is_none_or_positive
 from ..search.solver import STRATEGIES
 from ..structure.config_keys import LAYOUTS
@@ -31,7 +32,7 @@ class Settings:
 
     budget: Mapping[str, Any]
     when: str = "end"
-    score: str = "fisher"
+    score: str = DEFAULT_SCORE
     search: str = "lagrangian"
     layout: str = "auto"
     rules: Mapping[str, Any] | None = None
@@ -47,7 +48,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check("when", self.when, WHENS)
-        _check("score", self.score, METHODS)
+        _check("score", self.score, (AUTO, *METHODS))
         _check("search", self.search, STRATEGIES)
         _check("layout", self.layout, LAYOUTS)
         _check("labels", self.labels, LABELS)
@@ -79,7 +80,7 @@ class Settings:
                 "scores_from='training' with when='begin': there is no training before the "
                 "beginning; use scores_from='private', or another when."
             )
-        if self.score not in GRADIENT_METHODS or self.labels != "data":
+        if self.score not in (AUTO, *GRADIENT_METHODS) or self.labels != "data":
             raise PlanError(
                 f"scores_from='training' with score={self.score!r}, labels={self.labels!r}: the "
                 "training's passes have gradients of the data's labels, which give "
@@ -87,9 +88,14 @@ class Settings:
             )
 
     @property
+    def riding_score(self) -> str:
+        """The score of the training's own passes, of which no rows are held out to choose on."""
+        return CANDIDATES[0] if self.score == AUTO else self.score
+
+    @property
     def needs_labels(self) -> bool:
         """Whether scores come from the gradients of a loss with the data's labels."""
-        return self.score in GRADIENT_METHODS and self.labels == "data"
+        return self.score in (AUTO, *GRADIENT_METHODS) and self.labels == "data"
 
     @property
     def sample_size(self) -> int | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.sentence_folders import body_folder
 from ..checkpoint.targets import check_target
 from ..config.budgets import parse_budgets
+from ..config.defaults import AUTO
 from ..config.recipe import QUICKSTART, Recipe
 from ..config.recipe_saving import check_inputs
 from ..config.rules import parse_rules
@@ -348,13 +349,14 @@ def read_scores(recipe: Recipe, *, given: Set[str]) -> Scores | None:
             f"--scores {recipe.scores}: there is no such file; omit --scores to score."
         )
     scores = Scores.load(recipe.scores)
-    method = scores.metadata.get("method", recipe.score)
-    if "score" in given and method != recipe.score:
+    if "score" not in given or recipe.score == AUTO or "method" not in scores.metadata:
+        return scores
+    if recipe.score not in scores.methods:
         raise ScoresError(
-            f"--scores {recipe.scores}: holds {method!r} scores, but --score {recipe.score} was "
-            "asked for; omit one of the two."
+            f"--scores {recipe.scores}: holds {' and '.join(map(repr, scores.methods))} scores, "
+            f"but --score {recipe.score} was asked for; omit one of the two."
         )
-    return scores
+    return scores.of(recipe.score)
 
 
 def check_device(device: str) -> None:

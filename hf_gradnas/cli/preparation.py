@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
+from ..config.defaults import AUTO
 from ..config.recipe import Recipe
 from ..errors import DataError, RecipeError
 from ..types import Scores
@@ -97,7 +98,7 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
             "labels": labels,
             "device": recipe.device or best_device(),
             "task": recipe.task or source.task.name,
-            "score": scores.metadata.get("method", recipe.score) if scores else recipe.score,
+            "score": _score_of(recipe, scores),
         }
     )
     calibration = _open_calibration(filled, source, scores_given=scores is not None)
@@ -125,6 +126,13 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
         tuple(data_warnings(filled, source, scores, evaluation)),
         "" if evaluation else calibration.obstacle,
     )
+
+
+def _score_of(recipe: Recipe, scores: Scores | None) -> str:
+    """The score that plans are made from: that of given scores, unless several are tried."""
+    if scores is None or recipe.score == AUTO:
+        return recipe.score
+    return scores.metadata.get("method", recipe.score)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.defaults import AUTO
 from ..config.recipe import QUICKSTART, Recipe
 from ..config.recipe_building import build_recipe
 from ..config.recipe_saving import shareable, to_yaml
@@ -222,6 +223,8 @@ class _Run:
         warn_of_loss(self.screen, before, after, plan.budgets, recovered=is_recovered)
 
     def _plan(self, pruner: GradNASPruner, loader: DataLoader[Any], job: Job) -> Plan:
+        from ..repair.choice import say_tried
+
         if job.scores is None:
             began = time.monotonic()
             self.scoring = True
@@ -240,6 +243,8 @@ class _Run:
                 f"scores: {self.recipe.save_scores}"
             )
         plan = pruner.plan(self.recipe.target)
+        if self.recipe.score == AUTO:
+            self.screen.line(say_tried(plan))
         show_plan(self.screen, plan, pruner.structure)
         show_costs(self.screen, plan, pruner.totals, pruner.costs)
         return plan

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from .defaults import DEFAULT_SCORE, Score
 from .recipe_values import read_label_map, read_targets, refuse_slips
 from .strict import Settings
 
@@ -203,8 +204,11 @@ class Recipe(Settings):
         description="Sequence length at which flops are counted. Default: --max-length.",
         json_schema_extra=_PLAN,
     )
-    score: Literal["balanced", "fisher", "gradnas", "taylor", "magnitude", "random"] = Field(
-        default="fisher", description="How heads and neurons are scored.", json_schema_extra=_PLAN
+    score: Score = Field(
+        default=DEFAULT_SCORE,
+        description="How heads and neurons are scored. auto tries balanced and fisher, and takes "
+        "the plan that is closest to the original on held-out calibration data.",
+        json_schema_extra=_PLAN,
     )
     search: Literal["lagrangian", "binary"] = Field(
         default="lagrangian", description="How the plan is found.", json_schema_extra=_PLAN

@@ -26,7 +26,7 @@ from .methods import GLOBAL_METHODS, WEIGHT_METHODS
 from .processes import Processes
 from .settings import check_arguments, check_methods, settings_of
 from .state import Record, State, continued
-from .steps import Step, read_steps
+from .steps import HeldOut, Step, hold_out, read_steps
 from .wrappers import check_parameters, uncompiled
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     save_every_s: float = 30.0,
     progress: Progress | None = None,
     resume: bool = True,
+    held_out: HeldOut | None = None,
     accelerator: Accelerator | PartialState | None = None,
 ) -> Scores:
     """Measure how much the loss is hurt when a unit goes, for every unit, in one pass.
@@ -70,6 +71,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         save_every_s: Seconds between such writes; see `keeping.kept`.
         progress: Called on the main process: examples done and the total (None: not known).
         resume: Go on from `file` where model, settings and data are the same; else it is not read.
+        held_out: Takes every fifth batch, which is then not scored; None: all are scored.
         accelerator: For several processes, or to accumulate gradients.
 
     Raises:
@@ -80,14 +82,15 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     axes, processes = tuple(structure_axes), Processes(accelerator)
     check_arguments(seed, file, progress)
     methods = check_methods(method, also)
-    settings = settings_of(axes, methods, labels, num_examples, seed, processes)
+    is_held = held_out is not None
+    settings = settings_of(axes, methods, labels, num_examples, seed, processes, held_out=is_held)
     record = _open(model, axes, settings, file, processes)
     processes.from_main(partial(record.check_writable, resume=resume))
     if method in WEIGHT_METHODS:
         state = _from_weights(model, axes, method, seed)
         return record.write(record.scores(state, complete=True))
     objective = _objective(model, methods, labels, seed)
-    options: dict[str, Any] = {"progress": progress, "resume": resume}
+    options: dict[str, Any] = {"progress": progress, "resume": resume, "held_out": held_out}
     return _run(record, objective, batches, num_examples, save_every_s=save_every_s, **options)
 
 
@@ -100,10 +103,15 @@ def _run(
     save_every_s: float,
     progress: Progress | None,
     resume: bool,
+    held_out: HeldOut | None,
 ) -> Scores:
     """Score the batches that the record's file does not hold yet, and write all."""
     processes = record.processes
-    read = partial(read_steps, batches, objective.model, num_examples, processes)
+
+    def read() -> Generator[Step]:
+        steps = read_steps(batches, objective.model, num_examples, processes)
+        return steps if held_out is None else hold_out(steps, held_out, processes)
+
     with ExitStack() as stack:
         state, stream = _begin(stack, record, batches, read, resume=resume)
         keep = stack.enter_context(kept(record, state, save_every_s))
@@ -112,7 +120,8 @@ def _run(
             keep(latest)
             with processes.joint():
                 if progress is not None and processes.is_main:
-                    progress(latest.examples, num_examples)
+                    kept_back = 0 if held_out is None else held_out.examples
+                    progress(latest.examples + kept_back, num_examples)
         return _finish(record, latest)
 
 

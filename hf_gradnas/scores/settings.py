@@ -11,6 +11,7 @@ from ..types import Axis, is_integer
 from .fingerprints import axes_fingerprint
 from .methods import GLOBAL_METHODS, GRADIENT_METHODS, METHODS, WEIGHT_METHODS
 from .processes import Processes
+from .steps import HELD_OUT_EVERY
 
 LABELS = ("data", "model")
 MASK_PLACES = {"input": "out_projection_input", "output": "producer_output"}
@@ -56,6 +57,8 @@ def settings_of(
     num_examples: int | None,
     seed: int,
     processes: Processes,
+    *,
+    held_out: bool = False,
 ) -> dict[str, Any]:
     """Everything that scores depend on besides model and data; the seed only where it is used.
 
@@ -69,6 +72,7 @@ def settings_of(
         "accumulation_steps": processes.accumulation_steps if is_global else 1,
         "also": also,
         "axes": axes_fingerprint(axes),
+        "held_out_every": HELD_OUT_EVERY if held_out else None,
         "labels": labels,
         "mask_place": _mask_place(axes),
         "method": method,

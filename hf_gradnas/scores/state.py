@@ -32,7 +32,12 @@ logger = logging.getLogger(__name__)
 
 NAMED_SETTINGS = ("method", "labels", "seed", "mask_place")
 # In files that do not say.
-SINGLE: Mapping[str, object] = {"processes": 1, "accumulation_steps": 1, "also": []}
+SINGLE: Mapping[str, object] = {
+    "processes": 1,
+    "accumulation_steps": 1,
+    "also": [],
+    "held_out_every": None,
+}
 OTHER_NORMALISERS = ("", "none", "sampled_labels")
 _COUNT = re.compile(r"[0-9]{1,18}")
 _DIGEST = re.compile(r"[0-9a-f]{64}|")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from .loaders import Dealt, deal
 from .processes import Processes
 
 ENDED = -1  # instead of a number of examples
+HELD_OUT_EVERY = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,49 @@ class Step:
     first: int
     examples: int
     batches: int
+
+
+@dataclass(slots=True)
+class HeldOut:
+    """What is kept from scoring, to choose between plans of several scores.
+
+    Attributes:
+        batches: This process's batches.
+        examples: Examples of all processes.
+    """
+
+    batches: list[Mapping[str, Any]] = field(default_factory=list)
+    examples: int = 0
+
+    def keep(self, step: Step) -> None:
+        """Keep a step's batch."""
+        self.examples += step.examples
+        if step.batch is not None:
+            self.batches.append(step.batch.columns)
+
+
+def hold_out(steps: Iterable[Step], held_out: HeldOut, processes: Processes) -> Generator[Step]:
+    """Yield four of five steps, and keep the fifth; of two to four steps, keep the last.
+
+    A step in which a process has no batch is yielded: all of them measure equally often.
+    """
+    held_out.batches, held_out.examples = [], 0
+    latest: Step | None = None
+    index = 0
+    for index, step in enumerate(steps, 1):
+        if latest is not None:
+            yield latest
+        latest = None
+        if index % HELD_OUT_EVERY == 0 and step.batches == processes.count:
+            held_out.keep(step)
+        else:
+            latest = step
+    if latest is None:
+        return
+    if index > 1 and not held_out.examples and latest.batches == processes.count:
+        held_out.keep(latest)
+    else:
+        yield latest
 
 
 def read_steps(

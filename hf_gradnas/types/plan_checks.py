@@ -40,6 +40,7 @@ def check_values(plan: Plan) -> None:
         raise _wrong("loss_increase", plan.loss_increase, "a finite number")
     _check_amounts("costs", plan.costs)
     _check_amounts("steps", plan.steps)
+    _check_amounts("tried", plan.tried)
     _check_budgets(plan.budgets)
 
 

@@ -47,6 +47,8 @@ class Plan:
             For `fisher` the prediction is second order, for `taylor` the first-order change at
             most; both add up units as if each went alone, and forecast small cuts only.
         loss_before: Loss of the whole model on what was scored, in `loss_unit`.
+        tried: KL to the original on held-out rows, in nats per label, of the plans of all scores
+            that were tried for this budget; empty where one score was asked for.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -60,6 +62,7 @@ class Plan:
     steps: Mapping[str, float] = field(default_factory=dict)
     loss_unit: str = ""
     loss_before: float | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
 
     FORMAT_VERSION = 1
 

@@ -1,0 +1,11 @@
+"""Names of scores, and the default that command, pruner and callback share."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+Score = Literal["auto", "balanced", "fisher", "gradnas", "taylor", "magnitude", "random"]
+AUTO: Final = "auto"
+"""The choice of the candidate whose plan is closest to the original on held-out rows."""
+DEFAULT_SCORE: Score = "fisher"
+"""How units are scored where nothing else is asked for."""
