@@ -8,7 +8,7 @@ where the layer's output is seen (`streams`; best is the residual stream right a
 X are the pruned model's own inputs of the layer, with all layers before it repaired, so that R
 holds their errors too. The pull is towards the present weights, not towards 0. X and R are centred,
 and an intercept is fitted, only where the layer has a bias. Rows are positions that are not
-padding; every fifth batch is held out: α falls from 1 until the error there has risen, the fit is
+padding; every fifth batch is held out: α is moved as long as the error there falls, the fit is
 repeated on all rows with the best α, and kept only where the error fell. In the end the whole
 repair is kept only if the KL divergence of the held-out predictions from the original's fell.
 
@@ -21,6 +21,7 @@ The original and the pruned model are one model, run with masks and without (`pa
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -55,8 +56,8 @@ from .streams import find_readers
 Progress = Callable[[int, int | None], None]
 
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
-RISE = 1.02
-"""The search for α ends where the held-out error is so many times the lowest."""
+START = RIDGES.index(0.1)
+"""Where the search for α begins; in later layers of a kind where it ended in the one before."""
 MEMORY_RATIO = 0.25
 """Share of the free memory that waiting forwards may hold by default."""
 
@@ -168,6 +169,7 @@ class _Fit:
         self.sites: list[Site] = []
         self.changes: dict[Reader, _Change] = {}
         self._seen: set[Reader] = set()
+        self._starts: dict[str, int] = {}  # by path without numbers: the best α of the layer before
         self._conductor, self._pieces, self._processes = conductor, pieces, processes
         self._decoder = decoder_path(cast(PreTrainedModel, conductor.model))
 
@@ -244,18 +246,24 @@ class _Fit:
             total, scale = self._processes.sum(np.array([own, energy]))
             return float(total / scale) if scale else 0.0
 
-        before = best = error(None)
-        ridge = 0.0
-        for strength in RIDGES if reader.kept else RIDGES[:1]:
-            solved = sums.solve(strength, centred=reader.bias is not None)
-            if solved is None:
-                continue
-            found = error(solved)
-            if found < best:
-                best, ridge = found, strength
-            elif ridge and found > RISE * best:
+        def tried(index: int) -> float:
+            solved = sums.solve(RIDGES[index], centred=reader.bias is not None)
+            return math.inf if solved is None else error(solved)
+
+        before = error(None)
+        kind = re.sub(r"\d+", "", reader.path)
+        start = best = self._starts.get(kind, START)
+        lowest = tried(start)
+        for step in (1, -1) if reader.kept else ():
+            while 0 <= best + step < len(RIDGES):
+                found = tried(best + step)
+                if not found < lowest:
+                    break
+                best, lowest = best + step, found
+            if best != start:
                 break
-        return before, ridge, best
+        self._starts[kind] = best
+        return (before, RIDGES[best], lowest) if lowest < before else (before, 0.0, before)
 
     def _add(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..scores.processes import Processes
 
-_BLOCK = 1024  # rows of a product at a time: less memory, and only one triangle is computed
+_BLOCK = 256  # rows of a product at a time: less memory, and only one triangle is computed
 
 
 @dataclass
@@ -59,7 +59,7 @@ class NormalEquations:
         for start in range(0, x.shape[1], _BLOCK):
             end = start + _BLOCK
             self.gram[start:end, :end] += x[:, start:end].t() @ x[:, :end]
-            self.cross[start:end] += x[:, start:end].t() @ residual
+        self.cross += x.t() @ residual
         self.inputs += x.sum(0, dtype=torch.float64)
         self.residuals += residual.sum(0, dtype=torch.float64)
         self.rows += len(x)

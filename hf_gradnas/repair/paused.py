@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,7 @@ class Conductor:
         self._files = 0
         self._fixed = {_cdata(tensor) for tensor in _own_tensors(model)}
         self._forwards: list[Forward] = []
+        self._may_spill = True
 
     @property
     def is_pruned(self) -> bool:
@@ -177,7 +178,7 @@ class Conductor:
         self.load(forward)
         self._current = forward
         try:
-            with self._watch:
+            with self._watch if self._may_spill else nullcontext():
                 forward.go_on()
         finally:
             self._current = None
@@ -252,21 +253,20 @@ class Conductor:
 
     def rest(self, forward: Forward) -> None:
         """Let a forward wait; what all that wait hold beyond the bound goes to disk."""
-        alive = {key: ref for key, ref in forward.storages.items() if not ref.expired()}
-        forward.storages = alive
-        own = {_cdata(tensor) for tensor in _own_tensors(self.model)} if alive else set()
-        storages = [
-            (ref, storage)
-            for key, ref in alive.items()
-            if key not in own
-            for storage in [_storage(ref)]
-            if storage is not None
-        ]
+        if not self._may_spill:
+            return
+        alive = [(ref, _storage(ref)) for ref in forward.storages.values() if not ref.expired()]
+        storages = [(ref, storage) for ref, storage in alive if storage is not None]
+        forward.storages = {storage._cdata: ref for ref, storage in storages}
         size = sum(storage.nbytes() for _, storage in storages)
         if sum(self._held.values()) + size <= self._memory_bytes:
             self._held[forward] = size
+            # Twice what the first holds is room enough for the largest of equal batches.
+            self._may_spill = 2 * size * len(self._forwards) > self._memory_bytes
             return
-        self._spill(forward, storages, size)
+        own = {_cdata(tensor) for tensor in _own_tensors(self.model)}
+        storages = [(ref, storage) for ref, storage in storages if storage._cdata not in own]
+        self._spill(forward, storages, sum(storage.nbytes() for _, storage in storages))
 
     def _spill(
         self,
