@@ -21,6 +21,7 @@ from hf_gradnas.cli.app import app, main
 from hf_gradnas.cli.options import given_flags
 from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.config.recipe_files import shipped_recipes
+from hf_gradnas.config.sweep import Sweep, build_sweep
 from hf_gradnas.scores import methods
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +110,9 @@ def test_command_lines_parse(page):
             file, settings = options.pop("recipe"), options.pop("settings") or []
             if file is None or file in shipped_recipes():
                 build_recipe(given_flags(options), settings=settings, file=file)
+        elif name == "sweep":
+            build_sweep(given_flags({key: options.pop(key) for key in Sweep.model_fields}))
+            build_recipe(given_flags(options))
 
 
 def test_commands_on_files_run(own_folder, capsys):
@@ -122,7 +126,7 @@ def test_commands_on_files_run(own_folder, capsys):
                 more += ["--no-report"] if more else []
             assert main([*command, *more]) == 0, (command, capsys.readouterr())
             done.append(command)
-    assert {command[0] for command in done} == {"prune", "inspect"}
+    assert {command[0] for command in done} == {"prune", "inspect", "sweep"}
 
 
 def scripts_of(page):

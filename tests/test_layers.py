@@ -18,7 +18,7 @@ LAYERS = (
     ("verification", "scores", "repair", "checkpoint"),
     ("hub", "examined", "frontier", "pruner", "nas"),
     ("callback",),
-    ("cli", "prune", "inspect", "verify", "__main__", "__init__"),
+    ("cli", "prune", "inspect", "sweep", "verify", "__main__", "__init__"),
 )
 PLACE = {
     name: (layer, column) for layer, names in enumerate(LAYERS) for column, name in enumerate(names)

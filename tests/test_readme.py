@@ -50,9 +50,10 @@ def test_the_hub_command_follows_the_two_commands():
 
 def test_every_flag_in_the_readme_is_a_field_of_the_recipe():
     from hf_gradnas.config.recipe import Recipe
+    from hf_gradnas.config.sweep import Sweep
 
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
-    others = {"recipe", "set", "help", "index-url", "json"}
+    others = {"recipe", "set", "help", "index-url", "json", *Sweep.model_fields}
     names = {flag.removeprefix("no-").replace("-", "_") for flag in flags - others}
     assert names <= set(Recipe.model_fields)
 

@@ -54,14 +54,14 @@ def test_the_metric_that_is_shown():
 
 
 def test_numbers_are_short():
-    assert str(Spread(0.88194, 0.0049)) == "0.8819 ± 0.0049"
+    assert str(Spread(0.88194, 0.0049)) == "0.8819 ± 0.005"
     assert str(Spread(12345.678)) == "12345.68"
 
 
 def test_the_table_begins_with_the_whole_model():
     headers, rows = table_of(make_frontier(states=("masked",)))
     assert headers[:3] == ("budget", "score", "state")
-    assert headers[3:] == ("flops kept", "params kept", "loss", "accuracy", "KL")
+    assert headers[3:] == ("flops", "params", "loss", "accuracy", "KL")
     assert rows[0] == ("unpruned", "", "", "100%", "100%", "0.5000", "0.9000", "0.0000")
     assert rows[1][:4] == ("flops=80%", "fisher", "masked", "79.5%")
     assert rows[1][6].startswith("0.8780 ± ")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..config.sweep import Sweep
 from .options import given_flags, with_options, with_recipe_options
 
 EXIT_CODES = "Exit codes: 0 done, 1 {one}, 2 bad input, 130 interrupted, 143 terminated."
@@ -72,6 +73,18 @@ def inspect_command(**options: Any) -> int:
     raise typer.Exit(inspect_from_options(given_flags(options), **flags))
 
 
+def sweep_command(**options: Any) -> int:
+    """Measure what is left of a model at many budgets, by many scores: one scoring, nothing is cut.
+
+    For example: hf-gradnas sweep --model bert-base-uncased --targets flops=80%,60%,40%
+    --score fisher,taylor --seeds 0,1,2
+    """
+    from .sweep import sweep_from_options
+
+    own = {name: options.pop(name) for name in Sweep.model_fields}
+    raise typer.Exit(sweep_from_options(given_flags(options), given_flags(own)))
+
+
 def verify_command(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
     device: Annotated[
@@ -132,11 +145,28 @@ _INSPECTED: dict[str, str | None] = {
 }
 _INSPECT_FLAGS = {"as_json": _JSON, "quiet": "Print no warnings and no progress."}
 
+_SWEPT: dict[str, str | None] = {
+    "model": "Hub id or folder of the model.",
+    **dict.fromkeys(("task", "revision", "trust_remote_code", "allow_new_head", "device", "dtype")),
+    **dict.fromkeys(("dataset", "split", "text_column", "label_column", "target_column")),
+    **dict.fromkeys(("image_column", "audio_column", "num_examples", "shuffle", "batch_size")),
+    **dict.fromkeys(("max_length", "labels", "label_map")),
+    **dict.fromkeys(("eval_dataset", "eval_split", "eval_num_examples", "flops_length")),
+    **dict.fromkeys(("search", "layout", "exclude", "min_units", "seed")),
+    "output": "Folder of the results: sweep.json, .csv, .md, .png, .svg, and the scores. What is "
+    "in it already is not measured again. Default: ./<last part of model>-sweep.",
+    "overwrite": "Replace the model that hf_gradnas saved in <output>/pruned.",
+    "report": "Write report/ beside the model of --save. Default: yes.",
+}
+
 app.command("prune", epilog=EXIT_CODES.format(one="pruning or verification failed"))(
     with_recipe_options(prune_command)
 )
 app.command("inspect", epilog=EXIT_CODES.format(one="nothing in it can be pruned"))(
     with_options(inspect_command, _INSPECTED, _INSPECT_FLAGS)
+)
+app.command("sweep", epilog=EXIT_CODES.format(one="the model of --save could not be saved"))(
+    with_options(sweep_command, _SWEPT, {}, Sweep.model_fields)
 )
 app.command("verify", epilog=EXIT_CODES.format(one="verification failed"))(verify_command)
 app.command("push", epilog=EXIT_CODES.format(one="the upload failed"))(push_command)

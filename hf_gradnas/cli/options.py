@@ -38,16 +38,20 @@ def with_recipe_options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def with_options(
-    command: Callable[..., int], fields: Mapping[str, str | None], flags: Mapping[str, str]
+    command: Callable[..., int],
+    fields: Mapping[str, str | None],
+    flags: Mapping[str, str],
+    own: Mapping[str, FieldInfo] | None = None,
 ) -> Callable[..., int]:
-    """Give `command` the options of some fields of `Recipe`, and flags of its own.
+    """Give `command` the options of some fields of `Recipe`, and options of its own.
 
     Args:
         command: Receives every option as a keyword, as in `with_recipe_options`.
         fields: Names of fields; a text stands in for the field's own description.
         flags: Help text per flag without a value; ``as_json`` is ``--json``.
+        own: Fields of other settings, by name.
     """
-    parameters = []
+    parameters = [_field_parameter(name, field) for name, field in (own or {}).items()]
     for name, text in fields.items():
         field = Recipe.model_fields[name]
         parameters.append(_field_parameter(name, field, description=text))

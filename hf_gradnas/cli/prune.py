@@ -74,6 +74,17 @@ def prune_from_options(
     return DONE
 
 
+def run_prune(
+    recipe: Recipe, screen: Screen, processes: Processes, *, given: frozenset[str]
+) -> None:
+    """All steps of one prune, of a recipe that was checked.
+
+    Raises:
+        GradNASError: One of them failed.
+    """
+    _Run(recipe, screen, processes, given=given).execute()
+
+
 def _say(screen: Screen, run: _Run | None, message: str) -> None:
     """An error: once, by the main process, unless only another one knows of it."""
     if run is not None and not run.processes.is_main and not run.processes.have_failed:

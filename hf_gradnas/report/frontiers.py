@@ -28,9 +28,9 @@ class Spread:
     sd: float | None = None
 
     def __str__(self) -> str:
-        """Four significant decimals, fewer of large numbers."""
+        """Four decimals, fewer of large numbers and of the deviation."""
         digits = 2 if abs(self.mean) >= _LARGE else 4
-        sd = "" if self.sd is None else f" ± {self.sd:.{digits}f}"
+        sd = "" if self.sd is None else f" ± {self.sd:.{digits - 1}f}"
         return f"{self.mean:.{digits}f}{sd}"
 
 
@@ -118,10 +118,10 @@ def _spread(values: list[float]) -> Spread:
 def table_of(frontier: Frontier) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers and rows of cells: the whole model first, then a row per budget, score and state.
 
-    The last columns, all but three, hold numbers.
+    All columns but the first three hold numbers.
     """
     costs, names = list(frontier.totals), [n for n in frontier.original if n != "examples"]
-    headers = ("budget", "score", "state", *(f"{cost} kept" for cost in costs), *names, "KL")
+    headers = ("budget", "score", "state", *costs, *names, "KL")
     whole = (f"{frontier.original[name]:.4f}" for name in names)
     rows: list[tuple[str, ...]] = [(UNPRUNED, "", "", *("100%" for _ in costs), *whole, "0.0000")]
     for row in rows_of(frontier):
