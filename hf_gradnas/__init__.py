@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         GradNASModeDescriptor,
     )
     from .pruner import GradNASPruner
+    from .repair import Repair
     from .types import Budget, Plan, Scores, Structure
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "GradientBinarySearcher",
     "GradientDataManager",
     "Plan",
+    "Repair",
     "Scores",
     "Structure",
     "__version__",
@@ -54,6 +56,7 @@ _HOME = {
     "GradientBinarySearcher": "nas",
     "GradientDataManager": "nas",
     "Plan": "types",
+    "Repair": "repair",
     "Scores": "types",
     "Structure": "types",
 }

@@ -1,11 +1,12 @@
-"""A model in hand, and what was found out about it before any scoring.
+"""A model in hand: what was found out about it, and how it does with a plan, before it is cut.
 
-Knows the checks and the discovery that every other step needs; the steps are in `pruner`.
+Knows discovery, checks, repair and trial, which need no scores; the other steps are in `pruner`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
@@ -16,6 +17,9 @@ from .checkpoint.savable import check_savable
 from .config.budgets import parse_budgets
 from .config.rules import check_rules, parse_rules
 from .errors import DataError, OrderError, PlanError
+from .masks import masked
+from .repair.least_squares import find_repair
+from .repair.repairs import Repair, check_repair, check_unsharded, repaired
 from .scores.batches import to_device
 from .scores.owners import body_of
 from .scores.processes import Processes
@@ -23,10 +27,13 @@ from .scores.sample import Batch, check_inputs, from_main, longest_of_all, reite
 from .scores.wrappers import check_parameters, uncompiled
 from .search.solver import check_budgets
 from .structure.config_keys import LAYOUTS
+from .surgery import check_plan
 from .types import Budget, CostModel, Plan, StockSpace, Structure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
+
+Progress = Callable[[int, int | None], None]
 
 
 class ExaminedModel:
@@ -137,6 +144,67 @@ class ExaminedModel:
         check_budgets(self.structure.axes, self.costs, budgets, **options)
         self._checked.add(budgets)
         return budgets
+
+    def repair(
+        self,
+        plan: Plan,
+        dataloader: Iterable[Batch],
+        *,
+        num_examples: int | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Repair:
+        """Find new weights for the layers that read what a plan prunes, by least squares.
+
+        Comes before the cut; the model is as it was. `masked` and `apply` take the result.
+
+        Args:
+            plan: What will be pruned.
+            dataloader: As for `score`; labels are not read. Every fifth batch is held out.
+            num_examples: Use the first so many examples; None: all.
+            progress: Called with layers done and their number.
+            **options: Further arguments of `repair.least_squares.find_repair`.
+
+        Raises:
+            DataError: Batches that the model cannot run.
+            OrderError: The model is cut already.
+            PlanError: The plan does not fit this model.
+            RepairError: Activations are not finite, one example only, or no room on the disk.
+            StructureError: The weights are sharded.
+        """
+        if self._applied:
+            raise OrderError(
+                "repair: this model was cut already, and a repair compares it with the whole one; "
+                "load the original again, and call repair(plan, dataloader) before apply(plan, "
+                "repair)."
+            )
+        check_unsharded(self.model, "repair")
+        dataloader = self._discovered(dataloader, num_examples)
+        check_plan(self.structure.axes, plan)
+        options |= {"num_examples": num_examples, "progress": progress}
+        axes, processes = self.structure.axes, self._processes
+        return find_repair(self.model, axes, plan, dataloader, processes=processes, **options)
+
+    def masked(self, plan: Plan, repair: Repair | None = None) -> AbstractContextManager[None]:
+        """Try a plan without cutting: inside the ``with``, pruned units are multiplied by 0.
+
+        Args:
+            plan: What is pruned.
+            repair: New weights for it, in force inside the ``with`` too.
+
+        Raises:
+            PlanError: The plan does not fit this model.
+            RepairError: The repair is that of another plan or model.
+            StructureError: The weights are sharded, and there is a repair.
+        """
+        check_uncut("masked", is_cut=self._applied)
+        check_plan(self.structure.axes, plan)
+        context = masked(self.model, self.structure.axes, plan.kept)
+        if repair is not None:
+            check_unsharded(self.model, "masked")
+            check_repair(repair, self.model, plan)
+            context = repaired(self.model, repair, context)
+        return uncompiled(context)
 
     def _discovered(self, dataloader: Iterable[Batch], limit: int | None) -> Iterable[Batch]:
         """The same batches, to be read again once `discover` has seen the longest of them."""

@@ -5,8 +5,8 @@ Knows the order of the steps and who needs what. Holds no algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,20 @@ from transformers import PreTrainedModel
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.reporting import Findings, save_with_report
 from .config.defaults import AUTO, DEFAULT_SCORE
-from .examined import ExaminedModel, check_choice, need
+from .examined import ExaminedModel, Progress, check_choice, need
 from .frontier import Limits, measure_frontier
 from .hub import push
-from .masks import masked
 from .repair.choice import closest
-from .repair.repairs import Repair, check_repair, check_unsharded, repaired
+from .repair.repairs import CHOICES as REPAIRS
+from .repair.repairs import Repair, attempted, check_repair
+from .report import say_repair
 from .scores import METHODS, check_scores, collect_scores
 from .scores.methods import CANDIDATES
 from .scores.prediction import settled
-from .scores.sample import Batch
+from .scores.sample import Batch, reiterable
 from .scores.shards import gathered, is_sharded
 from .scores.steps import HeldOut
-from .scores.wrappers import check_parameters, uncompiled
+from .scores.wrappers import check_parameters
 from .search.solver import STRATEGIES, find_plan
 from .surgery import check_plan
 from .types import Budget, Frontier, Plan, Scores
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from .repair import Recovery
 
-Progress = Callable[[int, int | None], None]
+logger = logging.getLogger(__name__)
 
 
 class GradNASPruner(ExaminedModel):
@@ -179,27 +180,6 @@ class GradNASPruner(ExaminedModel):
             self._processes.from_main(partial(make, **options)), self.model, axes, scores
         )
 
-    def masked(self, plan: Plan, repair: Repair | None = None) -> AbstractContextManager[None]:
-        """Try a plan without cutting: inside the ``with``, pruned units are multiplied by 0.
-
-        Args:
-            plan: What is pruned.
-            repair: New weights for it, in force inside the ``with`` too.
-
-        Raises:
-            PlanError: The plan does not fit this model.
-            RepairError: The repair is that of another plan or model.
-            StructureError: The weights are sharded, and there is a repair.
-        """
-        check_uncut("masked", is_cut=self._applied)
-        check_plan(self.structure.axes, plan)
-        context = masked(self.model, self.structure.axes, plan.kept)
-        if repair is not None:
-            check_unsharded(self.model, "masked")
-            check_repair(repair, self.model, plan)
-            context = repaired(self.model, repair, context)
-        return uncompiled(context)
-
     def apply(self, plan: Plan, repair: Repair | None = None) -> PreTrainedModel:
         """Cut the model in place and rewrite its config; a plan that does not fit changes nothing.
 
@@ -301,23 +281,39 @@ class GradNASPruner(ExaminedModel):
         folder = need(self._saved, "folder to push", "save_pretrained(directory)")
         return self._processes.from_main(partial(push, folder, repo_id, **options)).url
 
-    def prune(self, dataloader: Iterable[Batch], budget: Mapping[str, Any], **score: Any) -> Plan:
-        """Discover, check the budget, score, plan and cut in one call.
+    def prune(
+        self,
+        dataloader: Iterable[Batch],
+        budget: Mapping[str, Any],
+        *,
+        repair: str = "auto",
+        **score: Any,
+    ) -> Plan:
+        """Discover, check the budget, score, plan, repair and cut in one call.
 
         Args:
             dataloader: Yields dicts for ``model(**batch)``.
             budget: Such as ``{"flops": "60%"}`` or ``{"params": 66e6}``.
+            repair: ``"auto"``: with new weights by `repair` where they bring its predictions
+                closer to the original's; a warning says where none can be found. ``"none"``.
             **score: Further arguments of `score`.
 
         Raises:
             BudgetError: The budget cannot be read or reached (raised before scoring).
+            PlanError: An unknown `repair`.
         """
         check_uncut("prune", is_cut=self._applied)
-        dataloader = self._discovered(dataloader, score.get("num_examples"))
+        check_choice("repair", repair, REPAIRS)
+        limit = score.get("num_examples")
+        dataloader = self._discovered(reiterable(dataloader, self.model, limit), limit)
         self.check(budget)
         self.score(dataloader, **score)
-        plan = self.plan(budget)
-        self.apply(plan)
+        plan, found = self.plan(budget), None
+        if repair == "auto":
+            found = attempted(partial(self.repair, plan, dataloader, num_examples=limit))
+        if found is not None:
+            logger.info("gradnas: %s", say_repair(found.record()))
+        self.apply(plan, found)
         return plan
 
     def sweep(

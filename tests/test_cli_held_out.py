@@ -290,7 +290,7 @@ def test_scores_of_an_earlier_run_may_know_the_examples(prune, bert, tmp_path):
 # -- data that makes a result worse, or flatters it ------------------------------------------------
 
 
-def test_the_bundled_text_is_a_warning_only_where_it_is_scored_by_default(prune, tmp_path):
+def test_the_bundled_text_is_a_warning_only_where_it_is_used_by_default(prune, tmp_path):
     llama = save_llama(tmp_path / "llama")
     small = ["--model", llama, "--max-length", "16", "--dry-run", "--no-eval", *TINY]
     code, _, err = prune(*small)
@@ -299,7 +299,9 @@ def test_the_bundled_text_is_a_warning_only_where_it_is_scored_by_default(prune,
     assert "give --dataset." in err
     scores = ["--scores", "llama-gradnas.scores.safetensors"]
     for options in (scores, ["--score", "magnitude"]):
-        assert "no --dataset was given" not in prune(*small, *options)[2]
+        assert "the model is repaired on the bundled text" in prune(*small, *options)[2]
+        unread = prune(*small, *options, "--repair", "none")[2]
+        assert "no --dataset was given" not in unread
     text = write_text(tmp_path / "text.txt")
     assert "no --dataset was given" not in prune(*small, "--dataset", text)[2]
 

@@ -131,13 +131,14 @@ def test_scores_serve_every_budget_without_scoring(prune, bert, tsv, monkeypatch
         Collator, "__call__", lambda self, rows: (batches.append(1), plain(self, rows))[1]
     )
     again = ["--scores", "bert-gradnas.scores.safetensors", "--target", "params=90%", "--no-eval"]
+    again += ["--repair", "none"]
     code, out, _ = prune("--model", bert, "--dataset", tsv, *again, *TINY)
     assert code == 0
     assert len(batches) == 1  # the one that discovery looks at
     assert "Scored" not in out
 
 
-def test_a_dry_run_evaluates_and_writes_only_scores(prune, bert, tsv, tmp_path):
+def test_a_dry_run_evaluates_and_writes_only_scores_and_repair(prune, bert, tsv, tmp_path):
     before = set(tmp_path.iterdir())
     code, out, _ = prune(
         "--model", bert, "--dataset", tsv, "--eval-dataset", tsv, "--dry-run", *TINY
@@ -145,7 +146,8 @@ def test_a_dry_run_evaluates_and_writes_only_scores(prune, bert, tsv, tmp_path):
     assert code == 0
     assert "after (masked)" in out
     assert {path.name for path in set(tmp_path.iterdir()) - before} == {
-        "bert-gradnas.scores.safetensors"
+        "bert-gradnas.scores.safetensors",
+        "bert-gradnas.repair.safetensors",
     }
 
 
@@ -197,7 +199,9 @@ def test_the_bundled_text_is_enough_for_every_head(case, prune, tmp_path):
     save_bert(tmp_path / "org" / case, cls)
     code, out, err = prune("--model", tmp_path / "org" / case, "--target", "flops=80%", *TINY)
     assert code == 0
-    assert err.startswith("Warning: no --dataset was given, so the model is scored on the bundled")
+    assert err.startswith(
+        "Warning: no --dataset was given, so the model is scored and repaired on the bundled"
+    )
     assert err.count("\n") == 1
     assert said in out
     assert "bundled text" in out

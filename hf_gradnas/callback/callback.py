@@ -68,6 +68,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         mask: ``"soft"``: units fade during a stage. ``"hard"``: they are gone at its end at once.
         scores_from: ``"private"``: passes in eval mode over `dataloader` or a sample.
             ``"training"``: the training's own backward passes, at no pass more.
+        repair: ``"auto"``: by `GradNASPruner.repair`, except for ``"gradual"``; or ``"none"``.
         output_dir: Where the cut model is saved; None: ``pruned`` in the trainer's ``output_dir``.
 
     Raises:
@@ -99,6 +100,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         stages: int = 10,
         mask: str = "soft",
         scores_from: str = "private",
+        repair: str = "auto",
         output_dir: str | Path | None = None,
     ) -> None:
         self.settings = Settings(
@@ -116,6 +118,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             stages=stages,
             mask=mask,
             scores_from=scores_from,
+            repair=repair,
             output_dir=None if output_dir is None else str(output_dir),
         )
         if dataloader is not None and scores_from == "training":
@@ -138,8 +141,8 @@ class GradNASCallback(TrainerCallback, ExportableState):
         """Callback with the options of a recipe: a YAML file, or the name of a shipped one.
 
         Args:
-            recipe: Its budget, scores, search, layout, limits and ``training`` are taken; model,
-                data and everything else are the trainer's.
+            recipe: Its budget, scores, search, layout, repair, limits and ``training`` are taken;
+                model, data and everything else are the trainer's.
             **changes: Arguments of the constructor, which beat the recipe's.
 
         Raises:
@@ -151,6 +154,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             "score": found.score,
             "search": found.search,
             "layout": found.layout,
+            "repair": found.repair,
             "rules": found.rules() or None,
             "num_examples": found.num_examples,
             "labels": found.labels or "data",

@@ -37,6 +37,7 @@ class Progress:
         is_final: Whether `plan` meets the budget.
         is_cut: Whether the model is cut to `plan`, and not only masked.
         scores: What the latest scores say about themselves.
+        repair: What `Repair.record` says of the new weights; empty without any.
         run_id: Random name of the run, the same after it was resumed.
     """
 
@@ -46,6 +47,7 @@ class Progress:
     is_final: bool = False
     is_cut: bool = False
     scores: Mapping[str, str] = field(default_factory=dict)
+    repair: Mapping[str, Any] = field(default_factory=dict)
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -60,6 +62,7 @@ class Progress:
             "is_final": self.is_final,
             "is_cut": self.is_cut,
             "scores": dict(self.scores),
+            "repair": dict(self.repair),
             RUN_ID: self.run_id,
             "plan": _packed(self.plan),
             "coming": _packed(self.coming),
@@ -84,6 +87,8 @@ class Progress:
             raise _damaged(f"stage {found.stage!r}, run_id {found.run_id!r}")
         if not all(isinstance(flag, bool) for flag in flags) or not _is_text(found.scores):
             raise _damaged(f"is_final and is_cut {flags}, scores {found.scores!r:.80}")
+        if not isinstance(found.repair, Mapping):
+            raise _damaged(f"repair {found.repair!r:.80}")
         return found
 
 

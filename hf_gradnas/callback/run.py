@@ -20,6 +20,8 @@ from ..checkpoint.savable import check_savable
 from ..checkpoint.targets import usable_target
 from ..errors import GradNASWarning, PlanError, ScoresError
 from ..pruner import GradNASPruner
+from ..repair.repairs import Repair, attempted, install_repair
+from ..report import say_repair
 from ..scores.processes import Processes
 from ..scores.sample import longest_of_all
 from ..types import Budget, Plan, Scores
@@ -108,7 +110,11 @@ class Run:
             self._resume(saved, checkpoint)
         elif settings.when == "begin":
             self._score()
-            self._set(self._plan(1.0), is_final=True)
+            plan = self._plan(1.0)
+            repair = self._repair(plan)
+            if repair is not None:
+                install_repair(self.model, repair)
+            self._set(plan, is_final=True)
             _forget_best(state)  # of a training without the callback
 
     def cut_at_once(self) -> None:
@@ -117,7 +123,7 @@ class Run:
         self._score()
         plan = self._plan(1.0)
         self.progress.plan, self.progress.is_final = plan, True
-        self._cut(plan)
+        self._cut(plan, self._repair(plan))
 
     def _discover(self) -> Mapping[str, Any]:
         """Find the axes with the longest of the batches, and return it."""
@@ -287,7 +293,7 @@ class Run:
         """
         self.release()
         check_savable(self.model)
-        plan = self.progress.plan
+        plan, repair = self.progress.plan, None
         if plan is None or not self.progress.is_final:
             if self._stages:
                 warnings.warn(
@@ -300,11 +306,14 @@ class Run:
             self._score()
             plan = self._plan(1.0)
             self._set(plan, is_final=True)
-        self._cut(plan)
+            repair = self._repair(plan)
+        self._cut(plan, repair)
 
     def write(self, target: Path, processing_class: Any) -> Path:
         """Save the cut model, and return where; all processes wait for the main one."""
-        document = {"scores": dict(self.progress.scores), "callback": self.settings.to_dict()}
+        progress = self.progress
+        document = {"scores": dict(progress.scores), "callback": self.settings.to_dict()}
+        document |= {"repair": dict(progress.repair)} if progress.repair else {}
         source = self._pruner.model.name_or_path
         find = partial(usable_target, target, overwrite=True, source=source)
         target = self._processes.from_main(find)
@@ -312,9 +321,9 @@ class Run:
             target, processing_class, overwrite=True, document=document
         )
 
-    def _cut(self, plan: Plan) -> None:
+    def _cut(self, plan: Plan, repair: Repair | None) -> None:
         self.release()
-        self._pruner.apply(plan)
+        self._pruner.apply(plan, repair)
         self.progress.is_cut = True
         self._mask, self._fading, self._riding = None, None, None
         self._batches = ()
@@ -338,6 +347,19 @@ class Run:
         self.scores = without_lost(scores, self._pruner, self.progress.kept)
         self.progress.scores = self.scores.metadata
         self._pruner.use_scores(self.scores)
+
+    def _repair(self, plan: Plan) -> Repair | None:
+        """New weights for a plan of the whole model; None where it was masked while it trained."""
+        if self.settings.repair == "none" or self.settings.when == "gradual":
+            return None
+        limit = self.settings.sample_size
+        find = partial(self._pruner.repair, plan, self._batches, num_examples=limit)
+        with self._undisturbed():
+            found = attempted(find)
+        if found is not None:
+            self.progress.repair = found.record()
+            logger.info("gradnas: %s", say_repair(self.progress.repair))
+        return found
 
     def _plan(self, share: float) -> Plan:
         """Plan for the budget, or on the way to it."""

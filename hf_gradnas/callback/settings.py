@@ -11,6 +11,7 @@ from ..config.budgets import parse_budgets
 from ..config.defaults import AUTO, DEFAULT_SCORE
 from ..config.rules import parse_rules
 from ..errors import PlanError
+from ..repair.repairs import CHOICES as REPAIRS
 from ..scores import METHODS
 from ..scores.methods import CANDIDATES, GRADIENT_METHODS
 from ..scores.steps import is_none_or_positive
@@ -44,6 +45,7 @@ class Settings:
     stages: int = 10
     mask: str = "soft"
     scores_from: str = "private"
+    repair: str = "auto"
     output_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class Settings:
         _check("schedule", self.schedule, SCHEDULES)
         _check("mask", self.mask, MASKS)
         _check("scores_from", self.scores_from, SOURCES)
+        _check("repair", self.repair, REPAIRS)
         parse_rules(self.rules)
         parse_budgets(self.budget, {"flops": math.inf, "params": math.inf})
         if not is_none_or_positive(self.num_examples):

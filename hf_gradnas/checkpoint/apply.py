@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CutError, PlanError, described
 from ..masks import masked
-from ..repair.repairs import Repair, repaired
+from ..repair.repairs import Repair, exchange_weights
 from ..scores.batches import to_device
 from ..structure.config_values import locate_axes
 from ..structure.counting import count_params
@@ -71,11 +71,11 @@ def apply_plan(
     _write_config(copy.deepcopy(model.config), model, plan, structure, space)
     earlier = vars(model.config).get("gradnas")
     calls = [] if sample is None else calls_of(sample, model)
-    with ExitStack() as stack:
+    with ExitStack() as undo:
         if repair is not None:
-            stack.enter_context(repaired(model, repair))
+            exchange_weights(model, repair, undo)
         record = cut_with_proof(model, structure.axes, plan.kept, layout=plan.layout, calls=calls)
-        stack.pop_all()  # the new weights stay
+        undo.pop_all()  # the new weights stay
     _write_config(model.config, model, plan, structure, space)
     renumber_heads(model, structure.axes, plan.kept)
     if plan.layout == "per_layer":

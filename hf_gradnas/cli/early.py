@@ -291,6 +291,8 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         check_target(output, overwrite=recipe.overwrite, source=source)
     if recipe.scores is None:
         _check_scores_place(recipe, Path(save_scores), output)
+    if recipe.repair != "none":
+        _check_repair_place(repair_file(output))
     own = {"output": output, "save_scores": save_scores, "scores": scores}
     return recipe.model_copy(update=own)
 
@@ -319,6 +321,21 @@ def _check_scores_place(recipe: Recipe, file: Path, output: str) -> None:
             raise RecipeError(
                 f"{given}: {file} holds no scores, and only scores are replaced; give another file."
             )
+
+
+def repair_file(output: str) -> Path:
+    """Where the repair goes: beside the output."""
+    return Path(f"{output.rstrip('/')}.repair.safetensors")
+
+
+def _check_repair_place(file: Path) -> None:
+    from ..types import REPAIR_MARK, metadata_of
+
+    if _kind(str(file), "output") and REPAIR_MARK not in metadata_of(file):
+        raise RecipeError(
+            f"--output: {file} is where the repair is saved, and it holds none, and only repairs "
+            "are replaced; give another output, or --repair none."
+        )
 
 
 def _folder_name(folder: Path) -> str:

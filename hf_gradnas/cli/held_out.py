@@ -160,10 +160,11 @@ def data_warnings(
 ) -> Iterator[str]:
     """What the choice of data does to the result."""
     reads_data = scores is None and recipe.score not in ("magnitude", "random")
-    if recipe.dataset is None and source.input == "text" and reads_data:
+    uses = ["scored"] * reads_data + ["repaired"] * (recipe.repair != "none")
+    if recipe.dataset is None and source.input == "text" and uses:
         yield (
-            f"no --dataset was given, so the model is scored on the {BUNDLED}. Text of the "
-            "model's own kind tells better what to keep (a Llama trained on Python source: "
+            f"no --dataset was given, so the model is {' and '.join(uses)} on the {BUNDLED}. Text "
+            "of the model's own kind tells better what to keep (a Llama trained on Python source: "
             "perplexity 16.13 instead of 17.15 with the bundled text); give --dataset."
         )
     if evaluation is not None and evaluation.scored_too:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..pruner import GradNASPruner
+    from ..repair import Repair
     from ..scores.processes import Processes
     from ..types import Plan
     from .evaluate import Metrics
-    from .examples import Examples
     from .measuring import Batches
     from .preparation import Job
 
@@ -117,6 +117,7 @@ class _Run:
         from .opening import open_model
         from .preparation import prepare
         from .publish import push_settings
+        from .repairing import find_repair
         from .show import show_settings
 
         self._check_push()
@@ -139,11 +140,13 @@ class _Run:
             for doubt in doubts(before, job.source.task.head, model.config):
                 self.screen.warn(doubt)
         plan = self._plan(pruner, loader, job)
+        own, processes = self.screen, self.processes
+        repair = find_repair(pruner, plan, loader, self.recipe, screen=own, processes=processes)
         self.cutting = True
         if self.recipe.dry_run:
-            self._finish_dry_run(pruner, plan, evaluation, job, before)
+            self._finish_dry_run(pruner, plan, repair, evaluation, job, before)
         else:
-            self._cut_and_save(pruner, plan, evaluation, job, before)
+            self._cut_and_save(pruner, plan, repair, evaluation, job, before)
         self.screen.line(f"Done in {time.monotonic() - self.started:.1f} s.")
 
     def interruption(self) -> str:
@@ -264,12 +267,13 @@ class _Run:
         self,
         pruner: GradNASPruner,
         plan: Plan,
+        repair: Repair | None,
         evaluation: Batches | None,
         job: Job,
         before: Metrics | None,
     ) -> None:
         if before is not None:
-            with pruner.masked(plan):
+            with pruner.masked(plan, repair):
                 after = self._evaluate(pruner.model, evaluation, job, "Evaluating the plan")
             if after is not None:
                 self._show({"before": before, "after (masked)": after}, job, plan)
@@ -279,6 +283,7 @@ class _Run:
         self,
         pruner: GradNASPruner,
         plan: Plan,
+        repair: Repair | None,
         evaluation: Batches | None,
         job: Job,
         before: Metrics | None,
@@ -286,16 +291,17 @@ class _Run:
         from ..checkpoint.companions import loader_of
         from ..checkpoint.save import loading_snippet
         from .latency import Timing
+        from .repairing import recover_model
 
         timing = Timing(self.batch, self.length, self.processes, is_on=self.recipe.report)
         timing.begin(pruner.model)
-        model = pruner.apply(plan)
+        model = pruner.apply(plan, repair)
         after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")
         columns = {"before": before, "after": after}
         document = record(self.recipe, job, self.given)
         document |= timing.end(model, self.screen)
         if job.recovery is not None:
-            document["recovery"] = self._recover(model, job.recovery, job)
+            document["recovery"] = recover_model(model, self.recipe, job, screen=self.screen)
             columns["recovered"] = self._evaluate(
                 model, evaluation, job, "Evaluating the recovered model"
             )
@@ -331,34 +337,6 @@ class _Run:
 
         found = usable_target(output, overwrite=self.recipe.overwrite, source=source)
         return output if found == target_of(output) else found
-
-    def _recover(self, model: PreTrainedModel, examples: Examples, job: Job) -> dict[str, Any]:
-        """Train the cut model; the teacher is loaded again from where the original came."""
-        from ..repair import recover
-        from .examples import Collator
-        from .loading import load_model
-
-        teacher, _ = load_model(self.recipe, job.source, job.folder)
-        with self.screen.progress("Recovering") as report:
-            done = recover(
-                model,
-                teacher,
-                examples,
-                epochs=self.recipe.recover_epochs,
-                learning_rate=self.recipe.recover_learning_rate,
-                batch_size=self.recipe.recover_batch_size,
-                temperature=self.recipe.recover_temperature,
-                alpha=self.recipe.recover_alpha,
-                hidden_weight=self.recipe.recover_hidden_weight,
-                lora=self.recipe.recover_lora_rank,
-                seed=self.recipe.seed,
-                data_collator=Collator(job.source, model),
-                progress=report,
-            )
-        self.screen.line(
-            f"Recovered in {done.steps} steps on {len(examples)} examples in {done.seconds:.1f} s."
-        )
-        return {"examples": len(examples), "steps": done.steps, "loss": done.loss}
 
     def _reload(self, output: str, evaluation: Batches | None, job: Job) -> Metrics | None:
         from .loading import load_model, open_source

@@ -57,6 +57,7 @@ def settings_of(
         "score": recipe.score,
         "search": recipe.search,
         "layout": recipe.layout,
+        "repair": recipe.repair,
         "exclude": ", ".join(recipe.exclude) or None,
         "min_units": recipe.min_units,
         "scores": recipe.scores,

@@ -26,10 +26,9 @@ from ..errors import GradNASWarning, RepairError, StructureError
 from ..scores.batches import tensor_bytes
 from ..scores.shards import is_sharded, shape_of
 from ..structure.sizes import tensor_at
-from ..types import Plan, parse_json
+from ..types import REPAIR_MARK, Plan, metadata_of, parse_json
 
 FORMAT_VERSION = 1
-_MARK = "gradnas_repair"
 CHOICES = ("auto", "none")
 """What can be asked for: a repair where one can be found, or none."""
 
@@ -108,7 +107,7 @@ class Repair:
             RepairError: The file cannot be written, or holds something else; it is as it was.
         """
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        metadata = {_MARK: json.dumps(self.summary()), "digest": _digest(tensors)}
+        metadata = {REPAIR_MARK: json.dumps(self.summary()), "digest": _digest(tensors)}
         try:
             write_whole(
                 file, lambda path: save_file(tensors, path, metadata=metadata), replaces=is_repair
@@ -130,7 +129,7 @@ class Repair:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            data = dict(parse_json(metadata[_MARK], allow_nan=True))
+            data = dict(parse_json(metadata[REPAIR_MARK], allow_nan=True))
             data["sites"] = tuple(Site(**site) for site in data["sites"])
             repair = cls(tensors=tensors, **data)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -148,11 +147,7 @@ class Repair:
 
 def is_repair(file: Path) -> bool:
     """Whether a file looks like one of `Repair.save`, of whatever version."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return _MARK in (opened.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    return REPAIR_MARK in metadata_of(file)
 
 
 def plan_digest(plan: Plan) -> str:
@@ -213,6 +208,14 @@ def attempted(find: Callable[[], Repair]) -> Repair | None:
         return None
 
 
+def exchange_weights(model: nn.Module, repair: Repair, undo: ExitStack) -> None:
+    """Give a whole model the new weights; `undo` puts the old ones back, unless it forgets them."""
+    for name, tensor in repair.tensors.items():
+        parameter = tensor_at(model, name)
+        undo.callback(setattr, parameter, "data", parameter.data)
+        parameter.data = tensor.to(parameter, copy=True)
+
+
 @contextmanager
 def repaired(
     model: nn.Module, repair: Repair, context: AbstractContextManager[Any] | None = None
@@ -224,12 +227,9 @@ def repaired(
         repair: The new weights, which stay as they are whatever becomes of the model's.
         context: What else is in force within the block; None: nothing.
     """
-    with ExitStack() as stack:
-        for name, tensor in repair.tensors.items():
-            parameter = tensor_at(model, name)
-            stack.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = tensor.to(parameter, copy=True)
-        stack.enter_context(context or nullcontext())
+    with ExitStack() as undo:
+        exchange_weights(model, repair, undo)
+        undo.enter_context(context or nullcontext())
         yield
 
 

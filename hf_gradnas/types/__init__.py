@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .costs import Budget, CostModel, Product
-from .documents import parse_json, read_object
+from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
 from .plan_checks import check_indices, check_values, is_integer
 from .structure import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MASKED",
     "REPAIRED",
+    "REPAIR_MARK",
     "STATES",
     "Attribute",
     "Axis",
@@ -53,6 +54,7 @@ __all__ = [
     "check_values",
     "is_frontier",
     "is_integer",
+    "metadata_of",
     "parse_json",
     "read_object",
 ]

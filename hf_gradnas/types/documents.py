@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 _LARGEST_INTEGER = 2**63
+REPAIR_MARK = "gradnas_repair"
+"""Key in the metadata of a file that holds a repair."""
 
 
 def parse_json(text: str, *, allow_nan: bool = False) -> Any:
@@ -36,6 +39,17 @@ def read_object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def metadata_of(file: str | os.PathLike[str]) -> dict[str, str]:
+    """Metadata of a file of safetensors; empty where there is none that can be read."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - a slip costs no waiting
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

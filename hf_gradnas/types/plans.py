@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from .._files import write_text, write_whole
 from ..errors import PlanError, ScoresError
 from .costs import Budget
-from .documents import parse_json, read_object
+from .documents import metadata_of, parse_json, read_object
 from .plan_checks import check_values
 
 DIGEST = "sha256"
@@ -221,11 +221,7 @@ class Scores:
     @staticmethod
     def is_file(file: str | os.PathLike[str]) -> bool:
         """Whether a file looks like one of `save`, of whatever version."""
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                return "format_version" in (opened.metadata() or {})
-        except (SafetensorError, OSError):
-            return False
+        return "format_version" in metadata_of(file)
 
     @classmethod
     def load(cls, file: str | Path) -> Scores:
