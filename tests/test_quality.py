@@ -195,7 +195,7 @@ def test_a_run_keeps_its_rows_and_measures_nothing_twice(
     task: str, files: dict[str, list[str]], tmp_path: Path, capsys, monkeypatch
 ) -> None:
     results = tmp_path / "rows.jsonl"
-    options = [*files[task], "--score", "fisher", "--results", str(results)]
+    options = [*files[task], "--score", "fisher", "auto", "--results", str(results)]
     rows = quality.main(options)
     said = capsys.readouterr().out
     assert [json.loads(line) for line in results.read_text().splitlines()] == rows
@@ -203,15 +203,17 @@ def test_a_run_keeps_its_rows_and_measures_nothing_twice(
     assert len(whole) == 1
     assert whole[0]["kl"] == pytest.approx(0, abs=1e-6)
     methods = {row["method"] for row in rows if "budget" in row}
-    assert methods == {"fisher", *peers.PEERS}
+    assert methods == {"fisher", "auto", *peers.PEERS}
+    assert {row["score"] for row in rows if row["method"] == "auto"} <= {"balanced", "fisher"}
     assert all(row["achieved"] <= 1 and row["kl"] > -1e-6 for row in rows if "budget" in row)
-    assert said.count("| fisher | lagrangian | no |") == 2
+    assert said.count("| fisher | lagrangian | yes |") == 2
     monkeypatch.setattr(quality, "trials", None)  # would be called for a row that is missing
     assert quality.main(options) == rows
 
 
-def test_cut_is_masked(files: dict[str, list[str]], capsys) -> None:
-    options = [*files["language"], "--score", "fisher", "--peer"]
+@pytest.mark.parametrize("repair", ["auto", "none"])
+def test_cut_is_masked(repair: str, files: dict[str, list[str]], capsys) -> None:
+    options = [*files["language"], "--score", "fisher", "--peer", "--repair", repair]
     (_, masked), (_, cut) = quality.main(options), quality.main([*options, "--cut"])
     capsys.readouterr()
     assert cut["metric"] == pytest.approx(masked["metric"], rel=1e-5)
@@ -220,7 +222,7 @@ def test_cut_is_masked(files: dict[str, list[str]], capsys) -> None:
 
 def test_a_peers_repair_is_not_cut(files: dict[str, list[str]], capsys) -> None:
     with pytest.raises(SystemExit):
-        quality.main([*files["language"], "--cut", "--repair", "auto"])
+        quality.main([*files["language"], "--cut"])
     assert "--cut: a peer's repair is run masked only" in capsys.readouterr().err
 
 

@@ -34,12 +34,14 @@ from tasks import PRESETS, READERS, Batch, Data, Variant, measure
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.config.defaults import AUTO
 from hf_gradnas.scores import METHODS
 from hf_gradnas.types import Plan
 
 Row = dict[str, Any]
 UNPRUNED = {"method": "unpruned"}
-MEASURED = ("metric", "kl", "achieved", "scoring_s", "repair_s")
+SCORES = [AUTO, *METHODS]
+MEASURED = ("metric", "kl", "achieved", "score", "scoring_s", "repair_s")
 """Fields of a row that are results; all others say what was measured."""
 
 
@@ -132,7 +134,7 @@ def trials(
         repaired = time.perf_counter() - start if row["repair"] else 0.0
         achieved = max(plan.costs[cost] / pruner.totals[cost] for cost in limit)
         seconds = {"scoring_s": scored, "repair_s": repaired}
-        yield {**row, "achieved": achieved, **seconds}, variant
+        yield {**row, "achieved": achieved, "score": plan.score, **seconds}, variant
 
 
 def pruned_by(
@@ -210,10 +212,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", required=True, help="calibration data")
     parser.add_argument("--dev", required=True, help="evaluation data")
     parser.add_argument("--budget", nargs="+", metavar="NAME=VALUE", help="flops, params, blocks")
-    parser.add_argument("--score", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--score", nargs="*", default=SCORES, choices=SCORES)
     parser.add_argument("--search", default="lagrangian")
     parser.add_argument("--layout", default="per_layer", choices=("per_layer", "stock"))
-    parser.add_argument("--repair", default="none", choices=("auto", "none"))
+    parser.add_argument("--repair", default="auto", choices=("auto", "none"))
     parser.add_argument("--peer", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--subsets", type=int, default=5, help="calibration subsets")
     parser.add_argument("--examples", type=int, help="calibration examples of a subset")
