@@ -293,8 +293,7 @@ class _Fit:
                 continue
             for forward in (piece.original, piece.pruned):
                 self._advance(forward, number)
-            arrived = [f.gate == number and not f.is_done for f in (piece.original, piece.pruned)]
-            if all(arrived) and reader.path in piece.pruned.inputs:
+            if piece.is_at(number, reader):
                 rows = piece.rows(gate, reader, scale, self._decoder)
                 if not math.isfinite(rows.energy + float(rows.x.sum() + rows.residual.sum())):
                     raise RepairError(
@@ -321,7 +320,8 @@ class _Fit:
         if not forward.is_pruned or forward.tensor is None:
             return
         gate = self._conductor.gates[forward.gate]
-        for reader, scale in list(zip(gate.readers, gate.scales, strict=True))[forward.settled :]:
+        for reader, factor in list(zip(gate.readers, gate.scales, strict=True))[forward.settled :]:
+            scale = factor
             if reader not in self._seen:
                 return
             forward.settled += 1
@@ -329,6 +329,8 @@ class _Fit:
             if change is not None and x is not None:
                 bias = None if change.bias is None else change.bias.to(x)
                 added = applied(reader, x, change.weight.to(x), bias)
+                if isinstance(scale, Tensor) and reader.is_conv:
+                    scale = scale.view(-1, *[1] * (added.dim() - 2))  # (channels, 1, …)
                 forward.tensor += (added * scale).view_as(forward.tensor).to(forward.tensor)
 
 

@@ -61,6 +61,14 @@ class Piece:
     pruned: Forward
     masks: tuple[Tensor | None, Tensor | None]
 
+    def is_at(self, number: int, reader: Reader) -> bool:
+        """Whether both forwards wait at a gate, with as many rows, and ran a reader before it."""
+        forwards = (self.original, self.pruned)
+        if any(forward.is_done or forward.gate != number for forward in forwards):
+            return False
+        shapes = {cast(Tensor, forward.tensor).shape for forward in forwards}
+        return reader.path in self.pruned.inputs and (reader.alone or len(shapes) == 1)
+
     def rows(self, gate: Gate, reader: Reader, scale: Tensor | float, decoder: str | None) -> Rows:
         """What a reader is fitted on: all real positions at a gate that both forwards wait at.
 

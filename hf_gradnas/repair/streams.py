@@ -140,8 +140,8 @@ class _Trace(TorchDispatchMode):
                 events.append((time, Gate(place, chosen, scales)))
         for path, reader in left.items():
             time, place, shape = self._own[path]
-            is_fixed = len(shape) > 2 and shape[0] % self.examples == 0  # noqa: PLR2004
-            own = replace(reader, alone=not is_fixed)
+            of_examples = shape[0] == self.examples
+            own = replace(reader, alone=not (of_examples or _has_positions(shape, self.examples)))
             events.append((time, Gate(place, (own,), (1.0,))))
         yield from (gate for _, gate in sorted(events, key=lambda event: event[0]))
 
@@ -241,6 +241,11 @@ class _Trace(TorchDispatchMode):
         if found is not None and found.is_stream:
             del self._sums[_key(value)]
             self._found.append((self._clock, place, found))
+
+
+def _has_positions(shape: Sequence[int], examples: int) -> bool:
+    """Whether rows are positions, or windows of them, of each example in turn."""
+    return len(shape) > 2 and shape[0] % examples == 0  # noqa: PLR2004 - (rows, seq, features)
 
 
 def _keeps_rows(before: Tensor, after: Tensor, dim: int) -> bool:
