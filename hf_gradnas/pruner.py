@@ -310,7 +310,7 @@ class GradNASPruner(ExaminedModel):
         self.score(dataloader, **score)
         plan, found = self.plan(budget), None
         if repair == "auto":
-            found = attempted(partial(self.repair, plan, dataloader, num_examples=limit))
+            found = self._attempt(plan, dataloader, num_examples=limit)
         if found is not None:
             logger.info("gradnas: %s", say_repair(found.record()))
         self.apply(plan, found)
@@ -320,6 +320,8 @@ class GradNASPruner(ExaminedModel):
         self,
         dataloader: Iterable[Batch] | Mapping[int, Iterable[Batch]],
         budgets: Mapping[str, Limits],
+        *,
+        repair: str = "auto",
         **options: Any,
     ) -> Frontier:
         """Measure plans for several budgets, scores and calibration subsets; nothing is cut.
@@ -327,18 +329,25 @@ class GradNASPruner(ExaminedModel):
         Args:
             dataloader: As of `score`; or a mapping from a seed to such batches, for several.
             budgets: Limits per cost, ``{"flops": ["80%", "60%"]}``; each is a budget of its own.
+            repair: ``"auto"``: each plan is measured with the new weights of `repair` too.
             **options: ``batches`` to measure on, and further arguments of
                 `frontier.measure_frontier`.
 
         Raises:
             BudgetError: A budget cannot be read or reached; before any scoring.
             DataError: There is nothing to measure on.
-            PlanError: An unknown score, or no seed.
+            PlanError: An unknown score or `repair`, or no seed.
         """
         check_uncut("sweep", is_cut=self._applied)
+        check_choice("repair", repair, REPAIRS)
         loaders = dict(dataloader) if isinstance(dataloader, Mapping) else {0: dataloader}
         for seed in list(loaders)[:1]:
             loaders[seed] = self._discovered(loaders[seed], options.get("num_examples"))
         names = CANDIDATES if self.score_method == AUTO else self.score_method
         given = {"score": names, "processes": self._processes, **options}
+        given["repair"] = self._attempt if repair == "auto" else None
         return measure_frontier(self, loaders, budgets=budgets, **given)
+
+    def _attempt(self, plan: Plan, dataloader: Iterable[Batch], **options: Any) -> Repair | None:
+        """The repair of a plan, or None with a warning that says why there is none."""
+        return attempted(partial(self.repair, plan, dataloader, **options))

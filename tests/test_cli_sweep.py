@@ -15,9 +15,10 @@ from hf_gradnas import Scores
 from hf_gradnas.cli.app import main
 from hf_gradnas.config.sweep import Sweep
 from hf_gradnas.frontier import yardstick
-from hf_gradnas.types import Frontier
+from hf_gradnas.types import STATES, Frontier
 
 TINY = ["--num-examples", "8", "--batch-size", "4"]
+PRUNED = {"pruned", "pruned.repair.safetensors"}
 FILES = {"sweep.json", "sweep.csv", "sweep.md", "sweep.png", "sweep.svg"}
 
 
@@ -58,13 +59,14 @@ def test_budgets_scores_and_seeds_in_one_command(sweep, bert, tmp_path):
     assert (code, err) == (0, "")
     folder = tmp_path / "found"
     scores = {f"sweep.scores-{seed}.safetensors" for seed in (3, 4)}
-    assert {path.name for path in folder.iterdir()} == {*FILES, *scores, "pruned"}
+    assert {path.name for path in folder.iterdir()} == {*FILES, *scores, *PRUNED}
     frontier = Frontier.load(folder / "sweep.json")
     assert [(p.seed, p.score, round(p.budget.ratio, 6)) for p in frontier.points] == [
         (seed, score, ratio)
         for seed in (3, 4)
         for score in ("fisher", "random")
         for ratio in (0.8, 0.6)
+        for _ in STATES
     ]
     assert frontier.model == "bert"
     assert set(frontier.original) == {"examples", "loss", "accuracy"}
@@ -73,7 +75,7 @@ def test_budgets_scores_and_seeds_in_one_command(sweep, bert, tmp_path):
     assert command.startswith("hf-gradnas sweep --model bert --dataset train.tsv --num-examples 8 ")
     assert command.endswith("--score fisher,random --seeds 3,4 --save flops=60%")
     lines = list(csv.reader((folder / "sweep.csv").read_text(encoding="utf-8").splitlines()))
-    assert len(lines) == 2 + 8
+    assert len(lines) == 2 + 16
     with Image.open(folder / "sweep.png") as picture:
         assert picture.width > 1000
     assert "| flops=60% | random |" in (folder / "sweep.md").read_text(encoding="utf-8")
@@ -81,7 +83,8 @@ def test_budgets_scores_and_seeds_in_one_command(sweep, bert, tmp_path):
         assert said in out
     assert "--shuffle" not in out.partition("Saving the model of flops=60% by fisher")[0]
     # The model is that of the first score and seed, as prune makes it.
-    first = frontier.points[1]
+    first = frontier.points[3]
+    assert (first.state, round(first.budget.ratio, 6)) == ("repaired", 0.6)
     document = json.loads((folder / "pruned/gradnas.json").read_text(encoding="utf-8"))
     assert document["metrics"]["after"]["loss"] == pytest.approx(first.metrics["loss"], rel=1e-4)
     assert document["plan"]["costs"] == first.costs
@@ -96,6 +99,7 @@ def test_one_subset_is_that_of_prune_and_is_kept(sweep, prune, tmp_path, monkeyp
     save_llama(tmp_path / "llama")
     write_text(tmp_path / "text.txt", 400)
     data = ["--model", "llama", "--dataset", "text.txt", "--max-length", "16", *TINY]
+    data += ["--repair", "none"]
     code, out, err = sweep(*data, "--targets", "params=90%,80%")
     assert (code, err) == (0, "")
     assert "held out from the calibration data (text.txt)" in out
@@ -116,7 +120,7 @@ def _never(*_: object, **__: object) -> None:
 
 
 def test_an_interruption_keeps_what_was_measured(sweep, bert, tmp_path, monkeypatch):
-    command = [*DATA, "--score", "random,magnitude", "--targets", "flops=70%"]
+    command = [*DATA, "--score", "random,magnitude", "--targets", "flops=70%", "--repair", "none"]
     own = yardstick._try
 
     def stop_at_second(run, rule, tries, what):

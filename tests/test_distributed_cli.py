@@ -15,12 +15,12 @@ import pytest
 from cli_cases import save_bert, write_tsv
 
 from hf_gradnas.cli.app import main
-from hf_gradnas.cli.prune import _say as say
+from hf_gradnas.cli.prune import say
 from hf_gradnas.cli.show import Screen
-from hf_gradnas.types import Scores
+from hf_gradnas.types import Frontier, Scores
 
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
-LAUNCH += " --main_process_port 0 --mixed_precision no --dynamo_backend no -m hf_gradnas.prune"
+LAUNCH += " --main_process_port 0 --mixed_precision no --dynamo_backend no -m"
 OPTIONS = "--target flops=70% --num-examples 29 --batch-size 4 --seed 3 --no-report"
 
 
@@ -33,10 +33,10 @@ def own_folder(tmp_path, tmp_path_factory, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
+def run(*arguments: str, module: str = "prune") -> tuple[int, str, str]:
     """Exit code and what both processes printed."""
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *LAUNCH.split(), *map(str, arguments)]
+    command = [sys.executable, *LAUNCH.split(), f"hf_gradnas.{module}", *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, env=settings, text=True)
     return done.returncode, done.stdout, done.stderr
 
@@ -66,6 +66,23 @@ def test_two_processes_prune_as_one_does(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.long
+def test_two_processes_sweep_as_one_does(tmp_path: Path, capsys) -> None:
+    model, data = save_bert(tmp_path / "bert"), write_tsv(tmp_path / "train.tsv", 30)
+    options = ["--model", model, "--dataset", data, "--eval-dataset", data, "--batch-size", "4"]
+    options += ["--num-examples", "9", "--targets", "flops=80%,60%", "--seeds", "1,2"]
+    code, out, err = run(*options, "--output", "two", module="sweep")
+    assert code == 0, err
+    assert out.count("Saved: two") == 1
+    assert main(["sweep", *map(str, options), "--output", "one"]) == 0
+    one, two = (Frontier.load(tmp_path / name / "sweep.json") for name in ("one", "two"))
+    assert len(one.points) == 8
+    for alone, joint in zip(one.points, two.points, strict=True):
+        assert joint.costs == alone.costs
+        assert joint.kl == pytest.approx(alone.kl, rel=1e-2, abs=1e-9)
+        assert joint.metrics == pytest.approx(alone.metrics, rel=1e-3)
+
+
+@pytest.mark.long
 def test_an_error_is_said_once(tmp_path: Path) -> None:
     model, data = save_bert(tmp_path / "bert"), write_tsv(tmp_path / "train.tsv", 30)
     (tmp_path / "taken").mkdir()
@@ -75,11 +92,11 @@ def test_an_error_is_said_once(tmp_path: Path) -> None:
 
 
 def test_an_error_that_only_one_process_knows_of_is_said_by_it(capsys) -> None:
-    run = SimpleNamespace(processes=SimpleNamespace(is_main=False, index=1, have_failed=False))
-    say(Screen(quiet=True), run, "out of luck")
+    other = SimpleNamespace(is_main=False, index=1, have_failed=False)
+    say(Screen(quiet=True), other, "out of luck")
     assert capsys.readouterr().err == "Error: process 1: out of luck\n"
-    run.processes.have_failed = True  # the main process says it
-    say(Screen(quiet=True), run, "out of luck")
+    other.have_failed = True  # the main process says it
+    say(Screen(quiet=True), other, "out of luck")
     assert capsys.readouterr().err == ""
 
 

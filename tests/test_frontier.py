@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import zoo
+from score_examples import examples_of, in_batches
 
 from hf_gradnas import GradNASPruner, Scores
-from hf_gradnas.errors import BudgetError, DataError, OrderError, PlanError
+from hf_gradnas.errors import (
+    BudgetError,
+    DataError,
+    GradNASWarning,
+    OrderError,
+    PlanError,
+    RepairError,
+)
 from hf_gradnas.frontier import measure as sweeping
 from hf_gradnas.repair.closeness import divergences
 from hf_gradnas.repair.repairs import Repair, plan_digest
@@ -19,6 +27,11 @@ from hf_gradnas.types import Frontier
 
 SCORES = ("fisher", "taylor", "magnitude", "random")
 BUDGETS = {"params": ["85%", "70%"]}
+
+
+def swept(pruner, *arguments, repair: str = "none", **options) -> Frontier:
+    """The frontier, measured with masks only unless asked otherwise."""
+    return pruner.sweep(*arguments, repair=repair, **options)
 
 
 def loss_of(model) -> dict[str, float]:
@@ -52,7 +65,7 @@ def passes(monkeypatch):
 
 def test_points_are_what_masks_do(llama, passes):
     pruner, inputs, other = llama
-    frontier = pruner.sweep([inputs], BUDGETS, batches=[other], evaluate=loss_of, score=SCORES)
+    frontier = swept(pruner, [inputs], BUDGETS, batches=[other], evaluate=loss_of, score=SCORES)
     assert passes == [("fisher", "taylor"), ("magnitude",), ("random",)]
     assert pruner.plan({"params": "85%"}).score == "fisher"  # it goes on with the first
     assert frontier.original == loss_of(pruner.model)
@@ -78,7 +91,7 @@ def test_costs_are_budgets_of_their_own_and_mild_ones_come_first(llama):
     budgets = {"flops": "80%", "params": ["70%", 0.9 * 1e5, "90%"]}
     pruner.discover(inputs)
     budgets["params"][1] = 0.8 * pruner.totals["params"]
-    frontier = pruner.sweep([inputs], budgets, batches=[other], score="magnitude")
+    frontier = swept(pruner, [inputs], budgets, batches=[other], score="magnitude")
     assert [(p.budget.cost, round(p.budget.ratio, 6)) for p in frontier.points] == [
         ("flops", 0.8),
         ("params", 0.9),
@@ -93,7 +106,7 @@ def test_every_seed_has_its_own_subset_and_draws(llama):
     pruner, inputs, other = llama
     loaders = {0: [inputs], 1: [other]}
     options = {"batches": [other], "labels": "model", "score": ("fisher", "random")}
-    frontier = pruner.sweep(loaders, {"params": "70%"}, **options)
+    frontier = swept(pruner, loaders, {"params": "70%"}, **options)
     assert [(p.seed, p.score) for p in frontier.points] == [
         (0, "fisher"),
         (0, "random"),
@@ -128,7 +141,7 @@ def test_slips_are_found_before_scoring(name, llama, passes, tmp_path):
     pruner, inputs, other = llama
     budgets, options, error, said = BAD[name]
     with pytest.raises(error, match=said):
-        pruner.sweep([inputs], budgets, **{"batches": [other], "evaluate": loss_of, **options})
+        swept(pruner, [inputs], budgets, **{"batches": [other], "evaluate": loss_of, **options})
     assert passes == []
 
 
@@ -136,7 +149,7 @@ def test_there_must_be_a_seed(llama):
     pruner, inputs, other = llama
     pruner.discover(inputs)
     with pytest.raises(PlanError, match="loaders: found no seed"):
-        pruner.sweep({}, BUDGETS, batches=[other])
+        swept(pruner, {}, BUDGETS, batches=[other])
 
 
 @pytest.mark.leaves_state
@@ -144,7 +157,7 @@ def test_a_cut_model_is_not_swept(llama):
     pruner, inputs, other = llama
     pruner.prune([inputs], {"params": "80%"})
     with pytest.raises((OrderError, PlanError), match="sweep"):
-        pruner.sweep([inputs], BUDGETS, batches=[other])
+        swept(pruner, [inputs], BUDGETS, batches=[other])
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -169,23 +182,23 @@ def test_what_was_measured_is_not_measured_again(llama, tmp_path, passes):
     options = {"batches": [other], "score": ("fisher", "taylor"), "file": file}
     # The original, two plans of fisher, and one of taylor before the interruption.
     with pytest.raises(KeyboardInterrupt):
-        pruner.sweep([inputs], BUDGETS, evaluate=Counting(fails_at=4), **options)
+        swept(pruner, [inputs], BUDGETS, evaluate=Counting(fails_at=4), **options)
     kept = Frontier.load(file).points
     assert [point.score for point in kept] == ["fisher", "fisher"]
     count = Counting()
-    whole = pruner.sweep([inputs], BUDGETS, evaluate=count, document={"a": 1}, **options)
+    whole = swept(pruner, [inputs], BUDGETS, evaluate=count, document={"a": 1}, **options)
     assert count.calls == 1 + 2
     assert whole.points[:2] == kept
     assert Frontier.load(file) == whole
     assert whole.document == {"a": 1}
     again = Counting()
-    assert pruner.sweep([inputs], BUDGETS, evaluate=again, **options).points == whole.points
+    assert swept(pruner, [inputs], BUDGETS, evaluate=again, **options).points == whole.points
     assert again.calls == 1
     assert Scores.load(tmp_path / "sweep.scores-0.safetensors").methods == ("fisher", "taylor")
     # A later interruption loses nothing of what is in the file.
     more = {**options, "score": ("random", *options["score"])}
     with pytest.raises(KeyboardInterrupt):
-        pruner.sweep([inputs], BUDGETS, evaluate=Counting(fails_at=2), **more)
+        swept(pruner, [inputs], BUDGETS, evaluate=Counting(fails_at=2), **more)
     kept = {point.key: point for point in Frontier.load(file).points}
     assert kept == {point.key: point for point in whole.points}
 
@@ -193,11 +206,11 @@ def test_what_was_measured_is_not_measured_again(llama, tmp_path, passes):
 def test_other_data_or_metrics_are_measured_anew(llama, tmp_path):
     pruner, inputs, other = llama
     options = {"score": "magnitude", "file": tmp_path / "sweep.json"}
-    first = pruner.sweep([inputs], BUDGETS, batches=[other], evaluate=loss_of, **options)
-    second = pruner.sweep([inputs], BUDGETS, batches=[inputs], evaluate=loss_of, **options)
+    first = swept(pruner, [inputs], BUDGETS, batches=[other], evaluate=loss_of, **options)
+    second = swept(pruner, [inputs], BUDGETS, batches=[inputs], evaluate=loss_of, **options)
     assert all(a.kl != b.kl for a, b in zip(first.points, second.points, strict=True))
-    twice = pruner.sweep(
-        [inputs], BUDGETS, batches=[inputs], evaluate=lambda m: {"double": 2}, **options
+    twice = swept(
+        pruner, [inputs], BUDGETS, batches=[inputs], evaluate=lambda m: {"double": 2}, **options
     )
     assert [point.metrics for point in twice.points] == [{"double": 2.0}] * 2
 
@@ -207,9 +220,9 @@ def test_a_file_of_something_else_stops_it_before_scoring(llama, tmp_path, passe
     file = tmp_path / "sweep.json"
     file.write_text("{}", encoding="utf-8")
     with pytest.raises(PlanError, match="needed 'frontier' of 1"):
-        pruner.sweep([inputs], BUDGETS, batches=[other], file=file)
+        swept(pruner, [inputs], BUDGETS, batches=[other], file=file)
     with pytest.raises(PlanError, match="cannot be written"):
-        pruner.sweep([inputs], BUDGETS, batches=[other], file=tmp_path / "sweep.json" / "a.json")
+        swept(pruner, [inputs], BUDGETS, batches=[other], file=tmp_path / "sweep.json" / "a.json")
     assert passes == []
 
 
@@ -218,7 +231,7 @@ def test_what_is_measured_on_reaches_neither_scores_nor_plans(llama, tmp_path):
     plans = []
     for name, batch in (("a", other), ("b", inputs)):
         file = tmp_path / name / "sweep.json"
-        found = pruner.sweep([inputs], BUDGETS, batches=[batch], evaluate=loss_of, file=file)
+        found = swept(pruner, [inputs], BUDGETS, batches=[batch], evaluate=loss_of, file=file)
         plans.append([point.costs for point in found.points])
     assert plans[0] == plans[1]
     files = [Scores.load(tmp_path / name / "sweep.scores-0.safetensors") for name in "ab"]
@@ -230,49 +243,80 @@ def test_what_is_measured_on_reaches_neither_scores_nor_plans(llama, tmp_path):
 # --- repair ---------------------------------------------------------------------------------------
 
 
-class Repairing:
-    """Stands in for `find_repair`: doubles an output weight, or is not accepted."""
+@pytest.fixture
+def repairs(monkeypatch):
+    """The plans that were repaired."""
+    found = []
 
-    def __init__(self, pruner, *, accepted: bool = True) -> None:
-        self.pruner, self.accepted, self.plans = pruner, accepted, []
+    def repair(pruner, plan, *arguments, **options) -> Repair:
+        found.append(plan)
+        return own(pruner, plan, *arguments, **options)
 
-    def __call__(self, plan, dataloader, *, num_examples=None, progress=None) -> Repair:
-        self.plans.append(plan)
-        name = "model.layers.0.mlp.down_proj.weight"
-        weight = self.pruner.model.get_parameter(name).detach()
-        tensors = {name: 2 * weight} if self.accepted else {}
-        progress(1, 1)
-        return Repair(tensors, (), plan_digest(plan), "")
+    own = GradNASPruner.repair
+    monkeypatch.setattr(GradNASPruner, "repair", repair)
+    return found
 
 
-def test_repaired_plans_are_measured_beside_the_masked(llama):
-    pruner, inputs, other = llama
-    repairing = Repairing(pruner)
-    options = {"batches": [other], "evaluate": loss_of}
-    found = pruner.sweep([inputs], BUDGETS, repair=repairing, **options)
+def test_repaired_plans_are_measured_beside_the_masked():
+    pruner = GradNASPruner(zoo.build("bert")[0], layout="per_layer")
+    data = in_batches(examples_of("bert", 40), 8)
+
+    def measured(model) -> dict[str, float]:
+        with torch.no_grad():
+            return {"loss": model(**data[0]).loss.item()}
+
+    options = {"batches": data[:2], "evaluate": measured}
+    budgets = {"flops": ["70%", "50%"]}
+    found = swept(pruner, data, budgets, repair="auto", **options)
     assert [point.state for point in found.points] == ["masked", "repaired"] * 2
-    plain = pruner.sweep([inputs], BUDGETS, **options)
-    assert found.points[::2] == plain.points
-    for point, plan in zip(found.points[1::2], list(repairing.plans), strict=True):
-        with pruner.masked(plan, repairing(plan, [], progress=lambda *_: None)):
-            assert point.metrics == loss_of(pruner.model)
-    assert all(a.kl != b.kl for a, b in zip(found.points[::2], found.points[1::2], strict=True))
+    assert found.points[::2] == swept(pruner, data, budgets, **options).points
+    for point in found.points[1::2]:
+        plan = pruner.plan({"flops": f"{100 * point.budget.ratio}%"})
+        repair = pruner.repair(plan, data)
+        assert repair.is_accepted
+        with pruner.masked(plan, repair):
+            assert point.metrics == pytest.approx(measured(pruner.model), rel=1e-9)
+    assert all(b.kl < a.kl for a, b in zip(found.points[::2], found.points[1::2], strict=True))
 
 
-def test_a_repair_that_was_not_accepted_leaves_the_masked_values(llama, tmp_path):
+def test_a_repair_is_found_once(llama, tmp_path, repairs):
     pruner, inputs, other = llama
-    repairing, count = Repairing(pruner, accepted=False), Counting()
-    options = {"batches": [other], "evaluate": count, "file": tmp_path / "sweep.json"}
-    found = pruner.sweep([inputs], BUDGETS, repair=repairing, **options)
+    data, file = [inputs, other, inputs], tmp_path / "sweep.json"
+    options = {"batches": [other], "file": file, "repair": "auto", "score": "magnitude"}
+    first = swept(pruner, data, {"params": "70%"}, **options)
+    assert swept(pruner, data, {"params": "70%"}, **options).points == first.points
+    assert len(repairs) == 1
+    # Other calibration data repairs otherwise, and is measured anew.
+    other_points = swept(pruner, data[:2], {"params": "70%"}, **options).points
+    assert other_points[0] == first.points[0]
+    assert other_points[1].key != first.points[1].key
+    assert len(repairs) == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_a_repair_the_masked_values_stay(llama, monkeypatch, fails):
+    pruner, inputs, other = llama
+
+    def none(self, plan, *_, **__) -> Repair:
+        if fails:
+            raise RepairError("no room; make some.")
+        return Repair({}, (), plan_digest(plan), "")
+
+    monkeypatch.setattr(GradNASPruner, "repair", none)
+    count = Counting()
+    options = {"batches": [other], "evaluate": count, "repair": "auto"}
+    said = pytest.warns(GradNASWarning, match="no room") if fails else nullcontext()
+    with said:
+        found = swept(pruner, [inputs], BUDGETS, **options)
     for masked, repaired in zip(found.points[::2], found.points[1::2], strict=True):
         assert replace(repaired, state="masked", key=masked.key) == masked
     assert count.calls == 1 + 2
-    pruner.sweep([inputs], BUDGETS, repair=repairing, **options)
-    assert len(repairing.plans) == 2
-    # Other calibration data would repair otherwise.
-    pruner.sweep([other], BUDGETS, repair=repairing, score="magnitude", **options)
-    pruner.sweep([inputs], BUDGETS, repair=repairing, score="magnitude", **options)
-    assert len(repairing.plans) == 6
+
+
+def test_an_unknown_repair_is_refused(llama):
+    pruner, inputs, other = llama
+    with pytest.raises(PlanError, match="repair='yes' is not known"):
+        swept(pruner, [inputs], BUDGETS, batches=[other], repair="yes")
 
 
 # --- progress -------------------------------------------------------------------------------------
@@ -286,7 +330,7 @@ def test_progress_says_what_is_done(llama):
     def bar(what):
         yield lambda done, total: said.append((what, done, total))
 
-    pruner.sweep([inputs], BUDGETS, batches=[other], progress=bar)
+    swept(pruner, [inputs], BUDGETS, batches=[other], progress=bar)
     rows = len(inputs["input_ids"])
     assert said == [
         ("Measuring the original", 0, None),

@@ -40,7 +40,10 @@ def test_defaults():
         ({"targets": ["flops=60%,params=60%"]}, "is not of the form NAME=VALUE,VALUE"),
         ({"targets": ["flops=60%,"]}, "nothing between two commas"),
         ({"targets": ["flops=60%", "flops=60%"]}, "'60%' is there twice"),
-        ({"score": ["fisher,nonsense"]}, "--score: 'nonsense' is no score; known are balanced, fisher"),
+        (
+            {"score": ["fisher,nonsense"]},
+            "--score: 'nonsense' is no score; known are balanced, fisher",
+        ),
         ({"score": ["fisher", "fisher"]}, "'fisher' is there twice"),
         ({"seeds": ["0,-1"]}, "'-1' is no seed"),
         ({"seeds": ["1,1"]}, "'1' is there twice"),

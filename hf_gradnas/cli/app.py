@@ -152,7 +152,7 @@ _SWEPT: dict[str, str | None] = {
     **dict.fromkeys(("image_column", "audio_column", "num_examples", "shuffle", "batch_size")),
     **dict.fromkeys(("max_length", "labels", "label_map")),
     **dict.fromkeys(("eval_dataset", "eval_split", "eval_num_examples", "flops_length")),
-    **dict.fromkeys(("search", "layout", "exclude", "min_units", "seed")),
+    **dict.fromkeys(("search", "layout", "repair", "exclude", "min_units", "seed")),
     "output": "Folder of the results: sweep.json, .csv, .md, .png, .svg, and the scores. What is "
     "in it already is not measured again. Default: ./<last part of model>-sweep.",
     "overwrite": "Replace the model that hf_gradnas saved in <output>/pruned.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config.defaults import AUTO
 from ..config.recipe import Recipe
@@ -19,6 +19,7 @@ from .held_out import (
     Evaluation,
     data_warnings,
     divide,
+    drawn,
     is_same_data,
     labelled_by,
     shown_name,
@@ -297,6 +298,21 @@ def open_pool(job: Job) -> Examples:
     evaluation = job.evaluation
     held_out = len(evaluation.examples) if evaluation and evaluation.held_out else 0
     return _all_but(job.recipe, job.source, len(job.calibration), held_out, None)
+
+
+def with_subset(job: Job, seed: int) -> Job:
+    """The job with other calibration examples, as many, drawn at random from all but the held-out.
+
+    Raises:
+        DataError: There are too few to draw different ones.
+    """
+    pool, count = open_pool(job), len(job.calibration)
+    if len(pool) <= count:
+        raise DataError(
+            f"--seeds: there are {len(pool)} examples to draw from, needed more than the {count} "
+            f"of a subset; give --num-examples {max(1, len(pool) // 2)} or less, or more data."
+        )
+    return replace(job, calibration=drawn(pool, count, seed))
 
 
 def _all_but(recipe: Recipe, source: Source, first: int, count: int, limit: int | None) -> Examples:

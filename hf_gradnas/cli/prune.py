@@ -64,32 +64,50 @@ def prune_from_options(
         screen.error(run.interruption() if run else "terminated; nothing was written.")
         return stop.code if isinstance(stop.code, int) else FAILED
     except GradNASError as error:
-        _say(screen, run, str(error))
+        say(screen, run.processes if run else None, str(error))
         return FAILED if run is not None and run.cutting else BAD_INPUT
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        _say(screen, run, f"out of memory ({error}); give a smaller --batch-size or --max-length.")
+        say(
+            screen,
+            run.processes if run else None,
+            f"out of memory ({error}); give a smaller --batch-size or --max-length.",
+        )
         return FAILED
     return DONE
 
 
 def run_prune(
-    recipe: Recipe, screen: Screen, processes: Processes, *, given: frozenset[str]
+    recipe: Recipe,
+    screen: Screen,
+    processes: Processes,
+    *,
+    given: frozenset[str],
+    subset: int | None = None,
 ) -> None:
     """All steps of one prune, of a recipe that was checked.
 
+    Args:
+        recipe: As `check_early` leaves one.
+        screen: Where to.
+        processes: All that work together.
+        given: Names of the options that were given.
+        subset: Seed of the examples that calibrate, drawn as a sweep draws them; None: the first.
+
     Raises:
-        GradNASError: One of them failed.
+        GradNASError: One of the steps failed.
     """
-    _Run(recipe, screen, processes, given=given).execute()
+    run = _Run(recipe, screen, processes, given=given)
+    run.subset = subset
+    run.execute()
 
 
-def _say(screen: Screen, run: _Run | None, message: str) -> None:
+def say(screen: Screen, processes: Processes | None, message: str) -> None:
     """An error: once, by the main process, unless only another one knows of it."""
-    if run is not None and not run.processes.is_main and not run.processes.have_failed:
+    if processes is not None and not processes.is_main and not processes.have_failed:
         screen = Screen()
-        message = f"process {run.processes.index}: {message}"
+        message = f"process {processes.index}: {message}"
     screen.error(message)
 
 
@@ -111,11 +129,12 @@ class _Run:
         self.private = False
         self.batch: Mapping[str, Any] = {}
         self.length: int | None = None
+        self.subset: int | None = None
 
     def execute(self) -> None:
         """All steps in order."""
         from .opening import open_model
-        from .preparation import prepare
+        from .preparation import prepare, with_subset
         from .publish import push_settings
         from .repairing import find_repair
         from .show import show_settings
@@ -124,6 +143,8 @@ class _Run:
         folder = self._model_folder()
         opened = partial(prepare, self.recipe, folder=folder, given=self.given)
         job = self.processes.main_first(opened)
+        if self.subset is not None:
+            job = self.processes.main_first(partial(with_subset, job, self.subset))
         self.recipe = job.recipe
         show_settings(
             self.screen, [*job.settings, *push_settings(self.repository, private=self.private)]

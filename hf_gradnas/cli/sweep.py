@@ -17,7 +17,7 @@ from ..config.sweep import Sweep, build_sweep
 from ..errors import CheckpointError, DataError, GradNASError
 from .doubts import doubts
 from .early import model_folder
-from .prune import BAD_INPUT, DONE, FAILED, INTERRUPTED, is_out_of_memory, run_prune
+from .prune import BAD_INPUT, DONE, FAILED, INTERRUPTED, is_out_of_memory, run_prune, say
 from .show import Screen, quiet_libraries, show_settings, show_structure
 from .sweep_early import FILES, SWEEP_FILE, check_sweep, saved_recipe
 
@@ -45,15 +45,16 @@ def sweep_from_options(flags: Mapping[str, Any], own: Mapping[str, Any]) -> int:
 
     screen, code = Screen(quiet=not is_main()), BAD_INPUT
     folder: str | None = None
+    everyone: Processes | None = None
     try:
         sweep = build_sweep(own)
         given = frozenset(flags)
         recipe = check_sweep(build_recipe(flags), sweep, given=given)
         folder = recipe.output
-        with launched(recipe) as (recipe_here, processes), quiet_libraries(screen):
-            _sweep(recipe_here, sweep, screen, processes, given=given)
+        with launched(recipe) as (recipe, everyone), quiet_libraries(screen):
+            _sweep(recipe, sweep, screen, everyone, given=given)
             code = FAILED
-            _save(recipe_here, sweep, screen, processes, given=given)
+            _save(recipe, sweep, screen, everyone, given=given)
     except KeyboardInterrupt:
         screen.error(_interruption(folder))
         return INTERRUPTED
@@ -61,15 +62,13 @@ def sweep_from_options(flags: Mapping[str, Any], own: Mapping[str, Any]) -> int:
         screen.error(_interruption(folder))
         return stop.code if isinstance(stop.code, int) else FAILED
     except GradNASError as error:
-        screen.error(str(error))
+        say(screen, everyone, str(error))
         return code
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        screen.error(
-            f"out of memory ({error}); give a smaller --batch-size or --max-length; the same "
-            "command then measures what is missing."
-        )
+        advice = "give a smaller --batch-size or --max-length"
+        say(screen, everyone, f"out of memory ({error}); {advice}.")
         return FAILED
     return DONE
 
@@ -131,6 +130,7 @@ def _sweep(
         batches=measured,
         evaluate=lambda model: yardstick(model).to_dict(),
         score=sweep.score,
+        repair=job.recipe.repair,
         labels=job.labels,
         num_examples=len(job.calibration),
         file=Path(str(recipe.output), SWEEP_FILE),
@@ -144,23 +144,12 @@ def _sweep(
 
 
 def _subsets(sweep: Sweep, job: Job) -> dict[int, Examples]:
-    """Examples to score on, per seed.
-
-    Raises:
-        DataError: There are too few to draw different ones.
-    """
-    from .held_out import drawn
-    from .preparation import open_pool
+    """Examples to score on, per seed."""
+    from .preparation import with_subset
 
     if not sweep.seeds:
         return {job.recipe.seed: job.calibration}
-    pool, count = open_pool(job), len(job.calibration)
-    if len(pool) <= count:
-        raise DataError(
-            f"--seeds: there are {len(pool)} examples to draw from, needed more than the {count} "
-            f"of a subset; give --num-examples {max(1, len(pool) // 2)} or less, or more data."
-        )
-    return {seed: drawn(pool, count, seed) for seed in sweep.seeds}
+    return {seed: with_subset(job, seed).calibration for seed in sweep.seeds}
 
 
 def _document(job: Job, sweep: Sweep, given: frozenset[str]) -> dict[str, Any]:
@@ -249,10 +238,11 @@ def _save(
     from ..frontier import scores_file
     from ..scores.methods import GRADIENT_METHODS
 
-    seed = sweep.seeds[0] if sweep.seeds else recipe.seed
+    subset = sweep.seeds[0] if sweep.seeds else None
+    seed = recipe.seed if subset is None else subset
     file = scores_file(Path(str(recipe.output), SWEEP_FILE), seed)
     scores = file if sweep.score[0] in GRADIENT_METHODS else None
     own = saved_recipe(recipe, sweep, scores)
     screen.line(f"Saving the model of {sweep.save} by {sweep.score[0]}:")
     more = {"target", "output", *(["scores"] if scores else ["score"])}
-    run_prune(own, screen, processes, given=given - {"labels"} | more)
+    run_prune(own, screen, processes, given=given - {"labels"} | more, subset=subset)

@@ -19,6 +19,8 @@ from .strict import Settings
 
 SCORES = tuple(n for n in get_args(Recipe.model_fields["score"].annotation) if n != "auto")
 """Names of the scores that a model can be pruned by; `auto` is a choice between some of them."""
+_CANDIDATES = ("balanced", "fisher")
+"""What `auto` chooses between; a sweep shows them all."""
 _PANEL = {"panel": "Sweep"}
 _SEED = re.compile("[0-9]{1,9}")
 
@@ -28,7 +30,8 @@ def _default_targets() -> dict[str, tuple[str, ...]]:
 
 
 def _default_scores() -> tuple[str, ...]:
-    return (str(Recipe.model_fields["score"].default),)
+    default = str(Recipe.model_fields["score"].default)
+    return _CANDIDATES if default == "auto" else (default,)
 
 
 class Sweep(Settings):

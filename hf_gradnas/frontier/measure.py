@@ -48,7 +48,7 @@ def measure_frontier(  # noqa: PLR0913 - one call says all of a sweep
     batches: Iterable[Batch],
     evaluate: Evaluate | None = None,
     score: str | Sequence[str] = "fisher",
-    repair: Callable[..., Repair] | None = None,
+    repair: Callable[..., Repair | None] | None = None,
     labels: str = "data",
     num_examples: int | None = None,
     file: str | Path | None = None,

@@ -57,7 +57,7 @@ class Run:
     """What stays the same during a sweep; the fields are those of `measure_frontier`."""
 
     pruner: Pruner
-    repair: Callable[..., Repair] | None
+    repair: Callable[..., Repair | None] | None
     labels: str
     num_examples: int | None
     file: str | Path | None
@@ -161,7 +161,7 @@ def measure_plans(
             with run.bar(f"Repairing ({plan.score}, seed {subset.seed})") as report:
                 options = {"num_examples": run.num_examples, "progress": report}
                 repair = run.repair(plan, subset.loader, **options)
-            if repair.is_accepted:
+            if repair is not None and repair.is_accepted:
                 tries[repaired] = partial(run.pruner.masked, plan, repair)
             else:
                 alike[repaired] = masked
@@ -185,7 +185,7 @@ def _try(
         for kl, (key, variant) in zip(away, tries.items(), strict=True):
             with variant():
                 metrics = _metrics(yardstick.evaluate, model, f"a plan ({what})")
-            found[key] = (kl if math.isfinite(kl) else None, metrics)
+            found[key] = (max(kl, 0.0) if math.isfinite(kl) else None, metrics)
             report(len(found), len(tries))
     return found
 
