@@ -278,7 +278,7 @@ def test_nothing_is_left_after_an_exception(when: str, error: type, tmp_path: Pa
         ({"stages": "5"}, "stages=5: needed is 1 or more"),
         ({"num_examples": "8"}, "num_examples=8: needed is 1 or more, or None"),
         ({"num_examples": 0}, "num_examples=0: needed is 1 or more, or None"),
-        ({"score": "fisherr"}, "score='fisherr' is not known; choose one of balanced, fisher"),
+        ({"score": "fisherr"}, "score='fisherr' is not known; choose one of auto, balanced"),
         ({"search": "x"}, "search='x' is not known"),
         ({"layout": "x"}, "layout='x' is not known"),
         ({"rules": {"*": 5}}, r"rules\['\*'\]: .* \(found 5\); give None"),

@@ -25,6 +25,7 @@ from cli_cases import (
     write_wave,
 )
 
+from hf_gradnas import GradNASPruner
 from hf_gradnas.cli.examples import Collator
 from hf_gradnas.types import Scores
 
@@ -532,3 +533,34 @@ def test_options_that_this_model_does_not_read_are_refused(prune, bert, tsv, mon
         code, _, err = prune("--model", bert, "--dataset", tsv, option, "text")
         assert code == 2
         assert f"{option} text: has no effect here" in err
+
+
+def test_examples_are_scored_in_order_of_length(prune, bert, tsv, monkeypatch):
+    options = ["--model", bert, "--dataset", tsv, "--no-eval", "--dry-run", "--target", "flops=80%"]
+    options += ["--num-examples", "10", "--batch-size", "4"]
+    widths, discovered = [], []
+    collate, discover = Collator.__call__, GradNASPruner.discover
+
+    def note(self, examples):
+        batch = collate(self, examples)
+        widths.append(batch["input_ids"].shape[1])
+        return batch
+
+    def note_sample(self, batch, **given):
+        discovered.append(batch["input_ids"])
+        return discover(self, batch, **given)
+
+    monkeypatch.setattr(Collator, "__call__", note)
+    monkeypatch.setattr(GradNASPruner, "discover", note_sample)
+    assert prune(*options, "--save-scores", "ordered.safetensors")[0] == 0
+    first, *scored = widths
+    assert scored == sorted(scored, reverse=True)
+    assert len(set(scored)) > 1
+    assert discovered[0].shape == (4, first)  # the first rows of the file
+    monkeypatch.setattr("hf_gradnas.scores.ordering.by_length", lambda loader, score: loader)
+    assert prune(*options, "--save-scores", "plain.safetensors")[0] == 0
+    assert torch.equal(*discovered)
+    ordered, plain = (Scores.load(f"{name}.safetensors") for name in ("ordered", "plain"))
+    assert ordered.metadata["examples"] == plain.metadata["examples"] == "10"
+    for name, values in plain.values.items():
+        assert ordered.values[name] == pytest.approx(values, rel=1e-3, abs=1e-5 * values.max())

@@ -6,6 +6,11 @@ process each.
 
     python examples/benchmarks/scoring.py
     python examples/benchmarks/scoring.py --model DIRECTORY --data FILE.tsv
+
+With `--order`, instead: the same examples, padded per batch, in the order of the file and in that
+of their lengths; and the score `balanced` beside `fisher`.
+
+    python examples/benchmarks/scoring.py --model DIRECTORY --data FILE.tsv --order
 """
 
 from __future__ import annotations
@@ -23,14 +28,17 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    DataCollatorWithPadding,
 )
 
 from hf_gradnas.scores import collect_scores
+from hf_gradnas.scores.ordering import by_length
 from hf_gradnas.types import Axis
 from hf_gradnas.verification import find_structure
 
@@ -145,15 +153,63 @@ def print_memory(name: str, arguments: argparse.Namespace) -> None:
     print(json.dumps({"resident": resident, "live tensors": live}))
 
 
+# -- the order of examples -------------------------------------------------------------------------
+
+
+def read_loader(file: Path, tokenizer: Any) -> DataLoader[Any]:
+    """First examples of a file of text<TAB>label, padded to the longest of each batch."""
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[:EXAMPLES]]
+    examples = [
+        {**tokenizer(text, truncation=True, max_length=LENGTH), "label": int(label)}
+        for text, label in rows
+    ]
+    collate = DataCollatorWithPadding(tokenizer)
+    return DataLoader(examples, batch_size=BATCH, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def show_order(arguments: argparse.Namespace) -> None:
+    """Seconds of a pass in both orders and for both scores, round by round in turn."""
+    model, _ = build(arguments)
+    model = model.double() if arguments.double else model
+    loader = read_loader(arguments.data, AutoTokenizer.from_pretrained(arguments.model))
+    axes = find_structure(model, next(iter(loader))).axes
+    found: dict[tuple[str, str], Any] = {}
+    taken: dict[tuple[str, str], list[float]] = {}
+    for _ in range(arguments.rounds + 1):
+        for method in ("fisher", "balanced"):
+            for order in ("file", "length"):
+                batches = loader if order == "file" else by_length(loader, method)
+                began = time.process_time()  # of all cores: others disturb it less
+                found[method, order] = collect_scores(model, axes, batches, method=method)
+                taken.setdefault((method, order), []).append(time.process_time() - began)
+    for (method, order), seconds in taken.items():
+        each = ", ".join(f"{second:.2f}" for second in seconds[1:])
+        plain, ours = found[method, "file"].values, found[method, order].values
+        apart = max(abs(ours[n] - v).max() / v.max() for n, v in plain.items())
+        median = statistics.median(seconds[1:])
+        share = median / statistics.median(taken["fisher", "file"][1:])
+        print(
+            f"{method:9} in order of {order:7} {median:6.2f} s of all cores, {share:.3f} x "
+            f"(rounds {each}); scores {apart:.1g} from those in order of file"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a sequence classifier; default: a random BERT")
     parser.add_argument("--data", type=Path, help="text<TAB>label lines; default: random tokens")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--order", action="store_true", help="measure orders and scores instead")
+    parser.add_argument("--double", action="store_true", help="in float64, for `--order`")
     parser.add_argument("--memory-of", choices=PASSES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         print_memory(arguments.memory_of, arguments)
+        return
+    if arguments.order:
+        if arguments.model is None or arguments.data is None:
+            parser.error("--order needs --model and --data")
+        show_order(arguments)
         return
     # First, since a new process takes over the peak of the one that starts it.
     show_memory(arguments)

@@ -22,6 +22,7 @@ from ..errors import GradNASWarning, PlanError, ScoresError
 from ..pruner import GradNASPruner
 from ..repair.repairs import Repair, attempted, install_repair
 from ..report import say_repair
+from ..scores.ordering import by_length
 from ..scores.processes import Processes
 from ..scores.sample import longest_of_all
 from ..types import Budget, Plan, Scores
@@ -60,6 +61,7 @@ class Run:
         self.progress = Progress()
         self.scores: Scores | None = None
         self._args, self._batches = args, batches
+        self._sorted = by_length(batches, settings.score, num_examples=settings.num_examples)
         self._processes = Processes(args.distributed_state)
         self._pruner = GradNASPruner(
             model,
@@ -326,7 +328,7 @@ class Run:
         self._pruner.apply(plan, repair)
         self.progress.is_cut = True
         self._mask, self._fading, self._riding = None, None, None
-        self._batches = ()
+        self._batches = self._sorted = ()
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -339,7 +341,7 @@ class Run:
             with self._undisturbed():
                 scores = private_scores(
                     self._pruner,
-                    self._batches,
+                    self._sorted,
                     num_examples=settings.num_examples,
                     labels=settings.labels,
                     seed=self._args.seed,

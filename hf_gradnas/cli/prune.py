@@ -259,13 +259,14 @@ class _Run:
 
     def _plan(self, pruner: GradNASPruner, loader: DataLoader[Any], job: Job) -> Plan:
         from ..repair.choice import say_tried
+        from ..scores.ordering import by_length
 
         if job.scores is None:
             began = time.monotonic()
             self.scoring = True
             with self.screen.progress("Scoring") as report:
                 pruner.score(
-                    loader,
+                    by_length(loader, self.recipe.score),
                     labels=job.labels,
                     num_examples=len(job.calibration),
                     file=self.recipe.save_scores,

@@ -23,6 +23,7 @@ from .keeping import kept
 from .losses import DataLoss, Objective, SampledLoss
 from .measure import GlobalBatch, Measure, Part
 from .methods import GLOBAL_METHODS, WEIGHT_METHODS
+from .ordering import number_of
 from .processes import Processes
 from .settings import check_arguments, check_methods, settings_of
 from .state import Record, State, continued
@@ -89,7 +90,9 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     if method in WEIGHT_METHODS:
         state = _from_weights(model, axes, method, seed)
         return record.write(record.scores(state, complete=True))
-    objective = _objective(model, methods, labels, seed)
+    objective: Objective = DataLoss(model, "", by_batch=set(methods) <= set(GLOBAL_METHODS))
+    if labels == "model":
+        objective = SampledLoss(model, seed, partial(number_of, batches))
     options: dict[str, Any] = {"progress": progress, "resume": resume, "held_out": held_out}
     return _run(record, objective, batches, num_examples, save_every_s=save_every_s, **options)
 
@@ -123,12 +126,6 @@ def _run(
                     kept_back = 0 if held_out is None else held_out.examples
                     progress(latest.examples + kept_back, num_examples)
         return _finish(record, latest)
-
-
-def _objective(model: nn.Module, methods: Iterable[str], labels: str, seed: int) -> Objective:
-    if labels == "model":
-        return SampledLoss(model, seed)
-    return DataLoss(model, "", by_batch=all(method in GLOBAL_METHODS for method in methods))
 
 
 def _open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -100,6 +101,12 @@ class SampledLoss:
 
     Each example draws from its own random stream, so that nothing depends on the batch size.
 
+    Args:
+        model: The model.
+        seed: Of the streams.
+        number: From the place of an example among the batches to its number, which decides its
+            stream; None: they are the same.
+
     Attributes:
         is_per_token: Whether the latest batch had one label per token; True before the first one.
     """
@@ -107,9 +114,12 @@ class SampledLoss:
     normaliser = "sampled_labels"
     is_likelihood = True
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, seed: int, number: Callable[[int], int] | None = None
+    ) -> None:
         self.model = model
         self.seed = seed
+        self._number = number
         self.is_per_token = True
 
     def prepare(self, batch: Batch) -> None:
@@ -128,7 +138,9 @@ class SampledLoss:
         count = int(prediction.valid.sum())
         if not count:
             return None, 0
-        streams = [np.random.default_rng([self.seed, first + n]) for n in range(batch.examples)]
+        places = range(first, first + batch.examples)
+        numbers = places if self._number is None else map(self._number, places)
+        streams = [np.random.default_rng([self.seed, number]) for number in numbers]
         logits = at_least_float32(prediction.logits)
         return prediction.distribution(logits, prediction.valid, streams), count
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any, cast
 
 import numpy as np
@@ -63,27 +63,24 @@ class HeldOut:
 
 
 def hold_out(steps: Iterable[Step], held_out: HeldOut, processes: Processes) -> Generator[Step]:
-    """Yield four of five steps, and keep the fifth; of two to four steps, keep the last.
+    """Yield four of five steps, and keep the fifth; of two to four steps, keep one of the middle.
 
     A step in which a process has no batch is yielded: all of them measure equally often.
     """
     held_out.batches, held_out.examples = [], 0
-    latest: Step | None = None
-    index = 0
-    for index, step in enumerate(steps, 1):
-        if latest is not None:
-            yield latest
-        latest = None
-        if index % HELD_OUT_EVERY == 0 and step.batches == processes.count:
-            held_out.keep(step)
-        else:
-            latest = step
-    if latest is None:
-        return
-    if index > 1 and not held_out.examples and latest.batches == processes.count:
-        held_out.keep(latest)
-    else:
-        yield latest
+    stream = iter(steps)
+    while group := list(islice(stream, HELD_OUT_EVERY)):
+        full = [n for n, step in enumerate(group) if step.batches == processes.count]
+        chosen: int | None = None
+        if len(group) == HELD_OUT_EVERY:
+            chosen = full[-1] if full else None
+        elif full and len(group) > 1 and not held_out.examples:
+            chosen = full[len(full) // 2]
+        for number, step in enumerate(group):
+            if number == chosen:
+                held_out.keep(step)
+            else:
+                yield step
 
 
 def read_steps(
