@@ -118,12 +118,17 @@ def test_recorded_gradients_are_finite_differences(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fisher_does_not_depend_on_the_batch_size(case: str) -> None:
+def test_scores_do_not_depend_on_the_batch_size(case: str) -> None:
     model, axes, batch = build(case)
     explicit = _by_definition(model, axes, in_batches(batch, 1))
     fisher = {name: gradient.square().sum(0) for name, gradient in explicit.items()}
     for size in (1, 4, EXAMPLES):
         assert_equal(collect_scores(model, axes, in_batches(batch, size)), fisher)
+    norms = sum(gradient.square().sum(1, keepdim=True) for gradient in explicit.values())
+    balanced = {name: (g.square() / norms).sum(0) / 2 for name, g in explicit.items()}
+    for size in (1, 4, EXAMPLES):
+        scores = collect_scores(model, axes, in_batches(batch, size), method="balanced")
+        assert_equal(scores, balanced)
     scores = collect_scores(model, axes, in_batches(batch, 4), method="gradnas")
     batches = {name: g.view(2, 4, -1).mean(1).square().sum(0) for name, g in explicit.items()}
     assert_equal(scores, batches)
