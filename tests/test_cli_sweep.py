@@ -152,7 +152,10 @@ BAD = {
     "quickstart": (["--model", "quickstart"], "is trained by prune only"),
     "its own folder": (["--output", "bert"], "is the folder of the model itself"),
     "a foreign file": (["--output", "mine"], "holds sweep.csv, which no sweep wrote"),
-    "a file": (["--output", "train.tsv"], "cannot be|is not a folder"),
+    "a file": (
+        ["--output", "train.tsv"],
+        "--output train.tsv: is not a folder that this user can write to",
+    ),
     "shuffle": (["--seeds", "1", "--shuffle"], "--seeds draws its subsets"),
     "a model there": (["--output", "full", "--save", "flops=70%"], "the output folder exists"),
 }
@@ -169,7 +172,7 @@ def test_slips_are_found_before_anything_is_loaded(name, sweep, bert, tmp_path, 
     base = [] if name == "no model" or "--model" in arguments else ["--model", "bert"]
     code, out, err = sweep(*base, *arguments)
     assert (code, out) == (2, "")
-    assert any(each in err for each in said.split("|")), err
+    assert said in err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Set
 from pathlib import Path
 
+from .._files import temporary_sibling
 from ..checkpoint.targets import check_target
 from ..config.budgets import parse_budgets
 from ..config.recipe import Recipe
@@ -76,7 +77,16 @@ def _check_folder(recipe: Recipe, folder: str, *, saves: bool) -> None:
                 f"--output {folder}: holds {found[0]}, which no sweep wrote; give another folder, "
                 "or move the file away."
             )
-    check_target(place / PRUNED, overwrite=recipe.overwrite or not saves, source=source)
+    if saves:
+        check_target(place / PRUNED, overwrite=recipe.overwrite, source=source)
+    try:
+        with temporary_sibling(place / SWEEP_FILE):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"--output {folder}: is not a folder that this user can write to "
+            f"({error.strerror or error}); choose another folder, or change its permissions."
+        ) from error
 
 
 def saved_recipe(recipe: Recipe, sweep: Sweep, scores: Path | None) -> Recipe:
