@@ -180,7 +180,7 @@ def test_what_cannot_be_measured_or_reached_is_refused_before_scoring(sweep, ber
     few = write_tsv(tmp_path / "few.tsv", 6)
     code, _, err = sweep("--model", "bert", "--dataset", few, *TINY)
     assert code == 2
-    assert "--eval-dataset: is needed, as there is nothing to measure on (6 examples" in err
+    assert "--dataset: there is nothing to measure plans on: 6 examples are too few" in err
     code, _, err = sweep(*DATA[:-4], "--num-examples", "24", "--seeds", "0,1")
     assert code == 2
     assert "--seeds: there are 24 examples to draw from, needed more than the 24" in err

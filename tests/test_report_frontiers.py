@@ -56,6 +56,8 @@ def test_the_metric_that_is_shown():
 def test_numbers_are_short():
     assert str(Spread(0.88194, 0.0049)) == "0.8819 ± 0.005"
     assert str(Spread(12345.678)) == "12345.68"
+    assert str(Spread(0.0)) == "0.0000"
+    assert str(Spread(0.000123, 0.00004)) == "0.00012 ± 4e-05"
 
 
 def test_the_table_begins_with_the_whole_model():

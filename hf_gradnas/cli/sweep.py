@@ -110,8 +110,8 @@ def _sweep(
     model, loader, measured = processes.main_first(load)
     if measured is None or job.evaluation is None:
         raise DataError(
-            f"--eval-dataset: is needed, as there is nothing to measure on ({job.obstacle}); give "
-            "labelled data, or more of it to hold some out."
+            f"--dataset: there is nothing to measure plans on: {job.obstacle}. Give --eval-dataset "
+            "with labels, more data, or another --task."
         )
     pruner = make_pruner(model, job.recipe, job, processes)
     pruner.discover(next(iter(loader)), flops_length=flops_length_of(job))

@@ -16,7 +16,7 @@ from .tables import markdown_table
 
 UNPRUNED = "unpruned"
 _NO_METRIC = ("examples", "loss")
-_LARGE = 100.0
+_TINY, _LARGE = 1e-3, 100.0
 _FIRST = ("state", "score", "seed", "budget", "budget_ratio")
 
 
@@ -28,7 +28,9 @@ class Spread:
     sd: float | None = None
 
     def __str__(self) -> str:
-        """Four decimals, fewer of large numbers and of the deviation."""
+        """Four decimals, fewer of large numbers and of the deviation; two digits of tiny ones."""
+        if 0 < abs(self.mean) < _TINY:
+            return f"{self.mean:.2g}" + ("" if self.sd is None else f" ± {self.sd:.1g}")
         digits = 2 if abs(self.mean) >= _LARGE else 4
         sd = "" if self.sd is None else f" ± {self.sd:.{digits - 1}f}"
         return f"{self.mean:.{digits}f}{sd}"
