@@ -33,7 +33,8 @@ def examples_of(
         ids = torch.randint(3, zoo.VOCAB, (1, length), generator=generator)
         target = torch.randint(3, zoo.VOCAB, (1, 2 + length // 2), generator=generator)
         classes = torch.randint(0, zoo.LABELS, (1,), generator=generator)
-        labels = {"t5": target, "llama": ids}.get(family, classes)
+        of_tokens = {"t5": target, "bart": target, "llama": ids, "opt": ids}
+        labels = of_tokens.get(family, classes)
         examples.append({"input_ids": ids, "labels": labels})
     return examples
 

@@ -27,7 +27,8 @@ from hf_gradnas.scores.rows import (
 from hf_gradnas.types import Axis, Kind, Scores
 
 LONG = 53  # tokens: four rows, the last one short
-PER_TOKEN = ("llama", "t5")
+CAUSAL = ("llama", "opt")  # an OPT's neurons see examples and positions as one dimension
+PER_TOKEN = (*CAUSAL, "t5", "bart")
 
 
 def _position_gradients(model, axes, example) -> dict[str, torch.Tensor]:
@@ -38,14 +39,14 @@ def _position_gradients(model, axes, example) -> dict[str, torch.Tensor]:
 
             def hook(module, args, axis=axis):
                 x = args[0]
-                leaf = x.new_ones(x.shape[1], axis.size).requires_grad_()
+                leaf = x.new_ones(x.shape[-2], axis.size).requires_grad_()
                 leaves[axis.name].append(leaf)
                 return (x * leaf.repeat_interleave(axis.width, 1), *args[1:])
 
             add_pre_hook(stack, out_projection(model, axis), hook)
         loss = model(**example).loss
     labels = example["labels"]
-    shifted = labels[:, 1:] if model.config.model_type == "llama" else labels
+    shifted = labels[:, 1:] if model.config.model_type in CAUSAL else labels
     loss = loss * (shifted != -100).sum()
     flat = [leaf for found in leaves.values() for leaf in found]
     gradients = iter(torch.autograd.grad(loss, flat))
@@ -88,7 +89,7 @@ def _left_padded(batches):
         yield turned
 
 
-@pytest.mark.parametrize("family", ["bert", "albert", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "albert", "llama", "opt", "t5", "bart"])
 def test_scores_are_those_of_a_mask_at_every_position(family: str) -> None:
     with zoo.float64_throughout():
         model, axes, _ = build(family)
