@@ -177,7 +177,7 @@ class Run:
         """Go on from what a checkpoint keeps."""
         progress = Progress.from_dict(saved)
         self.progress.stage, self.progress.run_id = progress.stage, progress.run_id
-        self.progress.scores = progress.scores
+        self.progress.scores, self.progress.repair = progress.scores, progress.repair
         if progress.is_final:
             self._stages = ()  # also if this training is longer
         for plan in (progress.plan, progress.coming):
