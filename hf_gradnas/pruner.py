@@ -350,4 +350,4 @@ class GradNASPruner(ExaminedModel):
 
     def _attempt(self, plan: Plan, dataloader: Iterable[Batch], **options: Any) -> Repair | None:
         """The repair of a plan, or None with a warning that says why there is none."""
-        return attempted(partial(self.repair, plan, dataloader, **options))
+        return attempted(partial(self.repair, plan, dataloader, **options), self._processes)

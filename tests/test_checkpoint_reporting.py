@@ -185,7 +185,8 @@ def test_no_secret_and_no_absolute_path_is_saved(bert, tmp_path, monkeypatch, ca
     assert "aBcDeFgH" not in shown.out + shown.err
     written = [path for path in folder.rglob("*") if path.is_file()]
     assert {"README.md", "recipe.yaml", "gradnas.json", "config.json"} < {p.name for p in written}
-    for path in [*written, folder.with_name(f"{folder.name}.scores.safetensors")]:
+    beside = [f"{folder.name}.{kind}.safetensors" for kind in ("scores", "repair")]
+    for path in [*written, *(folder.with_name(name) for name in beside)]:
         content = path.read_bytes()
         assert str(tmp_path).encode() not in content, path
         assert b"aBcDeFgH" not in content, path
@@ -203,10 +204,8 @@ def test_no_secret_and_no_absolute_path_is_saved(bert, tmp_path, monkeypatch, ca
         assert f"{flag} .../" in (err := capsys.readouterr().err)
         assert f"give {flag} with the place where it is" in err
         saved += [flag, value]
-    assert (
-        main(["prune", *saved, "--dry-run", "--output", "x", "--save-scores", str(tmp_path / "s")])
-        == 0
-    )
+    dry = ["--dry-run", "--output", "x", "--save-scores", str(tmp_path / "s"), "--repair", "none"]
+    assert main(["prune", *saved, *dry]) == 0
 
 
 def test_no_report_leaves_pictures_and_latency_out(bert, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from cli_cases import save_bert, write_tsv
 
+from hf_gradnas import Repair
 from hf_gradnas.cli.app import main
 from hf_gradnas.cli.prune import say
 from hf_gradnas.cli.show import Screen
@@ -63,6 +64,10 @@ def test_two_processes_prune_as_one_does(tmp_path: Path, capsys) -> None:
     assert json.loads(two.metadata["settings"])["processes"] == 2
     for name, values in one.values.items():
         assert np.abs(two.values[name] - values).max() <= 1e-5 * values.max()
+    single, together = (Repair.load(f"{name}.repair.safetensors") for name in ("one", "two"))
+    assert together.plan == single.plan
+    assert [site.module for site in together.sites] == [site.module for site in single.sites]
+    assert together.examples == single.examples == 29
 
 
 @pytest.mark.long

@@ -13,7 +13,14 @@ from repair_by_hand import repair_by_hand
 from safetensors.torch import load_file, save_file
 
 from hf_gradnas import GradNASPruner, Plan
-from hf_gradnas.errors import CutError, GradNASWarning, PlanError, RepairError, StructureError
+from hf_gradnas.errors import (
+    CutError,
+    DataError,
+    GradNASWarning,
+    PlanError,
+    RepairError,
+    StructureError,
+)
 from hf_gradnas.repair import Repair, Site
 from hf_gradnas.repair.repairs import (
     attempted,
@@ -24,6 +31,7 @@ from hf_gradnas.repair.repairs import (
     plan_digest,
     repaired,
 )
+from hf_gradnas.scores.processes import Processes
 
 FAMILIES = ["bert", "gpt2", "llama", "gpt_neox", "t5", "bart", "vit", "whisper"]
 
@@ -205,7 +213,27 @@ def test_an_attempt_that_fails_is_a_warning(error: type[Exception]) -> None:
         raise error("layer 3: stop.")
 
     with pytest.warns(GradNASWarning, match="pruned without a repair. layer 3: stop"):
-        assert attempted(fail) is None
+        assert attempted(fail, Processes()) is None
+
+
+def test_what_nobody_foresaw_is_a_warning_for_one_process_alone() -> None:
+    def fail() -> Repair:
+        raise RuntimeError("shapes\ndo not match")
+
+    with pytest.warns(GradNASWarning, match=r"failed \(RuntimeError: shapes\); report it with"):
+        assert attempted(fail, Processes()) is None
+    several = Processes()
+    several.count = 2
+    with pytest.raises(RuntimeError, match="shapes"):
+        attempted(fail, several)
+
+
+def test_an_error_that_is_not_the_repairs_is_one() -> None:
+    def fail() -> Repair:
+        raise DataError("dataloader: yields no batch.")
+
+    with pytest.raises(DataError, match="no batch"):
+        attempted(fail, Processes())
 
 
 # --- in a file ------------------------------------------------------------------------------------

@@ -357,7 +357,7 @@ class Run:
         limit = self.settings.sample_size
         find = partial(self._pruner.repair, plan, self._batches, num_examples=limit)
         with self._undisturbed():
-            found = attempted(find)
+            found = attempted(find, self._processes)
         if found is not None:
             self.progress.repair = found.record()
             logger.info("gradnas: %s", say_repair(self.progress.repair))

@@ -43,7 +43,7 @@ def find_repair(
         return None
     began = time.monotonic()
     with screen.progress("Repairing") as report:
-        found = attempted(partial(pruner.repair, plan, loader, progress=report))
+        found = attempted(partial(pruner.repair, plan, loader, progress=report), processes)
     if found is None:
         return None
     file = repair_file(str(recipe.output))

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import write_whole
-from ..errors import GradNASWarning, RepairError, StructureError
+from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, described
 from ..scores.batches import tensor_bytes
+from ..scores.processes import Processes
 from ..scores.shards import is_sharded, shape_of
 from ..structure.sizes import tensor_at
 from ..types import REPAIR_MARK, Plan, metadata_of, parse_json
@@ -197,15 +198,24 @@ def check_unsharded(model: nn.Module, step: str) -> None:
         )
 
 
-def attempted(find: Callable[[], Repair]) -> Repair | None:
-    """The repair if one can be found; else None, with a warning that says why."""
+def attempted(find: Callable[[], Repair], processes: Processes) -> Repair | None:
+    """The repair if one can be found; else None, with a warning that says why.
+
+    Raises:
+        GradNASError: It is not for the repair that it fails: no data, another plan.
+    """
     try:
         return find()
     except (RepairError, StructureError) as error:
-        warnings.warn(
-            f"The model is pruned without a repair. {error}", GradNASWarning, stacklevel=2
-        )
-        return None
+        said = str(error)
+    except GradNASError:
+        raise
+    except Exception as error:  # whatever it meets, a model that was scored for hours is pruned
+        if processes.count > 1:  # the others may be in the midst of it
+            raise
+        said = f"repair: failed ({described(error)}); report it with the model's class."
+    warnings.warn(f"The model is pruned without a repair. {said}", GradNASWarning, stacklevel=2)
+    return None
 
 
 def exchange_weights(model: nn.Module, repair: Repair, undo: ExitStack) -> None:
