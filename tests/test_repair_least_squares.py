@@ -61,9 +61,33 @@ def test_divergences_are_those_of_the_model_with_the_new_weights(family):
         assert {site.reason for site in repair.sites} == {"it runs 3 times in a forward"}
         return
     assert repair.is_accepted
+    assert any(site.ridge for site in repair.sites)
     assert found[1] == pytest.approx(repair.kl_after, rel=1e-7, abs=1e-12)
     assert repair.kl_after < 0.5 * repair.kl_before
     assert all(site.error_after < site.error_before for site in repair.sites if not site.reason)
+
+
+def test_what_does_not_fit_into_memory_waits_on_disk(tmp_path):
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("llama")
+        axes = pruner.structure.axes
+        wide = {name: value.repeat(8, 1) for name, value in batch.items()}
+        wanted = find_repair(model, axes, plan, [wide] * 5)
+        seen = []
+        found = find_repair(
+            model,
+            axes,
+            plan,
+            [wide] * 5,
+            memory_bytes=0,
+            spill=tmp_path,
+            progress=lambda done, total: seen.append(len(list(tmp_path.rglob("*")))),
+        )
+    assert max(seen) > 5  # a folder, and a file for each that waits
+    assert not list(tmp_path.iterdir())
+    assert found.summary() == wanted.summary()
+    for name, tensor in wanted.tensors.items():
+        assert torch.equal(tensor, found.tensors[name])
 
 
 def test_nothing_depends_on_the_order_of_calls_or_the_size_of_batches():

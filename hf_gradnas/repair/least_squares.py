@@ -12,6 +12,10 @@ padding; every fifth batch is held out: α is moved as long as the error there f
 repeated on all rows with the best α, and kept only where the error fell. In the end the whole
 repair is kept only if the KL divergence of the held-out predictions from the original's fell.
 
+Layers that make units (queries, keys, values, the first layers of an FFN) are fitted in the same
+way, all that read one input x together: the map D that brings ``x + xD + c`` nearest to what the
+original reads there goes into their weights, as ``Wᵀ + DWᵀ``.
+
 FLAP (An et al. 2023, arXiv 2312.11983) mends the bias alone, Kwon et al. (2022, arXiv 2204.09656)
 fit one factor per unit; here all weights that read what stays are free.
 
@@ -25,7 +29,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -45,11 +49,12 @@ from ..scores.processes import Processes
 from ..scores.sample import from_main
 from ..scores.sampling import inputs_to_sample
 from ..types import Axis, Plan
+from .changes import Change, change_of, is_centred, new_values, put, unknowns_of
 from .closeness import divergence_sum, prediction_of, running
 from .normal_equations import NormalEquations
 from .paused import Conductor, Forward
 from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
-from .readers import Found, Reader, applied, weight_of
+from .readers import Feed, Found, Reader
 from .repairs import Repair, Site, plan_digest
 from .streams import find_readers
 
@@ -60,14 +65,6 @@ START = RIDGES.index(0.1)
 """Where the search for α begins; in later layers of a kind where it ended in the one before."""
 MEMORY_RATIO = 0.25
 """Share of the free memory that waiting forwards may hold by default."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Change:
-    """What is added to a reader's weights, as far as they read what stays."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
@@ -122,7 +119,7 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
     unread = [Site(path, 0, 0, reason=reason) for path, reason in found.reasons.items()]
     examples = processes.sum(np.array([float(sum(batch.examples for batch, _ in parts))]))
     return Repair(
-        tensors=_new_values(fit.changes) if after < before else {},
+        tensors=new_values(fit.changes) if after < before else {},
         sites=(*fit.sites, *unread),
         plan=plan_digest(plan),
         model=model_fingerprint(model),
@@ -167,8 +164,8 @@ class _Fit:
 
     def __init__(self, conductor: Conductor, pieces: Sequence[Piece], processes: Processes) -> None:
         self.sites: list[Site] = []
-        self.changes: dict[Reader, _Change] = {}
-        self._seen: set[Reader] = set()
+        self.changes: dict[Reader | Feed, Change] = {}
+        self._seen: set[Reader | Feed] = set()
         self._starts: dict[str, int] = {}  # by path without numbers: the best α of the layer before
         self._conductor, self._pieces, self._processes = conductor, pieces, processes
         self._decoder = decoder_path(cast(PreTrainedModel, conductor.model))
@@ -210,13 +207,10 @@ class _Fit:
 
     # -- one reader ----------------------------------------------------------------------------
 
-    def _fit(self, number: int, reader: Reader, scale: Tensor | float) -> Site:
+    def _fit(self, number: int, reader: Reader | Feed, scale: Tensor | float) -> Site:
         """Fit one reader at a gate, and keep what it is changed by."""
-        weight = weight_of(reader, reader.kept)
-        columns, outputs = _matrix(reader, weight).shape
-        if reader.outputs is not None:
-            outputs = len(reader.outputs)
-        sums = NormalEquations.empty(columns, outputs, weight)
+        columns, outputs, like = unknowns_of(reader)
+        sums = NormalEquations.empty(columns, outputs, like)
         self._add(sums, number, reader, scale, held_out=False)
         sums.reduce(self._processes)
         before, ridge, best = self._search(sums, number, reader, scale)
@@ -227,14 +221,14 @@ class _Fit:
             sums.clear()
         self._add(sums, number, reader, scale, held_out=True)
         sums.reduce(self._processes)
-        solved = sums.solve(ridge, centred=reader.bias is not None)
+        solved = sums.solve(ridge, centred=is_centred(reader))
         if solved is None:
             return replace(site, reason="its equations are singular")
-        self.changes[reader] = _change(reader, weight, *solved)
+        self.changes[reader] = change_of(reader, *solved)
         return replace(site, rows=sums.rows, ridge=ridge, error_after=best)
 
     def _search(
-        self, sums: NormalEquations, number: int, reader: Reader, scale: Tensor | float
+        self, sums: NormalEquations, number: int, reader: Reader | Feed, scale: Tensor | float
     ) -> tuple[float, float, float]:
         """Held-out error with the present weights, the best α (0: none), and the error with it."""
         with self._processes.joint():
@@ -247,14 +241,14 @@ class _Fit:
             return float(total / scale) if scale else 0.0
 
         def tried(index: int) -> float:
-            solved = sums.solve(RIDGES[index], centred=reader.bias is not None)
+            solved = sums.solve(RIDGES[index], centred=is_centred(reader))
             return math.inf if solved is None else error(solved)
 
         before = error(None)
         kind = re.sub(r"\d+", "", reader.path)
         start = best = self._starts.get(kind, START)
         lowest = tried(start)
-        for step in (1, -1) if reader.kept else ():
+        for step in (1, -1) if len(sums.inputs) else ():
             while 0 <= best + step < len(RIDGES):
                 found = tried(best + step)
                 if not found < lowest:
@@ -269,7 +263,7 @@ class _Fit:
         self,
         sums: NormalEquations,
         number: int,
-        reader: Reader,
+        reader: Reader | Feed,
         scale: Tensor | float,
         *,
         held_out: bool,
@@ -284,7 +278,7 @@ class _Fit:
                 sums.add(rows.x, rows.residual)
 
     def _rows(
-        self, number: int, reader: Reader, scale: Tensor | float, *, held_out: bool
+        self, number: int, reader: Reader | Feed, scale: Tensor | float, *, held_out: bool
     ) -> Iterator[Rows]:
         """Rows of a reader of all pieces that come to its gate."""
         gate = self._conductor.gates[number]
@@ -294,7 +288,10 @@ class _Fit:
             for forward in (piece.original, piece.pruned):
                 self._advance(forward, number)
             if piece.is_at(number, reader):
-                rows = piece.rows(gate, reader, scale, self._decoder)
+                if isinstance(reader, Feed):
+                    rows = piece.fed_rows(gate, self._decoder)
+                else:
+                    rows = piece.rows(gate, reader, scale, self._decoder)
                 if not math.isfinite(rows.energy + float(rows.x.sum() + rows.residual.sum())):
                     raise RepairError(
                         f"{reader.path}: its inputs or outputs are not finite on batch "
@@ -321,60 +318,12 @@ class _Fit:
             return
         gate = self._conductor.gates[forward.gate]
         for reader, factor in list(zip(gate.readers, gate.scales, strict=True))[forward.settled :]:
-            scale = factor
             if reader not in self._seen:
                 return
             forward.settled += 1
-            change, x = self.changes.get(reader), forward.inputs.get(reader.path)
-            if change is not None and x is not None:
-                bias = None if change.bias is None else change.bias.to(x)
-                added = applied(reader, x, change.weight.to(x), bias)
-                if isinstance(scale, Tensor) and reader.is_conv:
-                    scale = scale.view(-1, *[1] * (added.dim() - 2))  # (channels, 1, …)
-                forward.tensor += (added * scale).view_as(forward.tensor).to(forward.tensor)
-
-
-# -- weights -------------------------------------------------------------------------------------
-
-
-def _matrix(reader: Reader, weight: Tensor) -> Tensor:
-    """A weight in the layout of the unknowns ``(columns, outputs)``."""
-    return weight if reader.input_dim == 0 else weight.flatten(1).t()
-
-
-def _change(reader: Reader, weight: Tensor, solution: Tensor, intercept: Tensor) -> _Change:
-    """What a solution adds to a reader's weights, as they are after rounding to their type."""
-    added = torch.zeros_like(_matrix(reader, weight), dtype=solution.dtype)  # (columns, outputs)
-    outputs = slice(None) if reader.outputs is None else list(reader.outputs)
-    added[:, outputs] = solution.to(added)
-    if reader.input_dim != 0:
-        added = added.t().reshape(weight.shape)
-    bias = None
-    if reader.bias is not None:
-        bias = torch.zeros_like(reader.bias, dtype=intercept.dtype)
-        bias[outputs] = intercept.to(bias)
-        bias = _rounded(reader.bias.detach(), bias)
-    return _Change(_rounded(weight, added), bias)
-
-
-def _rounded(old: Tensor, added: Tensor) -> Tensor:
-    """What is added to a tensor once the sum is of its type."""
-    new = (old.to(added) + added).to(old.dtype)
-    return new.to(added) - old.to(added)
-
-
-def _new_values(changes: Mapping[Reader, _Change]) -> dict[str, Tensor]:
-    """Whole new parameters by name, on the CPU."""
-    values: dict[str, Tensor] = {}
-    for reader, change in changes.items():
-        weight = cast(Tensor, reader.module.weight).detach().clone()
-        index = torch.tensor(reader.kept, dtype=torch.long, device=weight.device)
-        weight.index_add_(reader.input_dim, index, change.weight.to(weight))
-        values[f"{reader.path}.weight"] = weight.cpu()
-        if change.bias is not None and reader.bias is not None:
-            bias = reader.bias.detach()
-            values[f"{reader.path}.bias"] = (bias + change.bias.to(bias)).cpu()
-    return values
+            change = self.changes.get(reader)
+            if change is not None:
+                put(forward, reader, change, factor)
 
 
 def _squares(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:

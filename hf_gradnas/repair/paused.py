@@ -4,37 +4,28 @@ A forward runs in a greenlet of its own, and gives the control back wherever one
 reached. So a layer can be fitted on all batches before any of them goes on, whatever the code
 around it is, and each batch runs through the model once. All run in one thread, one at a time.
 
-What waiting forwards hold is kept in memory up to a bound, and beyond it on disk: the storage of a
-tensor is emptied where it is, and filled again before its forward goes on.
-
-Knows forwards, hooks and storages; knows nothing of what is done at a gate.
+Knows forwards and hooks; knows nothing of what is done at a gate, and of memory only whose it is.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import RepairError
 from ..masks import add_hook, add_pre_hook
-from .readers import Gate, Reader, applied, columns_of, weight_of
+from .memory import Held, Memory
+from .readers import Feed, Gate, Reader, applied, columns_of, weight_of
 
 BEGIN = -1
 """Number of the gate that a forward is at before it starts."""
-_MIN_SPILLED = 1 << 14  # bytes: smaller tensors stay
 
 
 class Forward:
@@ -51,6 +42,7 @@ class Forward:
         losses: Per reader that is compared alone, what its output lost.
         result: What `run` returned; None before.
         is_done: Whether it has returned.
+        fed: Mapped inputs for the layers of feeds.
         settled: Readers of the gate whose new weights are in `tensor` already.
     """
 
@@ -67,9 +59,9 @@ class Forward:
         self.settled = 0
         self.calls: dict[tuple[str, str], int] = {}
         self.unmasked: dict[str, Tensor] = {}
-        self.storages: dict[int, StorageWeakRef] = {}
+        self.fed: dict[Feed, Tensor] = {}
+        self.held = Held()
         self._random: tuple[Tensor, ...] | None = None
-        self._spilled: tuple[Path, list[tuple[StorageWeakRef, int]]] | None = None
 
     def go_on(self) -> None:
         """Run as far as the next gate, or to the end."""
@@ -113,15 +105,9 @@ class Conductor:
         folder: str | Path | None = None,
     ) -> None:
         self.model, self.gates = model, gates
-        self._memory_bytes, self._root = memory_bytes, folder
-        self._folder: Path | None = None
         self._current: Forward | None = None
-        self._watch = _Watch(self)
-        self._held: dict[Forward, int] = {}  # bytes in memory of those that wait
-        self._files = 0
-        self._fixed = {_cdata(tensor) for tensor in _own_tensors(model)}
         self._forwards: list[Forward] = []
-        self._may_spill = True
+        self._memory = Memory(model, bound=memory_bytes, folder=folder)
 
     @property
     def is_pruned(self) -> bool:
@@ -131,7 +117,7 @@ class Conductor:
     @contextmanager
     def before_masks(self) -> Iterator[None]:
         """Note what readers that are compared alone are given, within the block."""
-        alone = [r for gate in self.gates for r in gate.readers if r.alone]
+        alone = [reader for reader in self._readers() if reader.alone]
         with ExitStack() as stack:
             for reader in alone:
                 add_pre_hook(stack, reader.module, partial(self._note_unmasked, reader))
@@ -145,12 +131,23 @@ class Conductor:
         """
         with ExitStack() as stack:
             stack.callback(self._stop_all)
-            for gate in self.gates:
-                for reader in gate.readers:
-                    add_hook(stack, reader.module, partial(self._note_inputs, reader))
+            for reader in self._readers():
+                add_hook(stack, reader.module, partial(self._note_inputs, reader))
             for path in {gate.place.path for gate in self.gates}:
                 self._hook_places(stack, path)
+            for gate in self.gates:
+                for feed in gate.readers:
+                    if isinstance(feed, Feed):
+                        for number, (_, module) in enumerate(feed.layers):
+                            is_last = number == len(feed.layers) - 1
+                            hook = partial(self._feed, feed, is_last)
+                            add_pre_hook(stack, module, hook)
             yield
+
+    def _readers(self) -> Iterator[Reader]:
+        """Readers of all gates."""
+        for gate in self.gates:
+            yield from (reader for reader in gate.readers if isinstance(reader, Reader))
 
     def _hook_places(self, stack: ExitStack, path: str) -> None:
         """Watch for the gates at one module."""
@@ -171,6 +168,7 @@ class Conductor:
         """A forward that has not begun."""
         forward = Forward(run, is_pruned=is_pruned)
         self._forwards.append(forward)
+        self._memory.owners = len(self._forwards)
         return forward
 
     def go_on(self, forward: Forward) -> None:
@@ -178,10 +176,22 @@ class Conductor:
         self.load(forward)
         self._current = forward
         try:
-            with self._watch if self._may_spill else nullcontext():
+            with self._memory.noting(forward.held):
                 forward.go_on()
         finally:
             self._current = None
+
+    def rest(self, forward: Forward) -> None:
+        """Let a forward wait; what all that wait hold beyond the bound goes to disk.
+
+        Raises:
+            RepairError: The disk is full.
+        """
+        self._memory.rest(forward.held)
+
+    def load(self, forward: Forward) -> None:
+        """Have in memory what a forward that waited holds."""
+        self._memory.load(forward.held)
 
     # -- what happens in the forwards ----------------------------------------------------------
 
@@ -201,6 +211,16 @@ class Conductor:
             forward.losses[reader.path] = applied(
                 reader, columns_of(given, reader.lost, reader), weight_of(reader, reader.lost), None
             )
+
+    def _feed(
+        self, feed: Feed, is_last: bool, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Give the layers of a feed the input that was mapped for them."""
+        if self._current is None or feed not in self._current.fed:
+            return None
+        fed = self._current.fed
+        mapped = fed.pop(feed) if is_last else fed[feed]
+        return (mapped, *args[1:]) if mapped.shape == args[0].shape else None
 
     def _enter(
         self,
@@ -242,142 +262,11 @@ class Conductor:
                 forward.gate, forward.tensor = number, values[place.key]
                 greenlet.getcurrent().parent.switch()
 
-    # -- memory --------------------------------------------------------------------------------
-
-    def made(self, tensor: Tensor) -> None:
-        """Know of a tensor that an operation of the current forward made."""
-        if self._current is not None:
-            storage = tensor.untyped_storage()
-            if storage.nbytes() >= _MIN_SPILLED and storage._cdata not in self._fixed:
-                self._current.storages[storage._cdata] = StorageWeakRef(storage)
-
-    def rest(self, forward: Forward) -> None:
-        """Let a forward wait; what all that wait hold beyond the bound goes to disk."""
-        if not self._may_spill:
-            return
-        alive = [(ref, _storage(ref)) for ref in forward.storages.values() if not ref.expired()]
-        storages = [(ref, storage) for ref, storage in alive if storage is not None]
-        forward.storages = {storage._cdata: ref for ref, storage in storages}
-        size = sum(storage.nbytes() for _, storage in storages)
-        if sum(self._held.values()) + size <= self._memory_bytes:
-            self._held[forward] = size
-            # Twice what the first holds is room enough for the largest of equal batches.
-            self._may_spill = 2 * size * len(self._forwards) > self._memory_bytes
-            return
-        own = {_cdata(tensor) for tensor in _own_tensors(self.model)}
-        storages = [(ref, storage) for ref, storage in storages if storage._cdata not in own]
-        self._spill(forward, storages, sum(storage.nbytes() for _, storage in storages))
-
-    def _spill(
-        self,
-        forward: Forward,
-        storages: Iterable[tuple[StorageWeakRef, torch.UntypedStorage]],
-        size: int,
-    ) -> None:
-        folder = self._spill_folder()
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise self._no_room(size, free)
-        self._files += 1
-        file = folder / str(self._files)
-        sizes = []
-        try:
-            with file.open("wb") as opened:
-                for ref, storage in storages:
-                    _bytes_of(storage).cpu().numpy().tofile(opened)
-                    sizes.append((ref, storage.nbytes()))
-        except OSError as error:
-            raise self._no_room(size, shutil.disk_usage(folder).free) from error
-        for _, storage in storages:
-            storage.resize_(0)
-        forward._spilled = (file, sizes)
-
-    def load(self, forward: Forward) -> None:
-        """Have in memory what a forward that waited holds."""
-        self._held.pop(forward, None)
-        if forward._spilled is None:
-            return
-        file, sizes = forward._spilled
-        forward._spilled = None
-        with file.open("rb") as opened:
-            for ref, size in sizes:
-                values = torch.from_numpy(np.fromfile(opened, dtype=np.uint8, count=size))
-                storage = _storage(ref)
-                if storage is not None:
-                    storage.resize_(size)
-                    _bytes_of(storage).copy_(values)
-        file.unlink()
-
-    def _spill_folder(self) -> Path:
-        if self._folder is None:
-            try:
-                self._temporary = TemporaryDirectory(prefix="gradnas-repair-", dir=self._root)
-            except OSError as error:
-                raise RepairError(
-                    f"repair: states cannot be kept in {self._root} ({error}); give a folder that "
-                    "can be written."
-                ) from error
-            self._folder = Path(self._temporary.name)
-        return self._folder
-
-    def _no_room(self, size: int, free: int) -> RepairError:
-        return RepairError(
-            f"repair: {self._folder} has {free / 2**20:,.0f} MiB left, but the next states take "
-            f"{size / 2**20:,.0f} MiB more than may be kept in memory; give another folder "
-            "(TMPDIR), fewer or shorter examples, or repair nothing."
-        )
-
     def _stop_all(self) -> None:
         for forward in self._forwards:
-            forward._spilled = None
             forward.stop()
         self._forwards.clear()
-        if self._folder is not None:
-            self._temporary.cleanup()
-            self._folder = None
-
-
-class _Watch(TorchDispatchMode):
-    """Tells a conductor of every tensor that is made."""
-
-    def __init__(self, conductor: Conductor) -> None:
-        super().__init__()
-        self._conductor = conductor
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor):
-                self._conductor.made(value)
-        return out
-
-
-# -- tensors of a model, random numbers ----------------------------------------------------------
-
-
-def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that a module holds: weights, buffers, and what it caches."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, dict):
-                yield from (item for item in value.values() if isinstance(item, Tensor))
-
-
-def _cdata(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _storage(ref: StorageWeakRef) -> torch.UntypedStorage | None:
-    storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
-    return storage
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        self._memory.close()
 
 
 def _random_states() -> tuple[Tensor, ...]:

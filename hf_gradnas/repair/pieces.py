@@ -26,7 +26,7 @@ from ..scores.steps import read_steps
 from .closeness import prediction_of
 from .divergence import at_least_float32
 from .paused import Conductor, Forward
-from .readers import Gate, Reader
+from .readers import Feed, Gate, Reader
 
 HELD_OUT = 5
 """Every so many batches, one is held out."""
@@ -61,13 +61,28 @@ class Piece:
     pruned: Forward
     masks: tuple[Tensor | None, Tensor | None]
 
-    def is_at(self, number: int, reader: Reader) -> bool:
+    def is_at(self, number: int, reader: Reader | Feed) -> bool:
         """Whether both forwards wait at a gate, with as many rows, and ran a reader before it."""
         forwards = (self.original, self.pruned)
         if any(forward.is_done or forward.gate != number for forward in forwards):
             return False
         shapes = {cast(Tensor, forward.tensor).shape for forward in forwards}
+        if isinstance(reader, Feed):
+            return len(shapes) == 1
         return reader.path in self.pruned.inputs and (reader.alone or len(shapes) == 1)
+
+    def fed_rows(self, gate: Gate, decoder: str | None) -> Rows:
+        """What the map of a feed is fitted on: its inputs, and what the original's are beside."""
+        wanted, found = cast(Tensor, self.original.tensor), cast(Tensor, self.pruned.tensor)
+        real = self._real(wanted, gate.place.path, decoder)
+        wanted, found = (
+            at_least_float32(wanted.flatten(0, -2)),
+            at_least_float32(found.flatten(0, -2)),
+        )
+        if real is not None:
+            places = real.to(found.device)
+            wanted, found = wanted[places], found[places]
+        return Rows(found, wanted - found, float(wanted.double().square().sum()))
 
     def rows(self, gate: Gate, reader: Reader, scale: Tensor | float, decoder: str | None) -> Rows:
         """What a reader is fitted on: all real positions at a gate that both forwards wait at.
@@ -98,13 +113,11 @@ class Piece:
     def _real(self, tensor: Tensor, path: str, decoder: str | None) -> Tensor | None:
         """Real positions ``(rows,)`` of a tensor ``(examples, seq, features)``; None: all."""
         in_decoder = decoder is not None and f"{path}.".startswith(f"{decoder}.")
-        mask = self.masks[1 if in_decoder else 0]
-        if mask is None:
-            return None
         shape = tuple(tensor.shape[:-1])
-        if shape not in (tuple(mask.shape), (mask.numel(),)):
-            return None
-        return mask.flatten()
+        for mask in self.masks[::-1] if in_decoder else self.masks:
+            if mask is not None and shape in (tuple(mask.shape), (mask.numel(),)):
+                return mask.flatten()
+        return None
 
 
 def read_parts(

@@ -57,6 +57,35 @@ class Reader:
         return cast("nn.Parameter | None", self.module.bias)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Feed:
+    """Layers that make units, or values beside them, of one common input.
+
+    That input is brought nearer to the original's by a linear map, which goes into their weights.
+
+    Attributes:
+        layers: Each by path, in running order; ``Linear`` or ``Conv1D`` of Transformers.
+    """
+
+    layers: tuple[tuple[str, nn.Module], ...]
+
+    @property
+    def path(self) -> str:
+        """Path of the first layer."""
+        return self.layers[0][0]
+
+    @property
+    def features(self) -> int:
+        """Features of the input."""
+        module = self.layers[0][1]
+        return int(cast(Tensor, module.weight).shape[cast(int, input_dim(module))])
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether all of them have a bias."""
+        return all(module.bias is not None for _, module in self.layers)
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A tensor among the arguments or results of a module call."""
@@ -73,12 +102,12 @@ class Gate:
 
     Attributes:
         place: The tensor.
-        readers: Layers whose outputs enter it, in running order.
+        readers: Layers whose outputs enter it, in running order; or the one feed that it is.
         scales: Per reader what its output is multiplied by on the way: a number or ``(features,)``.
     """
 
     place: Place
-    readers: tuple[Reader, ...]
+    readers: tuple[Reader | Feed, ...]
     scales: tuple[Tensor | float, ...]
 
 
@@ -106,10 +135,7 @@ def readers_of(
     model: nn.Module, axes: Sequence[Axis], kept: Kept
 ) -> tuple[list[Reader], dict[str, str]]:
     """Layers that lose inputs, and reasons why others that do cannot be mended."""
-    stay = kept_rows(model, axes, kept)
-    owners: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name)
+    stay, owners = kept_rows(model, axes, kept), _owners(model)
     readers, reasons = [], {}
     for name, dims in stay.items():
         path, _, leaf = name.rpartition(".")
@@ -128,6 +154,31 @@ def readers_of(
         left = None if outputs is None or len(outputs) == weight.shape[1 - dim] else tuple(outputs)
         readers.append(Reader(path, module, tuple(dims[dim]), tuple(sorted(lost)), left))
     return readers, reasons
+
+
+def makers_of(
+    model: nn.Module, axes: Sequence[Axis], readers: Sequence[Reader]
+) -> dict[nn.Module, str]:
+    """Path of every layer that makes units of any axis and loses no input."""
+    reading, owners = {reader.module for reader in readers}, _owners(model)
+    makers: dict[nn.Module, str] = {}
+    for axis in axes:
+        for part in axis.slices:
+            path, _, leaf = part.tensor.rpartition(".")
+            module = model.get_submodule(path)
+            if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D) or module in reading:
+                continue
+            if part.dim != input_dim(module) and len(owners[id(module.weight)]) == 1:
+                makers[module] = path
+    return makers
+
+
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """Names of each parameter, by its identity."""
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    return owners
 
 
 def columns_of(x: Tensor, columns: Sequence[int], reader: Reader) -> Tensor:

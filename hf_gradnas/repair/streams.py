@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..masks import add_hook, add_pre_hook
 from ..structure.sizes import Kept
 from ..types import Axis
-from .readers import Found, Gate, Place, Reader, readers_of
+from .readers import Feed, Found, Gate, Place, Reader, makers_of, readers_of
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ def find_readers(
         examples: Examples in it.
     """
     readers, reasons = readers_of(model, axes, kept)
-    trace = _Trace(model, readers, examples)
+    trace = _Trace(model, readers, makers_of(model, axes, readers), examples)
     with torch.no_grad(), trace.attached():
         model(**call)
     mendable: list[Reader] = []
@@ -98,12 +98,22 @@ class _Sum:
     is_stream: bool = False
 
 
+@dataclass(slots=True)
+class _Fed:
+    """One input of makers: when it was first read, its shape, and who reads it."""
+
+    time: int
+    shape: torch.Size
+    layers: list[tuple[str, nn.Module]] = field(default_factory=list)
+
+
 @dataclass
 class _Trace(TorchDispatchMode):
     """Follows the outputs of readers through one forward."""
 
     model: nn.Module
     readers: Sequence[Reader]
+    makers: Mapping[nn.Module, str]
     examples: int
     times: dict[str, int] = field(default_factory=dict)
 
@@ -115,6 +125,7 @@ class _Trace(TorchDispatchMode):
         self._found: list[tuple[int, Place, _Sum]] = []  # with the time of the event
         self._own: dict[str, tuple[int, Place, torch.Size]] = {}
         self._calls: dict[tuple[str, str], int] = {}
+        self._feeds: dict[Key, _Fed] = {}
         self._clock = 0
 
     @contextmanager
@@ -143,6 +154,11 @@ class _Trace(TorchDispatchMode):
             of_examples = shape[0] == self.examples
             own = replace(reader, alone=not (of_examples or _has_positions(shape, self.examples)))
             events.append((time, Gate(place, (own,), (1.0,))))
+        for fed in self._feeds.values():
+            is_fixed = _has_positions(fed.shape, self.examples)
+            if is_fixed and all(self._calls[path, "input"] == 0 for path, _ in fed.layers):
+                feed = Feed(tuple(fed.layers))
+                events.append((fed.time, Gate(Place(feed.path, "input", 0), (feed,), (1.0,))))
         yield from (gate for _, gate in sorted(events, key=lambda event: event[0]))
 
     def __torch_dispatch__(
@@ -212,6 +228,10 @@ class _Trace(TorchDispatchMode):
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         call = self._count(path, "input")
+        if module in self.makers and args and isinstance(args[0], Tensor):
+            self._held.append(args[0])
+            fed = self._feeds.setdefault(_key(args[0]), _Fed(self._clock, args[0].shape))
+            fed.layers.append((path, module))
         values: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for key, value in values.items():
             self._see(Place(path, "input", key, call), value)

@@ -1,0 +1,120 @@
+"""What a fit changes: in the weights of layers, and in what a waiting forward holds.
+
+Knows readers, feeds and their weights; knows nothing of how a solution was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .paused import Forward
+from .readers import Feed, Reader, applied, input_dim, weight_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What is added to a reader's weights, or the map ``x + xD + c`` of a feed.
+
+    Attributes:
+        weight: In the layout of the reader's weight, of the inputs that stay; or D
+            ``(features, features)``.
+        bias: Of all outputs; or c ``(features,)``. None: there is no bias.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _matrix(reader: Reader, weight: Tensor) -> Tensor:
+    """A weight in the layout of the unknowns ``(columns, outputs)``."""
+    return weight if reader.input_dim == 0 else weight.flatten(1).t()
+
+
+def unknowns_of(reader: Reader | Feed) -> tuple[int, int, Tensor]:
+    """Numbers of inputs and outputs that are fitted, and a tensor of their type."""
+    if isinstance(reader, Feed):
+        return reader.features, reader.features, cast(Tensor, reader.layers[0][1].weight)
+    weight = weight_of(reader, reader.kept)
+    columns, outputs = _matrix(reader, weight).shape
+    return columns, outputs if reader.outputs is None else len(reader.outputs), weight
+
+
+def is_centred(reader: Reader | Feed) -> bool:
+    """Whether an intercept is fitted."""
+    return reader.has_bias if isinstance(reader, Feed) else reader.bias is not None
+
+
+def change_of(reader: Reader | Feed, solution: Tensor, intercept: Tensor) -> Change:
+    """What a solution adds to a reader's weights, rounded to their type, or the map of a feed."""
+    if isinstance(reader, Feed):
+        return Change(solution, intercept if reader.has_bias else None)
+    weight = weight_of(reader, reader.kept)
+    added = torch.zeros_like(_matrix(reader, weight), dtype=solution.dtype)  # (columns, outputs)
+    outputs = slice(None) if reader.outputs is None else list(reader.outputs)
+    added[:, outputs] = solution.to(added)
+    if reader.input_dim != 0:
+        added = added.t().reshape(weight.shape)
+    bias = None
+    if reader.bias is not None:
+        bias = torch.zeros_like(reader.bias, dtype=intercept.dtype)
+        bias[outputs] = intercept.to(bias)
+        bias = _rounded(reader.bias.detach(), bias)
+    return Change(_rounded(weight, added), bias)
+
+
+def _rounded(old: Tensor, added: Tensor) -> Tensor:
+    """What is added to a tensor once the sum is of its type."""
+    new = (old.to(added) + added).to(old.dtype)
+    return new.to(added) - old.to(added)
+
+
+def new_values(changes: Mapping[Reader | Feed, Change]) -> dict[str, Tensor]:
+    """Whole new parameters by name, on the CPU."""
+    values: dict[str, Tensor] = {}
+    for reader, change in changes.items():
+        if isinstance(reader, Feed):
+            for path, module in reader.layers:
+                values |= _mapped(path, module, change)
+            continue
+        weight = cast(Tensor, reader.module.weight).detach().clone()
+        index = torch.tensor(reader.kept, dtype=torch.long, device=weight.device)
+        weight.index_add_(reader.input_dim, index, change.weight.to(weight))
+        values[f"{reader.path}.weight"] = weight.cpu()
+        if change.bias is not None and reader.bias is not None:
+            bias = reader.bias.detach()
+            values[f"{reader.path}.bias"] = (bias + change.bias.to(bias)).cpu()
+    return values
+
+
+def _mapped(path: str, module: nn.Module, change: Change) -> dict[str, Tensor]:
+    """New parameters of a layer that read ``x`` and now read ``x + xD + c``."""
+    weight = cast(Tensor, module.weight).detach()
+    across = weight if input_dim(module) == 0 else weight.t()  # (features, outputs)
+    across = across.to(change.weight)
+    added = change.weight @ across
+    new = (across + added).to(weight.dtype)
+    values = {f"{path}.weight": (new if input_dim(module) == 0 else new.t()).contiguous().cpu()}
+    if change.bias is not None:
+        bias = cast(Tensor, module.bias).detach()
+        values[f"{path}.bias"] = (bias.to(across) + change.bias @ across).to(bias.dtype).cpu()
+    return values
+
+
+def put(forward: Forward, reader: Reader | Feed, change: Change, scale: Tensor | float) -> None:
+    """Change the tensor that a pruned forward waits at as the new weights would."""
+    tensor = cast(Tensor, forward.tensor)
+    if isinstance(reader, Feed):
+        mapped = tensor + tensor @ change.weight.to(tensor)
+        forward.fed[reader] = mapped if change.bias is None else mapped + change.bias.to(tensor)
+    elif reader.path in forward.inputs:
+        x = forward.inputs[reader.path]
+        bias = None if change.bias is None else change.bias.to(x)
+        added = applied(reader, x, change.weight.to(x), bias)
+        if isinstance(scale, Tensor) and reader.is_conv:
+            scale = scale.view(-1, *[1] * (added.dim() - 2))  # (channels, 1, …)
+        tensor += (added * scale).view_as(tensor).to(tensor)

@@ -1,0 +1,189 @@
+"""What waiting forwards hold: in memory up to a bound, and beyond it on disk.
+
+The storage of a tensor is emptied where it is, and filled again before its forward goes on, so that
+the code which holds the tensor knows nothing of it.
+
+Knows storages and files; knows nothing of forwards.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import RepairError
+
+_MIN_BYTES = 1 << 14  # smaller tensors stay
+
+Storages = list[tuple[StorageWeakRef, torch.UntypedStorage]]
+
+
+@dataclass(eq=False)
+class Held:
+    """Storages that one owner has made, by address, and the file that they are in, with sizes."""
+
+    storages: dict[int, StorageWeakRef] = field(default_factory=dict)
+    file: Path | None = None
+    sizes: list[tuple[StorageWeakRef, int]] = field(default_factory=list)
+
+
+class Memory:
+    """Keeps what owners that rest hold below a bound.
+
+    Args:
+        model: Its weights, buffers and caches are nobody's to spill.
+        bound: Bytes that all resting owners may hold in memory together.
+        folder: Where the rest goes; None: the system's folder for temporary files.
+
+    Attributes:
+        owners: How many there are, to tell early that all will fit.
+    """
+
+    def __init__(self, model: nn.Module, *, bound: float, folder: str | Path | None) -> None:
+        self.owners = 0
+        self._model, self._bound, self._root = model, bound, folder
+        self._resting: dict[Held, int] = {}
+        self._may_spill = True
+        self._temporary: TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def noting(self, held: Held) -> AbstractContextManager[Any]:
+        """Note what is made within the block as an owner's."""
+        return _Watch(held) if self._may_spill else nullcontext()
+
+    def rest(self, held: Held) -> None:
+        """Let an owner rest.
+
+        Raises:
+            RepairError: The disk is full, or the folder cannot be written.
+        """
+        if not self._may_spill:
+            return
+        storages = _alive(held)
+        size = sum(storage.nbytes() for _, storage in storages)
+        if sum(self._resting.values()) + size <= self._bound:
+            self._resting[held] = size
+            # Twice what one holds is room enough for the largest of similar batches.
+            self._may_spill = 2 * size * self.owners > self._bound
+            return
+        own = {tensor.untyped_storage()._cdata for tensor in _own_tensors(self._model)}
+        self._write(held, [pair for pair in storages if pair[1]._cdata not in own])
+
+    def load(self, held: Held) -> None:
+        """Have in memory what an owner that rested holds."""
+        self._resting.pop(held, None)
+        if held.file is None:
+            return
+        with held.file.open("rb") as opened:
+            for ref, size in held.sizes:
+                values = torch.from_numpy(np.fromfile(opened, dtype=np.uint8, count=size))
+                storage = _storage(ref)
+                if storage is not None:
+                    storage.resize_(size)
+                    _bytes_of(storage).copy_(values)
+        held.file.unlink()
+        held.file, held.sizes = None, []
+
+    def close(self) -> None:
+        """Remove all files."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def _write(self, held: Held, storages: Storages) -> None:
+        folder = self._folder()
+        size = sum(storage.nbytes() for _, storage in storages)
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise _no_room(folder, size, free)
+        self._files += 1
+        file = folder / str(self._files)
+        try:
+            with file.open("wb") as opened:
+                for _, storage in storages:
+                    # A copy: what numpy has seen can no longer be resized.
+                    _bytes_of(storage).to("cpu", copy=True).numpy().tofile(opened)
+        except OSError as error:
+            raise _no_room(folder, size, shutil.disk_usage(folder).free) from error
+        held.file, held.sizes = file, [(ref, storage.nbytes()) for ref, storage in storages]
+        for _, storage in storages:
+            storage.resize_(0)
+
+    def _folder(self) -> Path:
+        if self._temporary is None:
+            try:
+                self._temporary = TemporaryDirectory(prefix="gradnas-repair-", dir=self._root)
+            except OSError as error:
+                raise RepairError(
+                    f"repair: states cannot be kept in {self._root} ({error}); give a folder that "
+                    "exists and can be written."
+                ) from error
+        return Path(self._temporary.name)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every large tensor that an operation makes."""
+
+    def __init__(self, held: Held) -> None:
+        super().__init__()
+        self._held = held
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        own = self._held.storages
+        given = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                is_view = storage._cdata in given  # of its own, or of a weight or a batch's column
+                if not is_view and storage.nbytes() >= _MIN_BYTES and storage.resizable():
+                    own[storage._cdata] = StorageWeakRef(storage)
+        return out
+
+
+def _no_room(folder: Path, size: int, free: int) -> RepairError:
+    return RepairError(
+        f"repair: {folder} has {free / 2**20:,.0f} MiB left, but the next states take "
+        f"{size / 2**20:,.0f} MiB more than may be kept in memory; give another folder (TMPDIR), "
+        "fewer or shorter examples, or repair nothing."
+    )
+
+
+def _alive(held: Held) -> Storages:
+    """Storages of an owner that something still uses."""
+    found = [(ref, _storage(ref)) for ref in held.storages.values() if not ref.expired()]
+    alive = [(ref, storage) for ref, storage in found if storage is not None]
+    held.storages = {storage._cdata: ref for ref, storage in alive}
+    return alive
+
+
+def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module holds: weights, buffers, and what it caches."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, dict):
+                yield from (item for item in value.values() if isinstance(item, Tensor))
+
+
+def _storage(ref: StorageWeakRef) -> torch.UntypedStorage | None:
+    storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+    return storage
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
