@@ -20,6 +20,7 @@ import torch
 import zoo
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from repair_by_hand import repair_by_hand
 from score_examples import IGNORED, build, examples_of, in_batches
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -364,13 +365,15 @@ def pruned_as_shards(output: Path, shard: Callable[[Any], Any]) -> Any:
     pruner.discover(inputs)
     engine = shard(model)
     scores = pruner.score(loader(EXAMPLES))  # a batch more for one of the processes
-    refused = ""
-    try:
-        pruner.discover(inputs)
-    except StructureError as error:
-        refused = str(error)
-    plan = pruner.plan(BUDGET)
-    cut = pruner.apply(plan)
+    plan, refused = pruner.plan(BUDGET), []
+    for call in (lambda: pruner.discover(inputs), lambda: pruner.repair(plan, loader(EXAMPLES))):
+        try:
+            call()
+        except StructureError as error:
+            refused.append(str(error))
+    twin = GradNASPruner(zoo.build("bert", dtype=torch.float32)[0])
+    twin.discover(inputs)
+    cut = pruner.apply(plan, repair_by_hand(twin, plan))
     train(model if engine is None else engine, inputs)  # it still can be
     assert cut is pruner.model is not model
     return {
