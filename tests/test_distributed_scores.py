@@ -160,12 +160,17 @@ def test_an_error_of_one_process_is_the_error_of_all(two: Found) -> None:
 def test_all_processes_cut_alike_and_one_writes(two: Found) -> None:
     first, second = (found["pruned"] for found in two)
     model, _ = zoo.build("bert", dtype=torch.float32)
-    plan = GradNASPruner(model).prune(in_batches(EXAMPLES, SIZE), BUDGET)
+    pruner = GradNASPruner(model)
+    plan = pruner.prune(in_batches(EXAMPLES, SIZE), BUDGET)
     assert first == second
     assert first["kept"] == {name: list(units) for name, units in plan.kept.items()}
     assert first["shapes"] == [list(parameter.shape) for parameter in model.parameters()]
     assert first["again"] == []
     type(model).from_pretrained(first["saved"])
+    repair, record = pruner._repair, json.loads((Path(first["saved"]) / "gradnas.json").read_text())
+    assert repair is not None
+    assert record["repair"]["examples"] == repair.examples == len(EXAMPLES)
+    assert record["repair"]["kl_after"] < 0.5 * record["repair"]["kl_before"]
 
 
 def test_scoring_leaves_ddp_as_it_was(two: Found) -> None:
