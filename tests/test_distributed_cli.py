@@ -83,7 +83,7 @@ def test_two_processes_sweep_as_one_does(tmp_path: Path, capsys) -> None:
     assert len(one.points) == 8
     for alone, joint in zip(one.points, two.points, strict=True):
         assert joint.costs == alone.costs
-        assert joint.kl == pytest.approx(alone.kl, rel=1e-2, abs=1e-9)
+        assert joint.kl == pytest.approx(alone.kl, abs=1e-6)  # untrained: rounding alone
         assert joint.metrics == pytest.approx(alone.metrics, rel=1e-3)
 
 
