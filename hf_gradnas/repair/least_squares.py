@@ -12,9 +12,9 @@ padding; every fifth batch is held out: α is moved as long as the error there f
 repeated on all rows with the best α, and kept only where the error fell. In the end the whole
 repair is kept only if the KL divergence of the held-out predictions from the original's fell.
 
-Layers that make units (queries, keys, values, the first layers of an FFN) are fitted in the same
-way, all that read one input x together: the map D that brings ``x + xD + c`` nearest to what the
-original reads there goes into their weights, as ``Wᵀ + DWᵀ``.
+All other linear layers (queries, keys, values, the first layers of an FFN, heads) are fitted in the
+same way, those that read one input x together: the map D that brings ``x + xD + c`` nearest to what
+the original reads there goes into their weights, as ``Wᵀ + DWᵀ``.
 
 FLAP (An et al. 2023, arXiv 2312.11983) mends the bias alone, Kwon et al. (2022, arXiv 2204.09656)
 fit one factor per unit; here all weights that read what stays are free.
@@ -63,6 +63,8 @@ Progress = Callable[[int, int | None], None]
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
 START = RIDGES.index(0.1)
 """Where the search for α begins; in later layers of a kind where it ended in the one before."""
+HELD_BYTES = 1 << 28
+"""Held-out rows of one layer that are kept in memory while α is sought."""
 MEMORY_RATIO = 0.25
 """Share of the free memory that waiting forwards may hold by default."""
 
@@ -210,12 +212,17 @@ class _Fit:
     def _fit(self, number: int, reader: Reader | Feed, scale: Tensor | float) -> Site:
         """Fit one reader at a gate, and keep what it is changed by."""
         columns, outputs, like = unknowns_of(reader)
+        held = _HeldOut(partial(self._rows, number, reader, scale, held_out=True), self._processes)
+        before = held.error(None)
+        site = Site(reader.path, 0, columns, 0.0, before, before)
+        if not before:
+            return replace(site, reason="it is what it is in the original")
         sums = NormalEquations.empty(columns, outputs, like)
         self._add(sums, number, reader, scale, held_out=False)
         sums.reduce(self._processes)
-        before, ridge, best = self._search(sums, number, reader, scale)
-        site = Site(reader.path, sums.rows, columns, 0.0, before, before)
-        if not ridge:
+        site = replace(site, rows=sums.rows)
+        ridge, best = self._search(sums, held, reader)
+        if not best < before:
             return replace(site, reason="no new weights are closer on the held-out rows")
         if not self._processes.is_main:
             sums.clear()
@@ -228,23 +235,14 @@ class _Fit:
         return replace(site, rows=sums.rows, ridge=ridge, error_after=best)
 
     def _search(
-        self, sums: NormalEquations, number: int, reader: Reader | Feed, scale: Tensor | float
-    ) -> tuple[float, float, float]:
-        """Held-out error with the present weights, the best α (0: none), and the error with it."""
-        with self._processes.joint():
-            held = list(self._rows(number, reader, scale, held_out=True))
-        energy = sum(rows.energy for rows in held)
-
-        def error(solved: tuple[Tensor, Tensor] | None) -> float:
-            own = sum(_squares(rows, solved) for rows in held)
-            total, scale = self._processes.sum(np.array([own, energy]))
-            return float(total / scale) if scale else 0.0
+        self, sums: NormalEquations, held: _HeldOut, reader: Reader | Feed
+    ) -> tuple[float, float]:
+        """The α of the lowest held-out error, and that error."""
 
         def tried(index: int) -> float:
             solved = sums.solve(RIDGES[index], centred=is_centred(reader))
-            return math.inf if solved is None else error(solved)
+            return math.inf if solved is None else held.error(solved)
 
-        before = error(None)
         kind = re.sub(r"\d+", "", reader.path)
         start = best = self._starts.get(kind, START)
         lowest = tried(start)
@@ -257,7 +255,7 @@ class _Fit:
             if best != start:
                 break
         self._starts[kind] = best
-        return (before, RIDGES[best], lowest) if lowest < before else (before, 0.0, before)
+        return RIDGES[best], lowest
 
     def _add(
         self,
@@ -324,6 +322,38 @@ class _Fit:
             change = self.changes.get(reader)
             if change is not None:
                 put(forward, reader, change, factor)
+
+
+class _HeldOut:
+    """Held-out rows of one reader: in memory where they are few, else read again for every error.
+
+    Args:
+        read: Reads this process's rows.
+        processes: All that fit together.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[Rows]], processes: Processes) -> None:
+        self._read, self._processes = read, processes
+        self._kept: list[Rows] | None = None
+        self._is_small = True
+
+    def error(self, solved: tuple[Tensor, Tensor] | None) -> float:
+        """‖R − XΔW − b‖² over all rows of all processes, relative to that of the original."""
+        sums = np.zeros(2)
+        with self._processes.joint():
+            kept: list[Rows] = []
+            size = 0
+            for rows in self._read() if self._kept is None else self._kept:
+                sums += (_squares(rows, solved), rows.energy)
+                size += rows.x.nbytes + rows.residual.nbytes
+                if self._is_small and self._kept is None:
+                    kept.append(rows)
+                if size > HELD_BYTES:
+                    kept, self._is_small = [], False
+            if self._is_small:
+                self._kept = self._kept or kept
+        squares, energy = self._processes.sum(sums)
+        return float(squares / energy) if energy else 0.0
 
 
 def _squares(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:

@@ -59,7 +59,7 @@ class Reader:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feed:
-    """Layers that make units, or values beside them, of one common input.
+    """Layers that lose no inputs, and read one common input.
 
     That input is brought nearer to the original's by a linear map, which goes into their weights.
 
@@ -156,21 +156,16 @@ def readers_of(
     return readers, reasons
 
 
-def makers_of(
-    model: nn.Module, axes: Sequence[Axis], readers: Sequence[Reader]
-) -> dict[nn.Module, str]:
-    """Path of every layer that makes units of any axis and loses no input."""
+def others_of(model: nn.Module, readers: Sequence[Reader]) -> dict[nn.Module, str]:
+    """Path of every linear layer that loses no input, and has its weight for itself."""
     reading, owners = {reader.module for reader in readers}, _owners(model)
-    makers: dict[nn.Module, str] = {}
-    for axis in axes:
-        for part in axis.slices:
-            path, _, leaf = part.tensor.rpartition(".")
-            module = model.get_submodule(path)
-            if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D) or module in reading:
-                continue
-            if part.dim != input_dim(module) and len(owners[id(module.weight)]) == 1:
-                makers[module] = path
-    return makers
+    return {
+        module: path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module not in reading
+        and len(owners[id(module.weight)]) == 1
+    }
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:

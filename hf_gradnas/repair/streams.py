@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..masks import add_hook, add_pre_hook
 from ..structure.sizes import Kept
 from ..types import Axis
-from .readers import Feed, Found, Gate, Place, Reader, makers_of, readers_of
+from .readers import Feed, Found, Gate, Place, Reader, others_of, readers_of
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ def find_readers(
         examples: Examples in it.
     """
     readers, reasons = readers_of(model, axes, kept)
-    trace = _Trace(model, readers, makers_of(model, axes, readers), examples)
+    trace = _Trace(model, readers, others_of(model, readers), examples)
     with torch.no_grad(), trace.attached():
         model(**call)
     mendable: list[Reader] = []
@@ -100,7 +100,7 @@ class _Sum:
 
 @dataclass(slots=True)
 class _Fed:
-    """One input of makers: when it was first read, its shape, and who reads it."""
+    """One input of others: when it was first read, its shape, and who reads it."""
 
     time: int
     shape: torch.Size
@@ -113,7 +113,7 @@ class _Trace(TorchDispatchMode):
 
     model: nn.Module
     readers: Sequence[Reader]
-    makers: Mapping[nn.Module, str]
+    others: Mapping[nn.Module, str]
     examples: int
     times: dict[str, int] = field(default_factory=dict)
 
@@ -155,7 +155,8 @@ class _Trace(TorchDispatchMode):
             own = replace(reader, alone=not (of_examples or _has_positions(shape, self.examples)))
             events.append((time, Gate(place, (own,), (1.0,))))
         for fed in self._feeds.values():
-            is_fixed = _has_positions(fed.shape, self.examples)
+            of_examples = fed.shape[0] == self.examples
+            is_fixed = of_examples or _has_positions(fed.shape, self.examples)
             if is_fixed and all(self._calls[path, "input"] == 0 for path, _ in fed.layers):
                 feed = Feed(tuple(fed.layers))
                 events.append((fed.time, Gate(Place(feed.path, "input", 0), (feed,), (1.0,))))
@@ -228,7 +229,7 @@ class _Trace(TorchDispatchMode):
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         call = self._count(path, "input")
-        if module in self.makers and args and isinstance(args[0], Tensor):
+        if module in self.others and args and isinstance(args[0], Tensor):
             self._held.append(args[0])
             fed = self._feeds.setdefault(_key(args[0]), _Fed(self._clock, args[0].shape))
             fed.layers.append((path, module))
