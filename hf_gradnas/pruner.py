@@ -48,7 +48,7 @@ class GradNASPruner(ExaminedModel):
     Args:
         model: Any ``PreTrainedModel``, also inside DDP or ``torch.compile``, or a model of
             sentence-transformers with one; `model` is the inner one, unchanged until `apply`.
-        score: ``fisher`` (default), another of `scores.methods.METHODS`, or ``auto``: of
+        score: ``balanced`` (default), another of `scores.methods.METHODS`, or ``auto``: of
             ``balanced`` and ``fisher`` the one whose plan is closer to the original, by KL on every
             fifth batch, which is then not scored.
         search: ``lagrangian`` (default) or ``binary``.

@@ -7,5 +7,5 @@ from typing import Final, Literal
 Score = Literal["auto", "balanced", "fisher", "gradnas", "taylor", "magnitude", "random"]
 AUTO: Final = "auto"
 """The choice of the candidate whose plan is closest to the original on held-out rows."""
-DEFAULT_SCORE: Score = "fisher"
+DEFAULT_SCORE: Score = "balanced"
 """How units are scored where nothing else is asked for."""

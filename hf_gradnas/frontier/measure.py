@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.defaults import DEFAULT_SCORE
 from ..errors import BudgetError, PlanError
 from ..scores import METHODS, collect_scores
 from ..scores.methods import GRADIENT_METHODS
@@ -47,7 +48,7 @@ def measure_frontier(  # noqa: PLR0913 - one call says all of a sweep
     budgets: Mapping[str, Limits],
     batches: Iterable[Batch],
     evaluate: Evaluate | None = None,
-    score: str | Sequence[str] = "fisher",
+    score: str | Sequence[str] = DEFAULT_SCORE,
     repair: Callable[..., Repair | None] | None = None,
     labels: str = "data",
     num_examples: int | None = None,

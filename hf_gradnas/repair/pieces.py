@@ -125,32 +125,39 @@ def read_parts(
 ) -> list[tuple[Batch, bool]]:
     """This process's batches, each with whether it is held out.
 
-    Where a process has fewer than five, all split theirs.
+    Where all processes together have fewer than five, they are split.
 
     Raises:
         DataError: A batch is not a dict of tensors, or there is none.
         RepairError: There is one example only.
     """
     with closing(read_steps(batches, model, limit, processes)) as steps:
-        own = [step.batch for step in steps if step.batch is not None]
-    if processes.gather([len(own)]).min() < HELD_OUT:
-        own = [part for batch in own for part in _split(batch)]
-    held = [number % HELD_OUT == HELD_OUT - 1 for number in range(len(own))]
-    if len(own) > 1 and not any(held):
-        held[-1] = True
+        own = [
+            (number * processes.count + processes.index, step.batch)
+            for number, step in enumerate(steps)
+            if step.batch is not None
+        ]
+    last = int(processes.gather([max((number for number, _ in own), default=0)]).max())
+    if last + 1 >= HELD_OUT:  # numbered over all processes, so that their number changes nothing
+        parts = [(batch, number % HELD_OUT == HELD_OUT - 1) for number, batch in own]
+    else:
+        parts = [part for number, batch in own for part in _split(batch, is_last=number == last)]
+    held = [is_held for _, is_held in parts]
     counts = processes.sum(np.array([held.count(True), held.count(False)], dtype=np.float64))
     if not counts.all():
         raise RepairError(
             "repair: found one example, needed at least two, of which one is held out; give more "
             "calibration data, or repair nothing."
         )
-    return list(zip(own, held, strict=True))
+    return parts
 
 
-def _split(batch: Batch) -> Iterator[Batch]:
-    """A batch in up to five pieces."""
-    for rows in np.array_split(np.arange(batch.examples), min(HELD_OUT, batch.examples)):
-        yield Batch(batch.index, batch.select(rows.tolist()), len(rows), batch.labels)
+def _split(batch: Batch, *, is_last: bool) -> Iterator[tuple[Batch, bool]]:
+    """A batch in up to five pieces, the last held out; of one example if it is the last batch."""
+    pieces = np.array_split(np.arange(batch.examples), min(HELD_OUT, batch.examples))
+    for number, rows in enumerate(pieces, 1):
+        piece = Batch(batch.index, batch.select(rows.tolist()), len(rows), batch.labels)
+        yield piece, number == len(pieces) and (len(pieces) > 1 or is_last)
 
 
 def make_piece(conductor: Conductor, batch: Batch, *, is_held_out: bool) -> Piece:
