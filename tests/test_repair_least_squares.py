@@ -1,6 +1,7 @@
 """Repair by least squares: what waits at the gates is what the new weights do in the model."""
 
 import dataclasses
+import shutil
 import warnings
 from contextlib import ExitStack, contextmanager
 
@@ -9,6 +10,7 @@ import torch
 import zoo
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.errors import GradNASWarning, RepairError
 from hf_gradnas.masks import masked
 from hf_gradnas.repair.closeness import divergences
 from hf_gradnas.repair.least_squares import find_repair
@@ -100,3 +102,92 @@ def test_nothing_depends_on_the_order_of_calls_or_the_size_of_batches():
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor, again.tensors[name])
     assert dataclasses.is_dataclass(first)
+
+
+def test_one_example_is_too_few():
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        one = {name: value[:1] for name, value in batch.items()}
+        with pytest.raises(RepairError, match=r"found one example, needed at least two"):
+            find_repair(model, pruner.structure.axes, plan, [one])
+
+
+def test_fewer_batches_than_five_are_split():
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        found = find_repair(model, pruner.structure.axes, plan, [batch])
+    assert found.examples == zoo.BATCH
+    assert all(site.rows for site in found.sites if site.ridge)
+
+
+def test_too_few_positions_for_the_widest_layer_are_said():
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        two = {
+            name: value[:2, :8] if value.dim() > 1 else value[:2] for name, value in batch.items()
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            with pytest.warns(GradNASWarning, match=r"on \d+ positions for \d+ inputs"):
+                find_repair(model, pruner.structure.axes, plan, [two])
+
+
+def test_activations_that_are_not_finite_name_the_layer():
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        with torch.no_grad():
+            model.bert.encoder.layer[1].attention.output.dense.bias[3] = float("nan")
+        with pytest.raises(RepairError, match=r"layer\.1\.\S+: .*not finite on batch \d"):
+            find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_disk_that_is_too_small_says_how_much_is_needed(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        wide = {name: value.repeat(8, *[1] * (value.dim() - 1)) for name, value in batch.items()}
+        with pytest.raises(RepairError, match=r"MiB left, but the next states take"):
+            find_repair(
+                model, pruner.structure.axes, plan, [wide] * 5, memory_bytes=0, spill=tmp_path
+            )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_to_spill_to_that_is_not_there_is_named(tmp_path):
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        wide = {name: value.repeat(8, *[1] * (value.dim() - 1)) for name, value in batch.items()}
+        with pytest.raises(RepairError, match=r"states cannot be kept in \S+nowhere"):
+            find_repair(
+                model,
+                pruner.structure.axes,
+                plan,
+                [wide] * 5,
+                memory_bytes=0,
+                spill=tmp_path / "nowhere",
+            )
+
+
+def test_units_that_repeat_others_are_replaced_exactly():
+    """Half of the neurons are copies: their part of the output moves into what stays."""
+    with zoo.float64_throughout():
+        model, batch = zoo.build("llama")
+        mlp = model.model.layers[1].mlp
+        with torch.no_grad():
+            for name in ("gate_proj", "up_proj"):
+                weight = getattr(mlp, name).weight
+                weight[48:] = weight[:48]
+        pruner = GradNASPruner(model, layout="per_layer")
+        pruner.discover(batch)
+        pruner.score([batch])
+        plan = pruner.plan({"flops": "99%"})
+        kept = {axis.name: tuple(range(axis.size)) for axis in pruner.structure.axes}
+        name = next(name for name in kept if name.startswith("model.layers.1.mlp"))
+        plan = dataclasses.replace(plan, kept={**kept, name: tuple(range(48))})
+        many = [{k: v.roll(n, 1) for k, v in batch.items()} for n in range(10)]
+        repair = find_repair(model, pruner.structure.axes, plan, many)
+    site = next(site for site in repair.sites if site.module.endswith("layers.1.mlp.down_proj"))
+    assert site.error_after < 1e-3 * site.error_before
+    assert repair.kl_after < 1e-3 * repair.kl_before

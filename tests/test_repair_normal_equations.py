@@ -1,0 +1,89 @@
+"""Ridge regression from streamed sums: the same as from all rows at once."""
+
+import pytest
+import torch
+
+from hf_gradnas.repair.normal_equations import NormalEquations
+
+
+def rows(count, columns, outputs, *, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, columns, generator=generator, dtype=dtype) + 0.5
+    weight = torch.randn(columns, outputs, generator=generator, dtype=dtype)
+    noise = torch.randn(count, outputs, generator=generator, dtype=dtype)
+    return x, x @ weight + 0.1 * noise + 2.0
+
+
+def summed(x, residual, parts=4):
+    sums = NormalEquations.empty(x.shape[1], residual.shape[1], x)
+    for part, right in zip(x.chunk(parts), residual.chunk(parts), strict=True):
+        sums.add(part, right)
+    return sums
+
+
+@pytest.mark.parametrize("columns", [1, 7, 300])  # more than one block of the product
+@pytest.mark.parametrize("ridge", [1.0, 0.01])
+def test_the_solution_is_that_of_the_penalised_problem(columns, ridge):
+    x, residual = rows(400, columns, 5)
+    found, intercept = summed(x, residual).solve(ridge, centred=False)
+    gram = x.t() @ x
+    penalty = ridge * gram.diagonal().mean() * torch.eye(columns, dtype=x.dtype)
+    wanted = torch.linalg.solve(gram + penalty, x.t() @ residual)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+    assert not intercept.any()
+
+
+@pytest.mark.parametrize("columns", [1, 300])
+def test_an_intercept_centres_inputs_and_residuals(columns):
+    x, residual = rows(400, columns, 5)
+    found, intercept = summed(x, residual).solve(0.1, centred=True)
+    left, right = x - x.mean(0), residual - residual.mean(0)
+    gram = left.t() @ left
+    penalty = 0.1 * gram.diagonal().mean() * torch.eye(columns, dtype=x.dtype)
+    wanted = torch.linalg.solve(gram + penalty, left.t() @ right)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(intercept, residual.mean(0) - x.mean(0) @ found)
+
+
+def test_solving_leaves_the_sums_as_they_were_so_that_more_rows_may_come():
+    x, residual = rows(400, 300, 5)
+    sums = summed(x[:200], residual[:200])
+    first = sums.solve(0.3, centred=True)
+    for again in (0.01, 0.3):
+        found = sums.solve(again, centred=True)
+    torch.testing.assert_close(found, first, rtol=0, atol=0)
+    sums.add(x[200:], residual[200:])
+    torch.testing.assert_close(
+        sums.solve(0.1, centred=True), summed(x, residual).solve(0.1, centred=True)
+    )
+
+
+def test_without_inputs_only_the_intercept_is_left():
+    x, residual = rows(40, 3, 5)
+    sums = summed(x[:, :0], residual)
+    found, intercept = sums.solve(1.0, centred=True)
+    assert found.shape == (0, 5)
+    torch.testing.assert_close(intercept, residual.mean(0))
+
+
+def test_inputs_that_are_all_zero_have_no_solution():
+    sums = summed(torch.zeros(10, 3, dtype=torch.float64), torch.ones(10, 2, dtype=torch.float64))
+    assert sums.solve(0.1, centred=False) is None
+
+
+def test_fewer_rows_than_inputs_are_solved_by_the_ridge():
+    x, residual = rows(5, 40, 3)
+    found, _ = summed(x, residual, parts=1).solve(1e-3, centred=False)
+    assert torch.isfinite(found).all()
+    assert (residual - x @ found).norm() < 0.2 * residual.norm()
+
+
+def test_sums_are_cleared():
+    x, residual = rows(20, 3, 2)
+    sums = summed(x, residual)
+    sums.clear()
+    assert sums.rows == 0
+    sums.add(x, residual)
+    torch.testing.assert_close(
+        sums.solve(0.1, centred=True), summed(x, residual).solve(0.1, centred=True)
+    )
