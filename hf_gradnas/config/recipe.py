@@ -221,9 +221,10 @@ class Recipe(Settings):
     )
     repair: Literal["auto", "none"] = Field(
         default="auto",
-        description="auto fits the layers that read what is pruned anew, by least squares on the "
-        "calibration data and without training, and keeps the new weights where they bring the "
-        "predictions closer to the original's on held-out batches; none leaves all as they are.",
+        description="auto fits the layers that read what is pruned, and those after them, anew, by "
+        "least squares on the calibration data and without training, and keeps the new weights "
+        "where they bring the predictions closer to the original's on held-out batches; none "
+        "leaves all as they are.",
         json_schema_extra=_PLAN,
     )
     scores: str | None = Field(
