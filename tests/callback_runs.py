@@ -26,7 +26,7 @@ BUDGET = {"flops": "60%"}
 
 def pruning(**options: Any) -> GradNASCallback:
     """A callback that keeps 60 % of the FLOPs, scored with four examples."""
-    return GradNASCallback(BUDGET, **{"num_examples": 4, "stages": 3, **options})
+    return GradNASCallback(BUDGET, **{"num_examples": 4, "stages": 3, "score": "fisher", **options})
 
 
 @cache

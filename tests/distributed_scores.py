@@ -252,7 +252,7 @@ def pruned(folder: Path) -> Any:
     accelerator = accelerator_of()
     model, _ = zoo.build("bert", dtype=torch.float32, seed=accelerator.process_index)
     wrapped = accelerator.prepare(model)  # gives all processes the weights of the first
-    pruner = GradNASPruner(wrapped, accelerator=accelerator)
+    pruner = GradNASPruner(wrapped, score="fisher", accelerator=accelerator)
     plan = pruner.prune(loader(EXAMPLES), BUDGET)
     output = folder / f"pruned-{accelerator.num_processes}"
     saved = pruner.save_pretrained(output, report=False)
@@ -361,7 +361,7 @@ def pruned_as_shards(output: Path, shard: Callable[[Any], Any]) -> Any:
     """Found before sharding, scored as shards, cut with gathered weights."""
     accelerator = accelerator_of()
     model, inputs = zoo.build("bert", dtype=torch.float32)
-    pruner = GradNASPruner(model, accelerator=accelerator)
+    pruner = GradNASPruner(model, score="fisher", accelerator=accelerator)
     pruner.discover(inputs)
     engine = shard(model)
     scores = pruner.score(loader(EXAMPLES))  # a batch more for one of the processes
@@ -371,7 +371,7 @@ def pruned_as_shards(output: Path, shard: Callable[[Any], Any]) -> Any:
             call()
         except StructureError as error:
             refused.append(str(error))
-    twin = GradNASPruner(zoo.build("bert", dtype=torch.float32)[0])
+    twin = GradNASPruner(zoo.build("bert", dtype=torch.float32)[0], score="fisher")
     twin.discover(inputs)
     cut = pruner.apply(plan, repair_by_hand(twin, plan))
     train(model if engine is None else engine, inputs)  # it still can be

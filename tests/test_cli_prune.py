@@ -452,7 +452,7 @@ def test_scores_of_another_model_or_kind_are_refused(prune, bert, tsv, tmp_path,
     assert "model" in err
     code, _, err = prune("--model", bert, "--dataset", tsv, *scores, "--score", "taylor")
     assert code == 2
-    assert "holds 'fisher' scores, but --score taylor" in err
+    assert "holds 'balanced' scores, but --score taylor" in err
 
 
 def test_the_score_is_chosen_on_rows_held_out(prune, bert, tsv, tmp_path):

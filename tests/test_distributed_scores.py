@@ -102,7 +102,7 @@ def test_all_processes_choose_the_same_score(two: Found) -> None:
     model, axes, _ = build("bert", dtype=torch.float64)
     batches = in_batches(EXAMPLES, SIZE)
     held_out = batches[8:10]  # one step of two processes
-    pruner = GradNASPruner(model)
+    pruner = GradNASPruner(model, score="fisher")
     pruner.discover(batches[0])
     plans = {}
     for method in first["tried"]:
@@ -160,7 +160,7 @@ def test_an_error_of_one_process_is_the_error_of_all(two: Found) -> None:
 def test_all_processes_cut_alike_and_one_writes(two: Found) -> None:
     first, second = (found["pruned"] for found in two)
     model, _ = zoo.build("bert", dtype=torch.float32)
-    pruner = GradNASPruner(model)
+    pruner = GradNASPruner(model, score="fisher")
     plan = pruner.prune(in_batches(EXAMPLES, SIZE), BUDGET)
     assert first == second
     assert first["kept"] == {name: list(units) for name, units in plan.kept.items()}
@@ -210,7 +210,7 @@ def assert_pruned_as_shards(first: Any, second: Any, what: str) -> None:
     assert f"bert.embeddings.word_embeddings.weight is {what}" in first["refused"][0]
     assert "but a repair is found and tried with whole weights" in first["refused"][1]
     assert first["is_plain"]
-    whole = GradNASPruner(model)
+    whole = GradNASPruner(model, score="fisher")
     whole.score(batches)
     plan = whole.plan(BUDGET)
     whole.apply(plan, repair_by_hand(whole, plan))

@@ -61,7 +61,7 @@ def test_no_more_is_read_than_is_scored(kind: str) -> None:
     model, axes, _ = build("llama")
     source = Endless()
     expected = collect_scores(model, axes, source.batches, num_examples=WANTED)
-    pruner = GradNASPruner(model)
+    pruner = GradNASPruner(model, score="fisher")
     found = pruner.score(KINDS[kind](source), num_examples=WANTED)
     assert found.metadata["examples"] == str(WANTED)
     assert_equal(found, dict(expected.values))
@@ -73,13 +73,13 @@ def test_no_more_is_read_than_is_scored(kind: str) -> None:
 def test_prune_reads_no_more_either() -> None:
     model, _ = zoo.build("llama")
     source = Endless()
-    GradNASPruner(model).prune(iter(source), {"params": "80%"}, num_examples=WANTED)
+    GradNASPruner(model, score="fisher").prune(iter(source), {"params": "80%"}, num_examples=WANTED)
     assert source.read == BATCHES
 
 
 def test_a_known_structure_is_scored_without_keeping_the_batches() -> None:
     model, inputs = zoo.build("llama")
-    pruner, source = GradNASPruner(model), Endless()
+    pruner, source = GradNASPruner(model, score="fisher"), Endless()
     pruner.discover(inputs)
     pruner.score(iter(source), num_examples=WANTED)
     assert source.read == BATCHES
@@ -88,14 +88,14 @@ def test_a_known_structure_is_scored_without_keeping_the_batches() -> None:
 def test_a_cycle_ends_where_it_is_told_to() -> None:
     model, _ = zoo.build("llama")
     batches = in_batches(examples_of("llama", 2), 1)
-    found = GradNASPruner(model).score(itertools.cycle(batches), num_examples=5)
+    found = GradNASPruner(model, score="fisher").score(itertools.cycle(batches), num_examples=5)
     assert found.metadata["examples"] == "5"
 
 
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_cycle_that_nothing_ends_is_refused(is_known: bool) -> None:
     model, inputs = zoo.build("llama")
-    pruner = GradNASPruner(model)
+    pruner = GradNASPruner(model, score="fisher")
     if is_known:
         pruner.discover(inputs)
     with pytest.raises(DataError, match=r"itertools\.cycle has no end.*num_examples"):

@@ -137,13 +137,13 @@ def test_compiled_code_is_measured_and_masked(in_place: bool) -> None:
         model.compile(backend="eager")
     outer = model if in_place else torch.compile(model, backend="eager")
     outer(**inputs)  # compiled before any hook is there
-    pruner = GradNASPruner(outer)
+    pruner = GradNASPruner(outer, score="fisher")
     assert pruner.model is model
     pruner.discover(inputs)
     assert_equal(pruner.score(BATCHES[:3]), expected)
     plan = pruner.plan(BUDGET)
     plain = zoo.build("bert")[0]
-    other = GradNASPruner(plain)
+    other = GradNASPruner(plain, score="fisher")
     other.discover(inputs)
     with pruner.masked(plan), other.masked(plan), torch.no_grad():
         masked = outer(**inputs).logits
@@ -156,7 +156,7 @@ def test_compiled_code_is_measured_and_masked(in_place: bool) -> None:
 def test_parts_that_are_compiled_on_their_own_are_named() -> None:
     model, _, inputs = build("bert")
     model.bert.encoder.layer[1] = torch.compile(model.bert.encoder.layer[1], backend="eager")
-    pruner = GradNASPruner(model)
+    pruner = GradNASPruner(model, score="fisher")
     with pytest.raises(StructureError, match=r"discover: bert\.encoder\.layer\.1 is compiled"):
         pruner.discover(inputs)
 
@@ -170,12 +170,12 @@ def test_parts_that_are_compiled_on_their_own_are_named() -> None:
     "parts", [[""], ["bert.embeddings", "bert.encoder", "bert.pooler", "classifier"]], ids=len
 )
 def test_a_dispatched_model_is_pruned_like_any_other(parts: list[str], tmp_path: Path) -> None:
-    plain = GradNASPruner(zoo.build("bert", dtype=torch.float32)[0])
+    plain = GradNASPruner(zoo.build("bert", dtype=torch.float32)[0], score="fisher")
     plan = plain.prune(BATCHES[:3], BUDGET)
     model, inputs = zoo.build("bert", dtype=torch.float32)
     places = dict.fromkeys(parts, "cpu")
     model = dispatch_model(model, places, main_device="cpu", force_hooks=True)
-    pruner = GradNASPruner(model)
+    pruner = GradNASPruner(model, score="fisher")
     assert pruner.prune(BATCHES[:3], BUDGET).kept == plan.kept
     with torch.no_grad():
         expected = plain.model(**inputs).logits
@@ -208,7 +208,7 @@ def test_the_older_sharding_is_named() -> None:
     nn.Module.__init__(wrapped)  # its constructor needs a group of processes
     wrapped._modules["_fsdp_wrapped_module"] = model  # add_module asks for it first
     with pytest.raises(StructureError, match="wrapped by FSDP1, which merges parameters"):
-        GradNASPruner(wrapped)
+        GradNASPruner(wrapped, score="fisher")
 
 
 def test_a_forward_with_mixed_precision_is_scored_in_it() -> None:
@@ -224,7 +224,7 @@ def test_a_forward_with_mixed_precision_is_scored_in_it() -> None:
 def test_a_model_prepared_for_mixed_precision_is_saved_as_it_is(tmp_path: Path) -> None:
     model, _, _ = build("bert", dtype=torch.float32)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    pruner = GradNASPruner(accelerator.prepare(model), accelerator=accelerator)
+    pruner = GradNASPruner(accelerator.prepare(model), score="fisher", accelerator=accelerator)
     pruner.prune(BATCHES[:2], BUDGET)
     forward = vars(pruner.model)["forward"]
     pruner.save_pretrained(tmp_path / "saved")

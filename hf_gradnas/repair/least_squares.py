@@ -367,7 +367,7 @@ def _squares(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:
 
 def _warn_if_few(sites: Sequence[Site], processes: Processes) -> None:
     """Say so where the widest layer has more unknowns than rows."""
-    short = [site for site in sites if site.rows < site.columns]
+    short = [site for site in sites if 0 < site.rows < site.columns]
     if short and processes.is_main:
         widest = max(short, key=lambda site: site.columns)
         warnings.warn(

@@ -164,7 +164,7 @@ def others_of(model: nn.Module, readers: Sequence[Reader]) -> dict[nn.Module, st
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and module not in reading
-        and len(owners[id(module.weight)]) == 1
+        and len(owners.get(id(module.weight), ())) == 1  # one cut before may have none
     }
 
 
