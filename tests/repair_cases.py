@@ -39,7 +39,7 @@ def cut(family: str, *, flops: str = "60%", **kwargs: Any) -> tuple[GradNASPrune
     model, batch = zoo.build(family, **kwargs)
     teacher = copy.deepcopy(model)
     pruner = GradNASPruner(model, layout="per_layer")
-    pruner.prune([batch], {"flops": flops})
+    pruner.prune([batch], {"flops": flops}, repair="none")
     return pruner, teacher
 
 

@@ -191,7 +191,7 @@ def test_a_checkpoint_folder_that_is_not_there_is_said_once(tmp_path: Path) -> N
         def _get_output_dir(self, trial: Any) -> str:
             return str(tmp_path / "run-0")
 
-    callback = pruning(**KINDS["riding"])
+    callback = pruning(**{**KINDS["riding"], "repair": "none"})
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, callback, trainer_class=Elsewhere, **options)
     with pytest.warns(GradNASWarning, match="found no such folder to save sums of scores") as seen:

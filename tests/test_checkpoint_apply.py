@@ -17,7 +17,7 @@ from hf_gradnas.types import Structure
 
 def scored(name: str, **overrides):
     model, inputs = zoo.build(name, **overrides)
-    pruner = GradNASPruner(model)
+    pruner = GradNASPruner(model, score="fisher")
     pruner.score([inputs])
     return pruner, pruner.plan({"params": "80%"})
 

@@ -191,3 +191,21 @@ def test_units_that_repeat_others_are_replaced_exactly():
     site = next(site for site in repair.sites if site.module.endswith("layers.1.mlp.down_proj"))
     assert site.error_after < 1e-3 * site.error_before
     assert repair.kl_after < 1e-3 * repair.kl_before
+
+
+def test_a_forward_that_waits_within_autocast_leaves_it_to_itself():
+    model, batch, pruner, plan = planned("bert")
+    axes = pruner.structure.axes
+    plain = model.forward
+
+    def patched(*args, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(*args, **kwargs)
+
+    model.forward = patched  # as a wrapper may do that no mark tells of
+    try:
+        find_repair(model, axes, plan, [batch] * 5)
+    finally:
+        del model.forward
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_grad_enabled()

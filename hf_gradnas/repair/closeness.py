@@ -21,7 +21,7 @@ from ..scores.batches import Batch, check_batch
 from ..scores.inputs import run_model
 from ..scores.processes import Processes
 from ..scores.sampling import Prediction, inputs_to_sample, predict
-from ..scores.wrappers import uncompiled
+from ..scores.wrappers import uncompiled, without_autocast
 from ..structure.states import evaluating
 from .divergence import DIVERGENCES, at_least_float32
 
@@ -30,7 +30,7 @@ Variant = Callable[[], AbstractContextManager[Any]]
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no cache and no compiled code within the block."""
+    """Eval mode; no gradients, cache, compiled code or patched autocast within the block."""
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for config in configs_of(model):
@@ -38,6 +38,7 @@ def running(model: nn.Module) -> Iterator[None]:
                 stack.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False
         stack.enter_context(uncompiled())
+        stack.enter_context(without_autocast(model))
         stack.enter_context(torch.no_grad())
         yield
 

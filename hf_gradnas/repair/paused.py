@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,28 +62,32 @@ class Forward:
         self.unmasked: dict[str, Tensor] = {}
         self.fed: dict[Feed, Tensor] = {}
         self.held = Held()
-        self._random: tuple[Tensor, ...] | None = None
+        self._modes: _Modes | None = None
 
     def go_on(self) -> None:
         """Run as far as the next gate, or to the end."""
-        before = _random_states()
-        if self._random is None:
+        before = _Modes.now()
+        if self._modes is None:
             torch.manual_seed(0)  # a forward that draws numbers draws the same in both runs
         else:
-            _set_random_states(self._random)
+            self._modes.set()
         try:
             self.tensor, self.inputs, self.losses, self.settled = None, {}, {}, 0
             result = self._green.switch()
-            self._random = _random_states()
+            self._modes = _Modes.now()
         finally:
-            _set_random_states(before)
+            before.set()
         if self._green.dead:
             self.result, self.is_done = result, True
 
     def stop(self) -> None:
         """End it where it is; its ``finally`` blocks run."""
         if not self._green.dead and self._green:
-            self._green.throw()
+            before = _Modes.now()
+            try:
+                self._green.throw()
+            finally:
+                before.set()
         self.tensor, self.inputs, self.losses, self.is_done = None, {}, {}, True
 
 
@@ -269,15 +274,38 @@ class Conductor:
         self._memory.close()
 
 
-def _random_states() -> tuple[Tensor, ...]:
-    """States of the random number generators of the CPU and the current accelerator."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state())
-    return tuple(states)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Modes:
+    """What torch keeps for a thread, which a forward may change while it waits within a block.
 
+    Attributes:
+        random: States of the random number generators of the CPU and the current accelerator.
+        has_gradients: Whether gradients are recorded.
+        autocast: Whether autocast is on, and its type, per kind of device.
+    """
 
-def _set_random_states(states: tuple[Tensor, ...]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
+    random: tuple[Tensor, ...]
+    has_gradients: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def now(cls) -> _Modes:
+        """As they are."""
+        random = [torch.get_rng_state()]
+        if torch.cuda.is_available():
+            random.append(torch.cuda.get_rng_state())
+        autocast = tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+        )
+        return cls(tuple(random), torch.is_grad_enabled(), autocast)
+
+    def set(self) -> None:
+        """Have them again."""
+        torch.set_rng_state(self.random[0])
+        for state in self.random[1:]:
+            torch.cuda.set_rng_state(state)
+        torch.set_grad_enabled(self.has_gradients)
+        for kind, is_on, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, is_on)
+            torch.set_autocast_dtype(kind, dtype)
