@@ -117,7 +117,7 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
             fit = _Fit(conductor, pieces, processes)
             fit.run(progress)
             before, after = fit.divergences(partial(masked, model, axes, plan.kept))
-    _warn_if_few(fit.sites, processes)
+    _warn_if_few(fit.reading, processes)
     unread = [Site(path, 0, 0, reason=reason) for path, reason in found.reasons.items()]
     examples = processes.sum(np.array([float(sum(batch.examples for batch, _ in parts))]))
     return Repair(
@@ -161,11 +161,13 @@ class _Fit:
 
     Attributes:
         sites: What became of each reader.
+        reading: Those of them that lose inputs.
         changes: New weights less the present ones, of what stays.
     """
 
     def __init__(self, conductor: Conductor, pieces: Sequence[Piece], processes: Processes) -> None:
         self.sites: list[Site] = []
+        self.reading: list[Site] = []
         self.changes: dict[Reader | Feed, Change] = {}
         self._seen: set[Reader | Feed] = set()
         self._starts: dict[str, int] = {}  # by path without numbers: the best α of the layer before
@@ -182,6 +184,8 @@ class _Fit:
         for number, gate in enumerate(gates):
             for reader, scale in zip(gate.readers, gate.scales, strict=True):
                 self.sites.append(self._fit(number, reader, scale))
+                if isinstance(reader, Reader):
+                    self.reading.append(self.sites[-1])
                 self._seen.add(reader)
             if progress is not None and self._processes.is_main:
                 progress(number + 1, len(gates))
