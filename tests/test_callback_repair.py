@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from callback_runs import Rows, build, logits_of, make_trainer, pruning
+from repair_cases import collate
 from transformers import PreTrainedModel
 
-from hf_gradnas import GradNASCallback, Repair
+from hf_gradnas import GradNASCallback, GradNASPruner, Plan, Repair
 from hf_gradnas.errors import GradNASWarning, PlanError, RepairError
 
 SHORT = {"max_steps": 2, "logging_steps": 1}
@@ -49,6 +50,31 @@ def test_at_the_end_the_cut_model_is_closer_to_the_trained_one(
     assert record(tmp_path / "none") is None
     card = (tmp_path / "auto" / "pruned" / "README.md").read_text(encoding="utf-8")
     assert "by least squares on 32 examples, without training" in card
+
+
+@pytest.mark.parametrize("score", ["balanced", "gradnas"])
+def test_examples_come_in_order_of_length(score: str, tmp_path: Path, monkeypatch) -> None:
+    real, widths, limits = GradNASPruner.repair, [], []
+
+    def note(self: GradNASPruner, plan: Plan, batches: Any, *, num_examples: int) -> Repair:
+        widths.extend(batch["input_ids"].shape[1] for batch in batches)
+        limits.append(num_examples)
+        return real(self, plan, batches, num_examples=num_examples)
+
+    monkeypatch.setattr(GradNASPruner, "repair", note)
+    data = Rows("bert", 16)
+    for number, row in enumerate(data.rows):
+        ids = row["input_ids"][: 3 + number % 4]
+        data.rows[number] = {"input_ids": ids, "labels": row["labels"]}
+    callback = pruning(score=score, num_examples=12)
+    trainer = make_trainer(tmp_path, callback, data=data, **SHORT)
+    trainer.data_collator = lambda rows: collate([{k: v[None] for k, v in r.items()} for r in rows])
+    trainer.train()
+    assert limits == [12]
+    assert len(widths) == 6
+    assert len(set(widths)) > 1
+    assert widths == sorted(widths, reverse=True)
+    assert record(tmp_path)["examples"] == 12
 
 
 def test_what_is_masked_from_the_beginning_is_repaired_as_what_is_cut_then(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from score_examples import examples_of, in_batches
+from torch.utils.data import DataLoader
 
 from hf_gradnas import GradNASPruner, Scores
 from hf_gradnas.errors import (
@@ -32,6 +33,11 @@ BUDGETS = {"params": ["85%", "70%"]}
 def swept(pruner, *arguments, repair: str = "none", **options) -> Frontier:
     """The frontier, measured with masks only unless asked otherwise."""
     return pruner.sweep(*arguments, repair=repair, **options)
+
+
+def collate(examples) -> dict[str, torch.Tensor]:
+    """One padded batch of examples without a batch dimension."""
+    return in_batches([{k: v[None] for k, v in e.items()} for e in examples], len(examples))[0]
 
 
 def loss_of(model) -> dict[str, float]:
@@ -277,6 +283,28 @@ def test_repaired_plans_are_measured_beside_the_masked():
         with pruner.masked(plan, repair):
             assert point.metrics == pytest.approx(measured(pruner.model), rel=1e-9)
     assert all(b.kl < a.kl for a, b in zip(found.points[::2], found.points[1::2], strict=True))
+
+
+def test_a_repair_is_in_order_of_length_and_its_digest_in_that_of_the_file(monkeypatch):
+    pruner = GradNASPruner(zoo.build("bert")[0], layout="per_layer")
+    rows = [{k: v[0] for k, v in e.items()} for e in examples_of("bert", 12, longest=30)]
+    loader = DataLoader(rows, batch_size=2, collate_fn=collate)
+    given = []
+
+    def note(pruner, plan, batches, *, num_examples, **options) -> Repair:
+        given.extend(batches)
+        return own(pruner, plan, batches, num_examples=num_examples, **options)
+
+    own = GradNASPruner.repair
+    monkeypatch.setattr(GradNASPruner, "repair", note)
+    options = {"batches": [collate(rows)], "repair": "auto", "num_examples": 10}
+    found = swept(pruner, loader, {"flops": "70%"}, **options)
+    widths = [batch["input_ids"].shape[1] for batch in given]
+    lengths = [len(row["input_ids"]) for row in rows[:10]]
+    assert widths == sorted(lengths, reverse=True)[::2]
+    assert lengths != sorted(lengths, reverse=True)
+    plain = swept(pruner, list(loader), {"flops": "70%"}, **options)  # nothing can be sorted
+    assert [point.key for point in plain.points] == [point.key for point in found.points]
 
 
 def test_a_repair_is_found_once(llama, tmp_path, repairs):

@@ -11,8 +11,10 @@ import zoo
 from score_examples import assert_equal, build, examples_of, in_batches
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from hf_gradnas.repair.pieces import read_parts
 from hf_gradnas.scores import collect_scores
 from hf_gradnas.scores.ordering import ByLength, by_length, number_of
+from hf_gradnas.scores.processes import Processes
 from hf_gradnas.scores.steps import HeldOut
 
 
@@ -66,6 +68,24 @@ def test_batches_are_of_similar_length_the_longest_first() -> None:
     assert sorted(order) == list(range(18))
     equal = ByLength([{"input_ids": [1, 2]}] * 3, 3)
     assert (list(equal), len(equal)) == ([0, 1, 2], 3)
+
+
+def test_without_a_score_they_are_sorted_too() -> None:
+    loader = loader_of(Rows("bert", 18))
+    assert by_length(loader, "gradnas") is loader
+    ordered = by_length(loader, num_examples=7)
+    assert sorted(ordered.sampler) == list(range(7))
+    widths = [batch["input_ids"].shape[1] for batch in by_length(loader)]
+    assert len(widths) == 5
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_what_a_repair_holds_out_is_every_fifth_batch_of_that_order() -> None:
+    model, _, _ = build("bert")
+    ordered = by_length(loader_of(Rows("bert", 40), 2))
+    parts = read_parts(model, ordered, None, Processes())
+    held = [batch.columns["input_ids"].shape[1] for batch, is_held_out in parts if is_held_out]
+    assert held == [batch["input_ids"].shape[1] for batch in ordered][4::5]
 
 
 def test_rows_that_are_held_out_are_of_all_lengths() -> None:

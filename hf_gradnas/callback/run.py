@@ -355,7 +355,8 @@ class Run:
         if self.settings.repair == "none" or self.settings.when == "gradual":
             return None
         limit = self.settings.sample_size
-        find = partial(self._pruner.repair, plan, self._batches, num_examples=limit)
+        batches = by_length(self._batches, num_examples=limit)
+        find = partial(self._pruner.repair, plan, batches, num_examples=limit)
         with self._undisturbed():
             found = attempted(find, self._processes)
         if found is not None:

@@ -38,12 +38,14 @@ def find_repair(
     """
     from ..repair.repairs import attempted
     from ..report import say_repair
+    from ..scores.ordering import by_length
 
     if recipe.repair == "none":
         return None
     began = time.monotonic()
     with screen.progress("Repairing") as report:
-        found = attempted(partial(pruner.repair, plan, loader, progress=report), processes)
+        find = partial(pruner.repair, plan, by_length(loader), progress=report)
+        found = attempted(find, processes)
     if found is None:
         return None
     file = repair_file(str(recipe.output))

@@ -21,6 +21,7 @@ from ..repair.closeness import divergences
 from ..repair.repairs import plan_digest
 from ..scores import model_fingerprint
 from ..scores.batches import digest, read_batches
+from ..scores.ordering import by_length
 from ..scores.processes import Processes
 from ..scores.sample import Batch, reiterable
 from ..types import MASKED, REPAIRED, STATES, Budget, Plan, Point, Scores, Structure
@@ -158,9 +159,10 @@ def measure_plans(
         if masked not in known:
             tries[masked] = partial(run.pruner.masked, plan)
         if run.repair and repaired not in known:
+            loader = by_length(subset.loader, num_examples=run.num_examples)
             with run.bar(f"Repairing ({plan.score}, seed {subset.seed})") as report:
                 options = {"num_examples": run.num_examples, "progress": report}
-                repair = run.repair(plan, subset.loader, **options)
+                repair = run.repair(plan, loader, **options)
             if repair is not None and repair.is_accepted:
                 tries[repaired] = partial(run.pruner.masked, plan, repair)
             else:

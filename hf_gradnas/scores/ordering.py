@@ -50,7 +50,7 @@ class ByLength(Sampler[int]):
 
 
 def by_length(
-    loader: Iterable[Any], score: str, *, num_examples: int | None = None
+    loader: Iterable[Any], score: str | None = None, *, num_examples: int | None = None
 ) -> Iterable[Any]:
     """A loader of the same examples in batches of similar length; the given one does not change.
 
@@ -58,6 +58,7 @@ def by_length(
         loader: A ``DataLoader`` that reads a data set in its order, in this process; any other is
             returned as it is.
         score: What is scored; for one that looks at whole batches, the loader is returned as it is.
+            None: nothing is scored, as for a repair.
         num_examples: Only the first so many are drawn; None: all.
     """
     if type(loader) is not DataLoader or score in GLOBAL_METHODS or loader.batch_size is None:
