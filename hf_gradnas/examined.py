@@ -160,7 +160,8 @@ class ExaminedModel:
 
         Args:
             plan: What will be pruned.
-            dataloader: As for `score`; labels are not read. Every fifth batch is held out.
+            dataloader: As for `score`; labels are not read except by a decoder. Every fifth batch
+                is held out.
             num_examples: Use the first so many examples; None: all.
             progress: Called with layers done and their number.
             **options: Further arguments of `repair.least_squares.find_repair`.

@@ -7,6 +7,7 @@ import torch
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.repair import Repair, Site
 from hf_gradnas.repair.repairs import plan_digest
+from hf_gradnas.scores import model_fingerprint
 from hf_gradnas.structure.sizes import tensor_at
 
 
@@ -23,4 +24,4 @@ def repair_by_hand(pruner: GradNASPruner, plan: Plan, *, seed: int = 0) -> Repai
             noise = torch.randn(whole.shape, generator=draw, dtype=torch.float64)
             tensors[name] = (whole + 0.1 * noise.to(whole)).clone()
     sites = tuple(Site(name.rpartition(".")[0], 48, 12, 0.1, 0.5, 0.25) for name in tensors)
-    return Repair(tensors, sites, plan_digest(plan), "a model", 0.3, 0.1, 64)
+    return Repair(tensors, sites, plan_digest(plan), model_fingerprint(pruner.model), 0.3, 0.1, 64)

@@ -99,13 +99,14 @@ def test_a_repaired_model_loads_again_and_its_record_says_so(layout: str, tmp_pa
 @pytest.mark.leaves_state
 def test_what_becomes_of_the_model_does_not_reach_the_repair() -> None:
     pruner, plan, _ = planned("llama")
+    again, _, _ = planned("llama")  # a repair belongs to the weights that it was made from
     repair = repair_by_hand(pruner, plan)
     before = {name: tensor.clone() for name, tensor in repair.tensors.items()}
     with torch.no_grad():
         with pruner.masked(plan, repair):
             for parameter in pruner.model.parameters():
                 parameter.mul_(2)
-        for parameter in pruner.apply(plan, repair).parameters():
+        for parameter in again.apply(plan, repair).parameters():
             parameter.zero_()
     assert all(torch.equal(repair.tensors[name], tensor) for name, tensor in before.items())
 
@@ -187,6 +188,22 @@ def test_a_repair_that_does_not_fit_the_model_is_refused(llama) -> None:
     with pytest.raises(RepairError, match=r"found a str, needed what pruner\.repair"):
         pruner.masked(plan, "auto")  # type: ignore[arg-type]
     check_repair(repair, pruner.model, plan)
+
+
+def test_a_repair_of_another_model_of_the_same_shapes_is_refused(llama) -> None:
+    pruner, plan, inputs = llama
+    repair = repair_by_hand(pruner, plan)
+    other = GradNASPruner(zoo.build("llama", seed=1)[0], layout="per_layer")
+    other.discover(inputs)
+    before = logits_of(other.model, inputs)
+    for call in (other.masked, other.apply):
+        with pytest.raises(RepairError, match=r"from other weights \(fingerprint .*repair this"):
+            call(plan, repair)
+    assert torch.equal(logits_of(other.model, inputs), before)
+    assert not other._applied
+    pruner.masked(plan, repair)
+    with other.masked(plan, replace(repair, tensors={})):  # changes nothing, of whatever model
+        pass
 
 
 @pytest.mark.leaves_state

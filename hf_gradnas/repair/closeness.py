@@ -52,8 +52,8 @@ def divergences(
 ) -> list[float]:
     """Mean KL divergence KL(original ‖ variant) of each variant over all labels of the batches.
 
-    One forward of the model as it is, and one of each variant. Nothing is read of the labels but
-    where there are some, and what a decoder reads.
+    One forward of the model as it is, and one of each variant. Labels are not read except by a
+    decoder.
 
     Args:
         model: The model.
@@ -62,8 +62,8 @@ def divergences(
         processes: All that measure; the mean is over the labels of all of them.
 
     Returns:
-        Nats per predicted label for classes and yes/no answers; half the mean squared difference
-        per label for a regression.
+        Nats per predicted label for classes and yes/no answers; the mean squared difference for a
+        regression.
 
     Raises:
         DataError: A batch is none, or the model predicts nothing.

@@ -89,7 +89,7 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
         model: The whole model, before the cut.
         axes: All its axes.
         plan: What stays.
-        batches: Dicts for ``model(**batch)``, as for scoring; labels are not read but by decoders.
+        batches: Dicts for ``model(**batch)``, as for scoring; only a decoder reads labels.
         processes: All that repair together, each on its share of the batches.
         num_examples: Use the first so many examples, over all processes; None: all.
         progress: Called on the main process with gates done and their number.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .._files import write_whole
 from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, described
 from ..scores.batches import tensor_bytes
+from ..scores.fingerprints import model_fingerprint
 from ..scores.processes import Processes
 from ..scores.shards import is_sharded, shape_of
 from ..structure.sizes import tensor_at
@@ -36,16 +37,21 @@ CHOICES = ("auto", "none")
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One layer that reads pruned units, and how far its output was from the original's.
+    """What was fitted at once, and how far it was from the original.
+
+    It is a layer that loses inputs, of which the output is compared; or a feed: what one or several
+    layers read that lose none, and that are fitted too, so that they read what is nearer to the
+    original's.
 
     Attributes:
-        module: Path of the layer.
+        module: Path of the layer; of a feed that of the first layer that reads it.
         rows: Positions that it was fitted on, over all processes.
-        columns: Kept inputs, the unknowns of each output.
+        columns: Inputs that stay, the unknowns of each output; of a feed all its features.
         ridge: Relative strength α of the pull towards the present weights; 0.0 where nothing was
             changed.
-        error_before: ‖R‖² on the held-out rows, relative to the original's ‖Y‖² there.
-        error_after: The same with the new weights.
+        error_before: Squared difference from the original on the held-out rows, relative to the
+            squares of the original there.
+        error_after: The same with weights that were fitted on the other rows.
         reason: Why it is as it was; "" where it has new weights.
     """
 
@@ -65,11 +71,12 @@ class Repair:
     Attributes:
         tensors: Whole new values of parameters by full name, in the model's dtype, on the CPU. Rows
             and columns that the plan removes are as they were. Empty: the repair was not accepted.
-        sites: Every layer that reads pruned units, in running order.
+        sites: What was fitted, in running order; after it the layers that lose inputs and could not
+            be fitted.
         plan: Digest of the plan that it was made for (`plan_digest`).
         model: Fingerprint of the whole model that it was made from.
         kl_before: Mean KL divergence of the masked model's predictions from the original's on the
-            held-out batches, in nats per predicted label; of a regression half a mean squared
+            held-out batches, in nats per predicted label; of a regression a mean squared
             difference.
         kl_after: The same with the new weights.
         examples: Calibration examples, of which every fifth batch was held out.
@@ -158,7 +165,9 @@ def plan_digest(plan: Plan) -> str:
 
 
 def check_repair(repair: Repair, model: nn.Module, plan: Plan) -> None:
-    """Check that a repair was made for this plan, and that its tensors fit the whole model.
+    """Check that a repair was made for this plan, and from this very model.
+
+    One that was not accepted changes nothing, so it may be that of another model.
 
     Raises:
         RepairError: It was made for another plan or model, or is no repair.
@@ -182,6 +191,13 @@ def check_repair(repair: Repair, model: nn.Module, plan: Plan) -> None:
                 f"repair: {name} has the shape {tuple(tensor.shape)}, the model has {has}; use it "
                 "with the whole model that it was made from, or repair again."
             )
+    needed = model_fingerprint(model) if repair.is_accepted else repair.model
+    if repair.model != needed:
+        raise RepairError(
+            f"repair: it was made from other weights (fingerprint {repair.model[:12]}…, this "
+            f"{type(model).__name__} has {needed[:12]}…); repair this model, in the dtype that it "
+            "is pruned in."
+        )
 
 
 def check_unsharded(model: nn.Module, step: str) -> None:

@@ -30,7 +30,7 @@ class Point:
         state: One of `STATES`.
         costs: Achieved cost per cost name.
         kl: Mean KL divergence of its predictions from the whole model's, in nats per predicted
-            label (of a regression half a mean squared difference); None where it is not finite.
+            label (of a regression a mean squared difference); None where it is not finite.
         metrics: What was measured, by name: ``loss``, ``accuracy``, ``perplexity`` …
         loss_increase: Predicted by the plan, see `Plan`.
         key: Digest of the model, the plan and the data that it was measured with.
