@@ -8,9 +8,9 @@ from ._import_path import leave_working_folder
 
 leave_working_folder(__name__, __file__)  # before all other imports, even that of __future__
 
-from importlib import import_module  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
+from ._lazy import getter  # noqa: E402
 from .checkpoint.install import install_when_imported  # noqa: E402
 
 if TYPE_CHECKING:
@@ -61,13 +61,7 @@ _HOME = {
     "Structure": "types",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = getter(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.reporting import Findings, save_with_report
-from .config.defaults import AUTO, DEFAULT_SCORE
+from .config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
 from .examined import ExaminedModel, Progress, check_choice, need
 from .frontier import Limits, measure_frontier
 from .hub import push
@@ -24,7 +24,6 @@ from .repair.repairs import CHOICES as REPAIRS
 from .repair.repairs import Repair, attempted, check_repair
 from .report import say_repair
 from .scores import METHODS, check_scores, collect_scores
-from .scores.methods import CANDIDATES
 from .scores.prediction import settled
 from .scores.sample import Batch, reiterable
 from .scores.shards import gathered, is_sharded

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import lower layers and, in its own layer, what stands to its left.
 LAYERS = (
-    ("_import_path", "_redaction", "errors", "_manifests", "_files", "types", "_compat"),
+    ("_import_path", "_lazy", "_redaction", "errors", "_manifests", "_files", "types", "_compat"),
     ("config", "costs", "report"),
     ("structure", "search", "masks", "surgery"),
     ("verification", "scores", "repair", "checkpoint"),
@@ -26,6 +26,7 @@ PLACE = {
 # Third-party packages that a module may import; what is not named here may import any.
 THIRD_PARTY = {
     "_import_path": set(),
+    "_lazy": set(),
     "_redaction": set(),
     "errors": set(),
     "_manifests": set(),

@@ -12,8 +12,9 @@ import zoo
 from hf_gradnas import GradNASPruner
 from hf_gradnas.errors import GradNASWarning, RepairError
 from hf_gradnas.masks import masked
+from hf_gradnas.repair import least_squares
 from hf_gradnas.repair.closeness import divergences
-from hf_gradnas.repair.least_squares import find_repair
+from hf_gradnas.repair.least_squares import TRACED, find_repair
 from hf_gradnas.repair.repairs import repaired
 
 
@@ -102,6 +103,26 @@ def test_nothing_depends_on_the_order_of_calls_or_the_size_of_batches():
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor, again.tensors[name])
     assert dataclasses.is_dataclass(first)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_readers_are_looked_for_with_a_few_examples(packed, monkeypatch):
+    model, batch, pruner, plan = planned("bert", flops="70%")
+    wide = {name: torch.cat([value] * 4) for name, value in batch.items()}
+    if packed:  # a column that counts no examples cannot be cut
+        wide["position_ids"] = torch.arange(wide["input_ids"].shape[1])[None]
+    traced, real = [], least_squares.find_readers
+
+    def find(model, axes, kept, call, *, examples):
+        traced.append((examples, {name: len(value) for name, value in call.items()}))
+        return real(model, axes, kept, call, examples=examples)
+
+    monkeypatch.setattr(least_squares, "find_readers", find)
+    found = find_repair(model, pruner.structure.axes, plan, [wide] * 5)
+    ((examples, sizes),) = traced
+    assert examples == sizes["input_ids"] == (len(wide["input_ids"]) if packed else TRACED)
+    assert len(wide["input_ids"]) > TRACED
+    assert found.examples == 5 * len(wide["input_ids"])
 
 
 def test_one_example_is_too_few():

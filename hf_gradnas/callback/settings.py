@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config.budgets import parse_budgets
-from ..config.defaults import AUTO, DEFAULT_SCORE
+from ..config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
 from ..config.rules import parse_rules
 from ..errors import PlanError
 from ..repair.repairs import CHOICES as REPAIRS
 from ..scores import METHODS
-from ..scores.methods import CANDIDATES, GRADIENT_METHODS
+from ..scores.methods import GRADIENT_METHODS
 from ..scores.steps import is_none_or_positive
 from ..search.solver import STRATEGIES
 from ..structure.config_keys import LAYOUTS

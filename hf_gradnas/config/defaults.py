@@ -7,5 +7,7 @@ from typing import Final, Literal
 Score = Literal["auto", "balanced", "fisher", "gradnas", "taylor", "magnitude", "random"]
 AUTO: Final = "auto"
 """The choice of the candidate whose plan is closest to the original on held-out rows."""
+CANDIDATES: Final = ("balanced", "fisher")
+"""What `AUTO` chooses between."""
 DEFAULT_SCORE: Score = "balanced"
 """How units are scored where nothing else is asked for."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from .defaults import DEFAULT_SCORE, Score
-from .recipe_values import read_label_map, read_targets, refuse_slips
+from .recipe_values import read_label_map, read_targets
 from .strict import Settings
 
 FORMAT = 1
@@ -351,12 +351,6 @@ class Recipe(Settings):
     private: bool = Field(
         default=False, description="Make the repository private.", json_schema_extra=_OUTPUT
     )
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _refuse_slips(cls, value: Any) -> Any:
-        refuse_slips(value)
-        return value
 
     @field_validator("target", mode="before")
     @classmethod

@@ -6,36 +6,8 @@ Errors are `ValueError`: pydantic says which option they belong to.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-LARGEST = 2**31 - 1
-"""Largest whole number of any option; more is a slip, and overflows somewhere."""
-_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
-
-
-def refuse_slips(value: Any) -> None:
-    """Refuse what is of the right type and cannot be meant.
-
-    Raises:
-        ValueError: A text is empty or holds a control character, or a number is too large.
-    """
-    for part in _parts(value):
-        if part == "":
-            raise ValueError("it is empty")
-        if isinstance(part, str) and _CONTROL.search(part):
-            raise ValueError("it holds a control character")
-        if isinstance(part, int) and part > LARGEST:
-            raise ValueError(f"it is too large, needed at most {LARGEST}")
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from (*value, *(each for each in value.values() if isinstance(each, str)))
-    elif isinstance(value, tuple):
-        yield from value
-    else:
-        yield value
 
 
 def read_targets(value: Any) -> Any:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+_LARGEST = 2**31 - 1  # of any option; more is a slip, and overflows somewhere
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
+
 
 class Settings(BaseModel):
-    """Frozen fields, no unknown ones, and no ``true`` in the place of a number."""
+    """Frozen fields, no unknown ones, and no slips.
+
+    A slip is ``true`` in the place of a number, an empty text, a control character, or a number
+    that is too large.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -20,3 +29,26 @@ class Settings(BaseModel):
         if isinstance(value, bool) and wanted is not bool:
             raise ValueError("it is no switch that could be true or false")
         return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _refuse_slips(cls, value: Any) -> Any:
+        """What is of the right type and cannot be meant."""
+        for part in _parts(value):
+            if part == "":
+                raise ValueError("it is empty")
+            if isinstance(part, str) and _CONTROL.search(part):
+                raise ValueError("it holds a control character")
+            if isinstance(part, int) and part > _LARGEST:
+                raise ValueError(f"it is too large, needed at most {_LARGEST}")
+        return value
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value, or what is in it."""
+    if isinstance(value, dict):
+        yield from (*value, *(each for each in value.values() if isinstance(each, str)))
+    elif isinstance(value, tuple):
+        yield from value
+    else:
+        yield value

@@ -12,15 +12,13 @@ from typing import Any, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from ..errors import RecipeError
+from .defaults import AUTO, CANDIDATES
 from .recipe import Recipe
 from .recipe_building import explained
-from .recipe_values import refuse_slips
 from .strict import Settings
 
-SCORES = tuple(n for n in get_args(Recipe.model_fields["score"].annotation) if n != "auto")
+SCORES = tuple(n for n in get_args(Recipe.model_fields["score"].annotation) if n != AUTO)
 """Names of the scores that a model can be pruned by; `auto` is a choice between some of them."""
-_CANDIDATES = ("balanced", "fisher")
-"""What `auto` chooses between; a sweep shows them all."""
 _PANEL = {"panel": "Sweep"}
 _SEED = re.compile("[0-9]{1,9}")
 
@@ -31,7 +29,7 @@ def _default_targets() -> dict[str, tuple[str, ...]]:
 
 def _default_scores() -> tuple[str, ...]:
     default = str(Recipe.model_fields["score"].default)
-    return _CANDIDATES if default == "auto" else (default,)
+    return CANDIDATES if default == AUTO else (default,)
 
 
 class Sweep(Settings):
@@ -63,12 +61,6 @@ class Sweep(Settings):
         "<output>/pruned, as prune does: by the first score and seed.",
         json_schema_extra={**_PANEL, "metavar": "NAME=VALUE"},
     )
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _refuse_slips(cls, value: Any) -> Any:
-        refuse_slips(value)
-        return value
 
     @field_validator("targets", mode="before")
     @classmethod

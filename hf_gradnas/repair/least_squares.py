@@ -63,6 +63,8 @@ Progress = Callable[[int, int | None], None]
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
 START = RIDGES.index(0.1)
 """Where the search for α begins; in later layers of a kind where it ended in the one before."""
+TRACED = 4
+"""Examples that readers are looked for with, at most: the trace keeps all that a forward makes."""
 HELD_BYTES = 1 << 28
 """Held-out rows of one layer that are kept in memory while α is sought."""
 MEMORY_RATIO = 0.25
@@ -138,14 +140,22 @@ def _readers_of(
     batches: Sequence[Batch],
     processes: Processes,
 ) -> Found:
-    """Readers and gates, found on the main process's first batch: the same on all."""
-    own: Mapping[str, Any] = batches[0].columns if batches else {}
+    """Readers and gates, found on the main process's first examples: the same on all."""
+    own = _first_examples(batches[0]) if batches else {}
     columns = from_main(own, processes)
     with processes.joint():
         batch = check_batch(0, columns, find_labels(type(model)))
         inputs, _ = inputs_to_sample(model, batch)
         call = to_device(inputs, model)
         return find_readers(model, axes, plan.kept, call, examples=batch.examples)
+
+
+def _first_examples(batch: Batch) -> Mapping[str, Any]:
+    """Columns of so many examples that they can be traced; of all where a column counts others."""
+    tensors = [value for value in batch.columns.values() if isinstance(value, Tensor)]
+    if any(value.shape[:1] != (batch.examples,) for value in tensors):
+        return batch.columns
+    return batch.select(list(range(min(TRACED, batch.examples))))
 
 
 def _default_bound(model: nn.Module) -> float:

@@ -102,8 +102,6 @@ GLOBAL_METHODS = ("gradnas",)
 ROW_METHODS = ("balanced",)
 WEIGHT_METHODS: dict[str, FromWeights] = {"magnitude": _magnitude, "random": _random}
 METHODS: dict[str, PerBatch | FromWeights] = {**GRADIENT_METHODS, **WEIGHT_METHODS}
-CANDIDATES = ("balanced", "fisher")
-"""What ``auto`` chooses between."""
 
 
 def terms_of(

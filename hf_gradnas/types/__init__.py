@@ -5,9 +5,9 @@ full path in the model, as in ``state_dict()``. What needs NumPy is imported whe
 so that the command line can refuse a slip without it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .._lazy import getter
 from .costs import Budget, CostModel, Product
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
@@ -59,10 +59,4 @@ __all__ = [
     "read_object",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in ("Plan", "Scores"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.plans"), name)
-    globals()[name] = value
-    return value
+__getattr__ = getter(__name__, {"Plan": "plans", "Scores": "plans"})
