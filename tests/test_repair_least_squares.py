@@ -4,18 +4,22 @@ import dataclasses
 import shutil
 import warnings
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 import torch
+import transformers as tf
 import zoo
 
-from hf_gradnas import GradNASPruner
+from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import GradNASWarning, RepairError
 from hf_gradnas.masks import masked
-from hf_gradnas.repair import least_squares
+from hf_gradnas.repair import held_out, least_squares
 from hf_gradnas.repair.closeness import divergences
 from hf_gradnas.repair.least_squares import TRACED, find_repair
+from hf_gradnas.repair.pieces import Piece
 from hf_gradnas.repair.repairs import repaired
+from hf_gradnas.verification import find_structure
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +72,54 @@ def test_divergences_are_those_of_the_model_with_the_new_weights(family):
     assert found[1] == pytest.approx(repair.kl_after, rel=1e-7, abs=1e-12)
     assert repair.kl_after < 0.5 * repair.kl_before
     assert all(site.error_after < site.error_before for site in repair.sites if not site.reason)
+
+
+@pytest.mark.parametrize("family", ["cohere", "gpt_neox", "phi"])
+def test_both_halves_of_a_parallel_block_are_fitted(family):
+    """What the attention puts out is seen after the FFN has read its own input."""
+    classes = {"cohere": tf.CohereConfig, "gpt_neox": tf.GPTNeoXConfig, "phi": tf.PhiConfig}
+    config = classes[family](**{**zoo.DECODER, "num_hidden_layers": 2})
+    config._attn_implementation = "eager"
+    model = tf.AutoModelForCausalLM.from_config(config).double().eval()
+    batches = [{"input_ids": torch.randint(3, zoo.VOCAB, (8, 20))} for _ in range(5)]
+    with zoo.float64_throughout():
+        axes = find_structure(model, batches[0]).axes
+        kept = {axis.name: tuple(range(-(-axis.size // 2))) for axis in axes}
+        plan = Plan(kept, {axis.name: axis.size for axis in axes}, layout="per_layer")
+        repair = find_repair(model, axes, plan, batches)
+        (found,) = divergences(model, batches[4:], [partial(trial, model, axes, plan, repair)])
+    sites = {site.module: site for site in repair.sites}
+    reading = {axis.read_at for axis in axes}
+    assert len(reading) == 4
+    for path in reading:
+        assert sites[path].rows == 5 * 8 * 20, path
+        assert sites[path].error_after < sites[path].error_before
+    assert found == pytest.approx(repair.kl_after, rel=1e-7)
+
+
+def test_a_layer_that_held_out_batches_do_not_come_to_is_said(monkeypatch):
+    is_at, path = Piece.is_at, "bert.encoder.layer.1.output.dense"
+
+    def elsewhere(piece, number, reader):
+        return reader.path != path and is_at(piece, number, reader)
+
+    monkeypatch.setattr(Piece, "is_at", elsewhere)
+    model, batch, pruner, plan = planned("bert")
+    repair = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+    (site,) = (site for site in repair.sites if site.module == path)
+    assert site.reason == "the held-out batches do not come to it in both models"
+    assert repair.record()["sites"][repair.sites.index(site)]["error_before"] is None
+    assert f"{path}.weight" not in repair.tensors
+
+
+def test_held_out_rows_that_do_not_fit_into_memory_are_read_again(monkeypatch):
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("llama")
+        wanted = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+        monkeypatch.setattr(held_out, "HELD_BYTES", 0)
+        found = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+    assert found.summary() == wanted.summary()
+    assert all(torch.equal(found.tensors[name], t) for name, t in wanted.tensors.items())
 
 
 def test_what_does_not_fit_into_memory_waits_on_disk(tmp_path):

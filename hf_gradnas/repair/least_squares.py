@@ -51,6 +51,7 @@ from ..scores.sampling import inputs_to_sample
 from ..types import Axis, Plan
 from .changes import Change, change_of, is_centred, new_values, put, unknowns_of
 from .closeness import divergence_sum, prediction_of, running
+from .held_out import HeldOutRows
 from .normal_equations import NormalEquations
 from .paused import Conductor, Forward
 from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
@@ -65,8 +66,6 @@ START = RIDGES.index(0.1)
 """Where the search for α begins; in later layers of a kind where it ended in the one before."""
 TRACED = 4
 """Examples that readers are looked for with, at most: the trace keeps all that a forward makes."""
-HELD_BYTES = 1 << 28
-"""Held-out rows of one layer that are kept in memory while α is sought."""
 MEMORY_RATIO = 0.25
 """Share of the free memory that waiting forwards may hold by default."""
 
@@ -226,11 +225,14 @@ class _Fit:
     def _fit(self, number: int, reader: Reader | Feed, scale: Tensor | float) -> Site:
         """Fit one reader at a gate, and keep what it is changed by."""
         columns, outputs, like = unknowns_of(reader)
-        held = _HeldOut(partial(self._rows, number, reader, scale, held_out=True), self._processes)
+        read = partial(self._rows, number, reader, scale, held_out=True)
+        held = HeldOutRows(read, self._processes)
         before = held.error(None)
         site = Site(reader.path, 0, columns, 0.0, before, before)
         if not before:
             return replace(site, reason="it is what it is in the original")
+        if math.isnan(before):
+            return replace(site, reason="the held-out batches do not come to it in both models")
         sums = NormalEquations.empty(columns, outputs, like)
         self._add(sums, number, reader, scale, held_out=False)
         sums.reduce(self._processes)
@@ -249,7 +251,7 @@ class _Fit:
         return replace(site, rows=sums.rows, ridge=ridge, error_after=best)
 
     def _search(
-        self, sums: NormalEquations, held: _HeldOut, reader: Reader | Feed
+        self, sums: NormalEquations, held: HeldOutRows, reader: Reader | Feed
     ) -> tuple[float, float]:
         """The α of the lowest held-out error, and that error."""
 
@@ -336,47 +338,6 @@ class _Fit:
             change = self.changes.get(reader)
             if change is not None:
                 put(forward, reader, change, factor)
-
-
-class _HeldOut:
-    """Held-out rows of one reader: in memory where they are few, else read again for every error.
-
-    Args:
-        read: Reads this process's rows.
-        processes: All that fit together.
-    """
-
-    def __init__(self, read: Callable[[], Iterable[Rows]], processes: Processes) -> None:
-        self._read, self._processes = read, processes
-        self._kept: list[Rows] | None = None
-        self._is_small = True
-
-    def error(self, solved: tuple[Tensor, Tensor] | None) -> float:
-        """‖R − XΔW − b‖² over all rows of all processes, relative to that of the original."""
-        sums = np.zeros(2)
-        with self._processes.joint():
-            kept: list[Rows] = []
-            size = 0
-            for rows in self._read() if self._kept is None else self._kept:
-                sums += (_squares(rows, solved), rows.energy)
-                size += rows.x.nbytes + rows.residual.nbytes
-                if self._is_small and self._kept is None:
-                    kept.append(rows)
-                if size > HELD_BYTES:
-                    kept, self._is_small = [], False
-            if self._is_small:
-                self._kept = self._kept or kept
-        squares, energy = self._processes.sum(sums)
-        return float(squares / energy) if energy else 0.0
-
-
-def _squares(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:
-    """‖R − XΔW − b‖² of some rows."""
-    left = rows.residual
-    if solved is not None:
-        weight, bias = (part.to(left) for part in solved)
-        left = left - rows.x @ weight - bias
-    return float(left.double().square().sum())
 
 
 def _warn_if_few(sites: Sequence[Site], processes: Processes) -> None:

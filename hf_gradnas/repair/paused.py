@@ -39,7 +39,8 @@ class Forward:
     Attributes:
         gate: Number of the gate that it waits at; `BEGIN`: it has not started.
         tensor: The tensor at the gate ``(…, features)``, or of maps ``(batch, features, …)``.
-        inputs: Per reader since the last gate its kept inputs ``(…, kept)``; of pruned runs only.
+        inputs: Per reader that has run, until it leaves the reader's gate, its kept inputs
+            ``(…, kept)``; of pruned runs only.
         losses: Per reader that is compared alone, what its output lost.
         result: What `run` returned; None before.
         is_done: Whether it has returned.
@@ -72,7 +73,7 @@ class Forward:
         else:
             self._modes.set()
         try:
-            self.tensor, self.inputs, self.losses, self.settled = None, {}, {}, 0
+            self.tensor, self.settled = None, 0
             result = self._green.switch()
             self._modes = _Modes.now()
         finally:
@@ -179,6 +180,9 @@ class Conductor:
     def go_on(self, forward: Forward) -> None:
         """Run a forward as far as the next gate, or to the end."""
         self.load(forward)
+        for reader in self.gates[forward.gate].readers if forward.gate != BEGIN else ():
+            forward.inputs.pop(reader.path, None)
+            forward.losses.pop(reader.path, None)
         self._current = forward
         try:
             with self._memory.noting(forward.held):
