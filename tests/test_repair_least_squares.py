@@ -17,6 +17,7 @@ from hf_gradnas.masks import masked
 from hf_gradnas.repair import held_out, least_squares
 from hf_gradnas.repair.closeness import divergences
 from hf_gradnas.repair.least_squares import TRACED, find_repair
+from hf_gradnas.repair.memory import Memory
 from hf_gradnas.repair.pieces import Piece
 from hf_gradnas.repair.repairs import repaired
 from hf_gradnas.verification import find_structure
@@ -143,6 +144,36 @@ def test_what_does_not_fit_into_memory_waits_on_disk(tmp_path):
     assert found.summary() == wanted.summary()
     for name, tensor in wanted.tensors.items():
         assert torch.equal(tensor, found.tensors[name])
+
+
+@pytest.mark.parametrize("bound", [0, 300_000])
+def test_held_out_rows_stay_when_their_forward_goes_to_disk(bound, tmp_path):
+    """Without padding they are no copies of what the forward holds."""
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("llama")
+        ids = {"input_ids": batch["input_ids"].repeat(8, 1)}
+        wanted = find_repair(model, pruner.structure.axes, plan, [ids] * 5)
+        found = find_repair(
+            model, pruner.structure.axes, plan, [ids] * 5, memory_bytes=bound, spill=tmp_path
+        )
+    assert found.summary() == wanted.summary()
+
+
+def test_short_batches_do_not_tell_how_much_long_ones_will_hold(tmp_path, monkeypatch):
+    sizes, write = [], Memory._write
+
+    def note(memory, held, storages):
+        sizes.append(sum(storage.nbytes() for _, storage in storages))
+        write(memory, held, storages)
+
+    monkeypatch.setattr(Memory, "_write", note)
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("llama")
+        short = {"input_ids": batch["input_ids"][:1, :2]}
+        long = {"input_ids": batch["input_ids"].repeat(16, 1)}
+        data = [*[short] * 5, *[long] * 5]
+        find_repair(model, pruner.structure.axes, plan, data, memory_bytes=600_000, spill=tmp_path)
+    assert sizes
 
 
 def test_nothing_depends_on_the_order_of_calls_or_the_size_of_batches():

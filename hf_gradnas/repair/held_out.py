@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -44,7 +45,7 @@ class HeldOutRows:
                 sums += (_squares(rows, solved), rows.energy, len(rows.x))
                 size += rows.x.nbytes + rows.residual.nbytes
                 if self._is_small and self._kept is None:
-                    kept.append(rows)
+                    kept.append(replace(rows, x=rows.x.clone()))  # its forward may go to disk
                 if size > HELD_BYTES:
                     kept, self._is_small = [], False
             if self._is_small:

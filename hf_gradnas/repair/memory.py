@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import RepairError
 
 _MIN_BYTES = 1 << 14  # smaller tensors stay
+_GROWTH = 4  # what owners may hold at most, relative to what all of them hold at an earlier place
 
 Storages = list[tuple[StorageWeakRef, torch.UntypedStorage]]
 
@@ -74,8 +75,8 @@ class Memory:
         size = sum(storage.nbytes() for _, storage in storages)
         if sum(self._resting.values()) + size <= self._bound:
             self._resting[held] = size
-            # Twice what one holds is room enough for the largest of similar batches.
-            self._may_spill = 2 * size * self.owners > self._bound
+            if len(self._resting) == self.owners:  # later they hold more, but not so much more
+                self._may_spill = _GROWTH * sum(self._resting.values()) > self._bound
             return
         own = {tensor.untyped_storage()._cdata for tensor in _own_tensors(self._model)}
         self._write(held, [pair for pair in storages if pair[1]._cdata not in own])
