@@ -3,8 +3,10 @@
 import dataclasses
 import shutil
 import warnings
+import weakref
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +176,38 @@ def test_short_batches_do_not_tell_how_much_long_ones_will_hold(tmp_path, monkey
         data = [*[short] * 5, *[long] * 5]
         find_repair(model, pruner.structure.axes, plan, data, memory_bytes=600_000, spill=tmp_path)
     assert sizes
+
+
+def boxed(tensor):
+    """In an object of the model's own."""
+    return SimpleNamespace(tensor=tensor)
+
+
+@pytest.mark.parametrize("holder", [lambda t: t, lambda t: ([t],), lambda t: {"a": (t,)}, boxed])
+def test_what_a_module_caches_in_one_forward_is_there_in_the_next(holder, tmp_path):
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        wide = {name: torch.cat([value] * 8) for name, value in batch.items()}
+        wanted = find_repair(model, pruner.structure.axes, plan, [wide] * 5)
+        module = model.bert.encoder.layer[1].intermediate
+        plain, ones = module.forward, []
+
+        def forward(hidden):
+            if not ones or ones[0]().shape != hidden.shape:
+                made = torch.ones_like(hidden)
+                ones[:] = [weakref.ref(made)]
+                module.cached = holder(made)
+            return plain(hidden * ones[0]())
+
+        module.forward = forward
+        try:
+            found = find_repair(
+                model, pruner.structure.axes, plan, [wide] * 5, memory_bytes=0, spill=tmp_path
+            )
+            assert ones[0]().min() == 1  # also after it
+        finally:
+            del module.forward, module.cached
+    assert found.summary() == wanted.summary()
 
 
 def test_nothing_depends_on_the_order_of_calls_or_the_size_of_batches():

@@ -210,7 +210,7 @@ class _Fit:
                 for forward in (piece.original, piece.pruned):
                     self._advance(forward, len(self._conductor.gates))
                 wanted, repaired = piece.original.result, piece.pruned.result
-                with alone():
+                with alone(), self._conductor.alone():
                     pruned = prediction_of(model, piece.batch)
                 sums[0] += divergence_sum(pruned, wanted)
                 sums[1] += divergence_sum(repaired, wanted)

@@ -1,15 +1,17 @@
 """What waiting forwards hold: in memory up to a bound, and beyond it on disk.
 
 The storage of a tensor is emptied where it is, and filled again before its forward goes on, so that
-the code which holds the tensor knows nothing of it.
+the code which holds the tensor knows nothing of it. What others use too (a module may cache a mask
+that one forward has made for the next) is filled again when they come to it, or at the end.
 
 Knows storages and files; knows nothing of forwards.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,7 +45,6 @@ class Memory:
     """Keeps what owners that rest hold below a bound.
 
     Args:
-        model: Its weights, buffers and caches are nobody's to spill.
         bound: Bytes that all resting owners may hold in memory together.
         folder: Where the rest goes; None: the system's folder for temporary files.
 
@@ -51,17 +52,18 @@ class Memory:
         owners: How many there are, to tell early that all will fit.
     """
 
-    def __init__(self, model: nn.Module, *, bound: float, folder: str | Path | None) -> None:
+    def __init__(self, *, bound: float, folder: str | Path | None) -> None:
         self.owners = 0
-        self._model, self._bound, self._root = model, bound, folder
+        self._bound, self._root = bound, folder
         self._resting: dict[Held, int] = {}
+        self._away: dict[int, Held] = {}  # owners of storages that are emptied, by address
         self._may_spill = True
         self._temporary: TemporaryDirectory[str] | None = None
         self._files = 0
 
     def noting(self, held: Held) -> AbstractContextManager[Any]:
-        """Note what is made within the block as an owner's."""
-        return _Watch(held) if self._may_spill else nullcontext()
+        """Note what is made within the block as an owner's, and have there what others made."""
+        return _Watch(self, held) if self._may_spill else nullcontext()
 
     def rest(self, held: Held) -> None:
         """Let an owner rest.
@@ -78,8 +80,7 @@ class Memory:
             if len(self._resting) == self.owners:  # later they hold more, but not so much more
                 self._may_spill = _GROWTH * sum(self._resting.values()) > self._bound
             return
-        own = {tensor.untyped_storage()._cdata for tensor in _own_tensors(self._model)}
-        self._write(held, [pair for pair in storages if pair[1]._cdata not in own])
+        self._write(held, storages)
 
     def load(self, held: Held) -> None:
         """Have in memory what an owner that rested holds."""
@@ -88,16 +89,30 @@ class Memory:
             return
         with held.file.open("rb") as opened:
             for ref, size in held.sizes:
-                values = torch.from_numpy(np.fromfile(opened, dtype=np.uint8, count=size))
+                self._away.pop(ref.cdata, None)
                 storage = _storage(ref)
-                if storage is not None:
-                    storage.resize_(size)
-                    _bytes_of(storage).copy_(values)
+                if storage is None:
+                    opened.seek(size, os.SEEK_CUR)
+                    continue
+                values = torch.from_numpy(np.fromfile(opened, dtype=np.uint8, count=size))
+                storage.resize_(size)
+                _bytes_of(storage).copy_(values)
         held.file.unlink()
         held.file, held.sizes = None, []
 
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Have in memory what tensors hold, and leave it there: it is not their owner's alone."""
+        for tensor in tensors if self._away else ():
+            address = tensor.untyped_storage()._cdata
+            held = self._away.get(address)
+            if held is not None:
+                self.load(held)
+                del held.storages[address]
+
     def close(self) -> None:
-        """Remove all files."""
+        """Fill what is still used by others than the owners, and remove all files."""
+        for held in set(self._away.values()):
+            self.load(held)
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
@@ -118,7 +133,8 @@ class Memory:
         except OSError as error:
             raise _no_room(folder, size, shutil.disk_usage(folder).free) from error
         held.file, held.sizes = file, [(ref, storage.nbytes()) for ref, storage in storages]
-        for _, storage in storages:
+        for ref, storage in storages:
+            self._away[ref.cdata] = held
             storage.resize_(0)
 
     def _folder(self) -> Path:
@@ -136,23 +152,33 @@ class Memory:
 class _Watch(TorchDispatchMode):
     """Notes every large tensor that an operation makes."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, memory: Memory, held: Held) -> None:
         super().__init__()
-        self._held = held
+        self._memory, self._held = memory, held
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        given = list(_tensors((*args, *(kwargs or {}).values())))
+        self._memory.share(given)
         out = func(*args, **(kwargs or {}))
         own = self._held.storages
-        given = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                is_view = storage._cdata in given  # of its own, or of a weight or a batch's column
-                if not is_view and storage.nbytes() >= _MIN_BYTES and storage.resizable():
-                    own[storage._cdata] = StorageWeakRef(storage)
+        addresses = {value.untyped_storage()._cdata for value in given}
+        for value in _tensors((out,)):
+            storage = value.untyped_storage()
+            is_view = storage._cdata in addresses  # of a weight, a batch's column or its own
+            if not is_view and storage.nbytes() >= _MIN_BYTES and storage.resizable():
+                own[storage._cdata] = StorageWeakRef(storage)
         return out
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among values, also in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
 
 
 def _no_room(folder: Path, size: int, free: int) -> RepairError:
@@ -169,16 +195,6 @@ def _alive(held: Held) -> Storages:
     alive = [(ref, storage) for ref, storage in found if storage is not None]
     held.storages = {storage._cdata: ref for ref, storage in alive}
     return alive
-
-
-def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that a module holds: weights, buffers, and what it caches."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, dict):
-                yield from (item for item in value.values() if isinstance(item, Tensor))
 
 
 def _storage(ref: StorageWeakRef) -> torch.UntypedStorage | None:

@@ -10,7 +10,7 @@ Knows forwards and hooks; knows nothing of what is done at a gate, and of memory
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +89,8 @@ class Forward:
                 self._green.throw()
             finally:
                 before.set()
-        self.tensor, self.inputs, self.losses, self.is_done = None, {}, {}, True
+        self.tensor, self.result, self.is_done = None, None, True
+        self.inputs, self.losses, self.unmasked, self.fed = {}, {}, {}, {}
 
 
 class Conductor:
@@ -113,7 +114,7 @@ class Conductor:
         self.model, self.gates = model, gates
         self._current: Forward | None = None
         self._forwards: list[Forward] = []
-        self._memory = Memory(model, bound=memory_bytes, folder=folder)
+        self._memory = Memory(bound=memory_bytes, folder=folder)
 
     @property
     def is_pruned(self) -> bool:
@@ -201,6 +202,10 @@ class Conductor:
     def load(self, forward: Forward) -> None:
         """Have in memory what a forward that waited holds."""
         self._memory.load(forward.held)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Let the model run by itself within the block, while forwards wait."""
+        return self._memory.noting(Held())
 
     # -- what happens in the forwards ----------------------------------------------------------
 
