@@ -331,6 +331,37 @@ def test_units_that_repeat_others_are_replaced_exactly():
     assert repair.kl_after < 1e-3 * repair.kl_before
 
 
+def _compile_model(model):
+    model.compile(backend="eager")
+
+
+def _compile_layers(model):
+    for layer in model.bert.encoder.layer:
+        layer.compile(backend="eager")
+
+
+def _compile_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+@pytest.mark.parametrize("compile_", [_compile_model, _compile_layers, _compile_forward])
+def test_compiled_calls_do_not_wait(compile_):
+    """Their frames keep what torch dispatches by, and would put it back in another forward."""
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        wanted = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+        compile_(model)
+        before = {path: dict(vars(module)) for path, module in model.named_modules()}
+        found = pruner.repair(plan, [batch] * 5)
+        after = {path: dict(vars(module)) for path, module in model.named_modules()}
+    assert found.summary() == wanted.summary()
+    for path, values in before.items():
+        assert after[path].keys() == values.keys()
+        for name in ("forward", "_compiled_call_impl"):
+            assert after[path].get(name) is values.get(name)
+    assert torch.ones(2).sum() == 2  # torch works as before
+
+
 def test_a_forward_that_waits_within_autocast_leaves_it_to_itself():
     model, batch, pruner, plan = planned("bert")
     axes = pruner.structure.axes

@@ -21,7 +21,7 @@ from ..scores.batches import Batch, check_batch
 from ..scores.inputs import run_model
 from ..scores.processes import Processes
 from ..scores.sampling import Prediction, inputs_to_sample, predict
-from ..scores.wrappers import uncompiled, without_autocast
+from ..scores.wrappers import called_plainly, uncompiled, without_autocast
 from ..structure.states import evaluating
 from .divergence import DIVERGENCES, at_least_float32
 
@@ -39,6 +39,7 @@ def running(model: nn.Module) -> Iterator[None]:
                 config.use_cache = False
         stack.enter_context(uncompiled())
         stack.enter_context(without_autocast(model))
+        stack.enter_context(called_plainly(model))
         stack.enter_context(torch.no_grad())
         yield
 

@@ -7,7 +7,8 @@ gets an error that says what to do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -68,6 +69,45 @@ def uncompiled(context: AbstractContextManager[Any] | None = None) -> Iterator[N
     """
     with torch.compiler.set_stance("force_eager"), context or nullcontext():
         yield
+
+
+@contextmanager
+def called_plainly(model: nn.Module) -> Iterator[None]:
+    """Call the forwards of a model without the frames of ``torch.compile`` within the block.
+
+    They stay around a call also where `uncompiled` has its code run as plain Python, and put the
+    thread's dispatch keys back when it ends. A forward that waits in such a call would leave them
+    to another one, after which no operation of torch works in this process.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            instance = vars(module)
+            if instance.get("_compiled_call_impl") is not None:  # by module.compile()
+                stack.callback(instance.update, _compiled_call_impl=module._compiled_call_impl)
+                instance["_compiled_call_impl"] = None
+            plain = _uncompiled_forward(module)
+            if plain is not None:
+                stack.callback(_put_back, instance, "forward", instance.get("forward"))
+                instance["forward"] = plain
+        yield
+
+
+def _uncompiled_forward(module: nn.Module) -> Any:
+    """The forward inside one that is compiled, in the instance or its class; None: it is plain."""
+    forward = module.forward
+    is_bound = isinstance(forward, MethodType)
+    function = forward.__func__ if is_bound else forward
+    if not isinstance(function, FunctionType):  # of a script, or of another library
+        return None
+    inner = vars(function).get("_torchdynamo_orig_callable")
+    return MethodType(inner, module) if is_bound and inner is not None else inner
+
+
+def _put_back(instance: dict[str, Any], name: str, value: Any) -> None:
+    """Give an instance an attribute again; None: it had none."""
+    del instance[name]
+    if value is not None:
+        instance[name] = value
 
 
 @contextmanager
