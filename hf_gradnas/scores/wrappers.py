@@ -94,7 +94,7 @@ def called_plainly(model: nn.Module) -> Iterator[None]:
 
 def _uncompiled_forward(module: nn.Module) -> Any:
     """The forward inside one that is compiled, in the instance or its class; None: it is plain."""
-    forward = module.forward
+    forward: Any = module.forward
     is_bound = isinstance(forward, MethodType)
     function = forward.__func__ if is_bound else forward
     if not isinstance(function, FunctionType):  # of a script, or of another library
