@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .checkpoint.apply import check_uncut
@@ -121,8 +122,14 @@ class ExaminedModel:
             check_savable(self.model)  # a head that was replaced may be at fault, not the data
             raise
         given: dict[str, Any] = {"rules": self.rules, "flops_length": flops_length}
-        batch = to_device(from_main(batch, self._processes), self.model)
-        with uncompiled(), self._processes.joint():
+        # A caller without gradients, as evaluation has it: the search needs some.
+        with (
+            uncompiled(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            self._processes.joint(),
+        ):
+            batch = to_device(from_main(batch, self._processes), self.model)
             check_savable(self.model, batch)
             found = find_prunable(self.model, batch, layout=self._requested, **given)
         check_rules(self.rules, found.structure)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .checkpoint.apply import apply_plan, check_uncut
@@ -201,7 +202,8 @@ class GradNASPruner(ExaminedModel):
         space = need(self._space, "config", "discover(batch) or score(dataloader)")
         if is_sharded(self.model):
             self.model = gathered(self.model)
-        with self._processes.joint():
+        # Weights that are made in inference mode could not be trained.
+        with torch.inference_mode(False), self._processes.joint():
             before = [id(parameter) for parameter in self.model.parameters()]
             try:
                 more: dict[str, Any] = {"sample": self._sample, "repair": repair}

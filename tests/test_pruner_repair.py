@@ -106,6 +106,29 @@ def test_wrapped_models_are_repaired_inside() -> None:
 
 
 @pytest.mark.leaves_state
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_model_and_can_train_it(mode: Any) -> None:
+    plain, steps, once = pruner_of(), pruner_of(), pruner_of()
+    plain.prune(BATCHES, BUDGET)
+    with mode():
+        once.prune(BATCHES, BUDGET)
+        steps.score(BATCHES)
+        plan = steps.plan(BUDGET)
+        repair = steps.repair(plan, BATCHES)
+        with steps.masked(plan, repair):
+            logits_of(steps.model)
+        assert not any(tensor.is_inference() for tensor in repair.tensors.values())
+    assert steps.model(**BATCHES[0]).loss.requires_grad
+    with mode():
+        steps.apply(plan, repair)
+    for pruner in (once, steps):
+        assert torch.equal(logits_of(pruner.model), logits_of(plain.model))
+        pruner.model(**BATCHES[0]).loss.backward()
+        assert all(p.grad is not None for p in pruner.model.parameters())
+        pruner.model.zero_grad()
+
+
+@pytest.mark.leaves_state
 def test_a_repaired_model_is_recovered_as_it_is() -> None:
     model, batch = zoo.build("bert", dtype=torch.float32)
     teacher, pruner = copy.deepcopy(model), GradNASPruner(model, layout="per_layer")

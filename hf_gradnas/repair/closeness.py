@@ -30,7 +30,10 @@ Variant = Callable[[], AbstractContextManager[Any]]
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Eval mode; no gradients, cache, compiled code or patched autocast within the block."""
+    """Eval mode; no gradients, cache, compiled code or patched autocast within the block.
+
+    What is made there can be changed and trained on outside, also for a caller in inference mode.
+    """
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for config in configs_of(model):
@@ -40,6 +43,7 @@ def running(model: nn.Module) -> Iterator[None]:
         stack.enter_context(uncompiled())
         stack.enter_context(without_autocast(model))
         stack.enter_context(called_plainly(model))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         yield
 

@@ -117,12 +117,12 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
             pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
             fit = _Fit(conductor, pieces, processes)
             fit.run(progress)
-            before, after = fit.divergences(partial(masked, model, axes, plan.kept))
+            tensors, before, after = fit.judge(partial(masked, model, axes, plan.kept))
     _warn_if_few(fit.reading, processes)
     unread = [Site(path, 0, 0, reason=reason) for path, reason in found.reasons.items()]
     examples = processes.sum(np.array([float(sum(batch.examples for batch, _ in parts))]))
     return Repair(
-        tensors=new_values(fit.changes) if after < before else {},
+        tensors=tensors,
         sites=(*fit.sites, *unread),
         plan=plan_digest(plan),
         model=model_fingerprint(model),
@@ -198,6 +198,13 @@ class _Fit:
                 self._seen.add(reader)
             if progress is not None and self._processes.is_main:
                 progress(number + 1, len(gates))
+
+    def judge(
+        self, alone: Callable[[], AbstractContextManager[None]]
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """New values of parameters, none if they are not accepted, and the divergences of both."""
+        before, after = self.divergences(alone)
+        return new_values(self.changes) if after < before else {}, before, after
 
     def divergences(self, alone: Callable[[], AbstractContextManager[None]]) -> tuple[float, float]:
         """Mean KL of held-out predictions from the original's, with masks alone and repaired."""
