@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -88,9 +88,13 @@ def visible(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """A text with tokens, passwords and what environment variables hold of them written ``***``."""
+    return _without(text, os.environ.items())
+
+
+def _without(text: str, variables: Iterable[tuple[str, str]]) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
-    for name, value in os.environ.items():
+    for name, value in variables:
         if len(value) >= _SHORTEST_SECRET and value in text and is_secret_name(name):
             text = text.replace(value, HIDDEN)
     return text
@@ -127,17 +131,21 @@ def portable(path: str) -> str:
 
 def shareable(value: Any) -> Any:
     """Data for JSON or YAML with no secret and no absolute path in it, at any depth."""
+    return _shareable(value, list(os.environ.items()))  # decoded once
+
+
+def _shareable(value: Any, variables: list[tuple[str, str]]) -> Any:
     if isinstance(value, str):
-        return without_paths(without_secrets(value))
+        return without_paths(_without(value, variables))
     if isinstance(value, Mapping):
         return {
-            shareable(key): HIDDEN
+            _shareable(key, variables): HIDDEN
             if isinstance(key, str) and isinstance(item, str) and is_secret_name(key)
-            else shareable(item)
+            else _shareable(item, variables)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [shareable(item) for item in value]
+        return [_shareable(item, variables) for item in value]
     return value
 
 
