@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,9 +21,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import zoo  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
+from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 
 import hf_gradnas  # noqa: E402 - per-layer loading is installed in every test
+from hf_gradnas.structure.config_trials import Shapes, tensor_shapes  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 transformers.utils.logging.disable_progress_bar()
@@ -39,6 +41,10 @@ def pytest_collection_finish() -> None:
 
     Whole collections, of which `Trainer.train` asks for one each time, then take milliseconds.
     """
+    _keep_what_is_there()
+
+
+def _keep_what_is_there() -> None:
     gc.collect()
     gc.freeze()
 
@@ -91,10 +97,13 @@ def prune(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same random state."""
+    """Every test starts from the same random state.
+
+    That of the CPU: `torch.manual_seed` keeps the stack for every kind of device that is not there.
+    """
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -122,11 +131,36 @@ def no_deprecations() -> Iterator[None]:
         pytest.fail(f"Transformers logged a deprecation: {handler.messages}")
 
 
+_SHAPES: dict[tuple[type[PreTrainedModel], str], Shapes] = {}
+
+
+@pytest.fixture(autouse=True)
+def shapes_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build what a search for stock widths tries once per class and config, not in every test.
+
+    The shapes follow from the two alone; tests/test_config_keys.py builds all of them anew.
+    """
+
+    def shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
+        key = model_class, config.to_json_string()
+        if key not in _SHAPES:
+            _SHAPES[key] = tensor_shapes(model_class, config)
+        return dict(_SHAPES[key])
+
+    monkeypatch.setattr("hf_gradnas.structure.config_keys.tensor_shapes", shapes)
+
+
+_EARLIER: list[tuple[weakref.ref[PreTrainedModel], frozenset[str]]] = []
+"""Models that earlier tests of the file built, as long as something holds them."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_models() -> Iterator[None]:
-    """Drop the models of a test file when it is done."""
+    """Drop the models of a test file when it is done, and what it imported from collections."""
     yield
     zoo.BUILT.clear()
+    _EARLIER.clear()
+    _keep_what_is_there()
 
 
 @pytest.fixture(autouse=True)
@@ -150,27 +184,28 @@ def nothing_left_behind(
         for name in patched.keys() | vars(PreTrainedModel).keys()
         if patched.get(name) is not vars(PreTrainedModel).get(name)
     ]
-    found = {index: _traces(built) for index, built in enumerate(zoo.BUILT)}
-    zoo.BUILT[:] = [zoo.BUILT[index] for index, seen in found.items() if not seen]
+    earlier = [(model(), frozen) for model, frozen in _EARLIER]
+    built = [zoo.Built(model, frozen) for model, frozen in earlier if model is not None]
+    found = [(one, _traces(one)) for one in [*built, *zoo.BUILT]]
+    zoo.BUILT.clear()
+    _EARLIER[:] = [(weakref.ref(one.model), one.frozen) for one, seen in found if not seen]
     if request.node.get_closest_marker("leaves_state") is None:
-        traces += [trace for seen in found.values() for trace in seen]
+        traces += [trace for _, seen in found for trace in seen]
     if traces:
         pytest.fail(f"left behind: {', '.join(traces[:10])} ({len(traces)} in all)")
 
 
 def _traces(built: zoo.Built) -> list[str]:
     """Everything on a model that was not there when it was built, by name."""
-    traces = [
-        f"{kind} on {path or 'the model'}"
-        for path, module in built.model.named_modules()
-        for kind in HOOKS
-        if any(_is_ours(hook) for hook in getattr(module, kind).values())
-    ]
-    traces += [
-        f"training flag of {path or 'the model'}"
-        for path, module in built.model.named_modules()
-        if module.training
-    ]
+    traces = []
+    for path, module in built.model.named_modules():
+        place = path or "the model"
+        for kind in HOOKS:
+            hooks = getattr(module, kind)
+            if hooks and any(_is_ours(hook) for hook in hooks.values()):
+                traces.append(f"{kind} on {place}")
+        if module.training:
+            traces.append(f"training flag of {place}")
     for path, parameter in built.model.named_parameters():
         if parameter.grad is not None:
             traces.append(f"gradient of {path}")

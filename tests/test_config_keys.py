@@ -49,6 +49,11 @@ EXPECTED: dict[str, tuple[list[dict[str, str]], set[str]]] = {
 EXPLICIT_HEAD_DIM = {"qwen2", "phi3", "vit"}
 
 
+@pytest.fixture(autouse=True)
+def shapes_built_once() -> None:
+    """Nothing: here every model is built anew."""
+
+
 @functools.cache
 def built(family: str, **overrides) -> tuple[transformers.PreTrainedModel, Structure]:
     model, inputs = zoo.build(family, **overrides)

@@ -365,7 +365,7 @@ def build(
     config._attn_implementation = attn
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = getattr(transformers, family.model)(config).to(dtype).eval()
     _randomise(model, generator=generator)
     frozen = frozenset(path for path, p in model.named_parameters() if not p.requires_grad)
