@@ -57,9 +57,9 @@ class HeldOutRows:
 
 
 def _squares(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:
-    """‖R − XΔW − b‖² of some rows."""
+    """‖(r − XΔW − b)·s‖² of some rows."""
     left = rows.residual
     if solved is not None:
         weight, bias = (part.to(left) for part in solved)
         left = left - rows.x @ weight - bias
-    return float(left.double().square().sum())
+    return float((left * rows.scale).double().square().sum())

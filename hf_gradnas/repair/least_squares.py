@@ -224,8 +224,11 @@ class _Fit:
                 sums[2] += int(wanted.valid.sum())
                 piece.original.stop()
                 piece.pruned.stop()
-        before, after, labels = self._processes.sum(sums)
-        return (before / labels, after / labels) if labels else (math.nan, math.nan)
+        *totals, labels = map(float, self._processes.sum(sums))
+        if not labels:
+            return math.nan, math.nan
+        before, after = (max(total / labels, 0.0) for total in totals)  # but for rounding
+        return before, after
 
     # -- one reader ----------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import RepairError
+from .operands import address_of, tensors_of
 
 _MIN_BYTES = 1 << 14  # smaller tensors stay
 _GROWTH = 4  # what owners may hold at most, relative to what all of them hold at an earlier place
@@ -103,7 +104,7 @@ class Memory:
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Have in memory what tensors hold, and leave it there: it is not their owner's alone."""
         for tensor in tensors if self._away else ():
-            address = tensor.untyped_storage()._cdata
+            address = address_of(tensor)
             held = self._away.get(address)
             if held is not None:
                 self.load(held)
@@ -159,26 +160,17 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = list(_tensors((*args, *(kwargs or {}).values())))
+        given = list(tensors_of((args, kwargs or {})))
         self._memory.share(given)
         out = func(*args, **(kwargs or {}))
         own = self._held.storages
-        addresses = {value.untyped_storage()._cdata for value in given}
-        for value in _tensors((out,)):
+        addresses = {address_of(value) for value in given}
+        for value in tensors_of((out,)):
             storage = value.untyped_storage()
             is_view = storage._cdata in addresses  # of a weight, a batch's column or its own
             if not is_view and storage.nbytes() >= _MIN_BYTES and storage.resizable():
                 own[storage._cdata] = StorageWeakRef(storage)
         return out
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors among values, also in lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)
 
 
 def _no_room(folder: Path, size: int, free: int) -> RepairError:

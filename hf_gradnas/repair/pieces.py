@@ -30,17 +30,27 @@ from .readers import Feed, Gate, Reader
 
 HELD_OUT = 5
 """Every so many batches, one is held out."""
+LEAST_SCALE = 1e-3
+"""Outputs that are multiplied by less than this share of the largest factor are left alone."""
 POSITIONS = 256
 """Positions of a convolution's output that are fitted per example, evenly spaced."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Inputs ``(rows, columns)``, what is missing ``(rows, outputs)``, and ‖·‖² of the original."""
+    """What something is fitted on.
+
+    Attributes:
+        x: Inputs ``(rows, columns)``.
+        residual: What is missing, before it is scaled ``(rows, outputs)``.
+        energy: ‖·‖² of the original, scaled.
+        scale: What outputs are multiplied by before they are compared, a number or ``(outputs,)``.
+    """
 
     x: Tensor
     residual: Tensor
     energy: float
+    scale: Tensor | float = 1.0
 
 
 @dataclass(eq=False)
@@ -105,10 +115,16 @@ class Piece:
             if real is not None and not reader.is_conv:
                 places = real.to(x.device)
                 x, wanted, residual = x[places], wanted[places], residual[places]
-        residual = at_least_float32(residual) / scale
+        wanted, residual = at_least_float32(wanted), at_least_float32(residual)
         if reader.outputs is not None:
-            residual = residual[:, list(reader.outputs)]
-        return Rows(at_least_float32(x), residual, float(wanted.double().square().sum()))
+            outputs = list(reader.outputs)
+            wanted, residual = wanted[:, outputs], residual[:, outputs]
+            scale = scale[outputs] if isinstance(scale, Tensor) else scale
+        scale = torch.as_tensor(scale, device=residual.device, dtype=residual.dtype)
+        # What is all but switched off cannot make up for anything, whatever its weights.
+        scale = scale.where(scale.abs() > LEAST_SCALE * scale.abs().max(), 0)
+        residual = (residual / scale).where(scale != 0, 0)
+        return Rows(at_least_float32(x), residual, float(wanted.double().square().sum()), scale)
 
     def _real(self, tensor: Tensor, path: str, decoder: str | None) -> Tensor | None:
         """Real positions ``(rows,)`` of a tensor ``(examples, seq, features)``; None: all."""

@@ -3,8 +3,8 @@
 The best place to see a layer's output beside the original's is the sum of it and the residual
 stream: errors of earlier layers are in that, and it has no activation after it. One traced forward
 finds these sums by following each output through what leaves its rows in order: views, copies,
-factors per feature, and norms with fixed statistics. Where none is found, the place is the layer's
-own output.
+factors per feature that are the model's own, and norms with fixed statistics. Where none is found,
+the place is the layer's own output.
 
 Knows operations and module calls; knows no architecture, and nothing of least squares.
 """
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..masks import add_hook, add_pre_hook
 from ..structure.sizes import Kept
 from ..types import Axis
+from .operands import address_of, tensors_of
 from .readers import Feed, Found, Gate, Place, Reader, others_of, readers_of
 
 aten = torch.ops.aten
@@ -41,6 +42,7 @@ FACTORS = frozenset([aten.mul, aten.mul_])
 NORMS = frozenset(
     [aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten.cudnn_batch_norm]
 )
+_LARGEST_FACTOR = 1 << 16  # values of a tensor that may be a factor per feature
 
 
 def find_readers(
@@ -82,7 +84,7 @@ Key = tuple[Any, ...]
 def _key(tensor: Tensor) -> Key:
     """What tells a tensor from another, also where torch wraps the same memory anew."""
     return (
-        tensor.untyped_storage()._cdata,
+        address_of(tensor),
         tensor.storage_offset(),
         tuple(tensor.shape),
         tuple(tensor.stride()),
@@ -127,6 +129,8 @@ class _Trace(TorchDispatchMode):
         self._calls: dict[tuple[str, str], int] = {}
         self._feeds: dict[Key, _Fed] = {}
         self._clock = 0
+        own = tensors_of((*self.model.parameters(), *self.model.buffers()))
+        self._fixed = {address_of(tensor) for tensor in own}  # what does not depend on the batch
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -166,13 +170,24 @@ class _Trace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self._note_fixed(list(tensors_of((args, kwargs or {}))), out)
         if self._sums:
             self._follow(func.overloadpacket, args, kwargs or {}, out)
         return out
 
+    def _note_fixed(self, given: Sequence[Tensor], out: Any) -> None:
+        """Note what is made of weights and buffers alone, such as a scale of fixed statistics."""
+        is_fixed = bool(given) and all(address_of(tensor) in self._fixed for tensor in given)
+        for tensor in tensors_of((out,)):
+            if not is_fixed:
+                self._fixed.discard(address_of(tensor))  # a buffer that was written to
+            elif tensor.numel() <= _LARGEST_FACTOR:
+                self._held.append(tensor)
+                self._fixed.add(address_of(tensor))
+
     def _follow(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Give the result of an operation the readers that are in its operands."""
-        known = [a for a in _tensors(args) if _key(a) in self._sums]
+        known = [a for a in tensors_of(args) if _key(a) in self._sums]
         if not known:
             return
         first = out[0] if isinstance(out, tuple | list) and out else out
@@ -188,20 +203,24 @@ class _Trace(TorchDispatchMode):
     def _result(
         self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor
     ) -> _Sum | None:
-        left = self._sums.get(_key(args[0])) if isinstance(args[0], Tensor) else None
-        right = None
-        if len(args) > 1 and isinstance(args[1], Tensor):
-            right = self._sums.get(_key(args[1]))
+        left, right = (*map(self._known, args[:2]), None)[:2]
         if op in VIEWS and left is not None:
             return left if _keeps_rows(args[0], out, left.dim) else None
         if op in ADDS and kwargs.get("alpha", 1) == 1:
             return self._added(args, left, right, out)
         if op in FACTORS and (left is None) != (right is None):
             known, other = (left, args[1]) if left is not None else (right, args[0])
+            if isinstance(other, Tensor) and address_of(other) not in self._fixed:
+                return None
             return _scaled(cast(_Sum, known), other, out)
-        if op in NORMS and left is not None and not left.is_stream and left.dim == 1:
+        is_fixed = op in NORMS and isinstance(args[4], Tensor)  # else of the batch's statistics
+        if is_fixed and left is not None and not left.is_stream and left.dim == 1:
             return _normed(left, args)
         return None
+
+    def _known(self, value: Any) -> _Sum | None:
+        is_alone = isinstance(value, Tensor)
+        return next((self._sums.get(_key(t)) for t in tensors_of((value,)) if is_alone), None)
 
     def _added(
         self, args: tuple[Any, ...], left: _Sum | None, right: _Sum | None, out: Tensor
@@ -282,7 +301,7 @@ def _scaled(found: _Sum, other: Any, out: Tensor) -> _Sum | None:
         return None
     factor: Tensor | float
     if isinstance(other, int | float) or (isinstance(other, Tensor) and other.numel() == 1):
-        factor = float(other)
+        factor = float(other.detach() if isinstance(other, Tensor) else other)
     elif isinstance(other, Tensor) and _is_per_feature(other, out, found.dim):
         factor = other.detach().flatten().clone()
     else:
@@ -305,16 +324,6 @@ def _normed(found: _Sum, args: tuple[Any, ...]) -> _Sum:
     for path, own in found.factors.items():
         factors[path] = own * scale.detach()
     return _Sum(factors, found.dim)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors among arguments, also in lists."""
-    items = values.values() if isinstance(values, Mapping) else values
-    for value in items:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list | Mapping):
-            yield from _tensors(value)
 
 
 def _leaves(output: Any) -> Iterator[tuple[int | str | None, Any]]:
