@@ -48,8 +48,8 @@ class GradNASPruner(ExaminedModel):
     Args:
         model: Any ``PreTrainedModel``, also inside DDP or ``torch.compile``, or a model of
             sentence-transformers with one; `model` is the inner one, unchanged until `apply`.
-        score: ``balanced`` (default), another of `scores.methods.METHODS`, or ``auto``: of
-            ``balanced`` and ``fisher`` the one whose plan is closer to the original, by KL on every
+        score: ``tempered`` (default), another of `scores.methods.METHODS`, or ``auto``: of
+            ``tempered`` and ``fisher`` the one whose plan is closer to the original, by KL on every
             fifth batch, which is then not scored.
         search: ``lagrangian`` (default) or ``binary``.
         layout: ``stock`` (one width for all layers, plain Transformers loads it), ``per_layer``

@@ -278,7 +278,7 @@ def test_nothing_is_left_after_an_exception(when: str, error: type, tmp_path: Pa
         ({"stages": "5"}, "stages=5: needed is 1 or more"),
         ({"num_examples": "8"}, "num_examples=8: needed is 1 or more, or None"),
         ({"num_examples": 0}, "num_examples=0: needed is 1 or more, or None"),
-        ({"score": "fisherr"}, "score='fisherr' is not known; choose one of auto, balanced"),
+        ({"score": "fisherr"}, "score='fisherr' is not known; choose one of auto, tempered"),
         ({"search": "x"}, "search='x' is not known"),
         ({"layout": "x"}, "layout='x' is not known"),
         ({"rules": {"*": 5}}, r"rules\['\*'\]: .* \(found 5\); give None"),
@@ -347,7 +347,7 @@ def test_the_score_is_chosen_on_rows_held_out(when: str, tmp_path: Path) -> None
     callback = pruning(when=when, score="auto", num_examples=8)
     make_trainer(tmp_path, callback, per_device_train_batch_size=2).train()
     plan = callback.plan
-    assert plan.tried.keys() == {"balanced", "fisher"}
+    assert plan.tried.keys() == {"tempered", "fisher"}
     assert plan.score == min(plan.tried, key=plan.tried.get)
     document = json.loads((callback.directory / "gradnas.json").read_text(encoding="utf-8"))
     assert document["plan"]["tried"] == plan.tried
@@ -357,4 +357,4 @@ def test_the_score_is_chosen_on_rows_held_out(when: str, tmp_path: Path) -> None
 def test_no_score_is_chosen_on_the_passes_of_the_training(tmp_path: Path, caplog) -> None:
     callback = pruning(score="auto", scores_from="training", num_examples=None)
     make_trainer(tmp_path, callback).train()
-    assert callback.scores.metadata["method"] == callback.plan.score == "balanced"
+    assert callback.scores.metadata["method"] == callback.plan.score == "tempered"

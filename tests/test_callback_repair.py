@@ -52,7 +52,7 @@ def test_at_the_end_the_cut_model_is_closer_to_the_trained_one(
     assert "by least squares on 32 examples, without training" in card
 
 
-@pytest.mark.parametrize("score", ["balanced", "gradnas"])
+@pytest.mark.parametrize("score", ["tempered", "gradnas"])
 def test_examples_come_in_order_of_length(score: str, tmp_path: Path, monkeypatch) -> None:
     real, widths, limits = GradNASPruner.repair, [], []
 

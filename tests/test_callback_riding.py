@@ -63,7 +63,7 @@ def assert_equal(found: Scores, expected: Scores, near: float = 1e-9) -> None:
 
 @pytest.mark.parametrize(
     ("family", "score"),
-    [("bert", "fisher"), ("llama", "taylor"), ("bert", "balanced"), ("llama", "balanced")],
+    [("bert", "fisher"), ("llama", "taylor"), ("bert", "balanced"), ("llama", "tempered")],
 )
 def test_riding_gives_the_scores_of_private_passes(family: str, score: str, tmp_path: Path) -> None:
     found = ride(tmp_path / "riding", family=family, score=score)
@@ -77,12 +77,13 @@ def test_riding_gives_the_scores_of_private_passes(family: str, score: str, tmp_
     assert found.scores.metadata["normaliser"].startswith(heeded[family])
 
 
-def test_rows_of_positions_are_those_of_a_private_pass() -> None:
+@pytest.mark.parametrize("method", ["balanced", "tempered"])
+def test_rows_of_positions_are_those_of_a_private_pass(method: str) -> None:
     model = build("llama", dtype=torch.float64)
     batches = in_batches(examples_of("llama", 8, longest=53), 4)
     axes = find_structure(model, batches[0]).axes
-    expected = collect_scores(model, axes, batches, method="balanced")
-    found = riding.TrainingScores(model, axes, method="balanced", batch=batches[0], window=None)
+    expected = collect_scores(model, axes, batches, method=method)
+    found = riding.TrainingScores(model, axes, method=method, batch=batches[0], window=None)
     model.train()
     for batch in batches:
         found.arm()

@@ -129,6 +129,8 @@ def test_scores_do_not_depend_on_the_batch_size(case: str) -> None:
     for size in (1, 4, EXAMPLES):
         scores = collect_scores(model, axes, in_batches(batch, size), method="balanced")
         assert_equal(scores, balanced)
+    tempered = {n: (g / norms**0.375).square().sum(0) / 2 for n, g in explicit.items()}
+    assert_equal(collect_scores(model, axes, in_batches(batch, 4), method="tempered"), tempered)
     scores = collect_scores(model, axes, in_batches(batch, 4), method="gradnas")
     batches = {name: g.view(2, 4, -1).mean(1).square().sum(0) for name, g in explicit.items()}
     assert_equal(scores, batches)

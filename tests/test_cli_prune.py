@@ -452,7 +452,7 @@ def test_scores_of_another_model_or_kind_are_refused(prune, bert, tsv, tmp_path,
     assert "model" in err
     code, _, err = prune("--model", bert, "--dataset", tsv, *scores, "--score", "taylor")
     assert code == 2
-    assert "holds 'balanced' scores, but --score taylor" in err
+    assert "holds 'tempered' scores, but --score taylor" in err
 
 
 def test_the_score_is_chosen_on_rows_held_out(prune, bert, tsv, tmp_path):
@@ -462,22 +462,22 @@ def test_the_score_is_chosen_on_rows_held_out(prune, bert, tsv, tmp_path):
     assert (code, err) == (0, "")
     found = json.loads((tmp_path / "bert-gradnas/gradnas.json").read_text(encoding="utf-8"))
     plan = found["plan"]
-    assert plan["tried"].keys() == {"balanced", "fisher"}
+    assert plan["tried"].keys() == {"tempered", "fisher"}
     assert plan["score"] == min(plan["tried"], key=plan["tried"].get)
     assert found["scores"]["method"] == plan["score"]
     assert found["recipe"]["score"] == "auto"
     assert f"score='auto': {plan['score']} is taken; KL to the original" in out
     file = "bert-gradnas.scores.safetensors"
-    assert Scores.load(file).methods == ("balanced", "fisher")
+    assert Scores.load(file).methods == ("tempered", "fisher")
     given = ["--scores", file, "--dry-run", "--dataset", tsv, "--model", bert, *TINY]
     code, out, _ = prune(*given, "--score", "auto")
     assert code == 0
-    assert "score='auto': balanced is taken untried" in out
+    assert "score='auto': tempered is taken untried" in out
     code, out, _ = prune(*given, "--score", "fisher")
     assert code == 0
     code, _, err = prune(*given, "--score", "taylor")
     assert code == 2
-    assert "holds 'balanced' and 'fisher' scores, but --score taylor" in err
+    assert "holds 'tempered' and 'fisher' scores, but --score taylor" in err
 
 
 def test_a_loss_that_is_not_finite_names_the_batch(prune, bert, tsv):

@@ -363,7 +363,7 @@ def test_progress_says_what_is_done(llama):
     assert said == [
         ("Measuring the original", 0, None),
         ("Scoring (seed 0)", rows, None),
-        ("Measuring (balanced, seed 0)", 0, 2),
-        ("Measuring (balanced, seed 0)", 1, 2),
-        ("Measuring (balanced, seed 0)", 2, 2),
+        ("Measuring (tempered, seed 0)", 0, 2),
+        ("Measuring (tempered, seed 0)", 1, 2),
+        ("Measuring (tempered, seed 0)", 2, 2),
     ]

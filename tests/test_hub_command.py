@@ -35,7 +35,7 @@ def test_bert_base_uncased(tmp_path: Path) -> None:
         "BertForMaskedLM",
         "flops=60%",
         "bert-base-uncased-gradnas",
-        "balanced",
+        "tempered",
         "bundled",
     ):
         assert said in done.stdout

@@ -164,7 +164,7 @@ def test_scores_and_plans_round_trip(llama: tuple[GradNASPruner, dict], tmp_path
     pruner, inputs = llama
     scores = pruner.score([inputs], file=tmp_path / "scores.safetensors")
     again = Scores.load(tmp_path / "scores.safetensors")
-    assert again.metadata["method"] == "balanced"
+    assert again.metadata["method"] == "tempered"
     assert again.values.keys() == scores.values.keys()
     other = GradNASPruner(pruner.model)
     other.discover(inputs)

@@ -204,7 +204,7 @@ def test_a_run_keeps_its_rows_and_measures_nothing_twice(
     assert whole[0]["kl"] == pytest.approx(0, abs=1e-6)
     methods = {row["method"] for row in rows if "budget" in row}
     assert methods == {"fisher", "auto", *peers.PEERS}
-    assert {row["score"] for row in rows if row["method"] == "auto"} <= {"balanced", "fisher"}
+    assert {row["score"] for row in rows if row["method"] == "auto"} <= {"tempered", "fisher"}
     assert all(row["achieved"] <= 1 and row["kl"] > -1e-6 for row in rows if "budget" in row)
     assert said.count("| fisher | lagrangian | yes |") == 2
     monkeypatch.setattr(quality, "trials", None)  # would be called for a row that is missing

@@ -18,7 +18,7 @@ def test_a_flag_beats_a_setting_beats_the_file_beats_the_default(tmp_path):
     file.write_text("model: m\nbatch-size: 2\nseed: 2\nnum_examples: 2\n", encoding="utf-8")
     recipe = build_recipe({"seed": 4}, settings=["seed=3", "num-examples=3"], file=file)
     assert (recipe.seed, recipe.num_examples, recipe.batch_size) == (4, 3, 2)
-    assert recipe.score == "balanced"
+    assert recipe.score == "tempered"
     assert recipe.target == {"flops": "60%"}
 
 

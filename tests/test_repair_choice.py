@@ -62,7 +62,7 @@ def test_rows_that_are_held_out_are_not_scored(family: str) -> None:
         model,
         axes,
         batches,
-        method="balanced",
+        method="tempered",
         also=("fisher",),
         held_out=held_out,
         progress=lambda *at: calls.append(at),
@@ -161,8 +161,8 @@ def test_without_rows_the_first_candidate_is_taken_and_said(caplog) -> None:
 def test_given_scores_of_several_methods_are_those_that_were_asked_for() -> None:
     model, axes, _ = build("bert")
     batches = in_batches(examples_of("bert", 24), 4)
-    scores = collect_scores(model, axes, batches, method="balanced", also=("fisher", "taylor"))
-    for asked, taken in (("taylor", "taylor"), ("fisher", "fisher"), ("gradnas", "balanced")):
+    scores = collect_scores(model, axes, batches, method="tempered", also=("fisher", "taylor"))
+    for asked, taken in (("taylor", "taylor"), ("fisher", "fisher"), ("gradnas", "tempered")):
         pruner = GradNASPruner(model, score=asked)
         pruner.discover(batches[0])
         pruner.use_scores(scores)
@@ -171,15 +171,15 @@ def test_given_scores_of_several_methods_are_those_that_were_asked_for() -> None
 
 def test_a_divergence_that_is_not_finite_is_not_taken(monkeypatch, caplog) -> None:
     model, _, _ = build("bert")
-    plan = Plan({}, {}, "stock", score="balanced")
+    plan = Plan({}, {}, "stock", score="tempered")
     plans, held_out = [plan, replace(plan, score="fisher")], HeldOut([], 4)
-    for found, taken in (([np.nan, 2.0], "fisher"), ([np.nan, np.inf], "balanced")):
+    for found, taken in (([np.nan, 2.0], "fisher"), ([np.nan, np.inf], "tempered")):
         monkeypatch.setattr(
             "hf_gradnas.repair.choice.divergences", lambda *_, found=found, **__: found
         )
         best = closest(model, held_out, plans, lambda plan: None, processes=Processes())
         assert best.score == taken
-    assert "balanced is taken untried" in caplog.text
+    assert "tempered is taken untried" in caplog.text
     tiny = closest(model, held_out, plans[:1], lambda plan: None, processes=Processes())
     assert tiny.tried == {}
 

@@ -121,9 +121,17 @@ def test_random_depends_on_seed_and_name_only() -> None:
 
 
 def test_methods_are_listed() -> None:
-    assert list(METHODS) == ["balanced", "fisher", "gradnas", "taylor", "magnitude", "random"]
+    assert list(METHODS) == [
+        "tempered",
+        "balanced",
+        "fisher",
+        "gradnas",
+        "taylor",
+        "magnitude",
+        "random",
+    ]
     model, axes, inputs = build("bert")
-    with pytest.raises(ScoresError, match="method='wanda' is not known; choose one of balanced"):
+    with pytest.raises(ScoresError, match="method='wanda' is not known; choose one of tempered"):
         collect_scores(model, axes, [inputs], method="wanda")
     with pytest.raises(ScoresError, match="labels='none' is not known; choose one of data, model"):
         collect_scores(model, axes, [inputs], labels="none")

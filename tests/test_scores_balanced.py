@@ -1,4 +1,4 @@
-"""The score `balanced`: every row of gradients weighs the same, whatever the batches look like."""
+"""Scores that weigh rows of gradients by their norm, whatever the batches look like."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ def _blocks(gradients: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.sum(0) for part in gradients.split(16)])
 
 
-def _by_definition(model, axes, examples, *, per_token: bool) -> dict[str, torch.Tensor]:
-    """½ Σ over rows of (g / ‖g‖)², the norm over all axes but KV groups."""
+def _by_definition(
+    model, axes, examples, *, per_token: bool, power: float
+) -> dict[str, torch.Tensor]:
+    """½ Σ over rows of (g / ‖g‖^power)², the norm over all axes but KV groups."""
     scores = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
     groups = {axis.parent for axis in axes}
     for example in examples:
@@ -71,7 +73,7 @@ def _by_definition(model, axes, examples, *, per_token: bool) -> dict[str, torch
             if not square:  # the last token of a causal model has no label
                 continue
             for name, gradient in row.items():
-                scores[name] += 0.5 * gradient.square() / square
+                scores[name] += 0.5 * gradient.square() / square**power
     return scores
 
 
@@ -89,17 +91,23 @@ def _left_padded(batches):
         yield turned
 
 
-@pytest.mark.parametrize("family", ["bert", "albert", "llama", "opt", "t5", "bart"])
-def test_scores_are_those_of_a_mask_at_every_position(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "method", "power"),
+    [(family, "balanced", 1.0) for family in ("bert", "albert", "llama", "opt", "t5", "bart")]
+    + [(family, "tempered", 0.75) for family in ("bert", "llama")],
+)
+def test_scores_are_those_of_a_mask_at_every_position(
+    family: str, method: str, power: float
+) -> None:
     with zoo.float64_throughout():
         model, axes, _ = build(family)
         per_token = family in PER_TOKEN
         examples = examples_of(family, 12, longest=LONG if per_token else 14)
-        expected = _by_definition(model, axes, examples, per_token=per_token)
+        expected = _by_definition(model, axes, examples, per_token=per_token, power=power)
         for size in (1, 8, 32):
-            found = collect_scores(model, axes, in_batches(examples, size), method="balanced")
+            found = collect_scores(model, axes, in_batches(examples, size), method=method)
             assert_equal(found, expected)
-        assert found.metadata["method"] == "balanced"
+        assert found.metadata["method"] == method
 
 
 def test_padding_on_the_left_changes_nothing() -> None:

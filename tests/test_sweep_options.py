@@ -42,7 +42,7 @@ def test_defaults():
         ({"targets": ["flops=60%", "flops=60%"]}, "'60%' is there twice"),
         (
             {"score": ["fisher,nonsense"]},
-            "--score: 'nonsense' is no score; known are balanced, fisher",
+            "--score: 'nonsense' is no score; known are tempered, balanced",
         ),
         ({"score": ["fisher", "fisher"]}, "'fisher' is there twice"),
         ({"seeds": ["0,-1"]}, "'-1' is no seed"),

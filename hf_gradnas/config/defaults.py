@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-Score = Literal["auto", "balanced", "fisher", "gradnas", "taylor", "magnitude", "random"]
+Score = Literal[
+    "auto", "tempered", "balanced", "fisher", "gradnas", "taylor", "magnitude", "random"
+]
 AUTO: Final = "auto"
 """The choice of the candidate whose plan is closest to the original on held-out rows."""
-CANDIDATES: Final = ("balanced", "fisher")
+CANDIDATES: Final = ("tempered", "fisher")
 """What `AUTO` chooses between."""
-DEFAULT_SCORE: Score = "balanced"
+DEFAULT_SCORE: Score = "tempered"
 """How units are scored where nothing else is asked for."""

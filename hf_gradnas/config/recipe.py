@@ -206,7 +206,7 @@ class Recipe(Settings):
     )
     score: Score = Field(
         default=DEFAULT_SCORE,
-        description="How heads and neurons are scored. auto tries balanced and fisher, and takes "
+        description="How heads and neurons are scored. auto tries tempered and fisher, and takes "
         "the plan that is closest to the original on held-out calibration data.",
         json_schema_extra=_PLAN,
     )

@@ -9,6 +9,9 @@ them):
   tokens 16 consecutive positions of one sequence (see `rows`). Of a fine-tuned classifier's
   ``Σ_n g²``, a handful of examples hold nearly all, so that ``fisher`` is a matter of which these
   are. It does not depend on the batch size, and is no loss.
+- ``tempered``: ``½ Σ_n (g[n, i] / ‖g[n]‖^¾)²``, the same rows, each with a weight of ``√‖g[n]‖``:
+  the model's hard examples say more than the easy ones, but none says nearly all. After a repair
+  by least squares its plans are the better ones (docs/scores.md); without, those of ``balanced``.
 - ``fisher``: ``Σ_n g[n, i]²``, the diagonal empirical Fisher information of the masks. It does not
   depend on the batch size.
 - ``gradnas``: ``Σ_batches (Σ_{n in batch} g[n, i] / c)²``, where the batch's loss is its sum over
@@ -39,8 +42,8 @@ PerBatch = Callable[[Tensor, int], Tensor]
 FromWeights = Callable[[nn.Module, Iterable[Axis], int], dict[str, np.ndarray]]
 
 
-def _balanced(gradients: Tensor, count: int) -> Tensor:
-    """Half the sum over rows of squares; `gradients` is ``(rows, units)``, rows of norm 1."""
+def _half_squares(gradients: Tensor, count: int) -> Tensor:
+    """Half the sum over rows of squares; `gradients` is ``(rows, units)``, already weighted."""
     return gradients.square().sum(0) / 2
 
 
@@ -91,15 +94,16 @@ def _random(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, np.n
 
 
 GRADIENT_METHODS: dict[str, PerBatch] = {
-    "balanced": _balanced,
+    "tempered": _half_squares,
+    "balanced": _half_squares,
     "fisher": _fisher,
     "gradnas": _gradnas,
     "taylor": _taylor,
 }
 # Of these, gradients add up over a global batch before the formula is applied.
 GLOBAL_METHODS = ("gradnas",)
-# Of these, the formula looks at rows that are divided by their norm.
-ROW_METHODS = ("balanced",)
+# Of these, the formula looks at rows that are divided by this power of their norm.
+ROW_METHODS = {"tempered": 0.75, "balanced": 1.0}
 WEIGHT_METHODS: dict[str, FromWeights] = {"magnitude": _magnitude, "random": _random}
 METHODS: dict[str, PerBatch | FromWeights] = {**GRADIENT_METHODS, **WEIGHT_METHODS}
 
@@ -116,7 +120,8 @@ def terms_of(
         count: Labels of the batch.
     """
     per_batch = GRADIENT_METHODS[method]
-    factors = _row_factors(rows, axes) if method in ROW_METHODS else None
+    power = ROW_METHODS.get(method)
+    factors = None if power is None else _row_factors(rows, axes, power)
     for axis in axes:
         found = wide(rows[axis.name])
         if factors is None:
@@ -126,8 +131,8 @@ def terms_of(
             yield per_batch((found * own).flatten(0, 1), count)
 
 
-def _row_factors(rows: Mapping[str, Tensor], axes: Sequence[Axis]) -> Tensor:
-    """One over the norm of every row ``(examples, rows, 1)``; 0 for a row of zeros.
+def _row_factors(rows: Mapping[str, Tensor], axes: Sequence[Axis], power: float) -> Tensor:
+    """One over a power of the norm of every row ``(examples, rows, 1)``; 0 for a row of zeros.
 
     A row that is not finite stays so.
     """
@@ -137,4 +142,4 @@ def _row_factors(rows: Mapping[str, Tensor], axes: Sequence[Axis]) -> Tensor:
     squares = torch.zeros_like(longest)
     for part in parts:
         squares[:, : part.shape[1]] += part.to(squares)
-    return torch.where(squares == 0, squares, squares.rsqrt())[..., None]
+    return torch.where(squares == 0, squares, squares.pow(-power / 2))[..., None]

@@ -42,7 +42,8 @@ class Plan:
         score: Name of the score.
         steps: Smallest step of each budgeted cost in this layout, upwards from this plan.
         loss_unit: ``"nats per token"``, ``"nats per example"`` or ``"nats per label"``; "" where
-            the scores are no loss (`balanced`, `gradnas`, `magnitude`, `random`) or do not say
+            the scores are no loss (`tempered`, `balanced`, `gradnas`,
+            `magnitude`, `random`) or do not say
             of what.
             For `fisher` the prediction is second order, for `taylor` the first-order change at
             most; both add up units as if each went alone, and forecast small cuts only.
