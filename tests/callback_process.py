@@ -1,6 +1,6 @@
 """Trains with the callback in a process of its own: one that is killed, or one of several.
 
-``python callback_process.py FOLDER kill`` and, by torchrun, ``FOLDER ddp``.
+``python callback_process.py FOLDER kill`` and, in each of several, ``FOLDER ddp``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from callback_runs import Rows, make_trainer, numel, pruning
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from hf_gradnas import GradNASPruner
 from hf_gradnas.errors import OrderError
 
 KILLED_AT = 6
@@ -94,10 +95,12 @@ def train_with_others(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Do what the arguments say."""
     torch.set_num_threads(1)
+    GradNASPruner.save_pretrained.__kwdefaults__["report"] = False  # as in conftest
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     if mode == "ddp":
         rank = os.environ["RANK"]
-        (folder / f"{rank}.json").write_text(json.dumps(train_with_others(folder)))
+        file = folder / f"{os.environ['WORLD_SIZE']}-{rank}.json"
+        file.write_text(json.dumps(train_with_others(folder)), encoding="utf-8")
         torch.distributed.destroy_process_group()
     else:
         resumable(folder, killed=True)[1].train()

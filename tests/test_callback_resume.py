@@ -14,6 +14,7 @@ import pytest
 import torch
 from callback_process import SHARED, resumable, still_of
 from callback_runs import Rows, logits_of, make_trainer, numel, pruning
+from ranks import launch
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
 
@@ -284,22 +285,7 @@ def test_progress_is_small_json_and_comes_back() -> None:
 
 
 def test_two_processes_reach_one_plan(tmp_path: Path) -> None:
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=0",
-        "--standalone",
-    ]
-    found = subprocess.run(
-        [sys.executable, *command, str(SCRIPT), str(tmp_path), "ddp"],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    first, second = launch(SCRIPT, tmp_path, "ddp")
     assert first == second
     assert all(result["is_cut"] for result in first.values())
     assert "call callback.attach(trainer) before" in first["private"]["again"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 import zoo
 from distributed_scores import BUDGET, COUNT, EXAMPLES, SIZE, loader
+from ranks import launch
 from repair_by_hand import repair_by_hand
 from score_examples import build, examples_of, in_batches
 
@@ -26,22 +24,10 @@ from hf_gradnas.scores import collect_scores, model_fingerprint
 Found = list[dict[str, Any]]
 
 
-def launch(folder: Path, *cases: str, processes: int = 2) -> Found:
-    """What every process wrote, in the order of the processes."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    command = [sys.executable, *launcher, script.__file__, str(folder), *cases]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, capture_output=True, env=settings, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    files = [folder / f"{processes}-{rank}.json" for rank in range(processes)]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Every case on two processes."""
-    return launch(tmp_path_factory.mktemp("two"))
+    return launch(script.__file__, tmp_path_factory.mktemp("two"))
 
 
 def alone(batches: Any = None, *, family: str = "bert", **options: Any) -> dict[str, np.ndarray]:
@@ -195,7 +181,7 @@ def test_orders_that_differ_between_processes_are_refused(two: Found) -> None:
 @pytest.mark.long
 def test_a_partitioned_model_is_scored_as_parts_and_cut_whole(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    two = launch(tmp_path, "partitioned")
+    two = launch(script.__file__, tmp_path, "partitioned")
     assert_pruned_as_shards(*(found["partitioned"] for found in two), "partitioned by ZeRO-3")
 
 
