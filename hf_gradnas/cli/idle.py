@@ -53,12 +53,8 @@ def check_idle(recipe: Recipe, given: Set[str], known: Known) -> None:
 
 def without_idle(recipe: Recipe, known: Known) -> Recipe:
     """The recipe with options that have no effect at their defaults, to be saved."""
-    fields = Recipe.model_fields
     return recipe.model_copy(
-        update={
-            name: fields[name].get_default(call_default_factory=True)
-            for name in idle_options(recipe, known)
-        }
+        update={name: Recipe.default_of(name) for name in idle_options(recipe, known)}
     )
 
 

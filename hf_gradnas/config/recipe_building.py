@@ -119,7 +119,7 @@ def _of_switched_off(values: Mapping[str, Any]) -> set[str]:
 
 def _is_default(key: str, value: Any) -> bool:
     """Whether a file says no more than the default: saved recipes list all options."""
-    default = Recipe.model_fields[key].get_default(call_default_factory=True)
+    default = Recipe.default_of(key)
     is_plain = not isinstance(value, dict)  # `--set` may add to a mapping
     return is_plain and type(value) is type(default) and bool(value == default)
 

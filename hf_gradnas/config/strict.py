@@ -21,6 +21,13 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def default_of(cls, name: str) -> Any:
+        """What a field is where nobody gives it."""
+        field = cls.model_fields[name]
+        # No default depends on other fields; Pydantic 2.10 wants to be told so.
+        return field.get_default(call_default_factory=True, validated_data={})
+
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_switches(cls, value: Any, info: ValidationInfo) -> Any:
