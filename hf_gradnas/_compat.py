@@ -1,4 +1,4 @@
-"""Everything that depends on the version of Transformers, each with its removal condition."""
+"""Everything that depends on the version of Transformers, and of what comes with it, each with its removal condition."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import run_as_future
 from torch import nn
 from transformers import PreTrainedConfig
@@ -38,6 +39,21 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
             stack.callback(setattr, config, "_attn_implementation_internal", previous)
             config._attn_implementation_internal = name
         yield
+
+
+def taken_out(model: nn.Module) -> nn.Module:
+    """A model taken out of DDP, DataParallel, a DeepSpeed engine or ``torch.compile``.
+
+    Cause: Accelerate 1.10 takes a model with compiled parts for one that is compiled itself, and
+    fails with a KeyError. Remove when the oldest supported Accelerate leaves such parts alone, as
+    1.15 does.
+    """
+    try:
+        inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    except KeyError:
+        wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel
+        return model.module if isinstance(model, wrappers) else model
+    return inner
 
 
 def wait_for_uploads() -> None:

@@ -115,6 +115,7 @@ def test_onnx_runtime_gives_the_same_outputs(case: tuple[str, Path], tmp_path: P
     assert np.abs(found - expected).max() < 1e-5
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="it cannot compile this BERT")
 def test_torch_compile(pruned: dict[tuple[str, str], Path]) -> None:
     model, batch = loaded("bert", pruned["bert", "per_layer"]), batch_of("bert")
     expected = model(**batch).logits

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .._compat import taken_out
 from ..errors import DataError, StructureError
 from ..structure.trace import map_tensors
 
@@ -31,8 +31,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise StructureError(
             f"model: found {model!r:.60}, needed a torch.nn.Module; pass the model itself."
         )
-    inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
-    return inner
+    return taken_out(model)
 
 
 def first_element(batch: Any) -> Any:

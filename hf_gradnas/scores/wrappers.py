@@ -12,11 +12,12 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, is_compiled_module
+from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from .._compat import taken_out
 from ..errors import StructureError
 from .shards import is_partitioned
 
@@ -39,7 +40,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             f"model: {type(model).__name__} is wrapped by FSDP1, which merges parameters into flat "
             "ones; use FSDP2 (fsdp_version: 2) for scoring, or a plain copy of the model."
         )
-    inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    inner = taken_out(model)
     return inner if inner is model else unwrapped(inner)
 
 
