@@ -1,4 +1,4 @@
-"""Everything that depends on the version of Transformers, and of what comes with it, each with its removal condition."""
+"""All that depends on versions of Transformers and its kin, each with its removal condition."""
 
 from __future__ import annotations
 
