@@ -30,15 +30,28 @@ class Config(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class Ffn(nn.Module):
-    """Two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, NEURONS), nn.Linear(NEURONS, WIDTH)
+class Normed(nn.Linear):
+    """Computes with other weights than it holds."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
+        weight = self.weight / self.weight.norm(dim=1, keepdim=True)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class Ffn(nn.Module):
+    """Two layers, and one that is added up."""
+
+    def __init__(self, factor: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, NEURONS), nn.Linear(NEURONS, WIDTH)
+        self.also, self.factor = nn.Linear(WIDTH, NEURONS), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [self.up, self.also]
+        if self.factor == "ordered" and x.sum() > 0:  # an order that depends on the batch
+            layers.reverse()
+        first, second = (layer(x) for layer in layers)
+        return self.down(torch.relu(first + second))
 
 
 class Block(nn.Module):
@@ -46,7 +59,7 @@ class Block(nn.Module):
 
     def __init__(self, factor: str) -> None:
         super().__init__()
-        self.ffn, self.norm, self.factor = Ffn(), nn.LayerNorm(WIDTH), factor
+        self.ffn, self.norm, self.factor = Ffn(factor), nn.LayerNorm(WIDTH), factor
         self.gate = nn.Linear(WIDTH, 1 if factor == "switched" else WIDTH)
         self.scale = nn.Parameter(torch.ones(WIDTH))
         self.register_buffer("mix", torch.eye(9).to_sparse(), persistent=False)
@@ -74,7 +87,7 @@ class Factors(PreTrainedModel):
         super().__init__(config)
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.blocks = nn.ModuleList([Block(config.factor) for _ in range(3)])
-        self.head = nn.Linear(WIDTH, 4)
+        self.head = (Normed if config.factor == "normed" else nn.Linear)(WIDTH, 4)
         self.post_init()
 
     def forward(self, input_ids: Tensor, **_: object) -> SequenceClassifierOutput:
@@ -119,8 +132,11 @@ def measured(
     return found
 
 
+KINDS = ["none", "scaled", "gated", "switched", "sparse", "normed", "ordered"]
+
+
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("factor", ["none", "scaled", "gated", "switched", "sparse"])
+@pytest.mark.parametrize("factor", KINDS)
 def test_what_is_said_of_a_repair_holds_in_the_model(factor: str, size: int) -> None:
     with zoo.float64_throughout():
         model, batches = build(factor), batches_of(size)

@@ -48,6 +48,7 @@ from ..scores.fingerprints import model_fingerprint
 from ..scores.processes import Processes
 from ..scores.sample import from_main
 from ..scores.sampling import inputs_to_sample
+from ..structure.sizes import tensor_at
 from ..types import Axis, Plan
 from .changes import Change, change_of, is_centred, new_values, put, unknowns_of
 from .closeness import divergence_sum, prediction_of, running
@@ -56,7 +57,7 @@ from .normal_equations import NormalEquations
 from .paused import Conductor, Forward
 from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
 from .readers import Feed, Found, Reader
-from .repairs import Repair, Site, plan_digest
+from .repairs import Repair, Site, exchange, plan_digest
 from .streams import find_readers
 
 Progress = Callable[[int, int | None], None]
@@ -84,7 +85,7 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
 ) -> Repair:
     """Find new weights for a plan; the model is left as it is.
 
-    One forward of each model per batch, and one more of the pruned model for every fifth.
+    One forward of each model per batch, and two more of the pruned model for every fifth.
 
     Args:
         model: The whole model, before the cut.
@@ -203,27 +204,38 @@ class _Fit:
         self, alone: Callable[[], AbstractContextManager[None]]
     ) -> tuple[dict[str, Tensor], float, float]:
         """New values of parameters, none if they are not accepted, and the divergences of both."""
-        before, after = self.divergences(alone)
-        return new_values(self.changes) if after < before else {}, before, after
+        for piece in self._pieces:  # what waits is needed no more, but for predictions to compare
+            piece.pruned.stop()
+            if not piece.is_held_out:
+                piece.original.stop()
+        values = new_values(self.changes)
+        before, after = self._divergences(alone, values)
+        return values if after < before else {}, before, after
 
-    def divergences(self, alone: Callable[[], AbstractContextManager[None]]) -> tuple[float, float]:
-        """Mean KL of held-out predictions from the original's, with masks alone and repaired."""
+    def _divergences(
+        self, alone: Callable[[], AbstractContextManager[None]], values: Mapping[str, Tensor]
+    ) -> tuple[float, float]:
+        """Mean KL of held-out predictions from the original's, with masks alone and repaired.
+
+        The model is run with the new weights as they are, since their effect on what waited is that
+        of a plain layer, in the order of the sample.
+        """
         model = cast(PreTrainedModel, self._conductor.model)
         sums = np.zeros(3)
         with self._processes.joint():
+            placed = {name: value.to(tensor_at(model, name)) for name, value in values.items()}
             for piece in self._pieces:
                 if not piece.is_held_out:
                     continue
-                for forward in (piece.original, piece.pruned):
-                    self._advance(forward, len(self._conductor.gates))
-                wanted, repaired = piece.original.result, piece.pruned.result
-                with alone(), self._conductor.alone():
-                    pruned = prediction_of(model, piece.batch)
-                sums[0] += divergence_sum(pruned, wanted)
-                sums[1] += divergence_sum(repaired, wanted)
+                self._advance(piece.original, len(self._conductor.gates))
+                wanted = piece.original.result
+                with alone(), self._conductor.alone(), ExitStack() as undo:
+                    sums[0] += divergence_sum(prediction_of(model, piece.batch), wanted)
+                    for name, value in placed.items():
+                        exchange(tensor_at(model, name), value, undo)
+                    sums[1] += divergence_sum(prediction_of(model, piece.batch), wanted)
                 sums[2] += int(wanted.valid.sum())
                 piece.original.stop()
-                piece.pruned.stop()
         *totals, labels = map(float, self._processes.sum(sums))
         if not labels:
             return math.nan, math.nan

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from ..structure.sizes import Kept, kept_rows
 from ..types import Axis
 
+_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, Conv1D.forward)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reader:
@@ -120,7 +122,13 @@ class Found:
 
 
 def input_dim(module: nn.Module) -> int | None:
-    """Dimension of a layer's weight that counts inputs; None where the layer is of another kind."""
+    """Dimension of a layer's weight that counts inputs; None where the layer is of another kind.
+
+    A subclass with a forward of its own may compute with other weights than it holds (of few bits,
+    or of norm 1), so it is of another kind.
+    """
+    if type(module).forward not in _FORWARDS:
+        return None
     if isinstance(module, nn.Linear):
         return 1
     if isinstance(module, Conv1D):
@@ -163,6 +171,7 @@ def others_of(model: nn.Module, readers: Sequence[Reader]) -> dict[nn.Module, st
         module: path
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
+        and input_dim(module) is not None
         and module not in reading
         and len(owners.get(id(module.weight), ())) == 1  # one cut before may have none
     }

@@ -238,8 +238,13 @@ def exchange_weights(model: nn.Module, repair: Repair, undo: ExitStack) -> None:
     """Give a whole model the new weights; `undo` puts the old ones back, unless it forgets them."""
     for name, tensor in repair.tensors.items():
         parameter = tensor_at(model, name)
-        undo.callback(setattr, parameter, "data", parameter.data)
-        parameter.data = tensor.to(parameter, copy=True)
+        exchange(parameter, tensor.to(parameter, copy=True), undo)
+
+
+def exchange(parameter: Tensor, tensor: Tensor, undo: ExitStack) -> None:
+    """Let a parameter hold another tensor of its type and device."""
+    undo.callback(setattr, parameter, "data", parameter.data)
+    parameter.data = tensor
 
 
 @contextmanager
