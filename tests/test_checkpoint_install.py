@@ -21,12 +21,12 @@ from hf_gradnas.checkpoint.install import install, install_when_imported
 from hf_gradnas.structure.modeling_gradnas import is_per_layer, make_per_layer, resize
 
 SCRIPT = Path(__file__).with_name("loading_process.py")
+FORKED = Path(__file__).with_name("forked.py")
 
 
-def run(*arguments, folder, isolated=False, code=None):
-    """Run a script in a new process that has its own cache for remote code."""
+def run(*arguments, folder, isolated=False):
+    """Run Python in a new process that has its own cache for remote code."""
     command = [sys.executable, *(["-I"] if isolated else [])]
-    command += ["-c", code] if code else [str(SCRIPT)]
     done = subprocess.run(
         [*command, *map(str, arguments)],
         cwd=folder,
@@ -56,10 +56,14 @@ def test_every_route_in_fresh_processes_and_again_after_training(tmp_path):
     for weights in first.glob("*/model.safetensors"):
         with safe_open(weights, "pt") as file:
             assert all(0 not in file.get_slice(key).get_shape() for key in file.keys())  # noqa: SIM118
-    run("shim", first, folder=tmp_path, isolated=True)
-    run("before", first, tmp_path / "first-shim", folder=tmp_path)
-    run("after", tmp_path / "first-before", tmp_path / "first-shim-before", folder=tmp_path)
-    run("shim", tmp_path / "first-before-after", folder=tmp_path, isolated=True)
+    steps = (
+        [SCRIPT, "shim", first],
+        ["alone", SCRIPT, "before", first, tmp_path / "first-shim"],
+        [SCRIPT, "after", tmp_path / "first-before", tmp_path / "first-shim-before"],
+        [SCRIPT, "shim", tmp_path / "first-before-after"],
+    )
+    line = [word for step in steps for word in ("--", *step)][1:]
+    run(FORKED, *line, folder=tmp_path, isolated=True)
 
 
 def test_importing_the_module_is_light():
@@ -69,7 +73,7 @@ def test_importing_the_module_is_light():
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules);"
         "assert sum('AfterModeling' in str(f) for f in sys.meta_path) == 1"
     )
-    run(code=code, folder=Path.cwd())
+    run("-c", code, folder=Path.cwd())
 
 
 def test_only_a_config_with_a_record_is_touched():

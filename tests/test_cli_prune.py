@@ -30,6 +30,7 @@ from hf_gradnas.cli.examples import Collator
 from hf_gradnas.types import Scores
 
 TINY = ["--num-examples", "8", "--batch-size", "4", "--no-report"]  # pictures take seconds
+PLAIN = [*TINY, "--repair", "none"]  # for what a repair does not touch
 
 
 @pytest.fixture(autouse=True)
@@ -96,14 +97,14 @@ def test_words_as_labels_need_names(prune, bert, tsv, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hf_gradnas.cli.loading.load_model", _never)
         for files in (["words.tsv"], [tsv, "--eval-dataset", "words.tsv"]):
-            code, _, err = prune("--model", bert, "--dataset", *files, *TINY)
+            code, _, err = prune("--model", bert, "--dataset", *files, *PLAIN)
             assert code == 2
             assert "the 2 labels no, yes, and the model has 2 outputs, LABEL_0, LABEL_1" in err
     assert sorted(tmp_path.rglob("*")) == before
     files = ["--dataset", tsv, "--eval-dataset", tsv]
-    plain = prune("--model", bert, *files, "--output", "plain", *TINY)
+    plain = prune("--model", bert, *files, "--output", "plain", *PLAIN)
     files = ["--dataset", "words.tsv", "--eval-dataset", "words.tsv", "--label-map", "no=1,yes=0"]
-    code, out, _ = prune("--model", bert, *files, "--output", "words", *TINY)
+    code, out, _ = prune("--model", bert, *files, "--output", "words", *PLAIN)
     assert (plain[0], code) == (0, 0)
     assert "Note: labels by --label-map." in out
     documents = [
@@ -117,7 +118,7 @@ def test_words_as_labels_need_names(prune, bert, tsv, tmp_path, monkeypatch):
 
 def test_a_link_gives_its_own_name_to_the_output(prune, bert, tsv, tmp_path):
     (tmp_path / "mine").symlink_to(bert, target_is_directory=True)
-    code, out, _ = prune("--model", "./mine", "--dataset", tsv, *TINY)
+    code, out, _ = prune("--model", "./mine", "--dataset", tsv, *PLAIN)
     assert code == 0
     assert "Saved: ./mine-gradnas" in out
 
@@ -132,8 +133,7 @@ def test_scores_serve_every_budget_without_scoring(prune, bert, tsv, monkeypatch
         Collator, "__call__", lambda self, rows: (batches.append(1), plain(self, rows))[1]
     )
     again = ["--scores", "bert-gradnas.scores.safetensors", "--target", "params=90%", "--no-eval"]
-    again += ["--repair", "none"]
-    code, out, _ = prune("--model", bert, "--dataset", tsv, *again, *TINY)
+    code, out, _ = prune("--model", bert, "--dataset", tsv, *again, *PLAIN)
     assert code == 0
     assert len(batches) == 1  # the one that discovery looks at
     assert "Scored" not in out
@@ -154,7 +154,7 @@ def test_a_dry_run_evaluates_and_writes_only_scores_and_repair(prune, bert, tsv,
 
 def test_exclude_and_min_units_are_rules(prune, bert, tsv, tmp_path):
     limits = ["--exclude", "*.layer.0.*", "--exclude", "*.layer.0", "--min-units", "1"]
-    code, _, _ = prune("--model", bert, "--dataset", tsv, "--target", "flops=75%", *limits, *TINY)
+    code, _, _ = prune("--model", bert, "--dataset", tsv, "--target", "flops=75%", *limits, *PLAIN)
     assert code == 0
     document = json.loads((tmp_path / "bert-gradnas/gradnas.json").read_text(encoding="utf-8"))
     kept, sizes = document["plan"]["kept"], document["plan"]["sizes"]
@@ -268,7 +268,7 @@ def test_pruning_again_composes(prune, bert, tsv, tmp_path):
 
 def test_random_weights_stop_unless_asked_for(prune, tmp_path, monkeypatch):
     base = save_bert(tmp_path / "base", "BertModel")
-    command = ["--model", base, "--task", "text-classification", *TINY]
+    command = ["--model", base, "--task", "text-classification", *PLAIN]
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr("hf_gradnas.pruner.GradNASPruner.discover", _never)
@@ -296,7 +296,7 @@ def test_an_interruption_keeps_the_scores_and_resumes(
         return plain(self, rows)
 
     command = ["--model", bert, "--dataset", tsv, "--num-examples", "12", "--batch-size", "4"]
-    command += ["--no-eval"]
+    command += ["--no-eval", "--no-report", "--repair", "none"]
     with monkeypatch.context() as patch:
         patch.setattr(Collator, "__call__", interrupted)
         code, _, err = prune(*command)
@@ -402,7 +402,7 @@ def test_labels_of_data_need_data(prune, bert, monkeypatch):
 
 
 def test_an_output_that_exists_is_kept_unless_overwritten(prune, bert, tsv, tmp_path):
-    command = ["--model", bert, "--dataset", tsv, *TINY]
+    command = ["--model", bert, "--dataset", tsv, *PLAIN]
     assert prune(*command)[0] == 0
     kept = (tmp_path / "bert-gradnas" / "gradnas.json").read_bytes()
     code, _, err = prune(*command, "--target", "flops=80%")
@@ -445,9 +445,9 @@ def test_a_glob_that_matches_nothing_is_refused(prune, bert, tsv, monkeypatch):
 
 def test_scores_of_another_model_or_kind_are_refused(prune, bert, tsv, tmp_path, monkeypatch):
     other = save_bert(tmp_path / "other", intermediate_size=48)
-    assert prune("--model", other, "--dataset", tsv, "--dry-run", *TINY)[0] == 0
+    assert prune("--model", other, "--dataset", tsv, "--dry-run", *PLAIN)[0] == 0
     scores = ["--scores", "other-gradnas.scores.safetensors"]
-    code, _, err = prune("--model", bert, "--dataset", tsv, *scores, *TINY)
+    code, _, err = prune("--model", bert, "--dataset", tsv, *scores, *PLAIN)
     assert code == 2
     assert "model" in err
     code, _, err = prune("--model", bert, "--dataset", tsv, *scores, "--score", "taylor")
@@ -457,7 +457,7 @@ def test_scores_of_another_model_or_kind_are_refused(prune, bert, tsv, tmp_path,
 
 def test_the_score_is_chosen_on_rows_held_out(prune, bert, tsv, tmp_path):
     code, out, err = prune(
-        "--model", bert, "--dataset", tsv, "--score", "auto", "--target", "flops=70%", *TINY
+        "--model", bert, "--dataset", tsv, "--score", "auto", "--target", "flops=70%", *PLAIN
     )
     assert (code, err) == (0, "")
     found = json.loads((tmp_path / "bert-gradnas/gradnas.json").read_text(encoding="utf-8"))
@@ -469,7 +469,7 @@ def test_the_score_is_chosen_on_rows_held_out(prune, bert, tsv, tmp_path):
     assert f"score='auto': {plan['score']} is taken; KL to the original" in out
     file = "bert-gradnas.scores.safetensors"
     assert Scores.load(file).methods == ("tempered", "fisher")
-    given = ["--scores", file, "--dry-run", "--dataset", tsv, "--model", bert, *TINY]
+    given = ["--scores", file, "--dry-run", "--dataset", tsv, "--model", bert, *PLAIN]
     code, out, _ = prune(*given, "--score", "auto")
     assert code == 0
     assert "score='auto': tempered is taken untried" in out
@@ -521,7 +521,7 @@ def test_labels_in_another_order_are_warned_of(prune, bert, tsv, tmp_path):
     rows = ("\t".join((line.split("\t")[0], "1")) for line in tsv.read_text().splitlines())
     (tmp_path / "ones.tsv").write_text("\n".join(rows), encoding="utf-8")
     files = ["--dataset", tsv, "--eval-dataset", "ones.tsv"]
-    code, _, err = prune("--model", bert, *files, "--dry-run", *TINY)
+    code, _, err = prune("--model", bert, *files, "--dry-run", *PLAIN)
     assert code == 0
     assert "the accuracy of the unpruned model is 0.0% on 24 examples" in err
     assert "--label-map" in err
@@ -537,7 +537,7 @@ def test_options_that_this_model_does_not_read_are_refused(prune, bert, tsv, mon
 
 def test_examples_are_scored_in_order_of_length(prune, bert, tsv, monkeypatch):
     options = ["--model", bert, "--dataset", tsv, "--no-eval", "--dry-run", "--target", "flops=80%"]
-    options += ["--num-examples", "10", "--batch-size", "4"]
+    options += ["--num-examples", "10", "--batch-size", "4", "--repair", "none"]
     widths, discovered = [], []
     collate, discover = Collator.__call__, GradNASPruner.discover
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,21 @@ def document(folder: str = "bert-gradnas") -> dict:
     return json.loads(Path(folder, "gradnas.json").read_text(encoding="utf-8"))
 
 
-def test_it_repairs_by_default_and_says_how_far_it_came(prune, options, capsys) -> None:
+def _once(replay: Callable[..., Any]) -> Callable[..., Any]:
+    """Loads a checkpoint in a new process once for each way of loading."""
+    found: dict[object, Any] = {}
+
+    def replayed(route: object, *args: Any, **kwargs: Any) -> Any:
+        if route not in found:
+            found[route] = replay(route, *args, **kwargs)
+        return found[route]
+
+    return replayed
+
+
+def test_it_repairs_by_default_and_says_how_far_it_came(
+    prune, options, capsys, monkeypatch
+) -> None:
     code, out, err = prune(*options, "--no-eval")
     assert (code, err) == (0, "")
     assert "layers by least squares on 12 examples, without training: the KL divergence" in out
@@ -64,6 +79,7 @@ def test_it_repairs_by_default_and_says_how_far_it_came(prune, options, capsys) 
     card = Path("bert-gradnas/README.md").read_text(encoding="utf-8")
     assert said in card
     assert "| KL, nats per label |" in card
+    monkeypatch.setattr(verify_command, "replay", _once(verify_command.replay))
     assert verify_command.verify_from_options("bert-gradnas") == 0
     assert said in capsys.readouterr().out
     assert verify_command.verify_from_options("bert-gradnas", as_json=True) == 0
