@@ -116,12 +116,13 @@ def test_onnx_runtime_gives_the_same_outputs(case: tuple[str, Path], tmp_path: P
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="it cannot compile this BERT")
-def test_torch_compile(pruned: dict[tuple[str, str], Path]) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_torch_compile(backend: str, pruned: dict[tuple[str, str], Path]) -> None:
     model, batch = loaded("bert", pruned["bert", "per_layer"]), batch_of("bert")
     expected = model(**batch).logits
     torch.compiler.reset()
     with torch.no_grad():
-        found = torch.compile(model, fullgraph=True)(**batch).logits
+        found = torch.compile(model, fullgraph=True, backend=backend)(**batch).logits
     assert (found - expected).abs().max() < 1e-5
 
 
