@@ -67,6 +67,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.factor == "sparse":
             x = torch.stack([torch.sparse.mm(self.mix, example) for example in x])
+        if self.factor == "flat":  # as a router does: one row per token
+            rows = self.norm(x).flatten(0, 1)
+            return x + (self.ffn(rows) * torch.sigmoid(self.gate(rows))).view_as(x)
         y = self.ffn(self.norm(x))
         if self.factor == "scaled":
             y = y * self.scale
@@ -132,7 +135,7 @@ def measured(
     return found
 
 
-KINDS = ["none", "scaled", "gated", "switched", "sparse", "normed", "ordered"]
+KINDS = ["none", "scaled", "gated", "switched", "sparse", "normed", "ordered", "flat"]
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -145,6 +148,18 @@ def test_what_is_said_of_a_repair_holds_in_the_model(factor: str, size: int) -> 
         assert repair.kl_after < 0.5 * repair.kl_before
         found = measured(model, axes, plan, repair, batches)
     assert found == pytest.approx(repair.kl_after, rel=1e-7)
+
+
+def test_padding_is_left_out_of_rows_of_tokens_too() -> None:
+    with zoo.float64_throughout():
+        model, batches = build("flat"), batches_of(4)
+        mask = torch.ones_like(batches[0]["input_ids"])
+        mask[1:3, 5:] = 0
+        padded = [{**batch, "attention_mask": mask} for batch in batches]
+        axes, plan = half(model, batches[0])
+        repair = find_repair(model, axes, plan, padded)
+    rows = {site.module: site.rows for site in repair.sites}
+    assert [rows[f"blocks.{n}.ffn.down"] for n in range(3)] == [20 * int(mask.sum())] * 3
 
 
 def test_what_a_factor_of_zero_takes_away_is_left_alone() -> None:

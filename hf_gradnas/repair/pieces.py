@@ -104,18 +104,17 @@ class Piece:
             decoder: Path of an encoder-decoder's decoder.
         """
         x = flat_inputs(reader, self.pruned.inputs[reader.path])
+        tensor = cast(Tensor, self.original.tensor)
         if reader.alone:
-            wanted = residual = flat_outputs(reader, self.pruned.losses[reader.path])
-        else:
-            tensor = cast(Tensor, self.original.tensor)
-            wanted = flat_outputs(reader, tensor)
+            tensor = self.pruned.losses[reader.path]
+        wanted = residual = at_least_float32(flat_outputs(reader, tensor)).to(x.device)
+        if not reader.alone:
             found = flat_outputs(reader, cast(Tensor, self.pruned.tensor))
-            residual = at_least_float32(wanted) - at_least_float32(found)
-            real = self._real(tensor, gate.place.path, decoder)
-            if real is not None and not reader.is_conv:
-                places = real.to(x.device)
-                x, wanted, residual = x[places], wanted[places], residual[places]
-        wanted, residual = at_least_float32(wanted), at_least_float32(residual)
+            residual = wanted - at_least_float32(found).to(x.device)
+        real = None if reader.is_conv else self._real(tensor, gate.place.path, decoder)
+        if real is not None:
+            places = real.to(x.device)
+            x, wanted, residual = x[places], wanted[places], residual[places]
         if reader.outputs is not None:
             outputs = list(reader.outputs)
             wanted, residual = wanted[:, outputs], residual[:, outputs]
