@@ -120,6 +120,30 @@ def test_both_halves_of_a_parallel_block_are_fitted(family):
     assert found == pytest.approx(repair.kl_after, rel=1e-7)
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_what_a_decoder_reads_of_the_encoder_is_padded_as_the_encoder_is(family):
+    """Also where both are padded to one length."""
+    model, batch = zoo.build(family)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = ids.masked_fill(mask.flip(0) == 0, -100)
+    batches = [{"input_ids": ids, "attention_mask": mask, "labels": labels}] * 5
+    assert int(mask[:2].sum()) != int(mask.flip(0)[:2].sum())
+    short = [{name: value[:2] for name, value in each.items()} for each in batches]
+    with zoo.float64_throughout():
+        axes = find_structure(model, batch).axes
+        kept = {axis.name: tuple(range(-(-axis.size // 2))) for axis in axes}
+        plan = Plan(kept, {axis.name: axis.size for axis in axes}, layout="per_layer")
+        repair = find_repair(model, axes, plan, short)
+    rows = {site.module: site.rows for site in repair.sites if site.rows}
+    crossing = {"bart": "decoder.layers.0.encoder_attn.", "t5": "decoder.block.0.layer.1."}[family]
+    found = {path: count for path, count in rows.items() if crossing in path}
+    of_encoder = {path for path in found if path.endswith((".k", ".k_proj", ".v", ".v_proj"))}
+    assert of_encoder
+    for path, count in found.items():
+        real = mask[:2] if path in of_encoder else mask.flip(0)[:2]
+        assert count == 5 * int(real.sum()), path
+
+
 def test_a_layer_that_held_out_batches_do_not_come_to_is_said(monkeypatch):
     is_at, path = Piece.is_at, "bert.encoder.layer.1.output.dense"
 

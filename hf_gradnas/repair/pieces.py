@@ -84,7 +84,8 @@ class Piece:
     def fed_rows(self, gate: Gate, decoder: str | None) -> Rows:
         """What the map of a feed is fitted on: its inputs, and what the original's are beside."""
         wanted, found = cast(Tensor, self.original.tensor), cast(Tensor, self.pruned.tensor)
-        real = self._real(wanted, gate.place.path, decoder)
+        feed = cast(Feed, gate.readers[0])  # a decoder reads states that the encoder made
+        real = self._real(wanted, feed.maker or feed.path, decoder)
         wanted, found = (
             at_least_float32(wanted.flatten(0, -2)),
             at_least_float32(found.flatten(0, -2)),

@@ -67,9 +67,11 @@ class Feed:
 
     Attributes:
         layers: Each by path, in running order; ``Linear`` or ``Conv1D`` of Transformers.
+        maker: Path of the module that put the input out; "" where none did.
     """
 
     layers: tuple[tuple[str, nn.Module], ...]
+    maker: str = ""
 
     @property
     def path(self) -> str:

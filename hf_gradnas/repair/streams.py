@@ -11,6 +11,7 @@ Knows operations and module calls; knows no architecture, and nothing of least s
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -102,10 +103,11 @@ class _Sum:
 
 @dataclass(slots=True)
 class _Fed:
-    """One input of others: when it was first read, its shape, and who reads it."""
+    """One input of others: when it was first read, its shape, who made it, and who reads it."""
 
     time: int
     shape: torch.Size
+    maker: str
     layers: list[tuple[str, nn.Module]] = field(default_factory=list)
 
 
@@ -128,6 +130,7 @@ class _Trace(TorchDispatchMode):
         self._own: dict[str, tuple[int, Place, torch.Size]] = {}
         self._calls: dict[tuple[str, str], int] = {}
         self._feeds: dict[Key, _Fed] = {}
+        self._makers: dict[Key, tuple[weakref.ref[Tensor], str]] = {}
         self._clock = 0
         own = tensors_of((*self.model.parameters(), *self.model.buffers()))
         self._fixed = {address_of(tensor) for tensor in own}  # what does not depend on the batch
@@ -162,7 +165,7 @@ class _Trace(TorchDispatchMode):
             of_examples = fed.shape[0] == self.examples
             is_fixed = of_examples or _has_positions(fed.shape, self.examples)
             if is_fixed and all(self._calls[path, "input"] == 0 for path, _ in fed.layers):
-                feed = Feed(tuple(fed.layers))
+                feed = Feed(tuple(fed.layers), fed.maker)
                 events.append((fed.time, Gate(Place(feed.path, "input", 0), (feed,), (1.0,))))
         yield from (gate for _, gate in sorted(events, key=lambda event: event[0]))
 
@@ -250,8 +253,10 @@ class _Trace(TorchDispatchMode):
         call = self._count(path, "input")
         if module in self.others and args and isinstance(args[0], Tensor):
             self._held.append(args[0])
-            fed = self._feeds.setdefault(_key(args[0]), _Fed(self._clock, args[0].shape))
-            fed.layers.append((path, module))
+            key = _key(args[0])
+            made, maker = self._makers.get(key, (lambda: None, ""))
+            fed = _Fed(self._clock, args[0].shape, maker if made() is not None else "")
+            self._feeds.setdefault(key, fed).layers.append((path, module))
         values: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for key, value in values.items():
             self._see(Place(path, "input", key, call), value)
@@ -260,6 +265,8 @@ class _Trace(TorchDispatchMode):
         call = self._count(path, "output")
         for key, value in _leaves(output):
             self._see(Place(path, "output", key, call), value)
+        for tensor in tensors_of((output,)):
+            self._makers[_key(tensor)] = (weakref.ref(tensor), path)
         reader = self._by_module.get(module)
         if reader is None or not isinstance(output, Tensor):
             return
