@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 import zoo
+from torch import nn
 
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import GradNASWarning, RepairError
@@ -373,6 +374,43 @@ def test_units_that_repeat_others_are_replaced_exactly():
     site = next(site for site in repair.sites if site.module.endswith("layers.1.mlp.down_proj"))
     assert site.error_after < 1e-3 * site.error_before
     assert repair.kl_after < 1e-3 * repair.kl_before
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 0])
+@pytest.mark.parametrize("share", [0.1, 0.8])
+def test_an_interrupt_leaves_the_model_as_it_was(share, memory_bytes, tmp_path):
+    model, batch, pruner, plan = planned("bert")
+    wide = {name: torch.cat([value] * 2) for name, value in batch.items()}
+    options = {"memory_bytes": memory_bytes, "spill": tmp_path}
+    calls, stop = 0, 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    def state():
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        flags = [module.training for module in model.modules()]
+        return hooks, flags, model.config.use_cache, torch.get_rng_state().tolist()
+
+    with torch.no_grad():
+        wanted = model(**batch).logits
+    model.bert.pooler.train()
+    before = state()
+    with nn.modules.module.register_module_forward_pre_hook(count):
+        find_repair(model, pruner.structure.axes, plan, [wide] * 5, **options)
+        assert state() == before
+        calls, stop = 0, int(share * calls)
+        with pytest.raises(KeyboardInterrupt):
+            find_repair(model, pruner.structure.axes, plan, [wide] * 5, **options)
+    assert state() == before
+    assert not list(tmp_path.iterdir())
+    assert torch.is_grad_enabled()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, wanted)
 
 
 def _compile_model(model):

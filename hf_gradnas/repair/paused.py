@@ -69,7 +69,7 @@ class Forward:
         """Run as far as the next gate, or to the end."""
         before = _Modes.now()
         if self._modes is None:
-            torch.manual_seed(0)  # a forward that draws numbers draws the same in both runs
+            _seed()
         else:
             self._modes.set()
         try:
@@ -281,6 +281,13 @@ class Conductor:
             forward.stop()
         self._forwards.clear()
         self._memory.close()
+
+
+def _seed() -> None:
+    """Let a forward that draws numbers draw the same in both runs, on devices in `_Modes` alone."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
