@@ -90,11 +90,14 @@ class Factors(PreTrainedModel):
         super().__init__(config)
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.blocks = nn.ModuleList([Block(config.factor) for _ in range(3)])
-        self.head = (Normed if config.factor == "normed" else nn.Linear)(WIDTH, 4)
+        kind = Normed if config.factor == "normed" else nn.Linear
+        self.head = kind(WIDTH, VOCAB if config.factor == "embedded" else 4)
         self.post_init()
 
     def forward(self, input_ids: Tensor, **_: object) -> SequenceClassifierOutput:
         x = self.embed(input_ids)
+        if self.config.factor == "embedded":  # by the weight of the head, as no name tells
+            x = nn.functional.embedding(input_ids, self.head.weight)
         for block in self.blocks:
             x = block(x)
         return SequenceClassifierOutput(logits=self.head(x.mean(1)))
@@ -135,7 +138,7 @@ def measured(
     return found
 
 
-KINDS = ["none", "scaled", "gated", "switched", "sparse", "normed", "ordered", "flat"]
+KINDS = ["none", "scaled", "gated", "switched", "sparse", "normed", "ordered", "flat", "embedded"]
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -148,6 +151,23 @@ def test_what_is_said_of_a_repair_holds_in_the_model(factor: str, size: int) -> 
         assert repair.kl_after < 0.5 * repair.kl_before
         found = measured(model, axes, plan, repair, batches)
     assert found == pytest.approx(repair.kl_after, rel=1e-7)
+
+
+def test_a_weight_that_other_code_reads_too_is_left_alone() -> None:
+    with zoo.float64_throughout():
+        model, batches = build("embedded"), batches_of(4)
+        axes, plan = half(model, batches[0])
+        repair = find_repair(model, axes, plan, batches)
+        assert repair.is_accepted
+        assert not any(name.startswith("head.") for name in repair.tensors)
+        for block in model.blocks:  # also where it is a layer that loses inputs
+            block.ffn.register_forward_pre_hook(
+                lambda ffn, args: (args[0] + ffn.down.weight.sum(1),)
+            )
+        found = find_repair(model, axes, plan, batches)
+    reasons = {site.module: site.reason for site in found.sites}
+    for number in range(3):
+        assert reasons[f"blocks.{number}.ffn.down"] == "its weight is read by other code too"
 
 
 def test_padding_is_left_out_of_rows_of_tokens_too() -> None:

@@ -70,7 +70,9 @@ def find_readers(
     mendable: list[Reader] = []
     for reader in readers:
         times = trace.times.get(reader.path, 0)
-        if times == 1:
+        if reader.module in trace.elsewhere:
+            reasons[reader.path] = "its weight is read by other code too"
+        elif times == 1:
             mendable.append(reader)
         else:
             reasons[reader.path] = (
@@ -113,13 +115,23 @@ class _Fed:
 
 @dataclass
 class _Trace(TorchDispatchMode):
-    """Follows the outputs of readers through one forward."""
+    """Follows the outputs of readers through one forward.
+
+    Attributes:
+        model: The whole model.
+        readers: Layers that lose inputs.
+        others: Paths of layers that lose none.
+        examples: Examples in the forward.
+        times: How often a reader ran, by path.
+        elsewhere: Readers and others whose weight is read outside their own forward.
+    """
 
     model: nn.Module
     readers: Sequence[Reader]
     others: Mapping[nn.Module, str]
     examples: int
     times: dict[str, int] = field(default_factory=dict)
+    elsewhere: set[nn.Module] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -132,6 +144,12 @@ class _Trace(TorchDispatchMode):
         self._feeds: dict[Key, _Fed] = {}
         self._makers: dict[Key, tuple[weakref.ref[Tensor], str]] = {}
         self._clock = 0
+        self._running: list[nn.Module] = []
+        self._weights: dict[int, list[tuple[range, nn.Module]]] = {}  # by address of the storage
+        for module in (*self._by_module, *self.others):
+            for weight in tensors_of((module.weight,)):
+                places = range(weight.storage_offset(), weight.storage_offset() + weight.numel())
+                self._weights.setdefault(address_of(weight), []).append((places, module))
         own = tensors_of((*self.model.parameters(), *self.model.buffers()))
         self._fixed = {address_of(tensor) for tensor in own}  # what does not depend on the batch
 
@@ -164,8 +182,9 @@ class _Trace(TorchDispatchMode):
         for fed in self._feeds.values():
             of_examples = fed.shape[0] == self.examples
             is_fixed = of_examples or _has_positions(fed.shape, self.examples)
-            if is_fixed and all(self._calls[path, "input"] == 0 for path, _ in fed.layers):
-                feed = Feed(tuple(fed.layers), fed.maker)
+            layers = tuple(pair for pair in fed.layers if pair[1] not in self.elsewhere)
+            if layers and is_fixed and all(self._calls[path, "input"] == 0 for path, _ in layers):
+                feed = Feed(layers, fed.maker)
                 events.append((fed.time, Gate(Place(feed.path, "input", 0), (feed,), (1.0,))))
         yield from (gate for _, gate in sorted(events, key=lambda event: event[0]))
 
@@ -173,10 +192,19 @@ class _Trace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        self._note_fixed(list(tensors_of((args, kwargs or {}))), out)
+        given = list(tensors_of((args, kwargs or {})))
+        self._note_elsewhere(given)
+        self._note_fixed(given, out)
         if self._sums:
             self._follow(func.overloadpacket, args, kwargs or {}, out)
         return out
+
+    def _note_elsewhere(self, given: Sequence[Tensor]) -> None:
+        """Note layers whose weight is among operands, but which do not run."""
+        for tensor in given:
+            for places, module in self._weights.get(address_of(tensor), ()):
+                if tensor.storage_offset() in places and module not in self._running[-1:]:
+                    self.elsewhere.add(module)
 
     def _note_fixed(self, given: Sequence[Tensor], out: Any) -> None:
         """Note what is made of weights and buffers alone, such as a scale of fixed statistics."""
@@ -251,6 +279,7 @@ class _Trace(TorchDispatchMode):
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         call = self._count(path, "input")
+        self._running.append(module)
         if module in self.others and args and isinstance(args[0], Tensor):
             self._held.append(args[0])
             key = _key(args[0])
@@ -263,6 +292,7 @@ class _Trace(TorchDispatchMode):
 
     def _leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self._count(path, "output")
+        self._running.pop()
         for key, value in _leaves(output):
             self._see(Place(path, "output", key, call), value)
         for tensor in tensors_of((output,)):
