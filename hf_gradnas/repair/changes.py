@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .paused import Forward
 from .readers import Feed, Reader, applied, input_dim, weight_of
 
+_BLOCK = 4096  # outputs at a time: those of a head may be hundreds of thousands
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
@@ -81,27 +83,34 @@ def new_values(changes: Mapping[Reader | Feed, Change]) -> dict[str, Tensor]:
             for path, module in reader.layers:
                 values |= _mapped(path, module, change)
             continue
-        weight = cast(Tensor, reader.module.weight).detach().clone()
+        weight = cast(Tensor, reader.module.weight).detach()
         index = torch.tensor(reader.kept, dtype=torch.long, device=weight.device)
-        weight.index_add_(reader.input_dim, index, change.weight.to(weight))
-        values[f"{reader.path}.weight"] = weight.cpu()
+        # Sums of the wider type: what is added need not be a number of 16 bits.
+        new = weight.to(change.weight.dtype, copy=True)
+        new.index_add_(reader.input_dim, index, change.weight.to(new))
+        values[f"{reader.path}.weight"] = new.to(weight.dtype).cpu()
         if change.bias is not None and reader.bias is not None:
             bias = reader.bias.detach()
-            values[f"{reader.path}.bias"] = (bias + change.bias.to(bias)).cpu()
+            values[f"{reader.path}.bias"] = (bias.to(change.bias) + change.bias).to(bias).cpu()
     return values
 
 
 def _mapped(path: str, module: nn.Module, change: Change) -> dict[str, Tensor]:
     """New parameters of a layer that read ``x`` and now read ``x + xD + c``."""
     weight = cast(Tensor, module.weight).detach()
-    across = weight if input_dim(module) == 0 else weight.t()  # (features, outputs)
-    across = across.to(change.weight)
-    added = change.weight @ across
-    new = (across + added).to(weight.dtype)
-    values = {f"{path}.weight": (new if input_dim(module) == 0 else new.t()).contiguous().cpu()}
-    if change.bias is not None:
-        bias = cast(Tensor, module.bias).detach()
-        values[f"{path}.bias"] = (bias.to(across) + change.bias @ across).to(bias.dtype).cpu()
+    new_weight = weight.cpu().clone()
+    values = {f"{path}.weight": new_weight}
+    old, new = (part if input_dim(module) == 0 else part.t() for part in (weight, new_weight))
+    bias = None if change.bias is None else cast(Tensor, module.bias).detach()
+    if bias is not None:
+        values[f"{path}.bias"] = bias.cpu().clone()
+    for start in range(0, old.shape[1], _BLOCK):
+        part = slice(start, start + _BLOCK)
+        across = old[:, part].to(change.weight)  # (features, outputs)
+        new[:, part] = (across + change.weight @ across).to(new)
+        if bias is not None and change.bias is not None:
+            added = change.bias @ across
+            values[f"{path}.bias"][part] = (bias[part].to(added) + added).to(bias.dtype).cpu()
     return values
 
 
