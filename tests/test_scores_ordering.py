@@ -88,6 +88,17 @@ def test_what_a_repair_holds_out_is_every_fifth_batch_of_that_order() -> None:
     assert held == [batch["input_ids"].shape[1] for batch in ordered][4::5]
 
 
+def test_what_a_repair_holds_out_of_few_batches_is_of_all_lengths_too() -> None:
+    model, _, _ = build("bert")
+    (batch,) = by_length(loader_of(Rows("bert", 20), 20))
+    lengths = batch["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 10
+    parts = read_parts(model, [batch], None, Processes())
+    assert [is_held_out for _, is_held_out in parts] == [False] * 4 + [True]
+    for place, (part, _) in enumerate(parts):
+        assert torch.equal(part.columns["attention_mask"].sum(1), lengths[place::5])
+
+
 def test_rows_that_are_held_out_are_of_all_lengths() -> None:
     model, axes, _ = build("bert")
     ordered = by_length(loader_of(Rows("bert", 40), 2), "balanced")

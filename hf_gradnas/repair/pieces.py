@@ -169,8 +169,12 @@ def read_parts(
 
 
 def _split(batch: Batch, *, is_last: bool) -> Iterator[tuple[Batch, bool]]:
-    """A batch in up to five pieces, the last held out; of one example if it is the last batch."""
-    pieces = np.array_split(np.arange(batch.examples), min(HELD_OUT, batch.examples))
+    """A batch in up to five pieces, the last held out; of one example if it is the last batch.
+
+    A piece has every fifth example: where they are in order of length, it has some of all lengths.
+    """
+    count = min(HELD_OUT, batch.examples)
+    pieces = [np.arange(start, batch.examples, count) for start in range(count)]
     for number, rows in enumerate(pieces, 1):
         piece = Batch(batch.index, batch.select(rows.tolist()), len(rows), batch.labels)
         yield piece, number == len(pieces) and (len(pieces) > 1 or is_last)
