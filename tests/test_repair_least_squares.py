@@ -413,6 +413,36 @@ def test_an_interrupt_leaves_the_model_as_it_was(share, memory_bytes, tmp_path):
         assert torch.equal(model(**batch).logits, wanted)
 
 
+def test_a_caller_in_autocast_gets_the_same_repair():
+    model, batch, pruner, plan = planned("bert")
+    model.float()
+    wanted = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+        assert torch.is_autocast_enabled("cpu")
+    assert wanted.is_accepted
+    assert found.summary() == wanted.summary()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_no_forward_waits_in_an_inference_mode_of_its_own(layer):
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("bert")
+        module = model.bert.encoder.layer[layer]
+        module.forward = torch.inference_mode()(module.forward)
+        try:
+            repair = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+        finally:
+            del module.forward
+    assert not torch.is_inference_mode_enabled()
+    assert repair.is_accepted
+    inside = f"bert.encoder.layer.{layer}."
+    assert not any(name.startswith(inside) for name in repair.tensors)
+    reasons = {site.module: site.reason for site in repair.sites if site.module.startswith(inside)}
+    assert reasons[f"{inside}output.dense"] == "it did not run on the sample, or in inference mode"
+    assert any(name.startswith("bert.encoder.layer.2.") for name in repair.tensors)
+
+
 def _compile_model(model):
     model.compile(backend="eager")
 

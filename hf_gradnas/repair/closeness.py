@@ -30,7 +30,7 @@ Variant = Callable[[], AbstractContextManager[Any]]
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Eval mode; no gradients, cache, compiled code or patched autocast within the block.
+    """Eval mode; no gradients, cache, compiled code or autocast within the block.
 
     What is made there can be changed and trained on outside, also for a caller in inference mode.
     """
@@ -42,6 +42,8 @@ def running(model: nn.Module) -> Iterator[None]:
                 config.use_cache = False
         stack.enter_context(uncompiled())
         stack.enter_context(without_autocast(model))
+        for kind in ("cpu", "cuda"):  # of the caller
+            stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(called_plainly(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

@@ -43,6 +43,7 @@ FACTORS = frozenset([aten.mul, aten.mul_])
 NORMS = frozenset(
     [aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten.cudnn_batch_norm]
 )
+_DID_NOT_RUN = "it did not run on the sample, or in inference mode"
 _LARGEST_FACTOR = 1 << 16  # values of a tensor that may be a factor per feature
 
 
@@ -75,9 +76,7 @@ def find_readers(
         elif times == 1:
             mendable.append(reader)
         else:
-            reasons[reader.path] = (
-                f"it runs {times} times in a forward" if times else "it did not run on the sample"
-            )
+            reasons[reader.path] = f"it runs {times} times in a forward" if times else _DID_NOT_RUN
     return Found(tuple(trace.gates(mendable)), reasons)
 
 
@@ -280,6 +279,8 @@ class _Trace(TorchDispatchMode):
     ) -> None:
         call = self._count(path, "input")
         self._running.append(module)
+        if torch.is_inference_mode_enabled():  # a forward that waits there leaves it to others
+            return
         if module in self.others and args and isinstance(args[0], Tensor):
             self._held.append(args[0])
             key = _key(args[0])
@@ -293,6 +294,8 @@ class _Trace(TorchDispatchMode):
     def _leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self._count(path, "output")
         self._running.pop()
+        if torch.is_inference_mode_enabled():
+            return
         for key, value in _leaves(output):
             self._see(Place(path, "output", key, call), value)
         for tensor in tensors_of((output,)):
