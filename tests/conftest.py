@@ -21,6 +21,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import zoo  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 
 import hf_gradnas  # noqa: E402 - per-layer loading is installed in every test
@@ -156,10 +157,15 @@ _EARLIER: list[tuple[weakref.ref[PreTrainedModel], frozenset[str]]] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_models() -> Iterator[None]:
-    """Drop the models of a test file when it is done, and what it imported from collections."""
+    """Drop what a test file leaves when it is done: its models, and Accelerate's state.
+
+    What it imported is kept out of collections from then on.
+    """
     yield
     zoo.BUILT.clear()
     _EARLIER.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a trainer, for all that come later
+    GradientState._reset_state()
     _keep_what_is_there()
 
 
