@@ -80,9 +80,15 @@ class Data:
     collate: Callable[[Sequence[Any]], Batch]
 
     def subset(self, index: int, args: argparse.Namespace) -> list[Batch]:
-        """Batches of the calibration subset of that index; subsets share no example."""
+        """Batches of the calibration subset of that index; subsets share no example.
+
+        In order of length, the longest first, as the command scores and repairs.
+        """
         start = index * args.examples
-        return self.batches(self.calibration[start : start + args.examples], args.batch_size)
+        examples = self.calibration[start : start + args.examples]
+        if not isinstance(examples, Tensor):  # blocks have one length
+            examples = sorted(examples, key=lambda row: len(row[0]), reverse=True)
+        return self.batches(examples, args.batch_size)
 
     def batches(self, examples: Sequence[Any], size: int) -> list[Batch]:
         """Batches in order."""
