@@ -180,13 +180,7 @@ class ExaminedModel:
             RepairError: Activations are not finite, one example only, or no room on the disk.
             StructureError: The weights are sharded.
         """
-        if self._applied:
-            raise OrderError(
-                "repair: this model was cut already, and a repair compares it with the whole one; "
-                "load the original again, and call repair(plan, dataloader) before apply(plan, "
-                "repair)."
-            )
-        check_unsharded(self.model, "repair")
+        self._check_whole("repair")
         dataloader = self._discovered(dataloader, num_examples)
         check_plan(self.structure.axes, plan)
         options |= {"num_examples": num_examples, "progress": progress}
@@ -213,6 +207,21 @@ class ExaminedModel:
             check_repair(repair, self.model, plan)
             context = repaired(self.model, repair, context)
         return uncompiled(context)
+
+    def _check_whole(self, step: str) -> None:
+        """Check that the model is not cut, and all of it is on this process.
+
+        Raises:
+            OrderError: It was cut.
+            StructureError: The weights are sharded.
+        """
+        if self._applied:
+            raise OrderError(
+                f"{step}: this model was cut already, and a repair compares it with the whole one; "
+                f"load the original again, and call {step}(plan, dataloader) before apply(plan, "
+                "repair)."
+            )
+        check_unsharded(self.model, step)
 
     def _discovered(self, dataloader: Iterable[Batch], limit: int | None) -> Iterable[Batch]:
         """The same batches, to be read again once `discover` has seen the longest of them."""

@@ -22,7 +22,8 @@ from .frontier import Limits, measure_frontier
 from .hub import push
 from .repair.choice import closest
 from .repair.repairs import CHOICES as REPAIRS
-from .repair.repairs import Repair, attempted, check_repair
+from .repair.repairs import Repair, check_repair, mended
+from .repair.swaps import swap_neurons
 from .report import say_repair
 from .scores import METHODS, check_scores, collect_scores
 from .scores.prediction import settled
@@ -180,6 +181,41 @@ class GradNASPruner(ExaminedModel):
             self._processes.from_main(partial(make, **options)), self.model, axes, scores
         )
 
+    def swap(
+        self,
+        plan: Plan,
+        dataloader: Iterable[Batch],
+        *,
+        num_examples: int | None = None,
+        progress: Progress | None = None,
+    ) -> Plan:
+        """Choose half of the neurons that stay by what least squares mends; widths do not change.
+
+        Comes before `repair`, without which it does harm. One forward of the whole model for every
+        second batch, and one inverse per layer. After `repair.swaps`: optimal brain surgeon.
+
+        Args:
+            plan: Made from the present scores.
+            dataloader: As for `repair`.
+            num_examples: Use the first so many examples; None: all.
+            progress: Called with steps done and their number.
+
+        Raises:
+            DataError: Batches that the model cannot run.
+            OrderError: There are no scores yet, or the model is cut already.
+            PlanError: The plan does not fit this model.
+            RepairError: Activations are not finite.
+            StructureError: The weights are sharded.
+        """
+        self._check_whole("swap")
+        scores, axes = self.scores, self.structure.axes
+        check_plan(axes, plan)
+        if plan.score in scores.also:
+            scores = scores.of(plan.score)
+        more: dict[str, Any] = {"num_examples": num_examples, "progress": progress}
+        more["processes"] = self._processes
+        return swap_neurons(self.model, axes, plan, scores, dataloader, **more)
+
     def apply(self, plan: Plan, repair: Repair | None = None) -> PreTrainedModel:
         """Cut the model in place and rewrite its config; a plan that does not fit changes nothing.
 
@@ -290,13 +326,14 @@ class GradNASPruner(ExaminedModel):
         repair: str = "auto",
         **score: Any,
     ) -> Plan:
-        """Discover, check the budget, score, plan, repair and cut in one call.
+        """Discover, check the budget, score, plan, swap, repair and cut in one call.
 
         Args:
             dataloader: Yields dicts for ``model(**batch)``.
             budget: Such as ``{"flops": "60%"}`` or ``{"params": 66e6}``.
-            repair: ``"auto"``: with new weights by `repair` where they bring its predictions
-                closer to the original's; a warning says where none can be found. ``"none"``.
+            repair: ``"auto"``: with neurons by `swap` and new weights by `repair` where they bring
+                its predictions closer to the original's; a warning says where none can be found.
+                ``"none"``.
             **score: Further arguments of `score`.
 
         Raises:
@@ -311,7 +348,7 @@ class GradNASPruner(ExaminedModel):
         self.score(dataloader, **score)
         plan, found = self.plan(budget), None
         if repair == "auto":
-            found = self._attempt(plan, dataloader, num_examples=limit)
+            plan, found = self._mended(plan, dataloader, num_examples=limit)
         if found is not None:
             logger.info("gradnas: %s", say_repair(found.record()))
         self.apply(plan, found)
@@ -330,7 +367,8 @@ class GradNASPruner(ExaminedModel):
         Args:
             dataloader: As of `score`; or a mapping from a seed to such batches, for several.
             budgets: Limits per cost, ``{"flops": ["80%", "60%"]}``; each is a budget of its own.
-            repair: ``"auto"``: each plan is measured with the new weights of `repair` too.
+            repair: ``"auto"``: each plan is measured with neurons by `swap`, and with the new
+                weights of `repair` too.
             **options: ``batches`` to measure on, and further arguments of
                 `frontier.measure_frontier`.
 
@@ -346,9 +384,13 @@ class GradNASPruner(ExaminedModel):
             loaders[seed] = self._discovered(loaders[seed], options.get("num_examples"))
         names = CANDIDATES if self.score_method == AUTO else self.score_method
         given = {"score": names, "processes": self._processes, **options}
-        given["repair"] = self._attempt if repair == "auto" else None
+        given["repair"] = self._mended if repair == "auto" else None
         return measure_frontier(self, loaders, budgets=budgets, **given)
 
-    def _attempt(self, plan: Plan, dataloader: Iterable[Batch], **options: Any) -> Repair | None:
-        """The repair of a plan, or None with a warning that says why there is none."""
-        return attempted(partial(self.repair, plan, dataloader, **options), self._processes)
+    def _mended(
+        self, plan: Plan, dataloader: Iterable[Batch], **options: Any
+    ) -> tuple[Plan, Repair | None]:
+        """The plan with swapped neurons and its repair; see `repair.repairs.mended`."""
+        own: dict[str, Any] = {"dataloader": dataloader, **options}
+        steps = partial(self.swap, **own), partial(self.repair, **own)
+        return mended(plan, *steps, self._processes)

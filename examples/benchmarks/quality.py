@@ -130,6 +130,8 @@ def trials(
         limit = limit_of(row["budget"], pruner)
         plan = method.choose(pruner, values, limit) if method.choose else pruner.plan(limit)
         start = time.perf_counter()
+        if row["repair"] and method.choose is None and method.values is None:
+            plan = pruner.swap(plan, batches)
         variant = pruned_by(pruner, method, plan, batches, row)
         repaired = time.perf_counter() - start if row["repair"] else 0.0
         achieved = max(plan.costs[cost] / pruner.totals[cost] for cost in limit)

@@ -20,7 +20,7 @@ from ..checkpoint.savable import check_savable
 from ..checkpoint.targets import usable_target
 from ..errors import GradNASWarning, PlanError, ScoresError
 from ..pruner import GradNASPruner
-from ..repair.repairs import Repair, attempted, install_repair
+from ..repair.repairs import Repair, install_repair, mended
 from ..report import say_repair
 from ..scores.ordering import by_length
 from ..scores.processes import Processes
@@ -112,8 +112,7 @@ class Run:
             self._resume(saved, checkpoint)
         elif settings.when == "begin":
             self._score()
-            plan = self._plan(1.0)
-            repair = self._repair(plan)
+            plan, repair = self._mended(self._plan(1.0))
             if repair is not None:
                 install_repair(self.model, repair)
             self._set(plan, is_final=True)
@@ -123,9 +122,9 @@ class Run:
         """Score and cut before training."""
         self._discover()
         self._score()
-        plan = self._plan(1.0)
+        plan, repair = self._mended(self._plan(1.0))
         self.progress.plan, self.progress.is_final = plan, True
-        self._cut(plan, self._repair(plan))
+        self._cut(plan, repair)
 
     def _discover(self) -> Mapping[str, Any]:
         """Find the axes with the longest of the batches, and return it."""
@@ -306,9 +305,8 @@ class Run:
                     stacklevel=2,
                 )
             self._score()
-            plan = self._plan(1.0)
+            plan, repair = self._mended(self._plan(1.0))
             self._set(plan, is_final=True)
-            repair = self._repair(plan)
         self._cut(plan, repair)
 
     def write(self, target: Path, processing_class: Any) -> Path:
@@ -350,19 +348,20 @@ class Run:
         self.progress.scores = self.scores.metadata
         self._pruner.use_scores(self.scores)
 
-    def _repair(self, plan: Plan) -> Repair | None:
-        """New weights for a plan of the whole model; None where it was masked while it trained."""
+    def _mended(self, plan: Plan) -> tuple[Plan, Repair | None]:
+        """A plan with swapped neurons, and its repair; as it is if masked while it trained."""
         if self.settings.repair == "none" or self.settings.when == "gradual":
-            return None
+            return plan, None
         limit = self.settings.sample_size
-        batches = by_length(self._batches, num_examples=limit)
-        find = partial(self._pruner.repair, plan, batches, num_examples=limit)
+        own: dict[str, Any] = {"dataloader": by_length(self._batches, num_examples=limit)}
+        own["num_examples"] = limit
+        steps = partial(self._pruner.swap, **own), partial(self._pruner.repair, **own)
         with self._undisturbed():
-            found = attempted(find, self._processes)
+            plan, found = mended(plan, *steps, self._processes)
         if found is not None:
             self.progress.repair = found.record()
             logger.info("gradnas: %s", say_repair(self.progress.repair))
-        return found
+        return plan, found
 
     def _plan(self, share: float) -> Plan:
         """Plan for the budget, or on the way to it."""

@@ -136,7 +136,7 @@ class _Run:
         from .opening import open_model
         from .preparation import prepare, with_subset
         from .publish import push_settings
-        from .repairing import find_repair
+        from .repairing import mend
         from .show import show_settings
 
         self._check_push()
@@ -162,7 +162,7 @@ class _Run:
                 self.screen.warn(doubt)
         plan = self._plan(pruner, loader, job)
         own, processes = self.screen, self.processes
-        repair = find_repair(pruner, plan, loader, self.recipe, screen=own, processes=processes)
+        plan, repair = mend(pruner, plan, loader, self.recipe, screen=own, processes=processes)
         self.cutting = True
         if self.recipe.dry_run:
             self._finish_dry_run(pruner, plan, repair, evaluation, job, before)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .preparation import Job
 
 
-def find_repair(
+def mend(
     pruner: GradNASPruner,
     plan: Plan,
     loader: DataLoader[Any],
@@ -30,24 +30,35 @@ def find_repair(
     *,
     screen: Screen,
     processes: Processes,
-) -> Repair | None:
-    """New weights for a plan, from the calibration data alone, saved beside the output.
+) -> tuple[Plan, Repair | None]:
+    """Neurons and new weights for a plan, by the calibration data alone; saved beside the output.
 
     Returns:
-        None where none was asked for, or where a warning says why there is none.
+        The plan that is cut, and its repair; the plan as it is and None where none was asked for,
+        or where a warning says why there is none.
     """
-    from ..repair.repairs import attempted
-    from ..report import say_repair
+    from ..repair.repairs import mended
+    from ..report import say_repair, say_swap
     from ..scores.ordering import by_length
 
     if recipe.repair == "none":
-        return None
+        return plan, None
     began = time.monotonic()
-    with screen.progress("Repairing") as report:
-        find = partial(pruner.repair, plan, by_length(loader), progress=report)
-        found = attempted(find, processes)
+    batches = by_length(loader)
+
+    def swap(plan: Plan) -> Plan:
+        with screen.progress("Swapping neurons") as report:
+            return pruner.swap(plan, batches, progress=report)
+
+    def repair(plan: Plan) -> Repair:
+        with screen.progress("Repairing") as report:
+            return pruner.repair(plan, batches, progress=report)
+
+    chosen, found = mended(plan, swap, repair, processes)
     if found is None:
-        return None
+        return chosen, None
+    if chosen.kept != plan.kept:
+        screen.line(say_swap(pruner.structure, plan, chosen))
     file = repair_file(str(recipe.output))
     took = f"{time.monotonic() - began:.1f} s"
     screen.line(f"{say_repair(found.record())} It took {took}.")
@@ -57,7 +68,7 @@ def find_repair(
         screen.warn(str(error))
     else:
         screen.line(f"Repair: {file}")
-    return found
+    return chosen, found
 
 
 def recover_model(

@@ -108,8 +108,8 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
     processes = processes or Processes()
     with running(model):
         parts = read_parts(model, batches, num_examples, processes)
-        found = _readers_of(model, axes, plan, [batch for batch, _ in parts], processes)
-        bound = _default_bound(model) if memory_bytes is None else memory_bytes
+        found = first_readers(model, axes, plan, [batch for batch, _ in parts], processes)
+        bound = default_bound(model) if memory_bytes is None else memory_bytes
         conductor = Conductor(model, found.gates, memory_bytes=bound, folder=spill)
         with ExitStack() as stack:
             stack.enter_context(conductor.before_masks())
@@ -133,14 +133,14 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
     )
 
 
-def _readers_of(
+def first_readers(
     model: PreTrainedModel,
     axes: Sequence[Axis],
     plan: Plan,
     batches: Sequence[Batch],
     processes: Processes,
 ) -> Found:
-    """Readers and gates, found on the main process's first examples: the same on all."""
+    """Readers and gates of a plan, found on the main process's first examples: the same on all."""
     own = _first_examples(batches[0]) if batches else {}
     columns = from_main(own, processes)
     with processes.joint():
@@ -158,7 +158,7 @@ def _first_examples(batch: Batch) -> Mapping[str, Any]:
     return batch.select(list(range(min(TRACED, batch.examples))))
 
 
-def _default_bound(model: nn.Module) -> float:
+def default_bound(model: nn.Module) -> float:
     """A share of the free memory where the model is, in bytes."""
     device = next(model.parameters()).device
     if device.type == "cuda":

@@ -21,6 +21,26 @@ from ..scores.processes import Processes
 _BLOCK = 256  # rows of a product at a time: less memory, and only one triangle is computed
 
 
+def empty_gram(columns: int, like: Tensor) -> Tensor:
+    """Zeros for `add_gram`, on the device of a weight, or on the CPU where that has no float64."""
+    where = torch.device("cpu") if like.device.type == "mps" else like.device
+    return torch.zeros(columns, columns, dtype=torch.float64, device=where)
+
+
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add ``Σ x xᵀ`` of rows ``(rows, columns)`` to the lower triangle of a matrix in float64."""
+    x = x.to(gram.device)
+    for start in range(0, x.shape[1], _BLOCK):
+        end = start + _BLOCK
+        gram[start:end, :end] += x[:, start:end].t() @ x[:, :end]
+
+
+def sum_over(sums: Tensor, processes: Processes) -> None:
+    """Replace a tensor in float64 of each process by the sum over all."""
+    if processes.count > 1:
+        sums.copy_(torch.from_numpy(processes.sum(sums.cpu().numpy())))
+
+
 @dataclass
 class NormalEquations:
     """Sums over rows of inputs x ``(columns,)`` and residuals r ``(outputs,)``, in float64.
@@ -44,21 +64,15 @@ class NormalEquations:
     @classmethod
     def empty(cls, columns: int, outputs: int, like: Tensor) -> NormalEquations:
         """No rows yet, on the device of a weight, or on the CPU where that has no float64."""
-        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
-        where = torch.device("cpu") if device.type == "mps" else device
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=where)
-
-        sums = zeros(columns, columns), zeros(columns, outputs), zeros(columns), zeros(outputs)
-        return cls(*sums, dtype)
+        gram = empty_gram(columns, like)
+        zeros = gram.new_zeros
+        sums = gram, zeros(columns, outputs), zeros(columns), zeros(outputs)
+        return cls(*sums, torch.promote_types(like.dtype, torch.float32))
 
     def add(self, x: Tensor, residual: Tensor) -> None:
         """Add rows: x ``(rows, columns)`` and residual ``(rows, outputs)``, of one real type."""
         x, residual = x.to(self.gram.device), residual.to(self.gram.device)
-        for start in range(0, x.shape[1], _BLOCK):
-            end = start + _BLOCK
-            self.gram[start:end, :end] += x[:, start:end].t() @ x[:, :end]
+        add_gram(self.gram, x)
         self.cross += x.t() @ residual
         self.inputs += x.sum(0, dtype=torch.float64)
         self.residuals += residual.sum(0, dtype=torch.float64)
@@ -69,7 +83,7 @@ class NormalEquations:
         if processes.count == 1:
             return
         for sums in (self.gram, self.cross, self.inputs, self.residuals):
-            sums.copy_(torch.from_numpy(processes.sum(sums.cpu().numpy())))
+            sum_over(sums, processes)
         self.rows = int(processes.sum(np.array([float(self.rows)]))[0])
 
     def clear(self) -> None:

@@ -5,7 +5,7 @@ Knows batches and which positions are padding; knows nothing of weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,10 @@ LEAST_SCALE = 1e-3
 """Outputs that are multiplied by less than this share of the largest factor are left alone."""
 POSITIONS = 256
 """Positions of a convolution's output that are fitted per example, evenly spaced."""
+
+
+Masks = tuple[Tensor | None, Tensor | None]
+"""Real positions ``(examples, seq)`` of the encoder, or of the model, and of a decoder."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +73,7 @@ class Piece:
     is_held_out: bool
     original: Forward
     pruned: Forward
-    masks: tuple[Tensor | None, Tensor | None]
+    masks: Masks
 
     def is_at(self, number: int, reader: Reader | Feed) -> bool:
         """Whether both forwards wait at a gate, with as many rows, and ran a reader before it."""
@@ -85,7 +89,7 @@ class Piece:
         """What the map of a feed is fitted on: its inputs, and what the original's are beside."""
         wanted, found = cast(Tensor, self.original.tensor), cast(Tensor, self.pruned.tensor)
         feed = cast(Feed, gate.readers[0])  # a decoder reads states that the encoder made
-        real = self._real(wanted, feed.maker or feed.path, decoder)
+        real = real_positions(wanted, feed.maker or feed.path, masks=self.masks, decoder=decoder)
         wanted, found = (
             at_least_float32(wanted.flatten(0, -2)),
             at_least_float32(found.flatten(0, -2)),
@@ -112,7 +116,9 @@ class Piece:
         if not reader.alone:
             found = flat_outputs(reader, cast(Tensor, self.pruned.tensor))
             residual = wanted - at_least_float32(found).to(x.device)
-        real = None if reader.is_conv else self._real(tensor, gate.place.path, decoder)
+        real = None
+        if not reader.is_conv:
+            real = real_positions(tensor, gate.place.path, masks=self.masks, decoder=decoder)
         if real is not None:
             places = real.to(x.device)
             x, wanted, residual = x[places], wanted[places], residual[places]
@@ -125,15 +131,6 @@ class Piece:
         scale = scale.where(scale.abs() > LEAST_SCALE * scale.abs().max(), 0)
         residual = (residual / scale).where(scale != 0, 0)
         return Rows(at_least_float32(x), residual, float(wanted.double().square().sum()), scale)
-
-    def _real(self, tensor: Tensor, path: str, decoder: str | None) -> Tensor | None:
-        """Real positions ``(rows,)`` of a tensor ``(examples, seq, features)``; None: all."""
-        in_decoder = decoder is not None and f"{path}.".startswith(f"{decoder}.")
-        shape = tuple(tensor.shape[:-1])
-        for mask in self.masks[::-1] if in_decoder else self.masks:
-            if mask is not None and shape in (tuple(mask.shape), (mask.numel(),)):
-                return mask.flatten()
-        return None
 
 
 def read_parts(
@@ -187,11 +184,34 @@ def make_piece(conductor: Conductor, batch: Batch, *, is_held_out: bool) -> Piec
     run: Callable[[], Any] = partial(run_model, model, batch.index, inputs)
     if is_held_out:
         run = partial(prediction_of, model, batch)
-    own = inputs.get("attention_mask")
-    encoder = own.cpu() != 0 if isinstance(own, Tensor) else None
     original = conductor.start(run, is_pruned=False)
     pruned = conductor.start(run, is_pruned=True)
-    return Piece(batch, is_held_out, original, pruned, (encoder, mask))
+    return Piece(batch, is_held_out, original, pruned, masks_of(inputs, mask))
+
+
+def masks_of(inputs: Mapping[str, Any], mask: Tensor | None) -> Masks:
+    """Which positions of a forward are real: those of its attention mask, and of its output."""
+    own = inputs.get("attention_mask")
+    return own.cpu() != 0 if isinstance(own, Tensor) else None, mask
+
+
+def real_positions(
+    tensor: Tensor, path: str, *, masks: Masks, decoder: str | None
+) -> Tensor | None:
+    """Real positions ``(rows,)`` of a tensor ``(examples, seq, features)``; None: all.
+
+    Args:
+        tensor: Its rows may also be flat, ``(examples · seq, features)``.
+        path: Of the module that reads or makes it.
+        masks: Of the forward.
+        decoder: Path of an encoder-decoder's decoder.
+    """
+    in_decoder = decoder is not None and f"{path}.".startswith(f"{decoder}.")
+    shape = tuple(tensor.shape[:-1])
+    for mask in masks[::-1] if in_decoder else masks:
+        if mask is not None and shape in (tuple(mask.shape), (mask.numel(),)):
+            return mask.flatten()
+    return None
 
 
 def decoder_path(model: PreTrainedModel) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,8 @@ from ..scores.processes import Processes
 from ..scores.shards import is_sharded, shape_of
 from ..structure.sizes import tensor_at
 from ..types import REPAIR_MARK, Plan, metadata_of, parse_json
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 CHOICES = ("auto", "none")
@@ -214,8 +216,43 @@ def check_unsharded(model: nn.Module, step: str) -> None:
         )
 
 
-def attempted(find: Callable[[], Repair], processes: Processes) -> Repair | None:
-    """The repair if one can be found; else None, with a warning that says why.
+def mended(
+    plan: Plan,
+    swap: Callable[[Plan], Plan],
+    repair: Callable[[Plan], Repair],
+    processes: Processes,
+) -> tuple[Plan, Repair | None]:
+    """A plan with its neurons swapped, and the repair of it.
+
+    Swapped neurons are worth it with new weights only: where these are not accepted, the plan is
+    repaired as it was.
+
+    Args:
+        plan: Of what stays, as it was found.
+        swap: Chooses its neurons again.
+        repair: Finds new weights for a plan.
+        processes: All that work together.
+
+    Returns:
+        The plan that is cut, and its repair; the plan as it was and None, with a warning that says
+        why, where no repair can be found.
+
+    Raises:
+        GradNASError: As of `attempted`.
+    """
+
+    def find() -> tuple[Plan, Repair]:
+        chosen = swap(plan)
+        found = repair(chosen)
+        if found.is_accepted or plan_digest(chosen) == plan_digest(plan):
+            return chosen, found
+        return plan, repair(plan)
+
+    return attempted(find, processes) or (plan, None)
+
+
+def attempted(find: Callable[[], T], processes: Processes) -> T | None:
+    """What a repair finds if one can be found; else None, with a warning that says why.
 
     Raises:
         GradNASError: It is not for the repair that it fails: no data, another plan.

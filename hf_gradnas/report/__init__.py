@@ -8,7 +8,7 @@ from .files import FOLDER, report_files
 from .markdown import in_one_line, python_string
 from .origin import Origin, fetch_card, find_origin, is_hub_id
 from .prediction import say_prediction
-from .repairs import say_repair
+from .repairs import say_repair, say_swap
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "report_files",
     "say_prediction",
     "say_repair",
+    "say_swap",
     "summarise",
 ]

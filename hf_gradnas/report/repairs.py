@@ -1,9 +1,11 @@
-"""What a repair did, in a sentence."""
+"""What a repair did, and the swap of neurons before it, each in a sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from ..types import Kind, Plan, Structure
 
 
 def say_repair(found: Mapping[str, Any]) -> str:
@@ -29,4 +31,21 @@ def say_repair(found: Mapping[str, Any]) -> str:
     return (
         f"Not repaired: new weights {data} did not lower the KL divergence from the original's "
         f"predictions{did_not}, so the weights are as they were."
+    )
+
+
+def say_swap(structure: Structure, planned: Plan, swapped: Plan) -> str:
+    """How many neurons stay that the scores alone would not have kept.
+
+    Args:
+        structure: Of the whole model.
+        planned: As it was found by the scores.
+        swapped: The same with other neurons.
+    """
+    names = [axis.name for axis in structure.axes if axis.kind is Kind.NEURONS]
+    pruned = [name for name in names if len(planned.kept[name]) < planned.sizes[name]]
+    total = sum(len(planned.kept[name]) for name in pruned)
+    came = sum(len(set(swapped.kept[name]) - set(planned.kept[name])) for name in pruned)
+    return (
+        f"Swapped {came:,} of {total:,} neurons that stay for ones that least squares mends worse."
     )

@@ -1,0 +1,337 @@
+"""Neurons that stay, chosen again for what least squares can mend; the widths stay as planned.
+
+Scores say what a unit is worth while all other weights are as they are. A repair changes them, so
+that a unit whose output the others can make up for may go. Of every pruned axis of neurons, the
+upper half by score of what the plan keeps stays. The rest is chosen anew by backward elimination
+(optimal brain surgeon, Hassibi & Stork 1993; of whole columns as in ZipLM, Kurtic et al. 2023,
+arXiv 2302.04089): with x the inputs of the out-projection in the whole model, w_j the weights that
+read unit j, and
+
+    H = Σ x xᵀ + ridge·mean(diag Σ x xᵀ)·I,
+
+those units go that cost least after the best update of all other weights, ``‖w_j‖² / [H⁻¹]_jj``;
+weights and H⁻¹ are updated. We take several at a time, and only choose: the new weights themselves
+are found by the repair, from the pruned model's own inputs.
+
+Knows neurons, their inputs and weights; costs and budgets do not change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import RepairError
+from ..masks import add_pre_hook
+from ..scores.batches import Batch
+from ..scores.inputs import run_model
+from ..scores.prediction import with_prediction
+from ..scores.processes import Processes
+from ..scores.sampling import inputs_to_sample
+from ..scores.steps import read_steps
+from ..types import Axis, Kind, Plan, Scores, Tap
+from .closeness import running
+from .divergence import at_least_float32
+from .least_squares import default_bound, first_readers
+from .normal_equations import add_gram, empty_gram, sum_over
+from .pieces import decoder_path, masks_of, real_positions
+from .readers import Reader, weight_of
+
+Progress = Callable[[int, int | None], None]
+
+RIDGE = 0.01
+"""Strength of the ridge, in units of the mean diagonal of ``Σ x xᵀ``."""
+STEP = 16
+"""Units that go at a time."""
+EVERY = 2
+"""Of so many batches, one is read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """An axis of neurons that loses some, and the layer that reads them.
+
+    Attributes:
+        axis: The axis.
+        reader: Its out-projection, which the repair can fit.
+    """
+
+    axis: Axis
+    reader: Reader
+
+
+def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
+    model: PreTrainedModel,
+    axes: Sequence[Axis],
+    plan: Plan,
+    scores: Scores,
+    batches: Iterable[Any],
+    *,
+    processes: Processes | None = None,
+    num_examples: int | None = None,
+    progress: Progress | None = None,
+    memory_bytes: float | None = None,
+) -> Plan:
+    """Choose anew which neurons stay, as many as before in every layer.
+
+    One forward of the whole model per second batch, more where the sums of all layers do not fit
+    into memory; then an inverse in float64 per layer, on the main process.
+
+    Args:
+        model: The whole model, before the cut.
+        axes: All its axes.
+        plan: What stays.
+        scores: ``(size,)`` per axis; those of the plan, to predict its loss again.
+        batches: Dicts for ``model(**batch)``, as for scoring; only a decoder reads labels.
+        processes: All that work together, each on its share of the batches.
+        num_examples: Use the first so many examples, over all processes; None: all.
+        progress: Called on the main process with steps done and their number.
+        memory_bytes: What the sums may take; None: a quarter of what is free.
+
+    Returns:
+        The plan with other neurons, and their predicted loss. The same plan where there is nothing
+        to swap: axes that lose all or nothing, or whose out-projection a repair leaves as it is.
+
+    Raises:
+        DataError: There is no batch, or the model fails on one.
+        RepairError: Activations are not finite.
+    """
+    processes = processes or Processes()
+    pruned = [axis for axis in axes if _may_swap(axis, plan)]
+    if not pruned:
+        return plan
+    kept = dict(plan.kept)
+    with running(model):
+        own = _every_second(model, batches, num_examples, processes)
+        sites = _sites(model, axes, pruned, plan, own, processes)
+        bound = default_bound(model) if memory_bytes is None else memory_bytes
+        groups = list(_groups(sites, float(processes.from_main(lambda: bound))))
+        told = _Told(progress if processes.is_main else None, len(groups) * len(own) + len(sites))
+        for group in groups:
+            for site, gram in zip(group, _grams(model, group, own, processes, told), strict=True):
+                name = site.axis.name
+                choose = partial(_chosen, site, gram, plan.kept[name], scores.values[name])
+                kept[name] = processes.from_main(choose)
+                told.tick()
+    return _predicted(replace(plan, kept=kept), plan, scores)
+
+
+def _may_swap(axis: Axis, plan: Plan) -> bool:
+    """Whether an axis is of neurons of its own, some of which go, that stand in order."""
+    place = axis.masked_at[0]
+    is_plain = axis.masked_at == (Tap(place.module, "input", -1),) and not axis.norms
+    is_free = axis.kind is Kind.NEURONS and not axis.tied and axis.parent is None
+    return is_free and is_plain and 0 < len(plan.kept[axis.name]) < axis.size
+
+
+def _every_second(
+    model: PreTrainedModel, batches: Iterable[Any], limit: int | None, processes: Processes
+) -> list[Batch]:
+    """This process's share of every second batch, numbered over all processes."""
+    with closing(read_steps(batches, model, limit, processes)) as steps:
+        return [
+            step.batch
+            for number, step in enumerate(steps)
+            if step.batch is not None and (number * processes.count + processes.index) % EVERY == 0
+        ]
+
+
+def _sites(
+    model: PreTrainedModel,
+    axes: Sequence[Axis],
+    pruned: Sequence[Axis],
+    plan: Plan,
+    batches: Sequence[Batch],
+    processes: Processes,
+) -> list[Site]:
+    """The axes whose out-projection the repair can fit, on rows of the whole model's batch."""
+    found = first_readers(model, axes, plan, batches, processes)
+    readers = {
+        reader.path: reader
+        for gate in found.gates
+        for reader in gate.readers
+        if isinstance(reader, Reader) and not reader.alone
+    }
+    sites = []
+    for axis in pruned:
+        reader = readers.get(axis.masked_at[0].module)
+        if reader is None or not isinstance(reader.module, nn.Linear | Conv1D):
+            continue
+        if set(reader.kept) == set(plan.kept[axis.name]):  # nothing else prunes its inputs
+            inputs = cast(Tensor, reader.module.weight).shape[reader.input_dim]
+            sites += [Site(axis, reader)] if inputs == axis.size else []
+    return sites
+
+
+def _groups(sites: Sequence[Site], bound: float) -> Iterator[list[Site]]:
+    """Sites in order, as many at a time as have room for their sums; at least one."""
+    group: list[Site] = []
+    used = 0.0
+    for site in sites:
+        size = 8.0 * site.axis.size**2  # float64
+        if group and used + size > bound:
+            yield group
+            group, used = [], 0.0
+        group.append(site)
+        used += size
+    if group:
+        yield group
+
+
+class _Told:
+    """Counts steps, and says so where somebody listens."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+
+    def tick(self) -> None:
+        """One step more is done."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+# --- sums -----------------------------------------------------------------------------------------
+
+
+def _grams(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    processes: Processes,
+    told: _Told,
+) -> list[Tensor]:
+    """Lower triangles of ``Σ x xᵀ`` ``(size, size)`` over real positions, of all processes.
+
+    Raises:
+        RepairError: Activations are not finite.
+    """
+    grams = [empty_gram(site.axis.size, cast(Tensor, site.reader.module.weight)) for site in sites]
+    decoder = decoder_path(model)
+    with processes.joint():
+        for batch in batches:
+            inputs, mask = inputs_to_sample(model, batch)
+            real = partial(real_positions, masks=masks_of(inputs, mask), decoder=decoder)
+            with ExitStack() as stack:
+                for site, gram in zip(sites, grams, strict=True):
+                    hook = partial(_add_rows, gram, site.reader.path, real, batch.index)
+                    add_pre_hook(stack, site.reader.module, hook)
+                run_model(model, batch.index, inputs)
+            told.tick()
+    for gram in grams:
+        sum_over(gram, processes)
+    return grams
+
+
+def _add_rows(
+    gram: Tensor,
+    path: str,
+    real: Callable[[Tensor, str], Tensor | None],
+    index: int,
+    module: nn.Module,
+    args: tuple[Any, ...],
+) -> None:
+    """Forward pre-hook that adds the real positions of a layer's input ``(…, size)``."""
+    x = args[0]
+    places, rows = real(x, path), at_least_float32(x.flatten(0, -2))
+    rows = rows if places is None else rows[places.to(rows.device)]
+    if not math.isfinite(float(rows.sum())):
+        raise RepairError(
+            f"{path}: its inputs are not finite on batch {index}, so that no neurons can be chosen "
+            "by them; load the model in float32 or bfloat16, leave the batch out, or repair "
+            "nothing."
+        )
+    add_gram(gram, rows)
+
+
+# --- choice ---------------------------------------------------------------------------------------
+
+
+def _chosen(site: Site, gram: Tensor, kept: Sequence[int], scores: np.ndarray) -> tuple[int, ...]:
+    """Units of an axis that stay, sorted; those that are kept now where its equations are singular.
+
+    Args:
+        site: The axis.
+        gram: Lower triangle of ``Σ x xᵀ`` ``(size, size)`` in float64.
+        kept: Units that the plan keeps.
+        scores: ``(size,)``.
+    """
+    order = np.argsort(-scores[list(kept)], kind="stable")
+    first = [int(kept[place]) for place in order[: (len(kept) + 1) // 2]]
+    reader = site.reader
+    weight = weight_of(reader, range(site.axis.size)).flatten(1)
+    weight = weight if reader.input_dim == 0 else weight.t()  # (size, outputs)
+    if reader.outputs is not None:
+        weight = weight[:, list(reader.outputs)]
+    left = eliminated(gram, weight.to(gram), len(kept), first=first)
+    return tuple(kept) if left is None else left
+
+
+def eliminated(
+    gram: Tensor,
+    weight: Tensor,
+    count: int,
+    *,
+    first: Sequence[int] = (),
+    ridge: float = RIDGE,
+    step: int = STEP,
+) -> tuple[int, ...] | None:
+    """Units that are left when those that least squares mends best went, one group after another.
+
+    Args:
+        gram: ``Σ x xᵀ`` ``(size, size)`` in float64; its lower triangle is read.
+        weight: ``(size, outputs)`` in float64; it is not changed.
+        count: How many are left.
+        first: Units that stay in any case, `count` of them at most.
+        ridge: In units of the mean diagonal of `gram`.
+        step: Units that go at a time; the lower index first where they are worth the same.
+
+    Returns:
+        Sorted units; None where the equations are singular.
+    """
+    matrix = gram.tril(-1)
+    matrix = matrix + matrix.t()
+    diagonal = gram.diagonal()
+    matrix.diagonal().copy_(diagonal + ridge * diagonal.mean())
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info):
+        return None
+    inverse, weight = torch.cholesky_inverse(factor), weight.clone()
+    del matrix, factor
+    stays = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    free = stays.clone()  # what may go
+    free[list(first)] = False
+    while (over := int(stays.sum()) - count) > 0:
+        units = (free & stays).nonzero().flatten()
+        cost = weight[units].square().sum(1) / inverse.diagonal()[units]
+        gone = units[cost.argsort(stable=True)[: min(step, over)]]
+        # The block formula of an inverse without some rows and columns, and of its solutions.
+        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone]).t()  # (size, gone)
+        weight -= share @ weight[gone]
+        inverse -= share @ inverse[gone]
+        stays[gone] = False
+    return tuple(stays.nonzero().flatten().tolist())
+
+
+def _predicted(swapped: Plan, plan: Plan, scores: Scores) -> Plan:
+    """The swapped plan with the loss that its own scores predict."""
+    if plan.score != scores.metadata.get("method", ""):
+        return swapped
+    change = 0.0
+    for name, units in plan.kept.items():
+        went, came = set(units) - set(swapped.kept[name]), set(swapped.kept[name]) - set(units)
+        values = np.asarray(scores.values[name], dtype=np.float64)
+        change += math.fsum(values[sorted(went)]) - math.fsum(values[sorted(came)])
+    if plan.loss_unit:
+        change = with_prediction(replace(plan, loss_increase=change), scores).loss_increase
+    return replace(swapped, loss_increase=plan.loss_increase + change)
