@@ -169,6 +169,17 @@ def chosen(folder: Path) -> Any:
     return {"kept": {n: list(u) for n, u in plan.kept.items()}, "tried": dict(plan.tried)}
 
 
+def swapped(folder: Path) -> Any:
+    """Neurons chosen on the batches of all processes, and the progress of this one."""
+    model, _, _ = build("bert", dtype=torch.float64)
+    told: list[int] = []
+    pruner = GradNASPruner(model, score="fisher", accelerator=accelerator_of())
+    pruner.score(loader(EXAMPLES))
+    plan = pruner.plan(BUDGET)
+    found = pruner.swap(plan, loader(EXAMPLES), progress=lambda done, total: told.append(done))
+    return {"kept": {n: list(u) for n, u in found.kept.items()}, "told": len(told)}
+
+
 def weights(folder: Path) -> Any:
     accelerator = accelerator_of()
     file = folder / f"magnitude-{accelerator.num_processes}"
@@ -401,6 +412,7 @@ CASES: dict[str, Case] = {
         grouped_heads,
         rows_of_equal_weight,
         chosen,
+        swapped,
         weights,
         resumed,
         failures,

@@ -102,6 +102,20 @@ def test_all_processes_choose_the_same_score(two: Found) -> None:
     assert first["kept"] == {name: list(units) for name, units in plans[best].kept.items()}
 
 
+def test_neurons_are_swapped_by_the_batches_of_all_processes(two: Found) -> None:
+    first, second = (found["swapped"] for found in two)
+    assert first["kept"] == second["kept"]
+    assert first["told"]
+    assert not second["told"]
+    model, _, _ = build("bert", dtype=torch.float64)
+    pruner = GradNASPruner(model, score="fisher")
+    pruner.score(loader(EXAMPLES))
+    plan = pruner.plan(BUDGET)
+    swapped = pruner.swap(plan, loader(EXAMPLES))
+    assert swapped.kept != plan.kept
+    assert first["kept"] == {name: list(units) for name, units in swapped.kept.items()}
+
+
 def test_gradnas_is_the_same_for_the_same_global_batches(two: Found) -> None:
     expected = alone(method="gradnas")
     assert two[0]["global_batches"] == two[1]["global_batches"]

@@ -58,7 +58,7 @@ def test_a_repair_brings_the_predictions_closer_and_leaves_the_model() -> None:
 def test_prune_repairs_by_default_as_the_steps_do(caplog: pytest.LogCaptureFixture) -> None:
     steps, once = pruner_of(), pruner_of()
     steps.score(BATCHES)
-    plan = steps.plan(BUDGET)
+    plan = steps.swap(steps.plan(BUDGET), BATCHES)
     repair = steps.repair(plan, BATCHES)
     with steps.masked(plan, repair):
         wanted = logits_of(steps.model)
@@ -113,7 +113,7 @@ def test_a_caller_without_gradients_gets_the_same_model_and_can_train_it(mode: A
     with mode():
         once.prune(BATCHES, BUDGET)
         steps.score(BATCHES)
-        plan = steps.plan(BUDGET)
+        plan = steps.swap(steps.plan(BUDGET), BATCHES)
         repair = steps.repair(plan, BATCHES)
         with steps.masked(plan, repair):
             logits_of(steps.model)
