@@ -391,6 +391,4 @@ class GradNASPruner(ExaminedModel):
         self, plan: Plan, dataloader: Iterable[Batch], **options: Any
     ) -> tuple[Plan, Repair | None]:
         """The plan with swapped neurons and its repair; see `repair.repairs.mended`."""
-        own: dict[str, Any] = {"dataloader": dataloader, **options}
-        steps = partial(self.swap, **own), partial(self.repair, **own)
-        return mended(plan, *steps, self._processes)
+        return mended(plan, dataloader, self.swap, self.repair, self._processes, **options)

@@ -57,8 +57,8 @@ def test_examples_come_in_order_of_length(score: str, tmp_path: Path, monkeypatc
     real, widths, limits = GradNASPruner.repair, [], []
 
     def note(self: GradNASPruner, plan: Plan, batches: Any, *, num_examples: int) -> Repair:
-        widths.extend(batch["input_ids"].shape[1] for batch in batches)
-        limits.append(num_examples)
+        widths[:] = [batch["input_ids"].shape[1] for batch in batches]  # of the last plan
+        limits[:] = [num_examples]
         return real(self, plan, batches, num_examples=num_examples)
 
     monkeypatch.setattr(GradNASPruner, "repair", note)

@@ -286,11 +286,11 @@ def plan_of(*units: int) -> Plan:
 def test_without_new_weights_the_plan_is_repaired_as_it_was(is_accepted: bool) -> None:
     plan, swapped, seen = plan_of(0, 1), plan_of(0, 2), []
 
-    def repair(plan: Plan) -> Repair:
+    def repair(plan: Plan, batches: Any) -> Repair:
         seen.append(plan)
         return Repair({"w": torch.ones(1)} if is_accepted else {}, (), str(len(seen)), "")
 
-    found, made = mended(plan, lambda _: swapped, repair, Processes())
+    found, made = mended(plan, [], lambda *_: swapped, repair, Processes())
     assert made is not None
     assert found == (swapped if is_accepted else plan)
     assert seen == ([swapped] if is_accepted else [swapped, plan])
@@ -300,20 +300,20 @@ def test_without_new_weights_the_plan_is_repaired_as_it_was(is_accepted: bool) -
 def test_what_swaps_nothing_is_repaired_once() -> None:
     seen = []
 
-    def repair(plan: Plan) -> Repair:
+    def repair(plan: Plan, batches: Any) -> Repair:
         seen.append(plan)
         return Repair({}, (), "", "")
 
     plan = plan_of(0, 1)
-    assert mended(plan, lambda plan: plan, repair, Processes())[0] is plan
+    assert mended(plan, [], lambda plan, _: plan, repair, Processes())[0] is plan
     assert seen == [plan]
 
 
 @pytest.mark.filterwarnings("default:The model is pruned without")
 def test_where_it_fails_the_plan_is_as_it_was() -> None:
-    def fail(plan: Plan) -> Plan:
+    def fail(plan: Plan, batches: Any) -> Any:
         raise RepairError("a.layer: not finite.")
 
     plan = plan_of(0, 1)
     with pytest.warns(UserWarning, match=r"without a repair\. a\.layer: not finite"):
-        assert mended(plan, fail, fail, Processes()) == (plan, None)  # type: ignore[arg-type]
+        assert mended(plan, [], fail, fail, Processes()) == (plan, None)

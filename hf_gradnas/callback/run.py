@@ -352,12 +352,11 @@ class Run:
         """A plan with swapped neurons, and its repair; as it is if masked while it trained."""
         if self.settings.repair == "none" or self.settings.when == "gradual":
             return plan, None
-        limit = self.settings.sample_size
-        own: dict[str, Any] = {"dataloader": by_length(self._batches, num_examples=limit)}
-        own["num_examples"] = limit
-        steps = partial(self._pruner.swap, **own), partial(self._pruner.repair, **own)
+        pruner, limit = self._pruner, self.settings.sample_size
+        batches = by_length(self._batches, num_examples=limit)
+        steps = pruner.swap, pruner.repair
         with self._undisturbed():
-            plan, found = mended(plan, *steps, self._processes)
+            plan, found = mended(plan, batches, *steps, self._processes, num_examples=limit)
         if found is not None:
             self.progress.repair = found.record()
             logger.info("gradnas: %s", say_repair(self.progress.repair))

@@ -11,6 +11,8 @@ from .early import repair_file
 from .show import Screen
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel
 
@@ -44,17 +46,16 @@ def mend(
     if recipe.repair == "none":
         return plan, None
     began = time.monotonic()
-    batches = by_length(loader)
 
-    def swap(plan: Plan) -> Plan:
+    def swap(plan: Plan, batches: Iterable[Any]) -> Plan:
         with screen.progress("Swapping neurons") as report:
             return pruner.swap(plan, batches, progress=report)
 
-    def repair(plan: Plan) -> Repair:
+    def repair(plan: Plan, batches: Iterable[Any]) -> Repair:
         with screen.progress("Repairing") as report:
             return pruner.repair(plan, batches, progress=report)
 
-    chosen, found = mended(plan, swap, repair, processes)
+    chosen, found = mended(plan, by_length(loader), swap, repair, processes)
     if found is None:
         return chosen, None
     if chosen.kept != plan.kept:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -218,9 +218,11 @@ def check_unsharded(model: nn.Module, step: str) -> None:
 
 def mended(
     plan: Plan,
-    swap: Callable[[Plan], Plan],
-    repair: Callable[[Plan], Repair],
+    batches: Iterable[Any],
+    swap: Callable[..., Plan],
+    repair: Callable[..., Repair],
     processes: Processes,
+    **options: Any,
 ) -> tuple[Plan, Repair | None]:
     """A plan with its neurons swapped, and the repair of it.
 
@@ -229,9 +231,11 @@ def mended(
 
     Args:
         plan: Of what stays, as it was found.
-        swap: Chooses its neurons again.
-        repair: Finds new weights for a plan.
+        batches: Calibration data; read again and again.
+        swap: Chooses neurons again, as `GradNASPruner.swap`.
+        repair: Finds new weights, as `GradNASPruner.repair`.
         processes: All that work together.
+        **options: Further arguments of both.
 
     Returns:
         The plan that is cut, and its repair; the plan as it was and None, with a warning that says
@@ -242,11 +246,11 @@ def mended(
     """
 
     def find() -> tuple[Plan, Repair]:
-        chosen = swap(plan)
-        found = repair(chosen)
+        chosen = swap(plan, batches, **options)
+        found = repair(chosen, batches, **options)
         if found.is_accepted or plan_digest(chosen) == plan_digest(plan):
             return chosen, found
-        return plan, repair(plan)
+        return plan, repair(plan, batches, **options)
 
     return attempted(find, processes) or (plan, None)
 
