@@ -22,7 +22,7 @@ from .frontier import Limits, measure_frontier
 from .hub import push
 from .repair.choice import closest
 from .repair.repairs import CHOICES as REPAIRS
-from .repair.repairs import Repair, check_repair, mended
+from .repair.repairs import Repair, attempted, check_repair, mended
 from .repair.swaps import swap_neurons
 from .report import say_repair
 from .scores import METHODS, check_scores, collect_scores
@@ -326,13 +326,14 @@ class GradNASPruner(ExaminedModel):
         repair: str = "auto",
         **score: Any,
     ) -> Plan:
-        """Discover, check the budget, score, plan, swap, repair and cut in one call.
+        """Discover, check the budget, score, plan, repair and cut in one call.
 
         Args:
             dataloader: Yields dicts for ``model(**batch)``.
             budget: Such as ``{"flops": "60%"}`` or ``{"params": 66e6}``.
-            repair: ``"auto"``: with neurons by `swap` and new weights by `repair` where they bring
-                its predictions closer to the original's; a warning says where none can be found.
+            repair: ``"auto"``: with new weights by `repair` where they bring its predictions
+                closer to the original's; a warning says where none can be found. ``"swap"``: with
+                neurons by `swap`, too, where that is closer still; it takes twice the time.
                 ``"none"``.
             **score: Further arguments of `score`.
 
@@ -347,8 +348,10 @@ class GradNASPruner(ExaminedModel):
         self.check(budget)
         self.score(dataloader, **score)
         plan, found = self.plan(budget), None
-        if repair == "auto":
-            plan, found = self._mended(plan, dataloader, num_examples=limit)
+        if repair != "none":
+            swap = self.swap if repair == "swap" else None
+            more = {"num_examples": limit}
+            plan, found = mended(plan, dataloader, swap, self.repair, self._processes, **more)
         if found is not None:
             logger.info("gradnas: %s", say_repair(found.record()))
         self.apply(plan, found)
@@ -367,8 +370,7 @@ class GradNASPruner(ExaminedModel):
         Args:
             dataloader: As of `score`; or a mapping from a seed to such batches, for several.
             budgets: Limits per cost, ``{"flops": ["80%", "60%"]}``; each is a budget of its own.
-            repair: ``"auto"``: each plan is measured with neurons by `swap`, and with the new
-                weights of `repair` too.
+            repair: ``"auto"``: each plan is measured with the new weights of `repair` too.
             **options: ``batches`` to measure on, and further arguments of
                 `frontier.measure_frontier`.
 
@@ -378,17 +380,15 @@ class GradNASPruner(ExaminedModel):
             PlanError: An unknown score or `repair`, or no seed.
         """
         check_uncut("sweep", is_cut=self._applied)
-        check_choice("repair", repair, REPAIRS)
+        check_choice("repair", repair, ("auto", "none"))
         loaders = dict(dataloader) if isinstance(dataloader, Mapping) else {0: dataloader}
         for seed in list(loaders)[:1]:
             loaders[seed] = self._discovered(loaders[seed], options.get("num_examples"))
         names = CANDIDATES if self.score_method == AUTO else self.score_method
         given = {"score": names, "processes": self._processes, **options}
-        given["repair"] = self._mended if repair == "auto" else None
+        given["repair"] = self._attempt if repair == "auto" else None
         return measure_frontier(self, loaders, budgets=budgets, **given)
 
-    def _mended(
-        self, plan: Plan, dataloader: Iterable[Batch], **options: Any
-    ) -> tuple[Plan, Repair | None]:
-        """The plan with swapped neurons and its repair; see `repair.repairs.mended`."""
-        return mended(plan, dataloader, self.swap, self.repair, self._processes, **options)
+    def _attempt(self, plan: Plan, dataloader: Iterable[Batch], **options: Any) -> Repair | None:
+        """The repair of a plan, or None with a warning that says why there is none."""
+        return attempted(partial(self.repair, plan, dataloader, **options), self._processes)

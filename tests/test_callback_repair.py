@@ -57,8 +57,8 @@ def test_examples_come_in_order_of_length(score: str, tmp_path: Path, monkeypatc
     real, widths, limits = GradNASPruner.repair, [], []
 
     def note(self: GradNASPruner, plan: Plan, batches: Any, *, num_examples: int) -> Repair:
-        widths[:] = [batch["input_ids"].shape[1] for batch in batches]  # of the last plan
-        limits[:] = [num_examples]
+        widths.extend(batch["input_ids"].shape[1] for batch in batches)
+        limits.append(num_examples)
         return real(self, plan, batches, num_examples=num_examples)
 
     monkeypatch.setattr(GradNASPruner, "repair", note)
@@ -123,7 +123,7 @@ def test_a_repair_that_fails_does_not_cost_the_training(tmp_path: Path, monkeypa
 
 
 def test_the_option_is_checked_and_comes_from_recipes(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="repair='always' is not known; choose one of auto, none"):
+    with pytest.raises(PlanError, match="repair='always' is not known; choose one of auto, swap"):
         pruning(repair="always")
     recipe = tmp_path / "own.yaml"
     recipe.write_text("model: x\nrepair: none\ntarget: {flops: 50%}\n", encoding="utf-8")

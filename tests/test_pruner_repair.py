@@ -58,7 +58,7 @@ def test_a_repair_brings_the_predictions_closer_and_leaves_the_model() -> None:
 def test_prune_repairs_by_default_as_the_steps_do(caplog: pytest.LogCaptureFixture) -> None:
     steps, once = pruner_of(), pruner_of()
     steps.score(BATCHES)
-    plan = steps.swap(steps.plan(BUDGET), BATCHES)
+    plan = steps.plan(BUDGET)
     repair = steps.repair(plan, BATCHES)
     with steps.masked(plan, repair):
         wanted = logits_of(steps.model)
@@ -113,7 +113,7 @@ def test_a_caller_without_gradients_gets_the_same_model_and_can_train_it(mode: A
     with mode():
         once.prune(BATCHES, BUDGET)
         steps.score(BATCHES)
-        plan = steps.swap(steps.plan(BUDGET), BATCHES)
+        plan = steps.plan(BUDGET)
         repair = steps.repair(plan, BATCHES)
         with steps.masked(plan, repair):
             logits_of(steps.model)
@@ -159,7 +159,7 @@ def test_a_repair_after_the_cut_says_to_repair_first() -> None:
 
 def test_bad_input_is_refused() -> None:
     pruner = pruner_of()
-    with pytest.raises(PlanError, match="repair='always' is not known; choose one of auto, none"):
+    with pytest.raises(PlanError, match="repair='always' is not known; choose one of auto, swap"):
         pruner.prune(BATCHES, BUDGET, repair="always")
     pruner.score(BATCHES[:2])
     plan = pruner.plan(BUDGET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from score_examples import examples_of, in_batches
 
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import DataError, OrderError, PlanError, RepairError, StructureError
-from hf_gradnas.repair.repairs import Repair, mended
+from hf_gradnas.repair.repairs import Repair, mended, plan_digest
 from hf_gradnas.repair.swaps import RIDGE, eliminated
 from hf_gradnas.report import say_swap
 from hf_gradnas.scores.prediction import with_prediction
@@ -282,19 +283,48 @@ def plan_of(*units: int) -> Plan:
     return Plan(kept={"a:neurons": units}, sizes={"a:neurons": 9}, layout="per_layer")
 
 
-@pytest.mark.parametrize("is_accepted", [True, False])
-def test_without_new_weights_the_plan_is_repaired_as_it_was(is_accepted: bool) -> None:
-    plan, swapped, seen = plan_of(0, 1), plan_of(0, 2), []
+@pytest.mark.parametrize(
+    ("planned", "swapped", "is_swapped"),
+    [
+        ((3.0, 1.0), (4.0, 0.5), True),
+        ((3.0, 1.0), (2.0, 1.5), False),
+        ((3.0, 5.0), (4.0, 3.5), False),  # masks alone are closer than both
+        ((3.0, 5.0), (4.0, 2.5), True),
+        ((3.0, 1.0), (0.5, 0.7), False),  # not accepted
+        ((3.0, 1.0), (math.nan, math.nan), False),
+    ],
+)
+def test_the_closer_of_both_plans_is_kept(planned: Any, swapped: Any, is_swapped: bool) -> None:
+    plan, other = plan_of(0, 1), plan_of(0, 2)
 
     def repair(plan: Plan, batches: Any) -> Repair:
-        seen.append(plan)
-        return Repair({"w": torch.ones(1)} if is_accepted else {}, (), str(len(seen)), "")
+        before, after = swapped if plan is other else planned
+        tensors = {"w": torch.ones(1)} if after < before else {}
+        return Repair(tensors, (), plan_digest(plan), "", kl_before=before, kl_after=after)
 
-    found, made = mended(plan, [], lambda *_: swapped, repair, Processes())
+    found, made = mended(plan, [], lambda *_: other, repair, Processes())
     assert made is not None
-    assert found == (swapped if is_accepted else plan)
-    assert seen == ([swapped] if is_accepted else [swapped, plan])
-    assert made.plan == str(len(seen))
+    assert found is (other if is_swapped else plan)
+    assert made.plan == plan_digest(found)
+    assert mended(plan, [], None, repair, Processes())[0] is plan
+
+
+@pytest.mark.parametrize("choice", ["auto", "swap"])
+def test_prune_swaps_where_it_is_asked_to(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = GradNASPruner.swap
+
+    def note(self: GradNASPruner, *args: Any, **options: Any) -> Plan:
+        asked.append(real(self, *args, **options))
+        return asked[-1]
+
+    monkeypatch.setattr(GradNASPruner, "swap", note)
+    model, _ = zoo.build("bert")
+    pruner = GradNASPruner(model)
+    plan = pruner.prune(batches_of("bert"), {"flops": "70%"}, repair=choice)
+    assert len(asked) == (choice == "swap")
+    sizes = {name: len(units) for name, units in plan.kept.items()}
+    assert all(sizes == other.counts() for other in asked)
 
 
 def test_what_swaps_nothing_is_repaired_once() -> None:

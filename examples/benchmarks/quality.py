@@ -35,7 +35,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas.config.defaults import AUTO
+from hf_gradnas.repair.repairs import CHOICES, mended
 from hf_gradnas.scores import METHODS
+from hf_gradnas.scores.processes import Processes
 from hf_gradnas.types import Plan
 
 Row = dict[str, Any]
@@ -98,9 +100,13 @@ class Bench:
 def run(bench: Bench, name: str, method: Method) -> None:
     """Measure a method on every subset and budget of which there is no row yet."""
     args = bench.args
-    is_repaired = args.repair == "auto" and (name not in PEERS or method.repair is not None)
+    repaired: bool | str = args.repair != "none"
+    if name in PEERS:
+        repaired = repaired and method.repair is not None
+    elif args.repair == "swap":
+        repaired = "swap"
     told = {"method": name, "search": method.search, "layout": args.layout}
-    told |= {"repair": is_repaired, "cut": args.cut}
+    told |= {"repair": repaired, "cut": args.cut}
     pruner = GradNASPruner(
         bench.model, score=method.score, search=method.search, layout=args.layout
     )
@@ -130,8 +136,6 @@ def trials(
         limit = limit_of(row["budget"], pruner)
         plan = method.choose(pruner, values, limit) if method.choose else pruner.plan(limit)
         start = time.perf_counter()
-        if row["repair"] and method.choose is None and method.values is None:
-            plan = pruner.swap(plan, batches)
         variant = pruned_by(pruner, method, plan, batches, row)
         repaired = time.perf_counter() - start if row["repair"] else 0.0
         achieved = max(plan.costs[cost] / pruner.totals[cost] for cost in limit)
@@ -143,7 +147,11 @@ def pruned_by(
     pruner: GradNASPruner, method: Method, plan: Plan, batches: Sequence[Batch], row: Row
 ) -> Variant:
     """The model as a row asks for it: masked or a copy that is cut, repaired or not."""
-    own = [pruner.repair(plan, batches)] if row["repair"] and method.repair is None else []
+    own = []
+    if row["repair"] and method.repair is None:
+        swap = pruner.swap if row["repair"] == "swap" else None
+        plan, found = mended(plan, batches, swap, pruner.repair, Processes())
+        own = [found] if found is not None else []
     if row["cut"]:
         twin = GradNASPruner(copy.deepcopy(pruner.model), layout=pruner.layout)
         twin.discover(batches[0])
@@ -194,7 +202,8 @@ def table(rows: Sequence[Row], budgets: Sequence[str], value: str, *, digits: in
             for budget in budgets
         ]
         seconds = [spread([row[key] for row in own], 1) for key in ("scoring_s", "repair_s")]
-        lines.append([name, search, "yes" if repair else "no", *cells, *seconds])
+        said = repair if repair == "swap" else ("yes" if repair else "no")
+        lines.append([name, search, said, *cells, *seconds])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -217,7 +226,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--score", nargs="*", default=SCORES, choices=SCORES)
     parser.add_argument("--search", default="lagrangian")
     parser.add_argument("--layout", default="per_layer", choices=("per_layer", "stock"))
-    parser.add_argument("--repair", default="auto", choices=("auto", "none"))
+    parser.add_argument("--repair", default="auto", choices=CHOICES)
     parser.add_argument("--peer", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--subsets", type=int, default=5, help="calibration subsets")
     parser.add_argument("--examples", type=int, help="calibration examples of a subset")
@@ -232,7 +241,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in vars(PRESETS[args.task]).items():
         if name in args and getattr(args, name) is None:
             setattr(args, name, value)
-    if args.cut and args.peer and args.repair == "auto":
+    if args.cut and args.peer and args.repair != "none":
         parser.error("--cut: a peer's repair is run masked only; give --peer without a name")
     return args
 

@@ -68,7 +68,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         mask: ``"soft"``: units fade during a stage. ``"hard"``: they are gone at its end at once.
         scores_from: ``"private"``: passes in eval mode over `dataloader` or a sample.
             ``"training"``: the training's own backward passes, at no pass more.
-        repair: ``"auto"``: by `GradNASPruner.repair`, except for ``"gradual"``; or ``"none"``.
+        repair: ``"auto"``, ``"swap"`` or ``"none"`` as of `GradNASPruner.prune`; not if gradual.
         output_dir: Where the cut model is saved; None: ``pruned`` in the trainer's ``output_dir``.
 
     Raises:

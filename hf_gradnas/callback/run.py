@@ -349,12 +349,12 @@ class Run:
         self._pruner.use_scores(self.scores)
 
     def _mended(self, plan: Plan) -> tuple[Plan, Repair | None]:
-        """A plan with swapped neurons, and its repair; as it is if masked while it trained."""
+        """A plan and its repair; as it is where it was masked while it trained."""
         if self.settings.repair == "none" or self.settings.when == "gradual":
             return plan, None
         pruner, limit = self._pruner, self.settings.sample_size
         batches = by_length(self._batches, num_examples=limit)
-        steps = pruner.swap, pruner.repair
+        steps = pruner.swap if self.settings.repair == "swap" else None, pruner.repair
         with self._undisturbed():
             plan, found = mended(plan, batches, *steps, self._processes, num_examples=limit)
         if found is not None:

@@ -33,7 +33,7 @@ def mend(
     screen: Screen,
     processes: Processes,
 ) -> tuple[Plan, Repair | None]:
-    """Neurons and new weights for a plan, by the calibration data alone; saved beside the output.
+    """New weights for a plan, and neurons if asked for, by calibration data; saved beside it.
 
     Returns:
         The plan that is cut, and its repair; the plan as it is and None where none was asked for,
@@ -55,7 +55,9 @@ def mend(
         with screen.progress("Repairing") as report:
             return pruner.repair(plan, batches, progress=report)
 
-    chosen, found = mended(plan, by_length(loader), swap, repair, processes)
+    chosen, found = mended(
+        plan, by_length(loader), swap if recipe.repair == "swap" else None, repair, processes
+    )
     if found is None:
         return chosen, None
     if chosen.kept != plan.kept:

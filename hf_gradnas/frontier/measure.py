@@ -19,7 +19,7 @@ from ..scores import METHODS, collect_scores
 from ..scores.methods import GRADIENT_METHODS
 from ..scores.processes import Processes
 from ..scores.sample import Batch
-from ..types import Budget, Frontier, Plan, Point, Scores
+from ..types import Budget, Frontier, Point, Scores
 from .yardstick import (
     Bar,
     Evaluate,
@@ -49,7 +49,7 @@ def measure_frontier(  # noqa: PLR0913 - one call says all of a sweep
     batches: Iterable[Batch],
     evaluate: Evaluate | None = None,
     score: str | Sequence[str] = DEFAULT_SCORE,
-    repair: Callable[..., tuple[Plan, Repair | None]] | None = None,
+    repair: Callable[..., Repair | None] | None = None,
     labels: str = "data",
     num_examples: int | None = None,
     file: str | Path | None = None,
@@ -70,9 +70,8 @@ def measure_frontier(  # noqa: PLR0913 - one call says all of a sweep
         batches: What the divergence from the whole model is measured on.
         evaluate: Gives metrics of the model as it is when it is called; None: only the divergence.
         score: Names of scores; those of gradients are collected in one pass.
-        repair: Swaps neurons of a plan and finds its repaired weights, as `repairs.mended`; what
-            it gives is then measured with masks alone, and with the weights too. None: the plans
-            themselves, masks only.
+        repair: Finds the repaired weights of a plan, as `GradNASPruner.repair`; each plan is then
+            measured with them too. None: masks only.
         labels: As of `GradNASPruner.score`, and so is `num_examples`.
         num_examples: Of each subset, at most.
         file: JSON file that keeps the points as they are measured; points that are in it for the

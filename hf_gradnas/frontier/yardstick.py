@@ -24,7 +24,7 @@ from ..scores.batches import digest, read_batches
 from ..scores.ordering import by_length
 from ..scores.processes import Processes
 from ..scores.sample import Batch, reiterable
-from ..types import MASKED, STATES, Budget, Plan, Point, Scores, Structure
+from ..types import MASKED, REPAIRED, STATES, Budget, Plan, Point, Scores, Structure
 
 if TYPE_CHECKING:
     from ..repair.repairs import Repair
@@ -58,7 +58,7 @@ class Run:
     """What stays the same during a sweep; the fields are those of `measure_frontier`."""
 
     pruner: Pruner
-    repair: Callable[..., tuple[Plan, Repair | None]] | None
+    repair: Callable[..., Repair | None] | None
     labels: str
     num_examples: int | None
     file: str | Path | None
@@ -111,8 +111,9 @@ class Yardstick:
     digest: str
 
     def key(self, plan: Plan, subset: Subset, state: str) -> str:
-        """Digest of all that a point depends on; where it repairs, a subset swaps neurons too."""
-        return digest(self.digest, {state: plan_digest(plan), "by": subset.digest})
+        """Digest of all that a point depends on."""
+        repaired_by = subset.digest if state == REPAIRED else ""
+        return digest(self.digest, {state: plan_digest(plan), "by": repaired_by})
 
 
 def make_yardstick(run: Run, batches: Iterable[Batch], evaluate: Evaluate | None) -> Yardstick:
@@ -155,18 +156,17 @@ def measure_plans(
     alike: dict[str, str] = {}
     for plan in plans:
         masked, repaired = (yardstick.key(plan, subset, state) for state in STATES)
-        if run.repair and not {masked, repaired} <= known.keys():
+        if masked not in known:
+            tries[masked] = partial(run.pruner.masked, plan)
+        if run.repair and repaired not in known:
             loader = by_length(subset.loader, num_examples=run.num_examples)
             with run.bar(f"Repairing ({plan.score}, seed {subset.seed})") as report:
                 options = {"num_examples": run.num_examples, "progress": report}
-                chosen, repair = run.repair(plan, loader, **options)
-            tries[masked] = partial(run.pruner.masked, chosen)
+                repair = run.repair(plan, loader, **options)
             if repair is not None and repair.is_accepted:
-                tries[repaired] = partial(run.pruner.masked, chosen, repair)
+                tries[repaired] = partial(run.pruner.masked, plan, repair)
             else:
                 alike[repaired] = masked
-        elif masked not in known:
-            tries[masked] = partial(run.pruner.masked, plan)
     if tries:
         known.update(_try(run, yardstick, tries, f"{plans[0].score}, seed {subset.seed}"))
     known.update({key: known[other] for key, other in alike.items()})

@@ -33,8 +33,8 @@ from ..types import REPAIR_MARK, Plan, metadata_of, parse_json
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
-CHOICES = ("auto", "none")
-"""What can be asked for: a repair where one can be found, or none."""
+CHOICES = ("auto", "swap", "none")
+"""What can be asked for: a repair where one can be found, a better one after a swap, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,20 +219,19 @@ def check_unsharded(model: nn.Module, step: str) -> None:
 def mended(
     plan: Plan,
     batches: Iterable[Any],
-    swap: Callable[..., Plan],
+    swap: Callable[..., Plan] | None,
     repair: Callable[..., Repair],
     processes: Processes,
     **options: Any,
 ) -> tuple[Plan, Repair | None]:
-    """A plan with its neurons swapped, and the repair of it.
+    """A plan and its repair; with `swap`, of the plan as it is and with swapped neurons the closer.
 
-    Swapped neurons are worth it with new weights only: where these are not accepted, the plan is
-    repaired as it was.
+    Which that is differs from model to model; the KL of the held-out examples says it.
 
     Args:
         plan: Of what stays, as it was found.
         batches: Calibration data; read again and again.
-        swap: Chooses neurons again, as `GradNASPruner.swap`.
+        swap: Chooses neurons again, as `GradNASPruner.swap`; None: nothing is tried but the plan.
         repair: Finds new weights, as `GradNASPruner.repair`.
         processes: All that work together.
         **options: Further arguments of both.
@@ -246,11 +245,15 @@ def mended(
     """
 
     def find() -> tuple[Plan, Repair]:
+        found = repair(plan, batches, **options)
+        if swap is None:
+            return plan, found
         chosen = swap(plan, batches, **options)
-        found = repair(chosen, batches, **options)
-        if found.is_accepted or plan_digest(chosen) == plan_digest(plan):
-            return chosen, found
-        return plan, repair(plan, batches, **options)
+        if chosen.kept == plan.kept:
+            return plan, found
+        other = repair(chosen, batches, **options)
+        is_closer = other.is_accepted and other.kl_after < min(found.kl_before, found.kl_after)
+        return (chosen, other) if is_closer else (plan, found)
 
     return attempted(find, processes) or (plan, None)
 
