@@ -3,8 +3,8 @@
     python examples/benchmarks/recovery.py --model DIR --train train.tsv --dev dev.tsv
 
 The model is a fine-tuned classifier, the data ``text<TAB>label`` without a header. It is scored and
-planned once; each training starts from the same cut model, with the same seed and data order. The
-uncut model is the teacher.
+planned once, and repaired unless `--repair none` is given; each training starts from the same cut
+model, with the same seed and data order. The uncut model is the teacher.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.config.defaults import DEFAULT_SCORE
 from hf_gradnas.repair import recover
 
 
@@ -66,7 +67,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dev", required=True)
     parser.add_argument("--flops", default="30%")
     parser.add_argument("--layout", default="per_layer")
-    parser.add_argument("--score", default="fisher")
+    parser.add_argument("--score", default=DEFAULT_SCORE)
+    parser.add_argument("--repair", default="auto", choices=("auto", "none"))
     parser.add_argument("--multiple", type=int, help="FFN widths are multiples of it")
     parser.add_argument("--examples", type=int, default=512, help="examples to score on")
     parser.add_argument("--length", type=int, default=64)
@@ -102,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     pruner.discover(calibration[0], flops_length=args.length)
     pruner.score(calibration)
     plan = pruner.plan({"flops": args.flops})
-    cut = pruner.apply(plan)
+    repair = pruner.repair(plan, calibration) if args.repair == "auto" else None
+    cut = pruner.apply(plan, repair)
     achieved = plan.costs["flops"] / pruner.totals["flops"]
     print(f"pruned to {achieved:.2%} FLOPs: accuracy {accuracy(cut, dev):.4f}")
     runs = [
