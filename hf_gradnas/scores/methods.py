@@ -10,8 +10,7 @@ them):
   ``Σ_n g²``, a handful of examples hold nearly all, so that ``fisher`` is a matter of which these
   are. It does not depend on the batch size, and is no loss.
 - ``tempered``: ``½ Σ_n (g[n, i] / ‖g[n]‖^¾)²``, the same rows, each with a weight of ``√‖g[n]‖``:
-  the model's hard examples say more than the easy ones, but none says nearly all. After a repair
-  by least squares its plans are the better ones (docs/scores.md); without, those of ``balanced``.
+  the model's hard examples say more than the easy ones, but none says nearly all.
 - ``fisher``: ``Σ_n g[n, i]²``, the diagonal empirical Fisher information of the masks. It does not
   depend on the batch size.
 - ``gradnas``: ``Σ_batches (Σ_{n in batch} g[n, i] / c)²``, where the batch's loss is its sum over
