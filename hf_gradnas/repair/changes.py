@@ -41,8 +41,9 @@ def unknowns_of(reader: Reader | Feed) -> tuple[int, int, Tensor]:
     """Numbers of inputs and outputs that are fitted, and a tensor of their type."""
     if isinstance(reader, Feed):
         return reader.features, reader.features, cast(Tensor, reader.layers[0][1].weight)
-    weight = weight_of(reader, reader.kept)
+    weight = cast(Tensor, reader.module.weight).detach()
     columns, outputs = _matrix(reader, weight).shape
+    columns = columns // weight.shape[reader.input_dim] * len(reader.kept)
     return columns, outputs if reader.outputs is None else len(reader.outputs), weight
 
 

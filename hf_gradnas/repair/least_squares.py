@@ -266,11 +266,13 @@ class _Fit:
             sums.clear()
         self._add(sums, number, reader, scale, held_out=True)
         sums.reduce(self._processes)
+        site = replace(site, rows=sums.rows)
         solved = sums.solve(ridge, centred=is_centred(reader))
+        del sums  # the largest tensors there are
         if solved is None:
             return replace(site, reason="its equations are singular")
         self.changes[reader] = change_of(reader, *solved)
-        return replace(site, rows=sums.rows, ridge=ridge, error_after=best)
+        return replace(site, ridge=ridge, error_after=best)
 
     def _search(
         self, sums: NormalEquations, held: HeldOutRows, reader: Reader | Feed

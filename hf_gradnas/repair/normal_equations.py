@@ -106,6 +106,7 @@ class NormalEquations:
         columns, outputs = self.cross.shape
         share = float(centred) / max(self.rows, 1)
         solution = torch.zeros(columns, outputs, dtype=self.dtype, device=self.gram.device)
+        intercept = share * self.residuals
         if columns:
             diagonal = self.gram.diagonal() - share * self.inputs.square()
             strength = ridge * float(diagonal.clamp_min(0).mean())
@@ -117,8 +118,9 @@ class NormalEquations:
                 target = self.cross[:, part] - share * torch.outer(
                     self.inputs, self.residuals[part]
                 )
-                solution[:, part] = solve(target)
-        intercept = share * (self.residuals - self.inputs @ solution.double())
+                found = solve(target)
+                intercept[part] -= share * (self.inputs @ found)
+                solution[:, part] = found
         return solution, intercept.to(self.dtype)
 
     def _factored(self, share: float, diagonal: Tensor) -> Callable[[Tensor], Tensor] | None:
