@@ -191,8 +191,9 @@ class GradNASPruner(ExaminedModel):
     ) -> Plan:
         """Choose half of the neurons that stay by what least squares mends; widths do not change.
 
-        Comes before `repair`, without which it does harm. One forward of the whole model for every
-        second batch, and one inverse per layer. After `repair.swaps`: optimal brain surgeon.
+        To be repaired after it: what stays is chosen for new weights, not for the present ones. One
+        forward of the whole model for every second batch, and one inverse per layer. See
+        `repair.swaps` for the source.
 
         Args:
             plan: Made from the present scores.

@@ -157,6 +157,7 @@ BAD = {
         "--output train.tsv: is not a folder that this user can write to",
     ),
     "shuffle": (["--seeds", "1", "--shuffle"], "--seeds draws its subsets"),
+    "swap": (["--repair", "swap"], "a sweep measures its plans as they are"),
     "a model there": (["--output", "full", "--save", "flops=70%"], "the output folder exists"),
 }
 

@@ -211,7 +211,7 @@ def test_a_run_keeps_its_rows_and_measures_nothing_twice(
     assert quality.main(options) == rows
 
 
-@pytest.mark.parametrize("repair", ["auto", "none"])
+@pytest.mark.parametrize("repair", ["auto", "swap", "none"])
 def test_cut_is_masked(repair: str, files: dict[str, list[str]], capsys) -> None:
     options = [*files["language"], "--score", "fisher", "--peer", "--repair", repair]
     (_, masked), (_, cut) = quality.main(options), quality.main([*options, "--cut"])

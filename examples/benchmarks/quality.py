@@ -151,7 +151,9 @@ def pruned_by(
     if row["repair"] and method.repair is None:
         swap = pruner.swap if row["repair"] == "swap" else None
         plan, found = mended(plan, batches, swap, pruner.repair, Processes())
-        own = [found] if found is not None else []
+        if found is None:
+            raise SystemExit(f"{row['method']} at {row['budget']}: there is no repair, see above.")
+        own = [found]
     if row["cut"]:
         twin = GradNASPruner(copy.deepcopy(pruner.model), layout=pruner.layout)
         twin.discover(batches[0])

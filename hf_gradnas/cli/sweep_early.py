@@ -44,6 +44,11 @@ def check_sweep(recipe: Recipe, sweep: Sweep, *, given: Set[str]) -> Recipe:
         raise RecipeError(
             "--shuffle: has no effect here, as --seeds draws its subsets at random; omit it."
         )
+    if recipe.repair == "swap":
+        raise RecipeError(
+            "--repair swap: a sweep measures its plans as they are, or with new weights alone; "
+            "give auto or none here, and swap to the prune command."
+        )
     seen = set()
     for cost, limits in sweep.targets.items():
         for limit in limits:
