@@ -1,0 +1,697 @@
+"""Gives stock Transformers models the shapes of a pruned checkpoint, layer by layer.
+
+hf_gradnas imports this file, and every per-layer checkpoint carries a verbatim copy of it, which
+``trust_remote_code=True`` runs where hf_gradnas is not installed. It therefore imports the standard
+library, torch and transformers only, and stays one file however long it gets.
+
+All it knows of a model is the *record* under the key ``gradnas`` of its config::
+
+    {"format_version": 1,
+     "architecture": "LlamaForCausalLM",         # the class whose module paths are used below
+     "modules": {                                # tensor shapes, integer attributes, and values
+       "model.layers.0.self_attn.q_proj": {"weight": [192, 256]},      # read from `config` at
+       "model.layers.0.self_attn": {"num_key_value_groups": 2,         # run time
+                                    "config": {"num_attention_heads": 3}}},
+     "removed": {                                # attentions that lost every unit
+       "model.layers.2.self_attn": {"projection": "o_proj", "features": 256,
+                                    "returns": ["output", null], "cross": false}},
+     "own_position_bias": {                      # T5: layers that do not take the bias of the
+       "decoder.block.1.layer.0.SelfAttention": [32, 5],      # layer before, with their table
+       "decoder.block.1.layer.1.EncDecAttention": []}}        # [buckets, heads] if they have one
+
+Scores, plans and the choice of rows are not known here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+FORMAT_VERSION = 1
+TABLE = "relative_attention_bias"
+
+Record = Mapping[str, Any]
+Rows = Mapping[str, Mapping[int, list[int]]]
+Modules = Mapping[str, Any]  # what a path leads to: modules with attributes of any kind
+
+# Attributes in which a generic module repeats a dimension of its weight (convolutions: `_sync`).
+SIZES: tuple[tuple[type[nn.Module], Mapping[str, int]], ...] = (
+    (nn.Linear, {"out_features": 0, "in_features": 1}),
+    (Conv1D, {"nx": 0, "nf": 1}),
+    (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
+    (_NormBase, {"num_features": 0}),
+    (nn.GroupNorm, {"num_channels": 0}),
+    (nn.PReLU, {"num_parameters": 0}),
+)
+
+
+class RecordError(ValueError):
+    """A record that this file cannot read, or that does not fit the model."""
+
+
+# --- modules that stand in for others -------------------------------------------------------------
+
+
+class RemovedAttention(nn.Module):
+    """Stands where an attention lost every unit: returns its bias and keeps the cache's length.
+
+    Args:
+        replaced: The attention; its numbers, strings and flags (`layer_idx` among them) are kept.
+        projection: Name of the out-projection in `replaced`, whose bias stays a parameter under its
+            name in the state dict; None when the out-projection stands outside.
+        features: Width of the output; 0 for an empty context that an outer projection reads.
+        returns: ``"output"`` or None for each element of the output tuple; empty: a bare tensor.
+        cross: Whether it is a cross-attention, which keeps no length in the cache.
+        norm: Name of a norm in `replaced` that takes the sum of input and output (ALBERT).
+    """
+
+    def __init__(
+        self,
+        replaced: nn.Module,
+        *,
+        projection: str | None,
+        features: int,
+        returns: list[str | None],
+        cross: bool,
+        norm: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in vars(replaced).items():
+            if not name.startswith("_") and isinstance(value, int | float | str | None):
+                setattr(self, name, value)
+        # Underscores keep clear of the names that the parts have in `replaced`.
+        self._features, self._returns, self._cross = features, tuple(returns), cross
+        self._norm, self._projection = norm, None
+        if norm is not None:
+            self.add_module(norm, replaced.get_submodule(norm))
+        if projection is not None and replaced.get_submodule(projection).bias is not None:
+            self._projection = projection
+            *parents, leaf = projection.split(".")
+            parent: nn.Module = self
+            for name in parents:
+                parent.add_module(name, nn.Module())
+                parent = parent.get_submodule(name)
+            parent.add_module(leaf, _without_input(replaced.get_submodule(projection)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the bias, as wide as the out-projection, in the structure of the original."""
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Cache) and not self._cross:
+                self._grow(value, hidden_states)
+        output = _zeros(hidden_states, self._features)
+        if self._projection is not None:
+            bias = cast(torch.Tensor, self.get_submodule(self._projection).bias)
+            output = output + bias.to(output.dtype)
+        if self._norm is not None:
+            output = self.get_submodule(self._norm)(hidden_states + output)
+        if not self._returns:
+            return output
+        return tuple(output if entry else None for entry in self._returns)
+
+    def _grow(self, cache: Cache, hidden_states: torch.Tensor) -> None:
+        """Write keys and values of width 1: masks and positions ask this layer for its length."""
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        index = cast(int, self.layer_idx)
+        batch, length = hidden_states.shape[:2]
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        stubs = []
+        for states in (layer.keys, layer.values) if layer is not None else (None, None):
+            heads = width = 1
+            if states is not None and states.ndim > 1:  # allocated ahead of time
+                heads, width = states.shape[1], states.shape[3]
+            stubs.append(hidden_states.new_zeros(batch, heads, length, width))
+        cache.update(*stubs, index)
+
+
+def _zeros(x: torch.Tensor, features: int) -> torch.Tensor:
+    """Zeros of another width that depend on `x`: DDP waits for a gradient of all that led to it."""
+    return x.new_zeros(*x.shape[:-1], features) + x[..., :0].sum(-1, keepdim=True)
+
+
+class _EmptyConv1D(Conv1D):
+    """Returns its bias: a `Conv1D` without inputs fails in ``x.view(-1, 0)``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _zeros(x, self.nf) + self.bias
+
+
+class _LayerConfig:
+    """A live view of a config with a few values of one layer's own.
+
+    A copy would no longer follow ``set_attn_implementation``: the layer would run another kernel
+    than the one that the mask was made for, and silently lose the mask.
+    """
+
+    def __init__(self, base: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+        names = base.attribute_map
+        object.__setattr__(self, "_base", base)
+        object.__setattr__(self, "_values", {names.get(k, k): v for k, v in values.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        stored = self._base.attribute_map.get(name, name)
+        return self._values[stored] if stored in self._values else getattr(self._base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._base, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _LayerConfig, (self._base, dict(self._values))
+
+
+def _forget_position_bias(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Make a layer with a table of its own compute its own position bias."""
+    return args, {**kwargs, "position_bias": None}
+
+
+# --- resizing -------------------------------------------------------------------------------------
+
+
+def resize(
+    model: nn.Module,
+    record: Record,
+    *,
+    rows: Rows | None = None,
+    new_tensors: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Bring a model to the record's shapes, in place, after checking everything.
+
+    Tensors are parameters and buffers. They keep dtype, device and ``requires_grad``; tied ones are
+    sliced once and stay tied. Parameters that end up empty become buffers outside the state dict. A
+    tensor that already has its shape is left alone, so a second call changes nothing.
+
+    Args:
+        model: The model; of another class than the record's architecture, paths are translated.
+        record: What the config keeps under ``gradnas``.
+        rows: Rows to keep per full tensor name and dimension (a cut). Without, the first rows
+            stay, and the values are expected from a checkpoint.
+        new_tensors: For a cut, values of position bias tables that a layer comes to own.
+
+    Raises:
+        RecordError: The record is of a newer format or does not fit; the model is unchanged.
+    """
+    record = translated(_checked(record), model)
+    modules: Modules = dict(model.named_modules(remove_duplicate=False))
+    wanted = _wanted_shapes(modules, record, rows, new_tensors or {})
+    _check_shapes(wanted, modules, record, rows)
+    _check_removals(modules, record)
+    _set_attributes(modules, record)  # first: the channels of a convolution follow its groups
+    _slice(model, modules, wanted, rows)
+    _own_position_biases(modules, record, new_tensors or {})
+    for path, spec in record["removed"].items():
+        if not _is_removed(modules[path]):
+            _replace(model, modules[path], RemovedAttention(modules[path], **spec))
+
+
+def _checked(record: Record) -> Record:
+    """The record with every section present; refuse one of a newer format."""
+    version = record.get("format_version")
+    if version != FORMAT_VERSION:
+        raise RecordError(
+            f"config.gradnas: format_version is {version!r}, but this file reads {FORMAT_VERSION}; "
+            "upgrade hf_gradnas, or load with the modeling_gradnas.py that came with the weights."
+        )
+    full = {"modules": {}, "removed": {}, "own_position_bias": {}, **record}
+    sections = [full[name] for name in ("modules", "removed", "own_position_bias")]
+    is_whole = isinstance(full.get("architecture"), str) and all(map(_is_mapping, sections))
+    if not is_whole or not all(_is_mapping(e) for part in sections[:2] for e in part.values()):
+        raise _changed("the record", full)
+    for path, size in full["own_position_bias"].items():
+        if not _is_shape(size):
+            raise _changed(path, size)
+    return full
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _changed(where: str, found: object) -> RecordError:
+    return RecordError(
+        f"config.gradnas: {where} holds {found!r:.60}, which hf_gradnas never writes there; it was "
+        "changed or damaged: restore config.json."
+    )
+
+
+def translated(record: Record, model: nn.Module) -> Record:
+    """The record with the paths that `model` uses, if it is another class of the same family."""
+    if type(model).__name__ == record["architecture"]:
+        return record
+    if not isinstance(model, PreTrainedModel):
+        raise RecordError(
+            f"{type(model).__name__}: config.gradnas holds sizes of {record['architecture']}, and "
+            "only classes of Transformers have paths that translate; build that class instead."
+        )
+    sections = ("modules", "removed", "own_position_bias")
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+    renames: tuple[Callable[[str], str], ...] = (
+        lambda path: path,
+        lambda path: path.removeprefix(prefix),
+        lambda path: prefix + path,
+    )
+    paths = [path for section in sections for path in record[section]]
+    rename = max(renames, key=lambda rename: sum(rename(path) in known for path in paths))
+    found = {
+        section: {rename(k): v for k, v in record[section].items() if rename(k) in known}
+        for section in sections
+    }
+    if paths and not any(found.values()):
+        raise RecordError(
+            f"{type(model).__name__}: none of the {len(paths)} module paths that config.gradnas "
+            f"names for {record['architecture']} exist, e.g. {paths[0]}; load that class instead."
+        )
+    return {**record, **found}
+
+
+def _wanted_shapes(
+    modules: Modules,
+    record: Record,
+    rows: Rows | None,
+    new_tensors: Mapping[str, torch.Tensor],
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Shape wanted of each tensor, by module path and name; check paths and attributes."""
+    wanted: dict[tuple[str, str], tuple[int, ...]] = {}
+    for path, values in record["modules"].items():
+        if _inside(path, record["removed"]):
+            continue
+        module = _module(modules, path)
+        absent = [name for name in values if getattr(module, name, None) is None]
+        if "config" in values and "config" not in absent:
+            absent += [f"config.{n}" for n in values["config"] if not hasattr(module.config, n)]
+        for name in values.keys() - set(absent):
+            if not _fits(getattr(module, name, None), values[name]):
+                raise _changed(f"{path}.{name}", values[name])
+        if absent:
+            raise RecordError(
+                f"{path}: {type(module).__name__} has no {absent[0]!r}, which config.gradnas sets; "
+                "load it with the Transformers version that the checkpoint was saved with."
+            )
+        wanted |= {(path, name): tuple(v) for name, v in values.items() if isinstance(v, list)}
+    for path, size in record["own_position_bias"].items():
+        module, given = _module(modules, path), f"{path}.{TABLE}.weight" in new_tensors
+        lacking = bool(size) and TABLE not in module._modules and rows is not None and not given
+        if lacking or not hasattr(module, "has_relative_attention_bias"):
+            raise RecordError(
+                f"{path}: config.gradnas gives it a position bias of its own, but "
+                f"{type(module).__name__} has no table and no values came; pass new_tensors."
+            )
+        if size and TABLE in module._modules and not given:
+            wanted[f"{path}.{TABLE}", "weight"] = tuple(size)
+    return wanted
+
+
+def _fits(there: Any, value: Any) -> bool:
+    """Whether a value is of the kind of what it is to replace."""
+    if isinstance(there, torch.Tensor):
+        return _is_shape(value)
+    return type(value) is type(there) if isinstance(there, int) else True
+
+
+def _check_shapes(
+    wanted: Mapping[tuple[str, str], tuple[int, ...]],
+    modules: Modules,
+    record: Record,
+    rows: Rows | None,
+) -> None:
+    """Check that every wanted shape can be had, and that all rows are used."""
+    shape_of: dict[int, tuple[int, ...]] = {}
+    for (path, name), shape in wanted.items():
+        tensor = getattr(modules[path], name)
+        kept = None if rows is None else rows.get(_join(path, name), {})
+        fits = _can_slice(tuple(tensor.shape), shape, kept)
+        if not fits or shape_of.setdefault(id(tensor), shape) != shape:
+            counts = {dim: len(indices) for dim, indices in (kept or {}).items()}
+            raise RecordError(
+                f"{_join(path, name)}: has shape {list(tensor.shape)}, but config.gradnas wants "
+                f"{list(shape)}{'' if kept is None else f' from rows {counts}'}; the record "
+                "belongs to another model, or a tied tensor is wanted in two shapes."
+            )
+    names = {_join(*key) for key in wanted}
+    for name in rows or {}:
+        if name not in names and not _inside(name, record["removed"]):
+            raise RecordError(
+                f"{name}: rows are given, but the record wants no shape of it; add the shape to "
+                "the record, or drop the rows."
+            )
+
+
+def _can_slice(
+    size: tuple[int, ...], shape: tuple[int, ...], kept: Mapping[int, list[int]] | None
+) -> bool:
+    """Whether a tensor of `size` gives `shape`: by its first rows (None), or by the kept ones."""
+    if len(size) != len(shape):
+        return False
+    if kept is None:
+        return all(has >= wants for has, wants in zip(size, shape, strict=True))
+    return all(
+        len(kept[dim]) == wants and all(0 <= row < has for row in kept[dim])
+        if dim in kept
+        else has == wants
+        for dim, (has, wants) in enumerate(zip(size, shape, strict=True))
+    )
+
+
+def _check_removals(modules: Modules, record: Record) -> None:
+    for path, spec in record["removed"].items():
+        module, projection = _module(modules, path), spec["projection"]
+        if projection is None or _is_removed(module):
+            continue
+        found = _module(modules, f"{path}.{projection}")
+        if not isinstance(found, nn.Linear | Conv1D):
+            raise RecordError(
+                f"{path}.{projection}: is a {type(found).__name__}, but only Linear and Conv1D "
+                "projections of an attention can be removed; keep one unit of this attention."
+            )
+
+
+def _slice(
+    model: nn.Module,
+    modules: Modules,
+    wanted: Mapping[tuple[str, str], tuple[int, ...]],
+    rows: Rows | None,
+) -> None:
+    """Slice every tensor once and put the result wherever the old one stood."""
+    places: dict[int, list[tuple[dict[str, Any], str, nn.Module]]] = defaultdict(list)
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                places[id(tensor)].append((store, name, module))
+    tensors = {key: getattr(modules[key[0]], key[1]) for key in wanted}  # each tied one once
+    unique = {id(tensor): (tensor, key) for key, tensor in tensors.items()}
+    for old, (path, name) in unique.values():
+        shape, kept = wanted[path, name], (rows or {}).get(_join(path, name), {})
+        if old.shape == shape and not kept:
+            continue
+        new = old.detach()
+        for dim, size in enumerate(shape):
+            if dim in kept:
+                new = new.index_select(dim, torch.tensor(kept[dim], device=old.device).long())
+            else:
+                new = new.narrow(dim, 0, size)
+        new = new.clone(memory_format=torch.contiguous_format)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for store, attribute, module in places[id(old)]:
+            store[attribute] = new
+            _sync(module)
+
+
+def _set_attributes(modules: Modules, record: Record) -> None:
+    for path, values in record["modules"].items():
+        if _inside(path, record["removed"]):
+            continue
+        for name, value in values.items():
+            if name == "config":
+                base = vars(modules[path].config).get("_base", modules[path].config)
+                modules[path].config = _LayerConfig(base, value)
+            elif not isinstance(value, list):
+                old = getattr(modules[path], name)  # `normalized_shape` of a norm without weight
+                whole = (value, *old[1:]) if isinstance(old, tuple) else value
+                setattr(modules[path], name, whole)
+
+
+def _own_position_biases(
+    modules: Modules, record: Record, new_tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Let layers compute their own position bias, from a table of their own if they have one."""
+    for path, size in record["own_position_bias"].items():
+        module = modules[path]
+        hooks = {hook.__name__ for hook in module._forward_pre_hooks.values()}
+        if _forget_position_bias.__name__ not in hooks:
+            module.register_forward_pre_hook(_forget_position_bias, with_kwargs=True)
+        values = new_tensors.get(f"{path}.{TABLE}.weight")
+        if values is None and size and TABLE not in module._modules:
+            values = next(module.parameters()).new_zeros(size)
+        if values is not None:
+            table = nn.Embedding(size[0], size[1], _weight=values.clone())
+            module.add_module(TABLE, table.train(module.training))
+        module.has_relative_attention_bias = bool(size)
+
+
+def _without_input(projection: Any) -> Any:
+    """Narrow a projection to its bias."""
+    dim = 0 if isinstance(projection, Conv1D) else 1
+    weight = projection.weight
+    projection.weight = nn.Parameter(
+        weight.detach().narrow(dim, 0, 0).clone(), weight.requires_grad
+    )
+    _sync(projection)
+    return projection
+
+
+def _repeat_sizes(module: Any) -> None:
+    """Repeat the weight's sizes in a generic module's attributes."""
+    for kind, sizes in SIZES:
+        if isinstance(module, kind):
+            weight: Any = module.weight if module.weight is not None else module.running_mean
+            for attribute, dim in sizes.items():
+                setattr(module, attribute, weight.shape[dim])
+    if isinstance(module, _ConvNd):
+        sides = (module.weight.shape[0], module.weight.shape[1] * module.groups)
+        module.in_channels, module.out_channels = sides if module.transposed else sides[::-1]
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def _sync(module: Any) -> None:
+    """Bring a module's attributes in line with its tensors, and hide empty ones."""
+    _repeat_sizes(module)
+    if isinstance(module, Conv1D) and module.nx == 0:
+        module.__class__ = _EmptyConv1D
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None and parameter.numel() == 0:
+            del module._parameters[name]
+            module.register_buffer(name, parameter.detach(), persistent=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.numel() == 0:
+            module._non_persistent_buffers_set.add(name)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def _module(modules: Modules, path: str) -> Any:
+    if path not in modules:
+        raise RecordError(
+            f"{path}: config.gradnas names this module, but {type(modules['']).__name__} has none "
+            "there; load it with the Transformers version that the checkpoint was saved with."
+        )
+    return modules[path]
+
+
+def _is_removed(module: nn.Module) -> bool:
+    # By name: a copy of this file in a checkpoint defines another class.
+    return type(module).__name__ == RemovedAttention.__name__
+
+
+def _inside(path: str, outer: Mapping[str, Any]) -> bool:
+    return any(path == other or path.startswith(f"{other}.") for other in outer)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# --- per-layer classes ----------------------------------------------------------------------------
+
+
+class _PerLayer:
+    """What a per-layer class adds to the stock class that it inherits from."""
+
+    _gradnas_stock_class: type[PreTrainedModel]
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        with _construction() as outermost, _uniform(config):
+            self._gradnas_stock_class.__init__(cast(Any, self), config, *args, **kwargs)
+        if outermost and "gradnas" in vars(config):
+            model = cast(PreTrainedModel, self)
+            resize(model, config.gradnas)
+            _finish(model)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        stock = self._gradnas_stock_class
+        function, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        if type(self) is per_layer_class(stock):  # a class that pickle does not find by its name
+            function, arguments = _blank, (stock,)
+        return (function, arguments, *state)
+
+    # Upstream decides these by reading the file of the class: it has to read the stock class's.
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return cls._gradnas_stock_class.is_custom_code()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls._gradnas_stock_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls._gradnas_stock_class._can_set_experts_implementation()
+
+
+_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def is_per_layer(model_class: type) -> bool:
+    """Whether a class comes from `per_layer_class` of this file or of any copy of it."""
+    return hasattr(model_class, "_gradnas_stock_class")
+
+
+def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Subclass of a stock class that takes the shapes in ``config.gradnas`` once it is built.
+
+    It carries the stock class's name and this module's: upstream's ``save_pretrained`` then copies
+    this file beside the weights and names the class in ``auto_map``. A class that Transformers does
+    not export (a user's own, remote code) keeps its module: this file alone could not find it.
+    """
+    if is_per_layer(stock):  # perhaps that of an older copy of this file
+        stock = cast(Any, stock)._gradnas_stock_class
+    if stock not in _CLASSES:
+        bases: tuple[type, ...] = (_PerLayer, stock)
+        if stock.can_generate() and issubclass(stock, GenerationMixin):
+            bases += (GenerationMixin,)  # a direct base, or upstream wraps the class once more
+        namespace: dict[str, Any] = {
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "__doc__": stock.__doc__,
+            "_gradnas_stock_class": stock,
+        }
+        if _is_exported(stock):
+            namespace |= {
+                "__module__": __name__,
+                "_auto_class": auto_class_name(stock) or "AutoModel",
+            }
+        _CLASSES[stock] = created = type(stock.__name__, bases, namespace)
+        # Keyed by the class's name; filled by a constructor, which `make_per_layer` does not run.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(created), stock._can_record_outputs)
+    return _CLASSES[stock]
+
+
+def make_per_layer(model: PreTrainedModel, record: Record) -> PreTrainedModel:
+    """Turn a model that has the record's shapes into its per-layer class, and note the record.
+
+    From then on the model's own ``save_pretrained`` writes a checkpoint that loads everywhere.
+    """
+    model.config.gradnas = dict(_checked(record))
+    model.__class__ = per_layer_class(type(model))
+    _finish(model)
+    return model
+
+
+def _finish(model: PreTrainedModel) -> None:
+    """Name the code file in the config, and forget ties of parameters that are gone."""
+    if _is_exported(cast(Any, model)._gradnas_stock_class):
+        model.config.auto_map = {
+            name: f"{__name__.rsplit('.', 1)[-1]}.{classes[0].__name__}"
+            for name, classes in _auto_classes(type(model.config))
+        }
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if {target, source} <= names
+    }
+
+
+def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
+    """Names of the Auto classes that know a config class, with the classes they build from it."""
+    from transformers.models.auto import modeling_auto
+
+    for name, auto_class in vars(modeling_auto).items():
+        if name.startswith("Auto") and isinstance(auto_class, type):
+            mapping = getattr(auto_class, "_model_mapping", None)  # AutoConfig has none
+            if mapping is not None and config_class in mapping:
+                found = mapping[config_class]
+                yield name, found if isinstance(found, tuple) else (found,)
+
+
+def auto_class_name(stock: type[PreTrainedModel]) -> str | None:
+    """Name of the Auto class that builds a stock class; the most telling one if there are more."""
+    names = [name for name, built in _auto_classes(stock.config_class) if stock in built]
+    return min(
+        names, default=None, key=lambda n: (n != "AutoModel", n == "AutoModelForPreTraining")
+    )
+
+
+def _is_exported(stock: type) -> bool:
+    return getattr(transformers, stock.__name__, None) is stock
+
+
+def _blank(stock: type[PreTrainedModel]) -> PreTrainedModel:
+    return object.__new__(per_layer_class(stock))
+
+
+def _thread() -> threading.local:
+    """State shared by all copies of this file, so that only the outermost constructor resizes."""
+    if "_gradnas_thread" not in vars(PreTrainedModel):
+        PreTrainedModel._gradnas_thread = threading.local()
+    return cast(threading.local, PreTrainedModel._gradnas_thread)
+
+
+def under_construction() -> bool:
+    """Whether this thread is inside the constructor of a per-layer class."""
+    return getattr(_thread(), "depth", 0) > 0
+
+
+@contextmanager
+def _construction() -> Iterator[bool]:
+    """Mark a constructor; true for the outermost: the models nested in it must stay stock."""
+    thread = _thread()
+    depth = getattr(thread, "depth", 0)
+    try:
+        thread.depth = depth + 1
+        yield depth == 0
+    finally:
+        thread.depth = depth
+
+
+@contextmanager
+def _uniform(config: PreTrainedConfig) -> Iterator[None]:
+    """Hide ``per_layer_config`` from the stock constructor, which builds all layers alike."""
+    configs = [config, *(v for v in vars(config).values() if isinstance(v, PreTrainedConfig))]
+    name = "_heterogeneity_spec"
+    hidden = [(c, vars(c)[name]) for c in configs if name in vars(c)]
+    try:
+        for owner, _ in hidden:
+            del vars(owner)[name]
+        yield
+    finally:
+        for owner, spec in hidden:
+            vars(owner)[name] = spec
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """Per-layer class of the stock class `name`: what ``auto_map`` asks of this file."""
+    stock = None if name.startswith("_") else getattr(transformers, name, None)
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        raise AttributeError(
+            f"{__name__}: has no attribute {name!r}, and transformers exports no model class of "
+            "that name; install the Transformers version that the checkpoint was saved with."
+        )
+    return per_layer_class(stock)
