@@ -68,7 +68,7 @@ def test_a_checkpoint_loads(name):
 def test_checkpoints_load_with_the_file_inside_them(tmp_path):
     given = [f"{FOLDER / name}={auto_class(name)}" for name in SAVED]
     command = [sys.executable, "-c", WITHOUT_US, *given]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -96,5 +96,5 @@ def test_a_plan_cuts_the_model_as_it_did(name):
 
 def test_a_checkpoint_is_verified():
     command = [sys.executable, "-m", "hf_gradnas.verify", str(FOLDER / "llama" / "pruned")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

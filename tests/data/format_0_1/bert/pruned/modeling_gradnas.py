@@ -621,7 +621,7 @@ def _finish(model: PreTrainedModel) -> None:
 
 def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
     """Names of the Auto classes that know a config class, with the classes they build from it."""
-    from transformers.models.auto import modeling_auto
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415 (stock loading needs it not)
 
     for name, auto_class in vars(modeling_auto).items():
         if name.startswith("Auto") and isinstance(auto_class, type):
