@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from .batches.batch import to_device
+from .batches.longest import Batch, check_inputs, from_main, longest_of_all, reiterable
 from .checkpoint.apply import check_uncut
 from .checkpoint.prunable import find_prunable
 from .checkpoint.savable import check_savable
@@ -21,13 +23,11 @@ from .errors import DataError, OrderError, PlanError
 from .masks import masked
 from .repair.least_squares import find_repair
 from .repair.repairs import Repair, check_repair, check_unsharded, repaired
-from .scores.batches import to_device
-from .scores.owners import body_of
-from .scores.processes import Processes
-from .scores.sample import Batch, check_inputs, from_main, longest_of_all, reiterable
-from .scores.wrappers import check_parameters, uncompiled
+from .running.owners import body_of
+from .running.processes import Processes
+from .running.wrappers import check_parameters, uncompiled
 from .search.solver import check_budgets
-from .structure.config_keys import LAYOUTS
+from .stock.space import LAYOUTS
 from .surgery import check_plan
 from .types import Budget, CostModel, Plan, StockSpace, Structure
 

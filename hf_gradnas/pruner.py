@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from .batches.longest import Batch, reiterable
+from .batches.steps import HeldOut
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.reporting import Findings, save_with_report
 from .config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
@@ -25,12 +27,10 @@ from .repair.repairs import CHOICES as REPAIRS
 from .repair.repairs import Repair, attempted, check_repair, mended
 from .repair.swaps import swap_neurons
 from .report import say_repair
+from .running.shards import gathered, is_sharded
+from .running.wrappers import check_parameters
 from .scores import METHODS, check_scores, collect_scores
 from .scores.prediction import settled
-from .scores.sample import Batch, reiterable
-from .scores.shards import gathered, is_sharded
-from .scores.steps import HeldOut
-from .scores.wrappers import check_parameters
 from .search.solver import STRATEGIES, find_plan
 from .surgery import check_plan
 from .types import Budget, Frontier, Plan, Scores

@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 
 import hf_gradnas  # noqa: E402 - per-layer loading is installed in every test
-from hf_gradnas.structure.config_trials import Shapes, tensor_shapes  # noqa: E402
+from hf_gradnas.stock.trials import Shapes, tensor_shapes  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 transformers.utils.logging.disable_progress_bar()
@@ -148,7 +148,7 @@ def shapes_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _SHAPES[key] = tensor_shapes(model_class, config)
         return dict(_SHAPES[key])
 
-    monkeypatch.setattr("hf_gradnas.structure.config_keys.tensor_shapes", shapes)
+    monkeypatch.setattr("hf_gradnas.stock.space.tensor_shapes", shapes)
 
 
 _EARLIER: list[tuple[weakref.ref[PreTrainedModel], frozenset[str]]] = []

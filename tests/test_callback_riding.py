@@ -16,12 +16,12 @@ from score_examples import examples_of, in_batches
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.batches.batch import Batch, read_batches
 from hf_gradnas.callback import riding
 from hf_gradnas.callback.scoring import training_scores
 from hf_gradnas.errors import DataError, PlanError, ScoresError
+from hf_gradnas.running.processes import Processes
 from hf_gradnas.scores import collect_scores
-from hf_gradnas.scores.batches import Batch, read_batches
-from hf_gradnas.scores.processes import Processes
 from hf_gradnas.types import Scores
 from hf_gradnas.verification import find_structure
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers as tf
 
-from hf_gradnas.cli import latency
-from hf_gradnas.cli.latency import (
+from hf_gradnas.cli.show import Screen, show_latency
+from hf_gradnas.costs import latency
+from hf_gradnas.costs.latency import (
     COUNTED,
     FEWEST,
     MOST,
@@ -18,8 +19,7 @@ from hf_gradnas.cli.latency import (
     measure_latency,
     medians_ms,
 )
-from hf_gradnas.cli.show import Screen
-from hf_gradnas.scores.processes import Processes
+from hf_gradnas.running.processes import Processes
 
 
 class Clock:
@@ -126,7 +126,8 @@ def timed(monkeypatch, capsys):
     timing = Timing({}, None, Processes(), is_on=True)
     timing.begin(model)
     del model.bert.encoder.layer[0]
-    found = timing.end(model, Screen())["latency"]
+    found = timing.end(model)
+    show_latency(Screen(), found)
     assert found["batches"] == [{"batch_size": 1, "before_ms": 4.0, "after_ms": 1.0}]
     assert found["machine"] == describe_machine(torch.device("cpu"))
     return [len(models) for models in measured.calls], found["in_turn"], capsys.readouterr().out
@@ -164,4 +165,4 @@ def test_nothing_is_measured_or_copied_where_it_is_off(monkeypatch):
     monkeypatch.setattr(latency.copy, "deepcopy", None)
     timing = Timing({}, None, Processes(), is_on=False)
     timing.begin(small_bert())
-    assert timing.end(small_bert(), Screen()) == {}
+    assert timing.end(small_bert()) is None

@@ -8,9 +8,9 @@ import pytest
 import torch
 import zoo
 
+from hf_gradnas.batches.short import flops_inputs
 from hf_gradnas.costs.closed_form import own_table_rows
-from hf_gradnas.structure.counting import count_costs, count_flops
-from hf_gradnas.structure.samples import flops_inputs
+from hf_gradnas.costs.counting import count_costs, count_flops
 from hf_gradnas.surgery import cut
 from hf_gradnas.types import CostModel, Kind, Structure
 from hf_gradnas.verification import find_structure

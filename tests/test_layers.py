@@ -13,11 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import lower layers and, in its own layer, what stands to its left.
 LAYERS = (
     ("_import_path", "_lazy", "_redaction", "errors", "_manifests", "_files", "types", "_compat"),
-    ("config", "costs", "report"),
-    ("structure", "search", "masks", "surgery"),
-    ("verification", "scores", "repair", "checkpoint"),
+    ("config", "report", "running", "batches"),
+    ("structure", "costs", "search", "masks", "surgery"),
+    ("verification", "stock", "scores", "repair", "checkpoint"),
     ("hub", "examined", "frontier", "pruner", "nas"),
-    ("callback",),
+    ("callback", "data"),
     ("cli", "prune", "inspect", "sweep", "verify", "__main__", "__init__"),
 )
 PLACE = {
@@ -33,7 +33,6 @@ THIRD_PARTY = {
     "_files": set(),
     "types": {"numpy", "safetensors"},
     "config": {"pydantic", "pydantic_core", "yaml"},  # read before torch is imported
-    "costs": set(),
     "search": {"numpy"},
 }
 # Travels inside checkpoints as one file, so it stands alone and may be longer.

@@ -12,6 +12,7 @@ import zoo
 from transformers import Trainer, TrainingArguments
 
 from hf_gradnas import GradNASPruner, Plan, Scores
+from hf_gradnas.costs.counting import count_flops
 from hf_gradnas.errors import (
     BudgetError,
     CheckpointError,
@@ -21,7 +22,6 @@ from hf_gradnas.errors import (
     ScoresError,
     StructureError,
 )
-from hf_gradnas.structure.counting import count_flops
 from hf_gradnas.types import Kind
 
 ALL = sorted(zoo.FAMILIES)

@@ -12,13 +12,13 @@ import torch
 from score_examples import assert_equal, build, examples_of, in_batches
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.batches.steps import HeldOut, Step, hold_out
 from hf_gradnas.config.defaults import CANDIDATES
 from hf_gradnas.errors import DataError, PlanError
 from hf_gradnas.repair.choice import closest, say_tried
 from hf_gradnas.repair.closeness import divergences
+from hf_gradnas.running.processes import Processes
 from hf_gradnas.scores import collect_scores
-from hf_gradnas.scores.processes import Processes
-from hf_gradnas.scores.steps import HeldOut, Step, hold_out
 from hf_gradnas.types import Plan
 
 BUDGET = {"flops": "60%"}

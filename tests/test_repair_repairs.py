@@ -31,7 +31,7 @@ from hf_gradnas.repair.repairs import (
     plan_digest,
     repaired,
 )
-from hf_gradnas.scores.processes import Processes
+from hf_gradnas.running.processes import Processes
 
 FAMILIES = ["bert", "gpt2", "llama", "gpt_neox", "t5", "bart", "vit", "whisper"]
 

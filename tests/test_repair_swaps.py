@@ -18,8 +18,8 @@ from hf_gradnas.errors import DataError, OrderError, PlanError, RepairError, Str
 from hf_gradnas.repair.repairs import Repair, mended, plan_digest
 from hf_gradnas.repair.swaps import RIDGE, eliminated
 from hf_gradnas.report import say_swap
+from hf_gradnas.running.processes import Processes
 from hf_gradnas.scores.prediction import with_prediction
-from hf_gradnas.scores.processes import Processes
 from hf_gradnas.types import Kind
 
 BUDGET = {"flops": "60%"}

@@ -18,11 +18,11 @@ from transformers import (
     configuration_utils,
 )
 
-from hf_gradnas.checkpoint.rewrite import write_per_layer, write_stock
 from hf_gradnas.errors import PlanError
-from hf_gradnas.structure.config_keys import find_stock_space
-from hf_gradnas.structure.config_trials import tensor_shapes
-from hf_gradnas.structure.config_values import AxisKey, locate_axes
+from hf_gradnas.stock.rewrite import write_per_layer, write_stock
+from hf_gradnas.stock.space import find_stock_space
+from hf_gradnas.stock.trials import tensor_shapes
+from hf_gradnas.stock.values import AxisKey, locate_axes
 from hf_gradnas.types import Axis, Kind, Plan, StockSpace, Structure
 from hf_gradnas.verification import find_structure
 

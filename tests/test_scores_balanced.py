@@ -12,10 +12,10 @@ import zoo
 from score_examples import assert_equal, build, examples_of, in_batches
 from torch import nn
 
+from hf_gradnas.batches.batch import Batch
 from hf_gradnas.errors import DataError
 from hf_gradnas.masks import add_pre_hook, out_projection
 from hf_gradnas.scores import collect_scores, measure
-from hf_gradnas.scores.batches import Batch
 from hf_gradnas.scores.rows import (
     Positions,
     Sequences,

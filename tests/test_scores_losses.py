@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_gradnas import GradNASCallback, GradNASPruner, Scores
+from hf_gradnas.batches.batch import Batch, to_device
 from hf_gradnas.errors import DataError, GradNASWarning
-from hf_gradnas.scores.batches import Batch, to_device
 from hf_gradnas.scores.normaliser import find_normaliser
 
 EXAMPLES = 4

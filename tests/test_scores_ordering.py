@@ -11,11 +11,11 @@ import zoo
 from score_examples import assert_equal, build, examples_of, in_batches
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from hf_gradnas.batches.ordering import ByLength, by_length, number_of
+from hf_gradnas.batches.steps import HeldOut
 from hf_gradnas.repair.pieces import read_parts
+from hf_gradnas.running.processes import Processes
 from hf_gradnas.scores import collect_scores
-from hf_gradnas.scores.ordering import ByLength, by_length, number_of
-from hf_gradnas.scores.processes import Processes
-from hf_gradnas.scores.steps import HeldOut
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

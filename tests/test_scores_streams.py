@@ -14,9 +14,9 @@ from score_examples import assert_equal, build, examples_of, in_batches
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.batches.longest import longest_batch, reiterable
 from hf_gradnas.errors import DataError
 from hf_gradnas.scores import collect_scores
-from hf_gradnas.scores.sample import longest_batch, reiterable
 
 SIZE, WANTED = 3, 7
 BATCHES = 3  # of SIZE examples hold WANTED ones

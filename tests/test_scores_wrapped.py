@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.batches.loaders import deal
 from hf_gradnas.errors import DataError, StructureError
 from hf_gradnas.scores import collect_scores
-from hf_gradnas.scores.loaders import deal
 from hf_gradnas.types import Scores
 
 EXAMPLES = examples_of("bert", 101)

@@ -36,8 +36,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_gradnas import GradNASPruner
 from hf_gradnas.config.defaults import AUTO
 from hf_gradnas.repair.repairs import CHOICES, mended
+from hf_gradnas.running.processes import Processes
 from hf_gradnas.scores import METHODS
-from hf_gradnas.scores.processes import Processes
 from hf_gradnas.types import Plan
 
 Row = dict[str, Any]

@@ -19,8 +19,8 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDa
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..errors import DataError
-from ..scores.owners import Features, body_of
-from ..scores.wrappers import without_autocast
+from ..running.owners import Features, body_of
+from ..running.wrappers import without_autocast
 from .checks import check_sentence_settings
 from .settings import Settings
 

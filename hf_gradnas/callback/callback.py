@@ -14,13 +14,13 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..batches.longest import reiterable
 from ..checkpoint.savable import check_processor
 from ..checkpoint.targets import check_target, target_of
 from ..config.defaults import DEFAULT_SCORE
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
-from ..scores.owners import body_of
-from ..scores.sample import reiterable
+from ..running.owners import body_of
 from ..types import Plan, Scores
 from .batches import trainer_batches
 from .checks import check_only_one, check_unwrapped, check_whole

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.training_args import ParallelMode
 
+from ..batches.batch import read_batches
 from ..errors import DataError, OrderError, PlanError
-from ..scores.batches import read_batches
 from ..scores.normaliser import own_loss
 from .settings import Settings
 

@@ -15,7 +15,7 @@ from .._compat import wait_for_uploads
 from .._files import write_whole
 from ..checkpoint.targets import DOCUMENT, failing
 from ..hub import Pushed, check_access, push
-from ..scores.processes import Processes
+from ..running.processes import Processes
 
 
 def check_publishing(args: Any) -> None:

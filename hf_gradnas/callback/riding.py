@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..batches.batch import Batch, read_batches, to_device
 from ..errors import DataError, ScoresError
-from ..scores.batches import Batch, read_batches, to_device
 from ..scores.gradients import GradientRecorder
 from ..scores.methods import ROW_METHODS, terms_of
 from ..scores.normaliser import TOKEN_COUNTS, count_labels, find_normaliser, loss_of, own_loss

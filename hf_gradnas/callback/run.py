@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..batches.longest import longest_of_all
+from ..batches.ordering import by_length
 from ..checkpoint.savable import check_savable
 from ..checkpoint.targets import usable_target
 from ..errors import GradNASWarning, PlanError, ScoresError
 from ..pruner import GradNASPruner
 from ..repair.repairs import Repair, install_repair, mended
 from ..report import say_repair
-from ..scores.ordering import by_length
-from ..scores.processes import Processes
-from ..scores.sample import longest_of_all
+from ..running.processes import Processes
 from ..types import Budget, Plan, Scores
 from .batches import Batches, undisturbed, without_zeros
 from .checks import check_labels

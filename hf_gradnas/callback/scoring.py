@@ -11,8 +11,8 @@ import torch
 
 from ..errors import DataError
 from ..pruner import GradNASPruner
+from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
-from ..scores.processes import Processes
 from ..structure.sizes import Kept, lost_units
 from ..types import Scores
 from .riding import TrainingScores

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..batches.steps import is_none_or_positive
 from ..config.budgets import parse_budgets
 from ..config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
 from ..config.rules import parse_rules
@@ -14,9 +15,8 @@ from ..errors import PlanError
 from ..repair.repairs import CHOICES as REPAIRS
 from ..scores import METHODS
 from ..scores.methods import GRADIENT_METHODS
-from ..scores.steps import is_none_or_positive
 from ..search.solver import STRATEGIES
-from ..structure.config_keys import LAYOUTS
+from ..stock.space import LAYOUTS
 from ..types import is_integer
 from .schedule import SCHEDULES
 

@@ -1,7 +1,7 @@
 """Cut a model to a plan, prove that the cut did what its masks said, and rewrite its config.
 
 The result of a Transformers model is one that its own save_pretrained writes. Knows the order of
-the steps; what is cut is said in `surgery`, and what is written in `checkpoint.rewrite`.
+the steps; what is cut is said in `surgery`, and what is written in `stock.rewrite`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..batches.batch import to_device
+from ..batches.short import probe_inputs
+from ..costs.counting import count_params
 from ..errors import CutError, PlanError, described
 from ..masks import masked
 from ..repair.repairs import Repair, exchange_weights
-from ..scores.batches import to_device
-from ..structure.config_values import locate_axes
-from ..structure.counting import count_params
+from ..stock.rewrite import write_per_layer, write_stock
+from ..stock.values import locate_axes
 from ..structure.modeling_gradnas import make_per_layer, translated
-from ..structure.samples import probe_inputs
 from ..surgery import Record, check_kept, cut, merge_records
 from ..types import Axis, Plan, StockSpace, Structure
 from .head_indices import renumber_heads
 from .outputs import Call, difference, outputs_of
-from .rewrite import write_per_layer, write_stock
 
 
 def check_uncut(step: str, *, is_cut: bool) -> None:

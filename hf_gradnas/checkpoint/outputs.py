@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scores.wrappers import without_autocast
-from ..structure.states import evaluating
+from ..running.states import evaluating
+from ..running.wrappers import without_autocast
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword arguments of a forward."""

@@ -19,8 +19,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from transformers import PreTrainedConfig
 
 from ..errors import StructureError
-from ..scores.shards import is_partitioned
-from ..scores.wrappers import check_no_adapters
+from ..running.shards import is_partitioned
+from ..running.wrappers import check_no_adapters
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTISERS = (

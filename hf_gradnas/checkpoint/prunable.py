@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..batches.short import flops_inputs
 from ..config.rules import Rules, rule_for
-from ..structure.config_keys import find_stock_space, layout_for
-from ..structure.counting import count_costs, original_totals
-from ..structure.samples import flops_inputs
+from ..costs.counting import count_costs, original_totals
+from ..stock.space import find_stock_space, layout_for
 from ..types import CostModel, StockSpace, Structure
 from ..verification import find_structure
 from .rehearsal import rehearsed

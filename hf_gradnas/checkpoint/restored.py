@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..batches.batch import to_device
+from ..batches.short import probe_inputs
 from ..errors import StructureError, described
-from ..scores.batches import to_device
-from ..structure.samples import probe_inputs
 from .outputs import allowed_difference, largest_difference, outputs_of
 
 FOREIGN = ("transformers.", "accelerate.", "torch.", "hf_gradnas.")

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, StructureError, described
-from ..scores.shards import is_sharded
+from ..running.shards import is_sharded
 from .plain import check_plain, made_by
 from .restored import check_outputs
 from .twin import Entry, build_twin, entries, fill_twin, is_narrowed

@@ -1,6 +1,6 @@
 """Writes a pruned model so that the target folder is never half written, and proves that it loads.
 
-Knows folders and files; the config's values come from `checkpoint.rewrite`, and the classes that
+Knows folders and files; the config's values come from `stock.rewrite`, and the classes that
 load a per-layer checkpoint from `structure.modeling_gradnas`. Both layouts are written alike.
 """
 
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from .._files import replace_folder, temporary_sibling, write_record
 from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
 from .._redaction import shareable
+from ..batches.batch import to_device
 from ..errors import CheckpointError, GradNASError, described
 from ..report import python_string
-from ..scores.batches import to_device
-from ..scores.owners import LIBRARY, save_owner
+from ..running.owners import LIBRARY, save_owner
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
 from .companions import Companions

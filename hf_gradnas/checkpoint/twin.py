@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
 from ..errors import CheckpointError, StructureError, described
-from ..structure.config_trials import silence
+from ..stock.trials import silence
 
 ROUNDED = 2**-7
 """Largest relative change of a number that was cast to 16 bits and back on its way."""

@@ -182,9 +182,9 @@ def inspect_model(
         StructureError: Nothing can be pruned, or a glob matches nothing.
         PlanError: Layout ``stock`` was asked for, and the class can express nothing.
     """
+    from ..batches.batch import to_device
     from ..checkpoint.prunable import find_prunable
-    from ..scores.batches import to_device
-    from ..structure.counting import count_costs
+    from ..costs.counting import count_costs
 
     rules = rules or {}
     try:

@@ -14,7 +14,7 @@ from ..config.recipe import Recipe
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
-    from ..scores.processes import Processes
+    from ..running.processes import Processes
 
 # What launchers set: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -39,7 +39,7 @@ def launched(recipe: Recipe) -> Iterator[tuple[Recipe, Processes]]:
     Raises:
         RecipeError: ``--device`` names one device for several processes.
     """
-    from ..scores.processes import Processes
+    from ..running.processes import Processes
 
     if _number(SIZES, 1) == 1:
         yield recipe, Processes()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..batches.batch import to_device
 from ..config.budgets import milder
 from ..report.quality import what_was_lost
-from ..scores.batches import to_device
 from ..types import Budget
 from .evaluate import Metrics, Progress, evaluate
 from .examples import make_loader

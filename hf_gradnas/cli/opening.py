@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.savable import check_processor
 from ..config.recipe import Recipe
 from ..pruner import GradNASPruner
-from ..scores.processes import Processes
+from ..running.processes import Processes
 from .examples import make_loader
 from .heads import check_head, listed
 from .loading import load_model

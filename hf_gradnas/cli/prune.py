@@ -16,7 +16,15 @@ from ..errors import GradNASError
 from .doubts import doubts
 from .early import check_early, model_folder
 from .records import record
-from .show import Screen, quiet_libraries, show_costs, show_metrics, show_plan, show_structure
+from .show import (
+    Screen,
+    quiet_libraries,
+    show_costs,
+    show_latency,
+    show_metrics,
+    show_plan,
+    show_structure,
+)
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
 
     from ..pruner import GradNASPruner
     from ..repair import Repair
-    from ..scores.processes import Processes
+    from ..running.processes import Processes
     from ..types import Plan
     from .evaluate import Metrics
     from .measuring import Batches
@@ -258,8 +266,8 @@ class _Run:
         warn_of_loss(self.screen, before, after, plan.budgets, recovered=is_recovered)
 
     def _plan(self, pruner: GradNASPruner, loader: DataLoader[Any], job: Job) -> Plan:
+        from ..batches.ordering import by_length
         from ..repair.choice import say_tried
-        from ..scores.ordering import by_length
 
         if job.scores is None:
             began = time.monotonic()
@@ -312,7 +320,7 @@ class _Run:
     ) -> None:
         from ..checkpoint.companions import loader_of
         from ..checkpoint.save import loading_snippet
-        from .latency import Timing
+        from ..costs.latency import Timing
         from .repairing import recover_model
 
         timing = Timing(self.batch, self.length, self.processes, is_on=self.recipe.report)
@@ -321,7 +329,10 @@ class _Run:
         after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")
         columns = {"before": before, "after": after}
         document = record(self.recipe, job, self.given)
-        document |= timing.end(model, self.screen)
+        latency = timing.end(model)
+        if latency is not None:
+            show_latency(self.screen, latency)
+            document["latency"] = latency
         if job.recovery is not None:
             document["recovery"] = recover_model(model, self.recipe, job, screen=self.screen)
             columns["recovered"] = self._evaluate(

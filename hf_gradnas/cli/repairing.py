@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..config.recipe import Recipe
     from ..pruner import GradNASPruner
     from ..repair import Repair
-    from ..scores.processes import Processes
+    from ..running.processes import Processes
     from ..types import Plan
     from .preparation import Job
 
@@ -39,9 +39,9 @@ def mend(
         The plan that is cut, and its repair; the plan as it is and None where none was asked for,
         or where a warning says why there is none.
     """
+    from ..batches.ordering import by_length
     from ..repair.repairs import mended
     from ..report import say_repair, say_swap
-    from ..scores.ordering import by_length
 
     if recipe.repair == "none":
         return plan, None

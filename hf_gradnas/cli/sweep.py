@@ -22,7 +22,7 @@ from .show import Screen, quiet_libraries, show_settings, show_structure
 from .sweep_early import FILES, SWEEP_FILE, check_sweep, saved_recipe
 
 if TYPE_CHECKING:
-    from ..scores.processes import Processes
+    from ..running.processes import Processes
     from ..types import Frontier
     from .examples import Examples
     from .preparation import Job

@@ -13,3 +13,5 @@ CANDIDATES: Final = ("tempered", "fisher")
 """What `AUTO` chooses between."""
 DEFAULT_SCORE: Score = "tempered"
 """How units are scored where nothing else is asked for."""
+GLOBAL_METHODS: Final = ("gradnas",)
+"""Of these, gradients add up over a global batch before the formula is applied."""

@@ -1,1 +1,1 @@
-"""Closed forms of what a model costs, by how many units each axis keeps."""
+"""What units cost: closed forms, what they are counted from, latency."""

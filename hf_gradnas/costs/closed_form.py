@@ -1,6 +1,6 @@
 """Parameters and FLOPs as closed forms of kept units.
 
-Knows shapes and measured row counts; does not run models (`structure.counting` does).
+Knows shapes and measured row counts; does not run models (`costs.counting` does).
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..batches.longest import Batch
 from ..config.defaults import DEFAULT_SCORE
 from ..errors import BudgetError, PlanError
+from ..running.processes import Processes
 from ..scores import METHODS, collect_scores
 from ..scores.methods import GRADIENT_METHODS
-from ..scores.processes import Processes
-from ..scores.sample import Batch
 from ..types import Budget, Frontier, Point, Scores
 from .yardstick import (
     Bar,

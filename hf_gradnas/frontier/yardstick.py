@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedModel
 
+from ..batches.batch import digest, read_batches
+from ..batches.longest import Batch, reiterable
+from ..batches.ordering import by_length
 from ..errors import DataError
 from ..repair.closeness import divergences
 from ..repair.repairs import plan_digest
+from ..running.processes import Processes
 from ..scores import model_fingerprint
-from ..scores.batches import digest, read_batches
-from ..scores.ordering import by_length
-from ..scores.processes import Processes
-from ..scores.sample import Batch, reiterable
 from ..types import MASKED, REPAIRED, STATES, Budget, Plan, Point, Scores, Structure
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.apply import apply_plan, cut_with_proof
-from ..checkpoint.rewrite import write_stock
 from ..checkpoint.savable import check_savable
 from ..config.gradnas import GradNASConfig
 from ..errors import CheckpointError, PlanError, StructureError
-from ..structure.config_keys import find_stock_space
+from ..stock.rewrite import write_stock
+from ..stock.space import find_stock_space
 from ..structure.modeling_gradnas import resize
 from ..surgery import merge_records
 from ..types import Plan, Structure

@@ -19,8 +19,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..errors import DataError, GradNASError, GradNASWarning, ScoresError, described
+from ..running.states import evaluating, frozen
 from ..scores.fingerprints import axes_fingerprint, model_fingerprint
-from ..structure.states import evaluating, frozen
 from ..types import Scores
 from .arguments import Collect, call_arguments
 from .gradients import MASK_PLACE, GradientDataManager, Setup, set_up

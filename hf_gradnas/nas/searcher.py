@@ -30,11 +30,11 @@ from ..config.budgets import (
     warn_near_lowest,
 )
 from ..costs.closed_form import unsplit_table_params
+from ..costs.counting import count_costs
 from ..errors import BudgetError, DataError, OrderError, StructureError
-from ..scores.wrappers import check_parameters
+from ..running.wrappers import check_parameters
 from ..search.solver import find_plan
-from ..structure.config_keys import find_stock_space
-from ..structure.counting import count_costs
+from ..stock.space import find_stock_space
 from ..types import Budget, CostModel, Scores, Structure
 from ..verification import find_structure
 from .arguments import named_arguments, probe_arguments, unwrap

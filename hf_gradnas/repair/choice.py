@@ -14,8 +14,8 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from ..scores.processes import Processes
-from ..scores.steps import HeldOut
+from ..batches.steps import HeldOut
+from ..running.processes import Processes
 from ..types import Plan
 from .closeness import divergences
 

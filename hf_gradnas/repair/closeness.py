@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
 from .._compat import configs_of
-from ..scores.batches import Batch, check_batch
-from ..scores.inputs import run_model
-from ..scores.processes import Processes
+from ..batches.batch import Batch, check_batch
+from ..batches.inputs import run_model
+from ..running.processes import Processes
+from ..running.states import evaluating
+from ..running.wrappers import called_plainly, uncompiled, without_autocast
 from ..scores.sampling import Prediction, inputs_to_sample, predict
-from ..scores.wrappers import called_plainly, uncompiled, without_autocast
-from ..structure.states import evaluating
 from .divergence import DIVERGENCES, at_least_float32
 
 Variant = Callable[[], AbstractContextManager[Any]]

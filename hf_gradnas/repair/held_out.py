@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from ..scores.processes import Processes
+from ..running.processes import Processes
 from .pieces import Rows
 
 HELD_BYTES = 1 << 28

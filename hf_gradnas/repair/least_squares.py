@@ -41,12 +41,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
+from ..batches.batch import Batch, check_batch, to_device
+from ..batches.longest import from_main
 from ..errors import GradNASWarning, RepairError
 from ..masks import masked
-from ..scores.batches import Batch, check_batch, to_device
+from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
-from ..scores.processes import Processes
-from ..scores.sample import from_main
 from ..scores.sampling import inputs_to_sample
 from ..structure.sizes import tensor_at
 from ..types import Axis, Plan

@@ -16,7 +16,7 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from ..scores.processes import Processes
+from ..running.processes import Processes
 
 _BLOCK = 256  # rows of a product at a time: less memory, and only one triangle is computed
 

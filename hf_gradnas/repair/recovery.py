@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import StructureError
-from ..scores.wrappers import unwrapped
+from ..running.wrappers import unwrapped
 from .arguments import check_examples, training_arguments
 from .distillation import DistillationTrainer
 from .lora import adapted, check_lora, is_adapted

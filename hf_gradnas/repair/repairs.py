@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import write_whole
+from ..batches.batch import tensor_bytes
 from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, described
-from ..scores.batches import tensor_bytes
+from ..running.processes import Processes
+from ..running.shards import is_sharded, shape_of
 from ..scores.fingerprints import model_fingerprint
-from ..scores.processes import Processes
-from ..scores.shards import is_sharded, shape_of
 from ..structure.sizes import tensor_at
 from ..types import REPAIR_MARK, Plan, metadata_of, parse_json
 

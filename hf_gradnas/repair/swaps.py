@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..batches.batch import Batch
+from ..batches.inputs import run_model
+from ..batches.steps import read_steps
 from ..errors import RepairError
 from ..masks import add_pre_hook
-from ..scores.batches import Batch
-from ..scores.inputs import run_model
+from ..running.processes import Processes
 from ..scores.prediction import with_prediction
-from ..scores.processes import Processes
 from ..scores.sampling import inputs_to_sample
-from ..scores.steps import read_steps
 from ..types import Axis, Kind, Plan, Scores, Tap
 from .closeness import running
 from .divergence import at_least_float32

@@ -14,21 +14,22 @@ import torch
 from torch import nn
 
 from .._compat import configs_of
+from ..batches.batch import digest
+from ..batches.ordering import number_of
+from ..batches.steps import HeldOut, Step, hold_out, read_steps
+from ..config.defaults import GLOBAL_METHODS
 from ..errors import DataError, ScoresError
+from ..running.processes import Processes
+from ..running.wrappers import check_parameters, uncompiled
 from ..types import Axis, Scores
-from .batches import digest
 from .fingerprints import check_same_everywhere, model_fingerprint
 from .gradients import GradientRecorder
 from .keeping import kept
 from .losses import DataLoss, Objective, SampledLoss
 from .measure import GlobalBatch, Measure, Part
-from .methods import GLOBAL_METHODS, WEIGHT_METHODS
-from .ordering import number_of
-from .processes import Processes
+from .methods import WEIGHT_METHODS
 from .settings import check_arguments, check_methods, settings_of
 from .state import Record, State, continued
-from .steps import HeldOut, Step, hold_out, read_steps
-from .wrappers import check_parameters, uncompiled
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState

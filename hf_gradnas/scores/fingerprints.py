@@ -10,12 +10,12 @@ from dataclasses import astuple
 import numpy as np
 from torch import nn
 
+from ..batches.batch import tensor_bytes
 from ..errors import ScoresError
+from ..running.processes import Processes
+from ..running.shards import whole
 from ..types import Axis, Scores
-from .batches import tensor_bytes
 from .methods import METHODS
-from .processes import Processes
-from .shards import whole
 
 SAMPLED_VALUES = 1024  # per parameter: cheap for 7B, and no training step leaves them all alone
 

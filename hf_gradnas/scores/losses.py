@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch
-from .inputs import run_model
+from ..batches.batch import Batch
+from ..batches.inputs import run_model
 from .normaliser import (
     TOKEN_COUNTS,
     count_labels,

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..batches.batch import Batch, to_device
+from ..batches.steps import Step
+from ..config.defaults import GLOBAL_METHODS
 from ..errors import DataError
+from ..running.processes import Processes
+from ..running.shards import is_sharded
 from ..types import Axis
-from .batches import Batch, to_device
 from .gradients import GradientRecorder
 from .losses import Objective
-from .methods import GLOBAL_METHODS, GRADIENT_METHODS, ROW_METHODS, terms_of
+from .methods import GRADIENT_METHODS, ROW_METHODS, terms_of
 from .normaliser import SUM
-from .processes import Processes
 from .rows import positions_of
-from .shards import is_sharded
-from .steps import Step
 
 MAX_ROW_BYTES = 256 * 2**20
 

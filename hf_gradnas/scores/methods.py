@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..running.shards import whole
 from ..types import Axis, Kind
 from .rows import wide
-from .shards import whole
 
 PerBatch = Callable[[Tensor, int], Tensor]
 FromWeights = Callable[[nn.Module, Iterable[Axis], int], dict[str, np.ndarray]]
@@ -99,8 +99,6 @@ GRADIENT_METHODS: dict[str, PerBatch] = {
     "gradnas": _gradnas,
     "taylor": _taylor,
 }
-# Of these, gradients add up over a global batch before the formula is applied.
-GLOBAL_METHODS = ("gradnas",)
 # Of these, the formula looks at rows that are divided by this power of their norm.
 ROW_METHODS = {"tempered": 0.75, "balanced": 1.0}
 WEIGHT_METHODS: dict[str, FromWeights] = {"magnitude": _magnitude, "random": _random}

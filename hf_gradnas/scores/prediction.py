@@ -14,9 +14,9 @@ from dataclasses import replace
 from torch import nn
 
 from ..costs.closed_form import unsplit_table_params
+from ..running.shards import shape_of
 from ..types import Axis, Plan, Scores
 from .normaliser import TOKEN_COUNTS
-from .shards import shape_of
 
 LOSS_FACTORS: Mapping[str, float] = {"fisher": 0.5, "taylor": 1.0}
 """What a sum of scores is multiplied by to be a change of the loss sum."""

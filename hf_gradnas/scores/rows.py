@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .batches import Batch
+from ..batches.batch import Batch
 
 ROW_POSITIONS = 16
 _MATRIX, _SEQUENCES = 2, 3  # dimensions of (examples * positions, units) and of (examples, …)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ..batches.batch import Batch
 from ..errors import DataError
-from .batches import Batch
 from .normaliser import IGNORED, is_token_labels
 
 # From logits (examples, positions, values), which positions count (on the CPU) and one random

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any, cast
 
+from ..batches.steps import HELD_OUT_EVERY
+from ..config.defaults import GLOBAL_METHODS
 from ..errors import ScoresError
+from ..running.processes import Processes
 from ..types import Axis, is_integer
 from .fingerprints import axes_fingerprint
-from .methods import GLOBAL_METHODS, GRADIENT_METHODS, METHODS, WEIGHT_METHODS
-from .processes import Processes
-from .steps import HELD_OUT_EVERY
+from .methods import GRADIENT_METHODS, METHODS, WEIGHT_METHODS
 
 LABELS = ("data", "model")
 MASK_PLACES = {"input": "out_projection_input", "output": "producer_output"}

@@ -20,13 +20,13 @@ import numpy as np
 
 from .._files import check_replaceable, temporary_sibling
 from .._redaction import sayable
+from ..batches.batch import digest
+from ..batches.steps import Step
 from ..errors import ScoresError
+from ..running.processes import Processes
 from ..types import Axis, Scores, parse_json
-from .batches import digest
 from .fingerprints import check_values
 from .normaliser import COUNTS
-from .processes import Processes
-from .steps import Step
 
 logger = logging.getLogger(__name__)
 

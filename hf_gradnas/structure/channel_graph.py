@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StructureError
+from ..running.states import evaluating, unfrozen
 from .channel_labels import Labels, Rows, compact, nobody, spread
 from .channel_rules import (
     RULES,
@@ -28,7 +29,6 @@ from .channel_rules import (
     kind_of,
     unknown,
 )
-from .states import evaluating, unfrozen
 from .trace import map_tensors
 
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from .._compat import attention_implementation
 from ..errors import StructureError, first_line
+from ..running.states import evaluating
 from ..types import Attribute, Axis, Kind, Refusal
 from . import couplings
 from .attention import attention_versions
 from .probe import NotAPair, double_call, double_copy, probe_heads, probe_neurons
-from .states import evaluating
 from .trace import (
     CONVS,
     Attention,

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from ..batches.short import probe_inputs
 from ..errors import DataError
 from ..structure.discovery import discover
-from ..structure.samples import probe_inputs
 from ..types import Axis, Kind, Refusal, Structure
 from .channels import find_channels
 from .modules import proved, some_axes

@@ -15,8 +15,9 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from ..errors import PlanError
-from ..structure.config_trials import silence
-from ..structure.config_values import (
+from ..types import Axis, Kind, Plan, StockGroup, StockSpace, Structure
+from .trials import silence
+from .values import (
     HEAD_DIM,
     AxisKey,
     real_key,
@@ -24,7 +25,6 @@ from ..structure.config_values import (
     stored,
     sub_config,
 )
-from ..types import Axis, Kind, Plan, StockGroup, StockSpace, Structure
 
 Overrides = dict[int, dict[str, int]]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
 from ..errors import DataError, GradNASError, described
-from .batches import IGNORED, to_device
+from .batch import IGNORED, to_device
 from .columns import wrong_column
 
 _IDS = ("input_ids", "decoder_input_ids")

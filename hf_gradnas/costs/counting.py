@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._compat import attention_implementation
-from ..costs.closed_form import flops_cost, params_cost, unsplit_table_params
+from ..running.states import evaluating, frozen
+from ..structure.trace import Matmul, Trace, rows_of, trace_forward
 from ..types import Axis, CostModel, Kind, Structure
+from .closed_form import flops_cost, params_cost, unsplit_table_params
 from .remainder import parts_of_rest
-from .states import evaluating, frozen
-from .trace import Matmul, Trace, rows_of, trace_forward
 
 ATTENTION_DIMS = 4
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
-from .methods import GLOBAL_METHODS
+from ..config.defaults import GLOBAL_METHODS
 
 _TOKENS = ("input_ids", "labels")  # columns that are padded to one length, the longest first
 

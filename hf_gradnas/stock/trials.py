@@ -17,7 +17,7 @@ from transformers.initialization import meta_device_safe_creation_ops, no_init_w
 from transformers.utils import logging
 
 from ..types import Axis, Kind
-from .config_values import HEAD_DIM, candidates, dotted, real_key, stored
+from .values import HEAD_DIM, candidates, dotted, real_key, stored
 
 Shapes = Mapping[str, tuple[int, ...]]
 Counts = Mapping[str, int]

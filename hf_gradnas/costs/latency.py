@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import get_max_memory
 
-from ..scores.batches import to_device
-from ..structure.samples import flops_inputs
-from .show import Screen, show_latency
+from ..batches.batch import to_device
+from ..batches.short import flops_inputs
+from ..running.states import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..scores.processes import Processes
+    from ..running.processes import Processes
 
 BATCH_SIZES = (1, 8)
 WARM_UP, FEWEST, MOST = 3, 6, 50
@@ -88,7 +88,8 @@ def measure_latency(
     found = {}
     with ExitStack() as stack:
         for model in models:
-            stack.enter_context(_measured(model))
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
         for size in batch_sizes:
             runs = [partial(model, **_repeated(one, size)) for model in models]
             found[size] = medians_ms(runs, synchronize=partial(_synchronize, first.device))
@@ -129,13 +130,11 @@ class Timing:
         if self._is_on:
             self._processes.from_main(partial(self._keep, model))
 
-    def end(self, model: PreTrainedModel, screen: Screen) -> dict[str, Any]:
-        """Measure and show the cut model, and return what ``gradnas.json`` keeps of it."""
+    def end(self, model: PreTrainedModel) -> dict[str, Any] | None:
+        """Measure the cut model, and return what ``gradnas.json`` keeps; None: it is off."""
         if not self._is_on:
-            return {}
-        found = self._processes.from_main(partial(self._compare, model))
-        show_latency(screen, found)
-        return {"latency": found}
+            return None
+        return self._processes.from_main(partial(self._compare, model))
 
     def _keep(self, model: PreTrainedModel) -> None:
         self._whole = _copy(model)
@@ -191,19 +190,6 @@ def _repeated(inputs: Mapping[str, Any], size: int) -> dict[str, Any]:
         else value
         for name, value in inputs.items()
     }
-
-
-@contextmanager
-def _measured(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradients; the flags of all modules as before afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def _synchronize(device: torch.device) -> None:

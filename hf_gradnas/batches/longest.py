@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_labels
 
 from ..errors import DataError
-from .batches import check_batch, read_batches
+from ..running.processes import Processes
+from .batch import check_batch, read_batches
 from .inputs import check_ids
 from .loaders import deal
-from .processes import Processes
 from .steps import check_end, is_none_or_positive, read_steps
 
 Batch = Mapping[str, Any]

@@ -1,7 +1,7 @@
 """Values of a config: names that may hold a count, and which axis and layer each speaks of.
 
 Knows names of config values as data, and configs; reads no weights. Whether a value really sets a
-width is measured in `hf_gradnas.structure.config_keys`.
+width is measured in `hf_gradnas.stock.space`.
 """
 
 from __future__ import annotations

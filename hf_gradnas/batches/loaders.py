@@ -28,8 +28,8 @@ from accelerate.utils import find_batch_size
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from ..errors import DataError, GradNASError, described
-from .batches import digest
-from .processes import Processes
+from ..running.processes import Processes
+from .batch import digest
 
 
 @dataclass(frozen=True, slots=True)

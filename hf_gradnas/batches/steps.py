@@ -17,10 +17,10 @@ from torch import nn
 from transformers.utils import find_labels
 
 from ..errors import DataError
+from ..running.processes import Processes
 from ..types import is_integer
-from .batches import Batch, check_batch
+from .batch import Batch, check_batch
 from .loaders import Dealt, deal
-from .processes import Processes
 
 ENDED = -1  # instead of a number of examples
 HELD_OUT_EVERY = 5

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PlanError
 from ..types import Axis, Kind, StockGroup, StockSpace, Structure
-from .config_trials import (
+from .trials import (
     Counts,
     Shapes,
     Trial,
@@ -27,7 +27,7 @@ from .config_trials import (
     shapes_of,
     tensor_shapes,
 )
-from .config_values import scopes, set_value, stored
+from .values import scopes, set_value, stored
 
 LAYOUTS = ("auto", "stock", "per_layer")
 MULTIPLES = (2, 4, 8, 16, 32, 64, 128, 256)

@@ -1,0 +1,1 @@
+"""What a model is run on: batches, loaders, steps of all processes, small samples."""

@@ -1,0 +1,1 @@
+"""What the unmodified class can express, measured, and how a config is written."""
