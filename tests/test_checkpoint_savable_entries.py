@@ -18,8 +18,8 @@ from transformers import Trainer
 
 from hf_gradnas import GradNASPruner, nas
 from hf_gradnas.checkpoint.savable import check_processor
-from hf_gradnas.cli.loading import open_source
 from hf_gradnas.config.recipe import Recipe
+from hf_gradnas.data.loading import open_source
 from hf_gradnas.errors import CheckpointError, RecipeError, StructureError
 
 pytestmark = [

@@ -3,10 +3,10 @@
 import pytest
 from datasets import Dataset
 
-from hf_gradnas.cli.columns import Columns, choose_columns
-from hf_gradnas.cli.files import Rows
-from hf_gradnas.cli.tasks import Head
 from hf_gradnas.config.recipe import Recipe
+from hf_gradnas.data.columns import Columns, choose_columns
+from hf_gradnas.data.files import Rows
+from hf_gradnas.data.tasks import Head
 from hf_gradnas.errors import DataError
 
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from cli_cases import write_images, write_jsonl, write_tsv
 
-from hf_gradnas.cli.datasets import BUNDLED, bundled_text, open_bundled, open_dataset
+from hf_gradnas.data.datasets import BUNDLED, bundled_text, open_bundled, open_dataset
 from hf_gradnas.errors import DataError
 
 

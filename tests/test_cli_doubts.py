@@ -5,7 +5,7 @@ from transformers import BertConfig, T5Config
 
 from hf_gradnas.cli.doubts import doubts
 from hf_gradnas.cli.evaluate import Metrics
-from hf_gradnas.cli.tasks import Head
+from hf_gradnas.data.tasks import Head
 
 TWO = BertConfig(num_labels=2)
 

@@ -8,12 +8,12 @@ import transformers as tf
 from cli_cases import BERT_TOKENS, VOCABULARY, save_bert, save_whisper, sentences, word_tokenizer
 from datasets import Dataset
 
-from hf_gradnas.cli.columns import Columns
-from hf_gradnas.cli.encoding import ENCODERS, corrupt
-from hf_gradnas.cli.examples import Collator, Feed
-from hf_gradnas.cli.files import Rows
-from hf_gradnas.cli.loading import Source
-from hf_gradnas.cli.tasks import TASKS, Head
+from hf_gradnas.data.columns import Columns
+from hf_gradnas.data.encoding import ENCODERS, corrupt
+from hf_gradnas.data.examples import Collator, Feed
+from hf_gradnas.data.files import Rows
+from hf_gradnas.data.loading import Source
+from hf_gradnas.data.tasks import TASKS, Head
 from hf_gradnas.errors import DataError
 
 MASK, EOS = 4, 5

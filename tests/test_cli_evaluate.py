@@ -8,7 +8,7 @@ import transformers as tf
 import zoo
 
 from hf_gradnas.cli.evaluate import Metrics, evaluate
-from hf_gradnas.cli.tasks import Head
+from hf_gradnas.data.tasks import Head
 from hf_gradnas.errors import DataError
 
 

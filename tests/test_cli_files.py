@@ -5,7 +5,7 @@ import csv
 import pytest
 from cli_cases import write_jsonl, write_tsv
 
-from hf_gradnas.cli.files import read_file
+from hf_gradnas.data.files import read_file
 from hf_gradnas.errors import DataError
 
 

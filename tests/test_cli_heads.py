@@ -5,9 +5,9 @@ import json
 import pytest
 from cli_cases import save_bert, save_t5
 
-from hf_gradnas.cli.heads import check_head
-from hf_gradnas.cli.loading import load_model, open_source
 from hf_gradnas.config.recipe import Recipe
+from hf_gradnas.data.heads import check_head
+from hf_gradnas.data.loading import load_model, open_source
 from hf_gradnas.errors import GradNASWarning, RecipeError
 
 

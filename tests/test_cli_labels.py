@@ -4,7 +4,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import BertConfig
 
-from hf_gradnas.cli.labels import check_same_numbers, class_labels, token_labels
+from hf_gradnas.data.labels import check_same_numbers, class_labels, token_labels
 from hf_gradnas.errors import DataError
 
 

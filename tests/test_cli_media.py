@@ -7,12 +7,12 @@ from cli_cases import save_vit, save_whisper, write_images, write_wave
 from datasets import Dataset
 from PIL import Image
 
-from hf_gradnas.cli.columns import Columns
-from hf_gradnas.cli.examples import Feed
-from hf_gradnas.cli.files import Rows
-from hf_gradnas.cli.loading import open_source
-from hf_gradnas.cli.media import encode_audio, encode_image, read_wave
 from hf_gradnas.config.recipe import Recipe
+from hf_gradnas.data.columns import Columns
+from hf_gradnas.data.examples import Feed
+from hf_gradnas.data.files import Rows
+from hf_gradnas.data.loading import open_source
+from hf_gradnas.data.media import encode_audio, encode_image, read_wave
 from hf_gradnas.errors import DataError
 
 

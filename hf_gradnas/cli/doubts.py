@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from .tasks import Head
+from ..data.tasks import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

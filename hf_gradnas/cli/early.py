@@ -20,10 +20,10 @@ from ..config.defaults import AUTO
 from ..config.recipe import QUICKSTART, Recipe
 from ..config.recipe_saving import check_inputs
 from ..config.rules import parse_rules
+from ..data.files import READERS
+from ..data.tasks import named_task
 from ..errors import CheckpointError, DataError, HubError, RecipeError, ScoresError
-from .files import READERS
 from .idle import Known, check_idle
-from .tasks import named_task
 
 if TYPE_CHECKING:
     from ..types import Scores

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.labels import IGNORED
+from ..data.tasks import Head
 from ..errors import DataError
-from .labels import IGNORED
-from .tasks import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

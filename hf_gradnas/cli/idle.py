@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.recipe import QUICKSTART, Recipe
+from ..data.tasks import Head, Task
 from ..errors import RecipeError
-from .tasks import Head, Task
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..checkpoint.prunable import Prunable
-    from .loading import Source
+    from ..data.loading import Source
 
 DONE, NOTHING, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 LAYOUTS = ("per_layer", "stock")
@@ -118,13 +118,13 @@ def inspect_recipe(recipe: Recipe, *, given: frozenset[str] = frozenset()) -> In
         StructureError: Nothing can be pruned, or a glob matches nothing.
         PlanError: Layout ``stock`` was asked for, and the class can express nothing.
     """
-    from .loading import load_model, open_source, resolve_max_length
+    from ..data.loading import load_model, open_source, resolve_max_length
 
     folder = model_folder(recipe.model)
     if recipe.dataset is not None:
         source, model, missing, batch, length = _with_data(recipe, folder, given)
     else:
-        from .sample import random_batch
+        from ..data.random_batch import random_batch
 
         source = open_source(recipe, folder, needs_processor=False)
         check_idle(recipe, given, Known(source.task.head, source.input))
@@ -152,10 +152,10 @@ def _with_data(
     recipe: Recipe, folder: str, given: frozenset[str]
 ) -> tuple[Source, PreTrainedModel, list[str], Mapping[str, Any], int | None]:
     """The same with the first examples of a data set in place of random input."""
-    from .examples import make_loader
-    from .loading import load_model
+    from ..data.examples import make_loader
+    from ..data.loading import load_model
+    from ..data.random_batch import EXAMPLES
     from .preparation import prepare
-    from .sample import EXAMPLES
 
     few = recipe.model_copy(update={"num_examples": EXAMPLES, "eval": False})
     job = prepare(few, folder=folder, given=given)

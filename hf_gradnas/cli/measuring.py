@@ -10,19 +10,19 @@ import torch
 
 from ..batches.batch import to_device
 from ..config.budgets import milder
+from ..data.examples import make_loader
+from ..data.labels import IGNORED
+from ..data.tasks import Head
 from ..report.quality import what_was_lost
 from ..types import Budget
 from .evaluate import Metrics, Progress, evaluate
-from .examples import make_loader
-from .labels import IGNORED
 from .show import Screen
-from .tasks import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .held_out import Evaluation
-    from .loading import Source
+    from ..data.held_out import Evaluation
+    from ..data.loading import Source
 
 Batches = Iterable[Mapping[str, Any]]
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.savable import check_processor
 from ..config.recipe import Recipe
+from ..data.examples import make_loader
+from ..data.heads import check_head, listed
+from ..data.loading import load_model
 from ..pruner import GradNASPruner
 from ..running.processes import Processes
-from .examples import make_loader
-from .heads import check_head, listed
-from .loading import load_model
 from .measuring import Batches, evaluation_batches
 from .preparation import Job
 from .show import Screen

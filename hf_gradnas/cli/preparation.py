@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 
 from ..config.defaults import AUTO
 from ..config.recipe import Recipe
-from ..errors import DataError, RecipeError
-from ..types import Scores
-from .columns import Columns, choose_columns
-from .datasets import BUNDLED, open_bundled, open_dataset
-from .early import read_scores
-from .encoding import ENCODERS
-from .examples import Examples, Feed
-from .files import Rows
-from .held_out import (
+from ..data.columns import Columns, choose_columns
+from ..data.datasets import BUNDLED, open_bundled, open_dataset
+from ..data.encoding import ENCODERS
+from ..data.examples import Examples, Feed
+from ..data.files import Rows
+from ..data.held_out import (
     Evaluation,
     data_warnings,
     divide,
@@ -27,12 +24,15 @@ from .held_out import (
     wanted,
     without,
 )
+from ..data.labels import check_same_numbers
+from ..data.loading import Source, best_device, open_source, prepare_tokenizer, resolve_max_length
+from ..data.media import encode_audio, encode_image
+from ..data.tasks import Head
+from ..errors import DataError, RecipeError
+from ..types import Scores
+from .early import read_scores
 from .idle import Known, check_idle, without_idle
-from .labels import check_same_numbers
-from .loading import Source, best_device, open_source, prepare_tokenizer, resolve_max_length
-from .media import encode_audio, encode_image
 from .settings_table import settings_of
-from .tasks import Head
 
 # A file of running text has no rows; so many tokens a row at least are assumed of a Hub data set.
 _TOKENS_PER_ROW = 8

@@ -372,7 +372,7 @@ class _Run:
         return output if found == target_of(output) else found
 
     def _reload(self, output: str, evaluation: Batches | None, job: Job) -> Metrics | None:
-        from .loading import load_model, open_source
+        from ..data.loading import load_model, open_source
 
         source = open_source(self.recipe.model_copy(update={"task": None}), output)
         model, _ = load_model(self.recipe, source, output)

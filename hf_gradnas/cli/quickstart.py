@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 
 from .._files import LISTED, replace_folder, temporary_sibling, write_record
 from .._manifests import FILES, digests, foreign, sealed, stamps
+from ..data.datasets import bundled_text
 from ..errors import CheckpointError
 from ..types import read_object
-from .datasets import bundled_text
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

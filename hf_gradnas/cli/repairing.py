@@ -78,9 +78,9 @@ def recover_model(
     model: PreTrainedModel, recipe: Recipe, job: Job, *, screen: Screen
 ) -> dict[str, Any]:
     """Train the cut model; the teacher is loaded again from where the original came."""
+    from ..data.examples import Collator
+    from ..data.loading import load_model
     from ..repair import recover
-    from .examples import Collator
-    from .loading import load_model
 
     examples = job.recovery
     teacher, _ = load_model(recipe, job.source, job.folder)

@@ -6,9 +6,9 @@ from collections.abc import Set, Sized
 from typing import Any
 
 from ..config.recipe import Recipe
-from .columns import Columns
-from .datasets import BUNDLED
-from .loading import Source
+from ..data.columns import Columns
+from ..data.datasets import BUNDLED
+from ..data.loading import Source
 
 
 def _count(found: int, wanted: int, held_out: int) -> str:

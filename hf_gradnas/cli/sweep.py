@@ -22,9 +22,9 @@ from .show import Screen, quiet_libraries, show_settings, show_structure
 from .sweep_early import FILES, SWEEP_FILE, check_sweep, saved_recipe
 
 if TYPE_CHECKING:
+    from ..data.examples import Examples
     from ..running.processes import Processes
     from ..types import Frontier
-    from .examples import Examples
     from .preparation import Job
 
 _OF_PRUNE = ("--target", "--score", "--save-scores", "--output", "--overwrite", "--report")
@@ -92,7 +92,7 @@ def _sweep(
     given: frozenset[str],
 ) -> None:
     """All steps in order."""
-    from .examples import make_loader
+    from ..data.examples import make_loader
     from .measuring import metrics_of
     from .opening import flops_length_of, make_pruner, open_model
     from .preparation import prepare

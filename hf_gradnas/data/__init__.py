@@ -1,0 +1,1 @@
+"""From a data set to batches for a model: tasks, columns, labels, encoders, media."""
