@@ -160,6 +160,16 @@ def rows_of_equal_weight(folder: Path) -> Any:
         ]
 
 
+def rows_of_tempered_weight(folder: Path) -> Any:
+    """As they are, or tempered: a choice that comes from the rows of all processes."""
+    with zoo.float64_throughout():
+        model, axes, _ = build("llama", dtype=torch.float64)
+        long = loader(examples_of("llama", COUNT, longest=40))
+        found = collect_scores(model, axes, long, method="tempered", accelerator=accelerator_of())
+    ratio, sums = found.metadata["effective_ratio"], found.sums["tempered"].tolist()
+    return {**lists(found), "ratio": ratio, "sums": sums}
+
+
 def chosen(folder: Path) -> Any:
     """The plan of the score that is closer to the original on rows held out."""
     model, _, _ = build("bert", dtype=torch.float64)
@@ -411,6 +421,7 @@ CASES: dict[str, Case] = {
         global_batches,
         grouped_heads,
         rows_of_equal_weight,
+        rows_of_tempered_weight,
         chosen,
         swapped,
         weights,

@@ -82,6 +82,18 @@ def test_rows_of_equal_weight(two: Found) -> None:
         assert_same(of_positions, alone(batches, family="llama", method="balanced"))
 
 
+def test_rows_of_tempered_weight(two: Found) -> None:
+    found, other = (one["rows_of_tempered_weight"] for one in two)
+    assert found == other
+    with zoo.float64_throughout():
+        model, axes, _ = build("llama", dtype=torch.float64)
+        batches = in_batches(examples_of("llama", COUNT, longest=40), SIZE)
+        expected = collect_scores(model, axes, batches, method="tempered")
+    assert_same(found, dict(expected.values))
+    assert found["ratio"] == expected.metadata["effective_ratio"]
+    assert np.allclose(found["sums"], expected.sums["tempered"], rtol=1e-9, atol=0)
+
+
 def test_all_processes_choose_the_same_score(two: Found) -> None:
     first, second = (found["chosen"] for found in two)
     assert first == second

@@ -15,7 +15,7 @@ from torch import nn
 from hf_gradnas.batches.batch import Batch
 from hf_gradnas.errors import DataError
 from hf_gradnas.masks import add_pre_hook, out_projection
-from hf_gradnas.scores import collect_scores, measure
+from hf_gradnas.scores import collect_scores, measure, methods
 from hf_gradnas.scores.rows import (
     Positions,
     Sequences,
@@ -94,11 +94,12 @@ def _left_padded(batches):
 @pytest.mark.parametrize(
     ("family", "method", "power"),
     [(family, "balanced", 1.0) for family in ("bert", "albert", "llama", "opt", "t5", "bart")]
-    + [(family, "tempered", 0.75) for family in ("bert", "llama")],
+    + [(family, "tempered", power) for family in ("bert", "llama") for power in (0.0, 0.75)],
 )
 def test_scores_are_those_of_a_mask_at_every_position(
-    family: str, method: str, power: float
+    family: str, method: str, power: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(methods, "MIN_EFFECTIVE_RATIO", 1.01 if power else 0.0)
     with zoo.float64_throughout():
         model, axes, _ = build(family)
         per_token = family in PER_TOKEN

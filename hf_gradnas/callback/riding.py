@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..batches.batch import Batch, read_batches, to_device
 from ..errors import DataError, ScoresError
 from ..scores.gradients import GradientRecorder
-from ..scores.methods import ROW_METHODS, terms_of
+from ..scores.methods import ROW_METHODS, sums_of, terms_of
 from ..scores.normaliser import TOKEN_COUNTS, count_labels, find_normaliser, loss_of, own_loss
 from ..scores.rows import positions_of
 from ..types import Axis
@@ -53,7 +53,10 @@ class _Arguments(dict[str, Any]):
 
 @dataclass(slots=True)
 class Sums:
-    """Scores so far, on the model's device: ``(units of all axes,)``, float64 where there is it."""
+    """Sums so far, as `scores.methods.sums_of` lays them out, and what they were taken over.
+
+    On the model's device, in float64 where there is it.
+    """
 
     totals: Tensor
     examples: Tensor
@@ -161,8 +164,9 @@ class TrainingScores:
         needed = self.current.totals.shape
         if any(tensors[f"{name}.totals"].shape != needed for name in ("earlier", "current")):
             raise ScoresError(
-                f"sums of scores in the checkpoint: found {len(tensors['current.totals'])} units, "
-                f"needed {needed[0]}; resume with the model and the rules that it was made with."
+                f"sums of scores in the checkpoint: found {len(tensors['current.totals'])}, needed "
+                f"{needed[0]}; resume with the model, the rules and the hf_gradnas that it was "
+                "made with."
             )
         for window, name in ((self.earlier, "earlier"), (self.current, "current")):
             for part in Sums.__slots__:
@@ -171,7 +175,7 @@ class TrainingScores:
         self._seen = int(tensors[SEEN])
 
     def values(self, totals: np.ndarray) -> dict[str, np.ndarray]:
-        """Totals of all axes, per axis name."""
+        """Scores of all axes ``(units,)``, per axis name."""
         ends = np.cumsum([axis.size for axis in self.axes])
         return {a.name: totals[end - a.size : end] for a, end in zip(self.axes, ends, strict=True)}
 
@@ -245,9 +249,9 @@ class TrainingScores:
     def _empty(self) -> Sums:
         like = next(p for p in self.model.parameters() if p.is_floating_point())
         wide = torch.float32 if like.device.type == "mps" else torch.float64
-        units = sum(axis.size for axis in self.axes)
+        size = sums_of(self.method, sum(axis.size for axis in self.axes))
         zeros = partial(torch.zeros, dtype=wide, device=like.device)
-        return Sums(zeros(units), zeros(()), zeros(()), zeros(()))
+        return Sums(zeros(size), zeros(()), zeros(()), zeros(()))
 
     # -- hooks -------------------------------------------------------------------------------
 

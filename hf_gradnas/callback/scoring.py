@@ -13,6 +13,7 @@ from ..errors import DataError
 from ..pruner import GradNASPruner
 from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
+from ..scores.methods import chosen
 from ..structure.sizes import Kept, lost_units
 from ..types import Scores
 from .riding import TrainingScores
@@ -32,9 +33,9 @@ def training_scores(pruner: GradNASPruner, riding: TrainingScores, processes: Pr
     Raises:
         DataError: There are none, or all are zero.
     """
-    sums = riding.sums()
-    counts = torch.stack([sums.examples, sums.batches, sums.skipped])
-    found = processes.sum(torch.cat([sums.totals, counts]).double().cpu().numpy())
+    window = riding.sums()
+    counts = torch.stack([window.examples, window.batches, window.skipped])
+    found = processes.sum(torch.cat([window.totals, counts]).double().cpu().numpy())
     if not found[:-3].any():
         raise DataError(
             f"scores_from='training': all scores are zero after {found[-3]:.0f} examples of the "
@@ -53,7 +54,10 @@ def training_scores(pruner: GradNASPruner, riding: TrainingScores, processes: Pr
         "complete": "true",
         "model_fingerprint": model_fingerprint(pruner.model),
     }
-    return Scores(riding.values(found[:-3]), metadata)
+    sums = found[:-3]
+    choice = chosen(riding.method, sums, sum(axis.size for axis in riding.axes))
+    held = {} if choice.power is None else {riding.method: sums}
+    return Scores(riding.values(choice.scores), metadata | choice.metadata(), sums=held)
 
 
 def without_lost(scores: Scores, pruner: GradNASPruner, kept: Kept) -> Scores:

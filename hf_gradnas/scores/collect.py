@@ -159,7 +159,7 @@ def _begin(
 ) -> tuple[State, Iterator[Step]]:
     """State to start from and the steps that are left, closed with the stack."""
     stream = stack.enter_context(closing(read()))
-    empty = State(np.zeros(len(record.methods) * sum(axis.size for axis in record.axes)))
+    empty = State(np.zeros(sum(record.sizes)))
     earlier = record.processes.from_main(record.earlier) if resume else None
     if earlier is None:
         return empty, stream
@@ -190,7 +190,7 @@ def _states(
     objective.normaliser = state.normaliser or objective.normaliser
     recorder = GradientRecorder(model, record.axes)
     measure = Measure(model, record.axes, recorder, objective, methods)
-    batch = GlobalBatch(methods, processes)
+    batch = GlobalBatch(methods, record.units, processes)
     latest = state
     with _quiet(model), recorder.attached():
         for step in stream:

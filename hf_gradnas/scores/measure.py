@@ -23,7 +23,7 @@ from ..running.shards import is_sharded
 from ..types import Axis
 from .gradients import GradientRecorder
 from .losses import Objective
-from .methods import GRADIENT_METHODS, ROW_METHODS, terms_of
+from .methods import GRADIENT_METHODS, ROW_METHODS, sums_of, terms_of
 from .normaliser import SUM
 from .rows import positions_of
 
@@ -35,8 +35,8 @@ class Part:
     """What one batch adds.
 
     Attributes:
-        values: ``(methods * units of all axes,)`` float64, method by method: scores, or for one of
-            `GLOBAL_METHODS` sums of gradients.
+        values: Float64, method by method: the sums of `methods.sums_of`, or for one of
+            `GLOBAL_METHODS` sums of gradients ``(units of all axes,)``.
         count: Labels that they were summed over.
         labels: Labels that the loss is the sum of; examples, where the model's loss is a sum.
         loss: Sum of their losses in nats; NaN where it is no log-likelihood of one label each.
@@ -81,7 +81,7 @@ class Measure:
         self._is_sharded = is_sharded(model)
         self._latest: Batch | None = None
         self._units = sum(axis.size for axis in axes)
-        self._size = len(methods) * self._units
+        self._sizes = [sums_of(method, self._units) for method in methods]
         self._has_rows = any(method in ROW_METHODS for method in methods)
 
     def agree(self, step: Step, processes: Processes) -> None:
@@ -112,7 +112,7 @@ class Measure:
         Raises:
             DataError: The loss or a gradient is not finite.
         """
-        nothing = Part(np.zeros(self._size), 0)
+        nothing = Part(np.zeros(sum(self._sizes)), 0)
         if step.batch is None:
             self._run_along()
             return nothing
@@ -162,7 +162,7 @@ class Measure:
         return Part(values[1:], count, labels, found)
 
     def _terms(self, method: str, rows: Mapping[str, Tensor], count: int) -> Iterable[Tensor]:
-        """``(units,)`` per axis: scores, or sums of gradients for a global batch."""
+        """Sums of a method, in parts; for a global batch ``(units,)`` of gradients per axis."""
         if method in GLOBAL_METHODS:
             return [rows[axis.name].sum((0, 1)) for axis in self.axes]
         return terms_of(method, rows, self.axes, count)
@@ -202,9 +202,12 @@ class Measure:
                 f"Batch {batch.index}: the loss is {values[0]}; look for broken inputs or labels "
                 "in it, or load the model in float32 or bfloat16."
             )
-        ends = np.cumsum([axis.size for _ in self._methods for axis in self.axes])
         first = int(np.flatnonzero(~np.isfinite(values[1:]))[0])
-        axis = self.axes[int(np.searchsorted(ends, first, side="right")) % len(self.axes)]
+        starts = np.cumsum([0, *self._sizes[:-1]])
+        place = first - starts[np.searchsorted(starts, first, side="right") - 1]
+        ends = np.cumsum([axis.size for axis in self.axes])
+        # The scores with each power stand one after another; weights are finite where scores are.
+        axis = self.axes[int(np.searchsorted(ends, place % self._units, side="right"))]
         raise DataError(
             f"Batch {batch.index}: a gradient of {axis.name} is {values[1 + first]} though the "
             "loss is finite; load the model in float32 or bfloat16, or leave the batch out."
@@ -218,11 +221,13 @@ class GlobalBatch:
 
     Args:
         methods: Keys of `GRADIENT_METHODS`.
+        units: Of all axes.
         processes: All that score.
     """
 
-    def __init__(self, methods: Sequence[str], processes: Processes) -> None:
+    def __init__(self, methods: Sequence[str], units: int, processes: Processes) -> None:
         self._methods, self._processes = methods, processes
+        self._ends = np.cumsum([sums_of(method, units) for method in methods])
         is_global = any(method in GLOBAL_METHODS for method in methods)
         self._size = processes.accumulation_steps if is_global else 1
         self._parts: list[Part] = []
@@ -243,7 +248,7 @@ class GlobalBatch:
         if not parts:
             return values
         count = sum(part.count for part in parts)
-        shares = np.split(values, len(self._methods))
+        shares = np.split(values, self._ends[:-1])
         return np.concatenate(
             [
                 self._squared(method, share, count) if method in GLOBAL_METHODS else share

@@ -9,8 +9,12 @@ them):
   tokens 16 consecutive positions of one sequence (see `rows`). Of a fine-tuned classifier's
   ``Σ_n g²``, a handful of examples hold nearly all, so that ``fisher`` is a matter of which these
   are. It does not depend on the batch size, and is no loss.
-- ``tempered``: ``½ Σ_n (g[n, i] / ‖g[n]‖^¾)²``, the same rows, each with a weight of ``√‖g[n]‖``:
-  the model's hard examples say more than the easy ones, but none says nearly all.
+- ``tempered``: ``½ Σ_n (g[n, i] / ‖g[n]‖^p)²``, the same rows; p is 0 where enough of them count as
+  they are, as in a language model, and else ¾: the model's hard examples then say more than the
+  easy ones, but none says nearly all. With the weights ``w_n = ‖g[n]‖^(2 - 2p)`` of the rows that
+  are not zero, the effective share of them is ``(Σ w)² / (rows · Σ w²)`` (Kish 1965); enough is
+  `MIN_EFFECTIVE_RATIO`. Both sums are taken in one pass, and the choice is made at its end, so that
+  it depends neither on batches nor on processes.
 - ``fisher``: ``Σ_n g[n, i]²``, the diagonal empirical Fisher information of the masks. It does not
   depend on the batch size.
 - ``gradnas``: ``Σ_batches (Σ_{n in batch} g[n, i] / c)²``, where the batch's loss is its sum over
@@ -28,6 +32,7 @@ them going together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,6 +40,7 @@ from torch import Tensor, nn
 
 from ..running.shards import whole
 from ..types import Axis, Kind
+from ..types.plans import CHOICE_KEYS
 from .rows import wide
 
 PerBatch = Callable[[Tensor, int], Tensor]
@@ -99,16 +105,64 @@ GRADIENT_METHODS: dict[str, PerBatch] = {
     "gradnas": _gradnas,
     "taylor": _taylor,
 }
-# Of these, the formula looks at rows that are divided by this power of their norm.
-ROW_METHODS = {"tempered": 0.75, "balanced": 1.0}
+# Of these, the formula looks at rows that are divided by a power of their norm: the first of these
+# powers that leaves enough rows effective, or the last.
+ROW_METHODS = {"tempered": (0.0, 0.75), "balanced": (1.0,)}
+MIN_EFFECTIVE_RATIO = 0.1
+WEIGHT_SUMS = 3
 WEIGHT_METHODS: dict[str, FromWeights] = {"magnitude": _magnitude, "random": _random}
 METHODS: dict[str, PerBatch | FromWeights] = {**GRADIENT_METHODS, **WEIGHT_METHODS}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The scores of a method, chosen from its sums over all rows.
+
+    Attributes:
+        scores: ``(units of all axes,)``.
+        power: Of the norm that rows were divided by; None where nothing was to choose.
+        effective_ratio: Share of the rows that is effective as they are, in 0 to 1.
+    """
+
+    scores: np.ndarray
+    power: float | None = None
+    effective_ratio: float = 1.0
+
+    def metadata(self) -> dict[str, str]:
+        """What scores say of it; nothing where nothing was to choose."""
+        if self.power is None:
+            return {}
+        said = (f"{self.power:g}", f"{self.effective_ratio:.4g}")
+        return dict(zip(CHOICE_KEYS, said, strict=True))
+
+
+def sums_of(method: str, units: int) -> int:
+    """How many numbers a method sums up over rows for so many units of all axes together.
+
+    The scores ``(units,)`` with each of its powers, one after another; and for each power but the
+    last the number of rows that are not zero, the sum of their weights, and that of their squares.
+    """
+    powers = len(ROW_METHODS.get(method, (0.0,)))
+    return powers * units + (powers - 1) * WEIGHT_SUMS
+
+
+def chosen(method: str, sums: np.ndarray, units: int) -> Choice:
+    """The scores that a method takes from its sums, which are laid out as in `sums_of`."""
+    powers = ROW_METHODS.get(method, (0.0,))
+    if len(powers) == 1:
+        return Choice(sums)
+    scores = sums[: len(powers) * units].reshape(len(powers), units)
+    weights = sums[len(powers) * units :].reshape(-1, WEIGHT_SUMS)
+    ratios = [total**2 / (rows * squares) if squares else 1.0 for rows, total, squares in weights]
+    enough = [place for place, ratio in enumerate(ratios) if ratio >= MIN_EFFECTIVE_RATIO]
+    place = enough[0] if enough else len(powers) - 1
+    return Choice(scores[place], powers[place], float(ratios[0]))
 
 
 def terms_of(
     method: str, rows: Mapping[str, Tensor], axes: Sequence[Axis], count: int
 ) -> Iterator[Tensor]:
-    """Share of a batch in the scores of one method, ``(units,)`` per axis.
+    """Share of a batch in the sums of one method, in parts, laid out as in `sums_of`.
 
     Args:
         method: A key of `GRADIENT_METHODS`.
@@ -116,27 +170,37 @@ def terms_of(
         axes: All that are scored together.
         count: Labels of the batch.
     """
-    per_batch = GRADIENT_METHODS[method]
-    power = ROW_METHODS.get(method)
-    factors = None if power is None else _row_factors(rows, axes, power)
-    for axis in axes:
-        found = wide(rows[axis.name])
-        if factors is None:
-            yield per_batch(found.sum(1), count)
-        else:
+    per_batch, powers = GRADIENT_METHODS[method], ROW_METHODS.get(method)
+    if powers is None:
+        for axis in axes:
+            yield per_batch(wide(rows[axis.name]).sum(1), count)
+        return
+    squares = _squared_norms(rows, axes)
+    for power in powers:
+        factors = _raised(squares, -power / 2)[..., None]
+        for axis in axes:
+            found = wide(rows[axis.name])  # (examples, rows, units)
             own = factors[:, : found.shape[1]].to(found)
             yield per_batch((found * own).flatten(0, 1), count)
+    for power in powers[:-1]:
+        weights = _raised(squares, 1 - power)
+        yield torch.stack([(squares != 0).sum(), weights.sum(), weights.square().sum()])
 
 
-def _row_factors(rows: Mapping[str, Tensor], axes: Sequence[Axis], power: float) -> Tensor:
-    """One over a power of the norm of every row ``(examples, rows, 1)``; 0 for a row of zeros.
+def _raised(squares: Tensor, power: float) -> Tensor:
+    """A power of squared norms ``(examples, rows)``; 0 for a row of zeros.
 
     A row that is not finite stays so.
     """
+    return torch.where(squares == 0, squares, squares.pow(power))
+
+
+def _squared_norms(rows: Mapping[str, Tensor], axes: Sequence[Axis]) -> Tensor:
+    """Squared norm of every row ``(examples, rows)`` over all axes but those of KV groups."""
     groups = {axis.parent for axis in axes}  # their gradients are sums of their heads'
     parts = [wide(rows[axis.name]).square().sum(-1) for axis in axes if axis.name not in groups]
     longest = max(parts, key=lambda part: part.shape[1])
     squares = torch.zeros_like(longest)
     for part in parts:
         squares[:, : part.shape[1]] += part.to(squares)
-    return torch.where(squares == 0, squares, squares.pow(-power / 2))[..., None]
+    return squares

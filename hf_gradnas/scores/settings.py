@@ -11,8 +11,9 @@ from ..config.defaults import GLOBAL_METHODS
 from ..errors import ScoresError
 from ..running.processes import Processes
 from ..types import Axis, is_integer
+from ..types.plans import POWERS
 from .fingerprints import axes_fingerprint
-from .methods import GRADIENT_METHODS, METHODS, WEIGHT_METHODS
+from .methods import GRADIENT_METHODS, METHODS, ROW_METHODS, WEIGHT_METHODS
 
 LABELS = ("data", "model")
 MASK_PLACES = {"input": "out_projection_input", "output": "producer_output"}
@@ -78,9 +79,16 @@ def settings_of(
         "mask_place": _mask_place(axes),
         "method": method,
         "num_examples": num_examples,
+        POWERS: _powers(methods),
         "processes": 1 if method in WEIGHT_METHODS else processes.count,
         "seed": seed if labels == "model" or method == "random" else None,
     }
+
+
+def _powers(methods: Iterable[str]) -> dict[str, list[float]] | None:
+    """Between which powers of norms methods choose; None where none does, as in files of 0.1."""
+    powers = {name: list(ROW_METHODS[name]) for name in methods if name in ROW_METHODS}
+    return {name: found for name, found in powers.items() if len(found) > 1} or None
 
 
 def _mask_place(axes: Iterable[Axis]) -> str:

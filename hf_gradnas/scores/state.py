@@ -26,6 +26,7 @@ from ..errors import ScoresError
 from ..running.processes import Processes
 from ..types import Axis, Scores, parse_json
 from .fingerprints import check_values
+from .methods import chosen, sums_of
 from .normaliser import COUNTS
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class State:
     """Sums so far and what they were taken over.
 
     Attributes:
-        totals: ``(methods * units of all axes,)``, float64, method by method; where several
+        totals: Float64, method by method, laid out as in `methods.sums_of`; where several
             processes score, this one's part.
         examples: Examples done, by all processes.
         batches: Batches done, by all processes.
@@ -92,8 +93,12 @@ class Record:
 
     def scores(self, state: State, *, complete: bool) -> Scores:
         """Scores of a state; those of an unfinished pass are its sums so far."""
-        first, *further = np.split(state.totals, len(self.methods))
-        also = zip(self.methods[1:], further, strict=True)
+        parts = np.split(state.totals, np.cumsum(self.sizes)[:-1])
+        held = dict(zip(self.methods, parts, strict=True))
+        found = {method: chosen(method, part, self.units) for method, part in held.items()}
+        first, *further = [self._values(choice.scores) for choice in found.values()]
+        also = dict(zip(self.methods[1:], further, strict=True))
+        sums = {method: part for method, part in held.items() if found[method].power is not None}
         metadata = {
             **{key: str(self.settings[key]) for key in NAMED_SETTINGS},
             "normaliser": state.normaliser,
@@ -107,13 +112,25 @@ class Record:
             **_loss_metadata(state),
             **{f"{name}_version": sys.modules[name].__version__ for name in PACKAGES},
         }
-        return Scores(self._values(first), metadata, {name: self._values(v) for name, v in also})
+        for choice in found.values():
+            metadata |= choice.metadata()
+        return Scores(first, metadata, also, sums)
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of the methods, in the order of `State.totals`."""
         further = cast("list[str]", self.settings["also"])
         return (str(self.settings["method"]), *further)
+
+    @property
+    def units(self) -> int:
+        """Of all axes together."""
+        return sum(axis.size for axis in self.axes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers of `State.totals` belong to each method."""
+        return [sums_of(method, self.units) for method in self.methods]
 
     def _values(self, totals: np.ndarray) -> dict[str, np.ndarray]:
         """Totals of one method, per axis name."""
@@ -223,7 +240,9 @@ class Record:
             replace(scores, also=dict(zip(self.methods[1:], held[1:], strict=True))), self.axes
         )
         return State(
-            totals=np.concatenate([values[axis.name] for values in held for axis in self.axes]),
+            totals=np.concatenate(
+                [self._sums(scores, *own) for own in zip(self.methods, held, strict=True)]
+            ),
             examples=int(found["examples"]),
             batches=int(found["batches"]),
             steps=int(found["steps"]),
@@ -232,6 +251,20 @@ class Record:
             labels=int(counts["labels_scored"]),
             loss=self._loss(found.get("loss_sum", "nan")),
         )
+
+    def _sums(self, scores: Scores, method: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What a method had summed up.
+
+        Raises:
+            ScoresError: The file does not hold it.
+        """
+        size = sums_of(method, self.units)
+        if size == self.units:
+            return np.concatenate([values[axis.name] for axis in self.axes])
+        sums = scores.sums.get(method, np.zeros(0))
+        if sums.shape != (size,) or sums.dtype.kind != "f" or not np.isfinite(sums).all():
+            raise self._damaged(f"sums of {method} are no {size} finite numbers")
+        return sums
 
     def _loss(self, text: str) -> float:
         try:

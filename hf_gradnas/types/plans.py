@@ -22,6 +22,12 @@ from .plan_checks import check_values
 
 DIGEST = "sha256"
 """Key of a scores file's metadata: of its values and of the rest of its metadata."""
+SUMS = "sums"
+"""Key of a scores file's metadata: of which methods it holds all sums, with commas."""
+CHOICE_KEYS = ("row_power", "effective_ratio")
+"""Keys of metadata that belong to a method that holds its sums alone."""
+POWERS = "row_powers"
+"""Key of a pass's settings: what such methods choose between."""
 ALSO = "also"
 """Key of a scores file's metadata: which further methods it holds, with commas between them."""
 
@@ -156,11 +162,14 @@ class Scores:
             and ``labels_scored``: the loss in nats while scoring, and of how many labels (tokens,
             examples) it is the sum, where the model's loss is a log-likelihood.
         also: Values of further methods from the same pass, per method; `of` gives their scores.
+        sums: Of methods that choose between several formulas, all their sums, as `scores.methods`
+            lays them out, by method: what a pass that broke off goes on from.
     """
 
     values: Mapping[str, np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
     also: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    sums: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     FORMAT_VERSION = 1
 
@@ -183,13 +192,18 @@ class Scores:
         metadata = {**self.metadata, "method": method}
         if "settings" in metadata:
             settings = {**_settings_of(metadata["settings"]), "method": method, "also": []}
+            powers = dict(settings.get(POWERS) or {})
+            settings[POWERS] = {method: powers[method]} if method in powers else None
             metadata["settings"] = json.dumps(settings, sort_keys=True)
-        return Scores(self.also.get(method, self.values), metadata)
+        sums = {method: self.sums[method]} if method in self.sums else {}
+        if not sums:
+            metadata = {key: text for key, text in metadata.items() if key not in CHOICE_KEYS}
+        return Scores(self.also.get(method, self.values), metadata, sums=sums)
 
     def save(self, file: str | Path) -> None:
         """Write the scores as safetensors, one tensor per axis; the file is there whole or not.
 
-        Those of further methods are named ``method/axis``.
+        Those of further methods are named ``method/axis``, and sums ``method/``.
 
         Several processes may write one file at once; the last one to end wins.
 
@@ -198,7 +212,7 @@ class Scores:
         """
         further = {
             f"{m}/{name}": v for m, values in self.also.items() for name, v in values.items()
-        }
+        } | {f"{m}/": sums for m, sums in self.sums.items()}
         tensors = {
             name: np.ascontiguousarray(v, dtype=np.float64)
             for name, v in {**self.values, **further}.items()
@@ -206,6 +220,8 @@ class Scores:
         metadata = {**self.metadata, "format_version": str(self.FORMAT_VERSION)}
         if self.also:
             metadata[ALSO] = ",".join(self.also)
+        if self.sums:
+            metadata[SUMS] = ",".join(self.sums)
         metadata[DIGEST] = _digest(tensors, metadata)
         try:
             write_whole(
@@ -254,9 +270,11 @@ class Scores:
                 "have the digest in it; remove it and score again."
             )
         del metadata["format_version"]
+        summed = [name for name in metadata.pop(SUMS, "").split(",") if f"{name}/" in values]
+        sums = {method: values.pop(f"{method}/") for method in summed}
         methods = [name for name in metadata.pop(ALSO, "").split(",") if name]
         also = {method: _part(values, f"{method}/") for method in methods}
-        return cls(values, metadata, also)
+        return cls(values, metadata, also, sums)
 
 
 def _settings_of(text: str) -> dict[str, Any]:
