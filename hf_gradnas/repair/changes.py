@@ -81,8 +81,7 @@ def new_values(changes: Mapping[Reader | Feed, Change]) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for reader, change in changes.items():
         if isinstance(reader, Feed):
-            for path, module in reader.layers:
-                values |= _mapped(path, module, change)
+            values |= {name: value.cpu() for name, value in fed_values(reader, change).items()}
             continue
         weight = cast(Tensor, reader.module.weight).detach()
         index = torch.tensor(reader.kept, dtype=torch.long, device=weight.device)
@@ -96,35 +95,43 @@ def new_values(changes: Mapping[Reader | Feed, Change]) -> dict[str, Tensor]:
     return values
 
 
+def fed_values(feed: Feed, change: Change) -> dict[str, Tensor]:
+    """New parameters of the layers of a feed by name, where the old ones are."""
+    values: dict[str, Tensor] = {}
+    for path, module in feed.layers:
+        values |= _mapped(path, module, change)
+    return values
+
+
 def _mapped(path: str, module: nn.Module, change: Change) -> dict[str, Tensor]:
     """New parameters of a layer that read ``x`` and now read ``x + xD + c``."""
     weight = cast(Tensor, module.weight).detach()
-    new_weight = weight.cpu().clone()
+    new_weight = weight.clone()
     values = {f"{path}.weight": new_weight}
     old, new = (part if input_dim(module) == 0 else part.t() for part in (weight, new_weight))
     bias = None if change.bias is None else cast(Tensor, module.bias).detach()
     if bias is not None:
-        values[f"{path}.bias"] = bias.cpu().clone()
+        values[f"{path}.bias"] = bias.clone()
     for start in range(0, old.shape[1], _BLOCK):
         part = slice(start, start + _BLOCK)
         across = old[:, part].to(change.weight)  # (features, outputs)
         new[:, part] = (across + change.weight @ across).to(new)
         if bias is not None and change.bias is not None:
             added = change.bias @ across
-            values[f"{path}.bias"][part] = (bias[part].to(added) + added).to(bias.dtype).cpu()
+            values[f"{path}.bias"][part] = (bias[part].to(added) + added).to(bias.dtype)
     return values
 
 
-def put(forward: Forward, reader: Reader | Feed, change: Change, scale: Tensor | float) -> None:
+def put(forward: Forward, reader: Reader, change: Change, scale: Tensor | float) -> None:
     """Change the tensor that a pruned forward waits at as the new weights would."""
-    tensor = cast(Tensor, forward.tensor)
-    if isinstance(reader, Feed):
-        mapped = tensor + tensor @ change.weight.to(tensor)
-        forward.fed[reader] = mapped if change.bias is None else mapped + change.bias.to(tensor)
-    elif reader.path in forward.inputs:
-        x = forward.inputs[reader.path]
-        bias = None if change.bias is None else change.bias.to(x)
-        added = applied(reader, x, change.weight.to(x), bias)
-        if isinstance(scale, Tensor) and reader.is_conv:
-            scale = scale.view(-1, *[1] * (added.dim() - 2))  # (channels, 1, …)
-        tensor += (added * scale).view_as(tensor).to(tensor)
+    if reader.path not in forward.inputs:
+        return
+    forward.took.add(reader)
+    x, tensor = forward.inputs[reader.path], cast(Tensor, forward.tensor)
+    bias = None if change.bias is None else change.bias.to(x)
+    added = applied(reader, x, change.weight.to(x), bias)
+    if isinstance(scale, Tensor) and reader.is_conv:
+        scale = scale.view(-1, *[1] * (added.dim() - 2))  # (channels, 1, …)
+    if isinstance(scale, Tensor) or scale != 1:
+        added = added * scale
+    tensor += added.view_as(tensor).to(tensor)

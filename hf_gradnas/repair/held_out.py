@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..running.processes import Processes
-from .pieces import Rows
+from .pieces import Rows, squares
 
 HELD_BYTES = 1 << 28
 """Held-out rows of one layer that are kept in memory while α is sought."""
@@ -29,7 +31,7 @@ class HeldOutRows:
 
     def __init__(self, read: Callable[[], Iterable[Rows]], processes: Processes) -> None:
         self._read, self._processes = read, processes
-        self._kept: list[Rows] | None = None
+        self._kept: list[tuple[Rows, float]] | None = None
         self._is_small = True
 
     def error(self, solved: tuple[Tensor, Tensor] | None) -> float:
@@ -39,27 +41,35 @@ class HeldOutRows:
         """
         sums = np.zeros(3)
         with self._processes.joint():
-            kept: list[Rows] = []
+            kept: list[tuple[Rows, float]] = []
             size = 0
-            for rows in self._read() if self._kept is None else self._kept:
-                sums += (_squares(rows, solved), rows.energy, len(rows.x))
+            for rows, energy in self._rows():
+                sums += (_left(rows, solved), energy, len(rows.x))
                 size += rows.x.nbytes + rows.residual.nbytes
-                if self._is_small and self._kept is None:
-                    kept.append(replace(rows, x=rows.x.clone()))  # its forward may go to disk
+                if self._is_small and self._kept is None:  # what is the forward's may go to disk
+                    kept.append((replace(rows, x=rows.x.clone(), wanted=None), energy))
                 if size > HELD_BYTES:
                     kept, self._is_small = [], False
             if self._is_small:
                 self._kept = self._kept or kept
-        squares, energy, count = self._processes.sum(sums)
+        left, total, count = self._processes.sum(sums)
         if not count:
             return math.nan
-        return float(squares / energy) if energy else 0.0
+        return float(left / total) if total else 0.0
+
+    def _rows(self) -> Iterable[tuple[Rows, float]]:
+        """All rows of this process, with ‖·‖² of the original."""
+        if self._kept is not None:
+            return self._kept
+        return ((rows, squares(cast(Tensor, rows.wanted))) for rows in self._read())
 
 
-def _squares(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:
+def _left(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:
     """‖(r − XΔW − b)·s‖² of some rows."""
     left = rows.residual
     if solved is not None:
         weight, bias = (part.to(left) for part in solved)
-        left = left - rows.x @ weight - bias
-    return float((left * rows.scale).double().square().sum())
+        left = torch.addmm(left, rows.x, weight, alpha=-1).sub_(bias)
+    if isinstance(rows.scale, Tensor) or rows.scale != 1:
+        left = left * rows.scale
+    return squares(left)

@@ -50,7 +50,7 @@ from ..scores.fingerprints import model_fingerprint
 from ..scores.sampling import inputs_to_sample
 from ..structure.sizes import tensor_at
 from ..types import Axis, Plan
-from .changes import Change, change_of, is_centred, new_values, put, unknowns_of
+from .changes import Change, change_of, fed_values, is_centred, new_values, put, unknowns_of
 from .closeness import divergence_sum, prediction_of, running
 from .held_out import HeldOutRows
 from .normal_equations import NormalEquations
@@ -85,7 +85,7 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
 ) -> Repair:
     """Find new weights for a plan; the model is left as it is.
 
-    One forward of each model per batch, and two more of the pruned model for every fifth.
+    One forward of each model per batch, and one more of the pruned model for every fifth.
 
     Args:
         model: The whole model, before the cut.
@@ -205,8 +205,8 @@ class _Fit:
     ) -> tuple[dict[str, Tensor], float, float]:
         """New values of parameters, none if they are not accepted, and the divergences of both."""
         for piece in self._pieces:  # what waits is needed no more, but for predictions to compare
-            piece.pruned.stop()
             if not piece.is_held_out:
+                piece.pruned.stop()
                 piece.original.stop()
         values = new_values(self.changes)
         before, after = self._divergences(alone, values)
@@ -217,25 +217,30 @@ class _Fit:
     ) -> tuple[float, float]:
         """Mean KL of held-out predictions from the original's, with masks alone and repaired.
 
-        The model is run with the new weights as they are, since their effect on what waited is that
-        of a plain layer, in the order of the sample.
+        A forward that waited gives the repaired ones if it took all new weights. The order in which
+        layers run may be another than in the sample: then the model is run with them.
         """
         model = cast(PreTrainedModel, self._conductor.model)
         sums = np.zeros(3)
         with self._processes.joint():
-            placed = {name: value.to(tensor_at(model, name)) for name, value in values.items()}
             for piece in self._pieces:
                 if not piece.is_held_out:
                     continue
-                self._advance(piece.original, len(self._conductor.gates))
+                for forward in (piece.original, piece.pruned):
+                    self._advance(forward, len(self._conductor.gates))
                 wanted = piece.original.result
                 with alone(), self._conductor.alone(), ExitStack() as undo:
                     sums[0] += divergence_sum(prediction_of(model, piece.batch), wanted)
-                    for name, value in placed.items():
-                        exchange(tensor_at(model, name), value, undo)
-                    sums[1] += divergence_sum(prediction_of(model, piece.batch), wanted)
+                    found = piece.pruned.result
+                    if piece.pruned.took != self.changes.keys():
+                        for name, value in values.items():
+                            parameter = tensor_at(model, name)
+                            exchange(parameter, value.to(parameter), undo)
+                        found = prediction_of(model, piece.batch)
+                    sums[1] += divergence_sum(found, wanted)
                 sums[2] += int(wanted.valid.sum())
-                piece.original.stop()
+                for forward in (piece.original, piece.pruned):
+                    forward.stop()
         *totals, labels = map(float, self._processes.sum(sums))
         if not labels:
             return math.nan, math.nan
@@ -271,7 +276,9 @@ class _Fit:
         del sums  # the largest tensors there are
         if solved is None:
             return replace(site, reason="its equations are singular")
-        self.changes[reader] = change_of(reader, *solved)
+        change = self.changes[reader] = change_of(reader, *solved)
+        if isinstance(reader, Feed):
+            self._conductor.feed(reader, fed_values(reader, change))
         return replace(site, ridge=ridge, error_after=best)
 
     def _search(
@@ -330,7 +337,7 @@ class _Fit:
                     rows = piece.fed_rows(gate, self._decoder)
                 else:
                     rows = piece.rows(gate, reader, scale, self._decoder)
-                if not math.isfinite(rows.energy + float(rows.x.sum() + rows.residual.sum())):
+                if not math.isfinite(float(rows.x.sum() + rows.residual.sum())):
                     raise RepairError(
                         f"{reader.path}: its inputs or outputs are not finite on batch "
                         f"{piece.batch.index}, so that no weights can be fitted to them; load the "
@@ -360,7 +367,7 @@ class _Fit:
                 return
             forward.settled += 1
             change = self.changes.get(reader)
-            if change is not None:
+            if change is not None and isinstance(reader, Reader):
                 put(forward, reader, change, factor)
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from ..running.processes import Processes
 
-_BLOCK = 256  # rows of a product at a time: less memory, and only one triangle is computed
+_BLOCK = 512  # rows or columns of a product at a time: less memory
+_SYRK = {torch.float32: blas.ssyrk, torch.float64: blas.dsyrk}
 
 
 def empty_gram(columns: int, like: Tensor) -> Tensor:
@@ -31,8 +32,19 @@ def add_gram(gram: Tensor, x: Tensor) -> None:
     """Add ``Σ x xᵀ`` of rows ``(rows, columns)`` to the lower triangle of a matrix in float64."""
     x = x.to(gram.device)
     for start in range(0, x.shape[1], _BLOCK):
-        end = start + _BLOCK
-        gram[start:end, :end] += x[:, start:end].t() @ x[:, :end]
+        part = x[:, start : start + _BLOCK]
+        rows = gram[start : start + _BLOCK]
+        rows[:, :start] += part.t() @ x[:, :start]
+        rows[:, start : start + _BLOCK] += _triangle(part)
+
+
+def _triangle(x: Tensor) -> Tensor:
+    """Lower triangle of ``xᵀx`` of rows ``(rows, columns)``; above it may be anything."""
+    if x.device.type != "cpu" or x.dtype not in _SYRK or not len(x):
+        return x.t() @ x
+    # BLAS computes half of the products. It counts by columns, so that all is transposed there.
+    own = x.clone(memory_format=torch.contiguous_format)  # what numpy has seen cannot be resized
+    return torch.from_numpy(_SYRK[x.dtype](1.0, own.numpy().T, lower=0).T)
 
 
 def sum_over(sums: Tensor, processes: Processes) -> None:
@@ -73,9 +85,12 @@ class NormalEquations:
         """Add rows: x ``(rows, columns)`` and residual ``(rows, outputs)``, of one real type."""
         x, residual = x.to(self.gram.device), residual.to(self.gram.device)
         add_gram(self.gram, x)
-        self.cross += x.t() @ residual
-        self.inputs += x.sum(0, dtype=torch.float64)
-        self.residuals += residual.sum(0, dtype=torch.float64)
+        for start in range(0, x.shape[1], _BLOCK):
+            part = slice(start, start + _BLOCK)
+            self.cross[part] += x[:, part].t() @ residual
+        ones = x.new_ones(len(x))
+        self.inputs += ones @ x
+        self.residuals += ones @ residual
         self.rows += len(x)
 
     def reduce(self, processes: Processes) -> None:

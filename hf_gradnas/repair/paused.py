@@ -22,8 +22,10 @@ from greenlet import greenlet
 from torch import Tensor, nn
 
 from ..masks import add_hook, add_pre_hook
+from ..structure.sizes import tensor_at
 from .memory import Held, Memory
 from .readers import Feed, Gate, Reader, applied, columns_of, weight_of
+from .repairs import exchange
 
 BEGIN = -1
 """Number of the gate that a forward is at before it starts."""
@@ -44,7 +46,9 @@ class Forward:
         losses: Per reader that is compared alone, what its output lost.
         result: What `run` returned; None before.
         is_done: Whether it has returned.
-        fed: Mapped inputs for the layers of feeds.
+        fed: Feeds of new weights that it has come to the input of, with how many of their layers
+            are still to run.
+        took: What it ran the new weights of, at all places that have them.
         settled: Readers of the gate whose new weights are in `tensor` already.
     """
 
@@ -61,7 +65,8 @@ class Forward:
         self.settled = 0
         self.calls: dict[tuple[str, str], int] = {}
         self.unmasked: dict[str, Tensor] = {}
-        self.fed: dict[Feed, Tensor] = {}
+        self.fed: dict[Feed, int] = {}
+        self.took: set[Reader | Feed] = set()
         self.held = Held()
         self._modes: _Modes | None = None
 
@@ -114,6 +119,7 @@ class Conductor:
         self.model, self.gates = model, gates
         self._current: Forward | None = None
         self._forwards: list[Forward] = []
+        self._weights: dict[Feed, Mapping[str, Tensor]] = {}
         self._memory = Memory(bound=memory_bytes, folder=folder)
 
     @property
@@ -145,10 +151,8 @@ class Conductor:
             for gate in self.gates:
                 for feed in gate.readers:
                     if isinstance(feed, Feed):
-                        for number, (_, module) in enumerate(feed.layers):
-                            is_last = number == len(feed.layers) - 1
-                            hook = partial(self._feed, feed, is_last)
-                            add_pre_hook(stack, module, hook)
+                        for _, module in feed.layers:
+                            add_hook(stack, module, partial(self._end_feed, feed))
             yield
 
     def _readers(self) -> Iterator[Reader]:
@@ -186,10 +190,31 @@ class Conductor:
             forward.losses.pop(reader.path, None)
         self._current = forward
         try:
-            with self._memory.noting(forward.held):
+            with self._memory.noting(forward.held), ExitStack() as undo:
+                for feed in forward.fed:
+                    for name, tensor in self._weights[feed].items():
+                        exchange(tensor_at(self.model, name), tensor, undo)
                 forward.go_on()
         finally:
             self._current = None
+
+    def feed(self, feed: Feed, weights: Mapping[str, Tensor]) -> None:
+        """Give new weights to the layers of a feed, in all pruned forwards that wait at its input.
+
+        Args:
+            feed: The feed.
+            weights: New parameters by full name; let go of once no forward needs them.
+        """
+        waiting = [f for f in self._forwards if f.is_pruned and self._is_at(f, feed)]
+        for forward in waiting:
+            forward.fed[feed] = len(feed.layers)
+        if waiting:
+            self._weights[feed] = weights
+
+    def _is_at(self, forward: Forward, feed: Feed) -> bool:
+        """Whether a forward waits at the input of a feed."""
+        waits = not forward.is_done and forward.gate != BEGIN
+        return waits and feed in self.gates[forward.gate].readers
 
     def rest(self, forward: Forward) -> None:
         """Let a forward wait; what all that wait hold beyond the bound goes to disk.
@@ -226,15 +251,18 @@ class Conductor:
                 reader, columns_of(given, reader.lost, reader), weight_of(reader, reader.lost), None
             )
 
-    def _feed(
-        self, feed: Feed, is_last: bool, module: nn.Module, args: tuple[Any, ...]
-    ) -> tuple[Any, ...] | None:
-        """Give the layers of a feed the input that was mapped for them."""
-        if self._current is None or feed not in self._current.fed:
-            return None
-        fed = self._current.fed
-        mapped = fed.pop(feed) if is_last else fed[feed]
-        return (mapped, *args[1:]) if mapped.shape == args[0].shape else None
+    def _end_feed(self, feed: Feed, module: nn.Module, args: Any, output: Any) -> None:
+        """Note that a forward has come past one more layer of a feed, or the last."""
+        forward = self._current
+        if forward is None or feed not in forward.fed:
+            return
+        forward.fed[feed] -= 1
+        if forward.fed[feed]:
+            return
+        del forward.fed[feed]
+        forward.took.add(feed)
+        if not any(feed in other.fed for other in self._forwards):
+            del self._weights[feed]
 
     def _enter(
         self,

@@ -47,13 +47,13 @@ class Rows:
     Attributes:
         x: Inputs ``(rows, columns)``.
         residual: What is missing, before it is scaled ``(rows, outputs)``.
-        energy: ‖·‖² of the original, scaled.
+        wanted: What the original has, scaled ``(rows, outputs)``; None: no longer needed.
         scale: What outputs are multiplied by before they are compared, a number or ``(outputs,)``.
     """
 
     x: Tensor
     residual: Tensor
-    energy: float
+    wanted: Tensor | None
     scale: Tensor | float = 1.0
 
 
@@ -97,7 +97,7 @@ class Piece:
         if real is not None:
             places = real.to(found.device)
             wanted, found = wanted[places], found[places]
-        return Rows(found, wanted - found, float(wanted.double().square().sum()))
+        return Rows(found, wanted - found, wanted)
 
     def rows(self, gate: Gate, reader: Reader, scale: Tensor | float, decoder: str | None) -> Rows:
         """What a reader is fitted on: all real positions at a gate that both forwards wait at.
@@ -126,11 +126,18 @@ class Piece:
             outputs = list(reader.outputs)
             wanted, residual = wanted[:, outputs], residual[:, outputs]
             scale = scale[outputs] if isinstance(scale, Tensor) else scale
+        if not (reader.alone or isinstance(scale, Tensor)) and scale == 1:
+            return Rows(at_least_float32(x), residual, wanted)
         scale = torch.as_tensor(scale, device=residual.device, dtype=residual.dtype)
         # What is all but switched off cannot make up for anything, whatever its weights.
         scale = scale.where(scale.abs() > LEAST_SCALE * scale.abs().max(), 0)
         residual = (residual / scale).where(scale != 0, 0)
-        return Rows(at_least_float32(x), residual, float(wanted.double().square().sum()), scale)
+        return Rows(at_least_float32(x), residual, wanted, scale)
+
+
+def squares(values: Tensor) -> float:
+    """``Σ v²`` over rows ``(rows, values)``, those of a row in their own type, rows in float64."""
+    return float(values.square().sum(1).sum(dtype=torch.float64))
 
 
 def read_parts(
