@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from hf_gradnas import GradNASPruner
 from hf_gradnas.checkpoint import reporting
 from hf_gradnas.cli.app import main
-from hf_gradnas.cli.records import command_line
 from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.errors import CheckpointError, GradNASWarning
+from hf_gradnas.jobs.records import command_line
 
 REPORT = {
     "summary.json",

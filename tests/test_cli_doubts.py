@@ -3,9 +3,8 @@
 import pytest
 from transformers import BertConfig, T5Config
 
-from hf_gradnas.cli.doubts import doubts
-from hf_gradnas.cli.evaluate import Metrics
 from hf_gradnas.data.tasks import Head
+from hf_gradnas.jobs.measuring import Metrics, doubts
 
 TWO = BertConfig(num_labels=2)
 

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from hf_gradnas.cli.idle import Known, check_idle, idle_options, without_idle
 from hf_gradnas.config.recipe import Recipe
 from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.config.recipe_files import shipped_recipes
 from hf_gradnas.data.tasks import TASKS, Head, named_task
 from hf_gradnas.errors import RecipeError
+from hf_gradnas.jobs.idle import Known, check_idle, idle_options, without_idle
 
 M = ["--model", "whole"]
 # Of prune unless another command comes first; all in folders that `_make` fills.

@@ -7,9 +7,9 @@ import torch
 import transformers as tf
 import zoo
 
-from hf_gradnas.cli.evaluate import Metrics, evaluate
 from hf_gradnas.data.tasks import Head
 from hf_gradnas.errors import DataError
+from hf_gradnas.jobs.measuring import Metrics, evaluate
 
 
 def _bert(cls="BertForSequenceClassification", **config):

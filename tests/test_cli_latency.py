@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
-from hf_gradnas.cli.show import Screen, show_latency
+from hf_gradnas.cli.show import Screen
 from hf_gradnas.costs import latency
 from hf_gradnas.costs.latency import (
     COUNTED,
@@ -127,7 +127,7 @@ def timed(monkeypatch, capsys):
     timing.begin(model)
     del model.bert.encoder.layer[0]
     found = timing.end(model)
-    show_latency(Screen(), found)
+    Screen().latency(found)
     assert found["batches"] == [{"batch_size": 1, "before_ms": 4.0, "after_ms": 1.0}]
     assert found["machine"] == describe_machine(torch.device("cpu"))
     return [len(models) for models in measured.calls], found["in_turn"], capsys.readouterr().out

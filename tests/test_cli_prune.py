@@ -316,7 +316,7 @@ def test_an_interruption_keeps_the_scores_and_resumes(
 
 
 def test_an_early_interruption_says_that_nothing_was_written(prune, bert, monkeypatch):
-    monkeypatch.setattr("hf_gradnas.cli.preparation.open_source", _interrupt)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.open_source", _interrupt)
     code, _, err = prune("--model", bert)
     assert code == 130
     assert "no model was written" in err

@@ -10,11 +10,11 @@ import torch
 import transformers as tf
 from cli_cases import write_text
 
-from hf_gradnas.cli import quickstart
 from hf_gradnas.cli.app import main
-from hf_gradnas.cli.quickstart import Training, make_quickstart, split_text, unigram_perplexity
 from hf_gradnas.data.datasets import bundled_text
 from hf_gradnas.errors import CheckpointError
+from hf_gradnas.jobs import quickstart
+from hf_gradnas.jobs.quickstart import Training, make_quickstart, split_text, unigram_perplexity
 
 SMALL = Training(
     vocabulary=300,

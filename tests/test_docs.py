@@ -17,8 +17,7 @@ from doc_scenes import CLASSIFIER, STORIES, keep_to_yourself, scene_for, write_f
 
 import hf_gradnas
 from hf_gradnas import nas, repair
-from hf_gradnas.cli.app import app, main
-from hf_gradnas.cli.options import given_flags
+from hf_gradnas.cli.app import app, given_flags, main
 from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.config.recipe_files import shipped_recipes
 from hf_gradnas.config.sweep import Sweep, build_sweep

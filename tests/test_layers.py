@@ -18,7 +18,7 @@ LAYERS = (
     ("verification", "stock", "scores", "repair", "checkpoint"),
     ("hub", "examined", "frontier", "pruner", "nas"),
     ("callback", "data"),
-    ("cli", "prune", "inspect", "sweep", "verify", "__main__", "__init__"),
+    ("jobs", "flow", "cli", "prune", "inspect", "sweep", "verify", "__main__", "__init__"),
 )
 PLACE = {
     name: (layer, column) for layer, names in enumerate(LAYERS) for column, name in enumerate(names)

@@ -15,9 +15,9 @@ from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
 from ..config.rules import Rules, check_rules, parse_rules, rule_for
 from ..errors import GradNASError, StructureError
+from ..jobs.early import check_inspected, model_folder
+from ..jobs.idle import Known, check_idle
 from ..types import Axis, Budget, CostModel, StockSpace, Structure
-from .early import check_inspected, model_folder
-from .idle import Known, check_idle
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _with_data(
     from ..data.examples import make_loader
     from ..data.loading import load_model
     from ..data.random_batch import EXAMPLES
-    from .preparation import prepare
+    from ..jobs.preparation import prepare
 
     few = recipe.model_copy(update={"num_examples": EXAMPLES, "eval": False})
     job = prepare(few, folder=folder, given=given)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, HubError
-from .early import check_pushed
+from ..jobs.early import check_pushed
 from .show import Screen
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ def push_on(
     """
     from ..hub import push
 
-    with _bars(shown=screen.err.is_terminal and not screen.err.quiet):
+    with screen.uploading():
         return push(
             folder,
             repo_id,
@@ -68,29 +66,3 @@ def push_on(
             commit_message=message or None,
             revision=None if branch == "main" else branch,
         )
-
-
-def push_settings(repository: str | None, *, private: bool) -> list[tuple[str, str, str]]:
-    """Rows for the table of settings: where the result of a run will be pushed to."""
-    if repository is None:
-        return []
-    rows = [("--push-to-hub", repository, "given")]
-    return [*rows, ("--private", "yes", "given")] if private else rows
-
-
-@contextmanager
-def _bars(*, shown: bool) -> Iterator[None]:
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,19 @@ from rich.text import Text
 
 from .._redaction import sayable
 from ..config.budgets import format_amount, format_share
+from ..jobs.report import Progress, Report
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
+    from ..jobs.measuring import Metrics
     from ..types import Budget, CostModel, Plan, Structure
-    from .evaluate import Metrics
 
 _PLAIN_WIDTH = 110
 _REFUSALS_SHOWN = 12
-Report = Callable[[int, "int | None"], None]
 
 
-class Screen:
+class Screen(Report):
     """Standard output for results, standard error for warnings and errors.
 
     Neither secrets nor control characters are shown, and no text is read as markup.
@@ -76,15 +76,15 @@ class Screen:
         self.out.print(table)
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Report]:
+    def progress(self, what: str) -> Iterator[Progress]:
         """A progress bar on a terminal; nothing where the output is a file or pipe."""
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
-            Progress,
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.progress import Progress as Bars
 
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -92,7 +92,7 @@ class Screen:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(
+        with Bars(
             *columns,
             console=self.err,
             disable=self.err.quiet or not self.notes or not self.err.is_terminal,
@@ -100,6 +100,132 @@ class Screen:
         ) as bar:
             task = bar.add_task(sayable(what), total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """The client's progress bars where errors go to a terminal."""
+        from huggingface_hub.utils import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        shown = self.err.is_terminal and not self.err.quiet
+        if shown or are_progress_bars_disabled():
+            yield
+            return
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            enable_progress_bars()
+
+    def settings(self, settings: Sequence[tuple[str, str, str]]) -> None:
+        """Every option that matters for this run, and where its value comes from."""
+        self.table("Settings", ("option", "value", "from"), settings)
+
+    def structure(self, structure: Structure, layout: str, reason: str) -> None:
+        """How much was found, the layout with its reason, and what was refused."""
+        kinds: dict[str, list[int]] = {}
+        for axis in structure.axes:
+            kinds.setdefault(str(axis.kind), []).append(axis.size)
+        found = ", ".join(
+            f"{sum(sizes):,} {kind} in {len(sizes)} modules" for kind, sizes in kinds.items()
+        )
+        self.line(f"Found and proved: {found}.")
+        self.line(reason or f"Layout {layout}, as asked.")
+        if structure.refusals:
+            rows = [(r.module, r.kind, r.reason) for r in structure.refusals[:_REFUSALS_SHOWN]]
+            hidden = len(structure.refusals) - len(rows)
+            if hidden:
+                rows.append((f"and {hidden} more", "", ""))
+            self.table("Seen but not pruned", ("module", "kind", "reason"), rows)
+
+    def plan(self, plan: Plan, structure: Structure) -> None:
+        """Kept units per axis, in the model's order."""
+        rows = []
+        for axis in structure.axes:
+            kept = len(plan.kept[axis.name])
+            share = kept / axis.size
+            rows.append(
+                (
+                    axis.module,
+                    str(axis.kind),
+                    f"{kept}/{axis.size}",
+                    format_share(share),
+                    _bar(share),
+                )
+            )
+        self.table("Plan", ("module", "axis", "kept", "share", ""), rows)
+
+    def costs(
+        self, plan: Plan, totals: Mapping[str, float], costs: Mapping[str, CostModel]
+    ) -> None:
+        """Each cost before and after, with its budget and the smallest step of the layout."""
+        from ..report import say_prediction
+
+        budgets: dict[str, Budget] = {budget.cost: budget for budget in plan.budgets}
+        rows = []
+        for name in costs:
+            before, after = totals[name], plan.costs.get(name, costs[name].of(plan.counts()))
+            budget = budgets.get(name)
+            step = plan.steps.get(name)
+            rows.append(
+                (
+                    name,
+                    format_amount(before),
+                    format_amount(after),
+                    format_share(after / before, digits=2),
+                    f"{format_amount(budget.limit)} ({budget.ratio:.1%})" if budget else "-",
+                    f"{step / before:.2%}" if step else "-",
+                )
+            )
+        headers = ("cost", "before", "after", "kept", "budget", "smallest step")
+        self.table(f"Costs ({plan.layout})", headers, rows, right=5)
+        self.line(
+            say_prediction(plan.loss_increase, plan.loss_unit, plan.loss_before, score=plan.score)
+        )
+
+    def metrics(self, columns: Mapping[str, Metrics], measured_on: str) -> None:
+        """Loss and accuracy or perplexity, one column per state of the model.
+
+        Args:
+            columns: Metrics by state.
+            measured_on: What the examples are, after their number.
+        """
+        from ..report.quality import with_errors
+
+        first = next(iter(columns.values()))
+        found = [with_errors(metrics.to_dict()) for metrics in columns.values()]
+        rows = [
+            (name, *(f"{metrics[name]:.4f}" for metrics in found))
+            for name in found[0]
+            if name != "examples"
+        ]
+        title = f"Evaluation on {first.examples:,} examples"
+        self.table(title, ("metric", *columns), rows, right=len(columns))
+        errors = any(name.startswith("±") for name, *_ in rows)
+        said = " (±: one standard error, from their number)" if errors else ""
+        self.line(f"Measured on {first.examples:,} examples {measured_on}{said}.")
+        if first.agreement is not None:
+            self.line(
+                "There are no labels of the data: those that the whole model predicts take their "
+                "place, and agreement is how often the other states predict the same."
+            )
+
+    def latency(self, latency: Mapping[str, Any]) -> None:
+        """Median time of a forward before and after, per batch size."""
+        from ..report.tables import say_speedup
+
+        rows = []
+        for found in latency["batches"]:
+            before, after = found["before_ms"], found["after_ms"]
+            row = (f"{found['batch_size']}", f"{before:.1f} ms", f"{after:.1f} ms")
+            rows.append((*row, say_speedup(before / after)))
+        headers = ("batch size", "before", "after", "speed-up")
+        self.table("Latency", headers, rows, right=4)
+        order = "both models in turn" if latency["in_turn"] else "one model after the other"
+        self.line(f"Median time of a forward ({latency['machine']}; {order}).")
 
 
 @contextmanager
@@ -125,114 +251,6 @@ def quiet_libraries(screen: Screen) -> Iterator[None]:
                 module.set_verbosity(level)
             if bars:
                 transformers_logging.enable_progress_bar()
-
-
-def show_settings(screen: Screen, settings: Sequence[tuple[str, str, str]]) -> None:
-    """Every option that matters for this run, and where its value comes from."""
-    screen.table("Settings", ("option", "value", "from"), settings)
-
-
-def show_structure(screen: Screen, structure: Structure, layout: str, reason: str) -> None:
-    """How much was found, the layout with its reason, and what was refused."""
-    kinds: dict[str, list[int]] = {}
-    for axis in structure.axes:
-        kinds.setdefault(str(axis.kind), []).append(axis.size)
-    found = ", ".join(
-        f"{sum(sizes):,} {kind} in {len(sizes)} modules" for kind, sizes in kinds.items()
-    )
-    screen.line(f"Found and proved: {found}.")
-    screen.line(reason or f"Layout {layout}, as asked.")
-    if structure.refusals:
-        rows = [(r.module, r.kind, r.reason) for r in structure.refusals[:_REFUSALS_SHOWN]]
-        hidden = len(structure.refusals) - len(rows)
-        if hidden:
-            rows.append((f"and {hidden} more", "", ""))
-        screen.table("Seen but not pruned", ("module", "kind", "reason"), rows)
-
-
-def show_plan(screen: Screen, plan: Plan, structure: Structure) -> None:
-    """Kept units per axis, in the model's order."""
-    rows = []
-    for axis in structure.axes:
-        kept = len(plan.kept[axis.name])
-        share = kept / axis.size
-        rows.append(
-            (axis.module, str(axis.kind), f"{kept}/{axis.size}", format_share(share), _bar(share))
-        )
-    screen.table("Plan", ("module", "axis", "kept", "share", ""), rows)
-
-
-def show_costs(
-    screen: Screen, plan: Plan, totals: Mapping[str, float], costs: Mapping[str, CostModel]
-) -> None:
-    """Each cost before and after, with its budget and the smallest step of the layout."""
-    from ..report import say_prediction
-
-    budgets: dict[str, Budget] = {budget.cost: budget for budget in plan.budgets}
-    rows = []
-    for name in costs:
-        before, after = totals[name], plan.costs.get(name, costs[name].of(plan.counts()))
-        budget = budgets.get(name)
-        step = plan.steps.get(name)
-        rows.append(
-            (
-                name,
-                format_amount(before),
-                format_amount(after),
-                format_share(after / before, digits=2),
-                f"{format_amount(budget.limit)} ({budget.ratio:.1%})" if budget else "-",
-                f"{step / before:.2%}" if step else "-",
-            )
-        )
-    headers = ("cost", "before", "after", "kept", "budget", "smallest step")
-    screen.table(f"Costs ({plan.layout})", headers, rows, right=5)
-    screen.line(
-        say_prediction(plan.loss_increase, plan.loss_unit, plan.loss_before, score=plan.score)
-    )
-
-
-def show_metrics(screen: Screen, columns: Mapping[str, Metrics], measured_on: str) -> None:
-    """Loss and accuracy or perplexity, one column per state of the model.
-
-    Args:
-        screen: Where to.
-        columns: Metrics by state.
-        measured_on: What the examples are, after their number.
-    """
-    from ..report.quality import with_errors
-
-    first = next(iter(columns.values()))
-    found = [with_errors(metrics.to_dict()) for metrics in columns.values()]
-    rows = [
-        (name, *(f"{metrics[name]:.4f}" for metrics in found))
-        for name in found[0]
-        if name != "examples"
-    ]
-    title = f"Evaluation on {first.examples:,} examples"
-    screen.table(title, ("metric", *columns), rows, right=len(columns))
-    errors = any(name.startswith("±") for name, *_ in rows)
-    said = " (±: one standard error, from their number)" if errors else ""
-    screen.line(f"Measured on {first.examples:,} examples {measured_on}{said}.")
-    if first.agreement is not None:
-        screen.line(
-            "There are no labels of the data: those that the whole model predicts take their "
-            "place, and agreement is how often the other states predict the same."
-        )
-
-
-def show_latency(screen: Screen, latency: Mapping[str, Any]) -> None:
-    """Median time of a forward before and after, per batch size."""
-    from ..report.tables import say_speedup
-
-    rows = []
-    for found in latency["batches"]:
-        before, after = found["before_ms"], found["after_ms"]
-        row = (f"{found['batch_size']}", f"{before:.1f} ms", f"{after:.1f} ms")
-        rows.append((*row, say_speedup(before / after)))
-    headers = ("batch size", "before", "after", "speed-up")
-    screen.table("Latency", headers, rows, right=4)
-    order = "both models in turn" if latency["in_turn"] else "one model after the other"
-    screen.line(f"Median time of a forward ({latency['machine']}; {order}).")
 
 
 def _bar(share: float, width: int = 20) -> str:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import write_whole
+from .._files import temporary_sibling, write_whole
+from ..checkpoint.targets import check_target
+from ..config.budgets import parse_budgets
 from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
-from ..config.recipe_saving import shareable
+from ..config.recipe_saving import check_inputs, shareable
 from ..config.sweep import Sweep, build_sweep
-from ..errors import CheckpointError, DataError, GradNASError
-from .doubts import doubts
-from .early import model_folder
-from .prune import BAD_INPUT, DONE, FAILED, INTERRUPTED, is_out_of_memory, run_prune, say
-from .show import Screen, quiet_libraries, show_settings, show_structure
-from .sweep_early import FILES, SWEEP_FILE, check_sweep, saved_recipe
+from ..errors import BudgetError, CheckpointError, DataError, GradNASError, RecipeError
+from ..jobs.early import COSTS, check_inspected, is_local, local_path, model_folder
+from ..jobs.measuring import doubts
+from .prune import BAD_INPUT, DONE, FAILED, INTERRUPTED, is_main, is_out_of_memory, launched, say
+from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
     from ..data.examples import Examples
+    from ..jobs.preparation import Job
     from ..running.processes import Processes
     from ..types import Frontier
-    from .preparation import Job
 
 _OF_PRUNE = ("--target", "--score", "--save-scores", "--output", "--overwrite", "--report")
+SWEEP_FILE = "sweep.json"
+FILES = (SWEEP_FILE, "sweep.csv", "sweep.md", "sweep.png", "sweep.svg")
+PRUNED = "pruned"
+"""Folder in that of the results which a pruned model is saved to."""
 
 
 def sweep_from_options(flags: Mapping[str, Any], own: Mapping[str, Any]) -> int:
@@ -41,8 +47,6 @@ def sweep_from_options(flags: Mapping[str, Any], own: Mapping[str, Any]) -> int:
         0 done, 1 the model that was asked for could not be saved, 2 bad input, 130 interrupted, 143
         terminated.
     """
-    from .launch import is_main, launched
-
     screen, code = Screen(quiet=not is_main()), BAD_INPUT
     folder: str | None = None
     everyone: Processes | None = None
@@ -93,15 +97,15 @@ def _sweep(
 ) -> None:
     """All steps in order."""
     from ..data.examples import make_loader
-    from .measuring import metrics_of
-    from .opening import flops_length_of, make_pruner, open_model
-    from .preparation import prepare
+    from ..jobs.measuring import metrics_of
+    from ..jobs.opening import flops_length_of, make_pruner, open_model
+    from ..jobs.preparation import prepare
 
     began = time.monotonic()
     opened = partial(prepare, recipe, folder=model_folder(recipe.model), given=given)
     job = processes.main_first(opened)
     subsets = processes.main_first(partial(_subsets, sweep, job))
-    show_settings(screen, _rows(job, sweep, given))
+    screen.settings(_rows(job, sweep, given))
     for note in job.notes:
         screen.line(f"Note: {note}.")
     for warning in job.warnings:
@@ -115,7 +119,7 @@ def _sweep(
         )
     pruner = make_pruner(model, job.recipe, job, processes)
     pruner.discover(next(iter(loader)), flops_length=flops_length_of(job))
-    show_structure(screen, pruner.structure, pruner.layout, pruner.layout_reason)
+    screen.structure(pruner.structure, pruner.layout, pruner.layout_reason)
     yardstick = partial(
         metrics_of, batches=measured, evaluation=job.evaluation, head=job.source.task.head
     )
@@ -145,7 +149,7 @@ def _sweep(
 
 def _subsets(sweep: Sweep, job: Job) -> dict[int, Examples]:
     """Examples to score on, per seed."""
-    from .preparation import with_subset
+    from ..jobs.preparation import with_subset
 
     if not sweep.seeds:
         return {job.recipe.seed: job.calibration}
@@ -154,7 +158,7 @@ def _subsets(sweep: Sweep, job: Job) -> dict[int, Examples]:
 
 def _document(job: Job, sweep: Sweep, given: frozenset[str]) -> dict[str, Any]:
     """What the file of results keeps beside what was measured."""
-    from .records import data_of, words_of
+    from ..jobs.records import data_of, words_of
 
     recipe = shareable(job.recipe)
     own = [word for name in Sweep.model_fields for word in _words(sweep, name)]
@@ -185,7 +189,7 @@ def _words(sweep: Sweep, name: str) -> list[str]:
     return [flag, value] if value else []
 
 
-# --- results --------------------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------
 
 
 def _write(frontier: Frontier, folder: Path) -> None:
@@ -235,6 +239,7 @@ def _save(
     """Prune to the budget that was asked for, with the scores of the sweep."""
     if sweep.save is None:
         return
+    from ..flow import Run
     from ..frontier import scores_file
     from ..scores.methods import GRADIENT_METHODS
 
@@ -245,4 +250,101 @@ def _save(
     own = saved_recipe(recipe, sweep, scores)
     screen.line(f"Saving the model of {sweep.save} by {sweep.score[0]}:")
     more = {"target", "output", *(["scores"] if scores else ["score"])}
-    run_prune(own, screen, processes, given=given - {"labels"} | more, subset=subset)
+    given = given - {"labels"} | more
+    Run(own, screen, processes, given=given, subset=subset).execute()
+
+
+# --- what is judged before torch is imported ------------------------------------------------------
+
+
+def check_sweep(recipe: Recipe, sweep: Sweep, *, given: Set[str]) -> Recipe:
+    """Check all options that need neither model nor data; fill in where results go.
+
+    Args:
+        recipe: As it was given.
+        sweep: As it was given.
+        given: Names of the options of the recipe that were given; the others are defaults.
+
+    Returns:
+        The recipe with `output` filled in, ``~`` resolved, and the first of the scores.
+
+    Raises:
+        RecipeError: An option, or a combination of them, cannot be used.
+        BudgetError: A target cannot be read.
+        DataError: A data set is not there.
+        CheckpointError: The output cannot be written, or holds what no sweep wrote.
+    """
+    check_inputs(recipe)
+    check_inspected(recipe, given=given)
+    if sweep.seeds and "shuffle" in given:
+        raise RecipeError(
+            "--shuffle: has no effect here, as --seeds draws its subsets at random; omit it."
+        )
+    if recipe.repair == "swap":
+        raise RecipeError(
+            "--repair swap: a sweep measures its plans as they are, or with new weights alone; "
+            "give auto or none here, and swap to the prune command."
+        )
+    seen = set()
+    for cost, limits in sweep.targets.items():
+        for limit in limits:
+            (budget,) = parse_budgets({cost: limit}, dict.fromkeys(COSTS, math.inf))
+            if budget in seen and not math.isinf(budget.limit):
+                raise BudgetError(f"--targets: {cost}={limit} is there twice; give it once.")
+            seen.add(budget)
+    sweep.limit_to_save()
+    name = local_path(recipe.model).name if is_local(recipe.model) else recipe.model
+    folder = recipe.output or f"./{name.rstrip('/').rsplit('/', 1)[-1]}-sweep"
+    folder = str(Path(folder).expanduser()) if folder.startswith("~") else folder
+    recipe = recipe.model_copy(update={"output": folder, "score": sweep.score[0]})
+    _check_folder(recipe, folder, saves=sweep.save is not None)
+    return recipe
+
+
+def _check_folder(recipe: Recipe, folder: str, *, saves: bool) -> None:
+    """Check that the files of a sweep can be written to a folder, before any work."""
+    from ..types import is_frontier
+
+    place = local_path(folder)
+    source = local_path(recipe.model) if is_local(recipe.model) else None
+    if place == source:
+        raise RecipeError(
+            f"--output {folder}: is the folder of the model itself; give another folder."
+        )
+    if not is_frontier(place / SWEEP_FILE):
+        found = [name for name in FILES if (place / name).exists()]
+        if found:
+            raise CheckpointError(
+                f"--output {folder}: holds {found[0]}, which no sweep wrote; give another folder, "
+                "or move the file away."
+            )
+    if saves:
+        check_target(place / PRUNED, overwrite=recipe.overwrite, source=source)
+    try:
+        with temporary_sibling(place / SWEEP_FILE):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"--output {folder}: is not a folder that this user can write to "
+            f"({error.strerror or error}); choose another folder, or change its permissions."
+        ) from error
+
+
+def saved_recipe(recipe: Recipe, sweep: Sweep, scores: Path | None) -> Recipe:
+    """The recipe of the prune command that saves a model of the sweep.
+
+    Args:
+        recipe: Of the sweep.
+        sweep: Says which budget.
+        scores: File of the scores of the first name and seed; None: they come from the weights.
+    """
+    output = str(Path(str(recipe.output), PRUNED))
+    return recipe.model_copy(
+        update={
+            "target": sweep.limit_to_save(),
+            "score": sweep.score[0],
+            "scores": None if scores is None else str(scores),
+            "save_scores": None if scores is not None else f"{output}.scores.safetensors",
+            "output": output,
+        }
+    )

@@ -18,8 +18,8 @@ from .._manifests import FILES, OLD_FILES, file_sha256, is_sealed
 from .._redaction import without_secrets
 from ..checkpoint.targets import DOCUMENT, FORMAT_VERSION
 from ..errors import CheckpointError, GradNASError, RecipeError, first_line
+from ..jobs.early import check_device, local_path
 from ..report import say_repair
-from .early import check_device, local_path
 from .isolation import run_alone
 from .saved_files import CODE as CODE_KIND
 from .saved_files import LOADING, MEANING, NEW, TEXT, WEIGHTS, Check, check_files

@@ -27,6 +27,7 @@ _EVAL: _Extra = {"panel": "Evaluation"}
 _PLAN: _Extra = {"panel": "Scores and plan"}
 _RECOVERY: _Extra = {"panel": "Recovery"}
 _OUTPUT: _Extra = {"panel": "Output"}
+NOT_FLAGS = ("format_version", "training")
 BY_FLAG_ONLY = {
     "trust_remote_code": "it runs code that comes with the model",
     "overwrite": "it replaces what is in the output folder",

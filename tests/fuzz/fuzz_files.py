@@ -21,8 +21,6 @@ from safetensors.numpy import save_file
 
 from hf_gradnas import GradNASPruner, Plan, Scores
 from hf_gradnas.cli import verify
-from hf_gradnas.cli.early import resolve_paths
-from hf_gradnas.cli.preparation import encode
 from hf_gradnas.config.recipe import Recipe
 from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.data.columns import choose_columns
@@ -30,6 +28,8 @@ from hf_gradnas.data.datasets import open_dataset
 from hf_gradnas.data.examples import Feed, make_loader
 from hf_gradnas.data.loading import open_source
 from hf_gradnas.errors import CheckpointError
+from hf_gradnas.jobs.early import resolve_paths
+from hf_gradnas.jobs.preparation import encode
 from hf_gradnas.structure.modeling_gradnas import RecordError
 
 HEADS = {

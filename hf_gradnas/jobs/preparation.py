@@ -32,7 +32,7 @@ from ..errors import DataError, RecipeError
 from ..types import Scores
 from .early import read_scores
 from .idle import Known, check_idle, without_idle
-from .settings_table import settings_of
+from .records import settings_of
 
 # A file of running text has no rows; so many tokens a row at least are assumed of a Hub data set.
 _TOKENS_PER_ROW = 8

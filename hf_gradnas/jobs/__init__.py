@@ -1,0 +1,1 @@
+"""What one run of a recipe is made of: what was checked, opened, measured and written down."""
