@@ -48,7 +48,7 @@ __all__ = [
 _HOME = {
     "Budget": "types",
     "GradNASCallback": "callback",
-    "GradNASConfig": "config.gradnas",
+    "GradNASConfig": "nas",
     "GradNASError": "errors",
     "GradNASModeDescriptor": "nas",
     "GradNASPruner": "pruner",

@@ -21,7 +21,7 @@ from transformers import (
     Trainer,
 )
 
-from hf_gradnas.callback.batches import private_batches, undisturbed
+from hf_gradnas.callback.scoring import private_batches, undisturbed
 from hf_gradnas.callback.weights import is_masked
 
 pytestmark = [

@@ -19,8 +19,13 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
 
 from hf_gradnas import Plan
-from hf_gradnas.callback.progress import FILE, Progress, load_tensors, save_tensors
-from hf_gradnas.callback.resuming import checkpoint_folder
+from hf_gradnas.callback.resuming import (
+    FILE,
+    Progress,
+    checkpoint_folder,
+    load_tensors,
+    save_tensors,
+)
 from hf_gradnas.errors import CheckpointError, GradNASWarning, PlanError, ScoresError
 
 pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
@@ -205,7 +210,7 @@ def test_sums_that_cannot_be_written_are_one_warning(tmp_path: Path, monkeypatch
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_gradnas.callback.progress.save_file", fail)
+    monkeypatch.setattr("hf_gradnas.callback.resuming.save_file", fail)
     callback = pruning(when="gradual", scores_from="training")
     trainer = make_trainer(tmp_path, callback, save_strategy="steps", save_steps=3, max_steps=7)
     with pytest.warns(GradNASWarning, match=r"No space left.* sums them up anew") as caught:

@@ -9,7 +9,7 @@ import torch
 import zoo
 
 from hf_gradnas import GradNASPruner
-from hf_gradnas.callback.schedule import SCHEDULES, Stage, budget_at, make_stages
+from hf_gradnas.callback.settings import SCHEDULES, Stage, budget_at, make_stages
 from hf_gradnas.callback.weights import WeightMask, check_maskable
 from hf_gradnas.errors import StructureError
 from hf_gradnas.types import Budget

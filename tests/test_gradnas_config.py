@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from hf_gradnas.config.gradnas import GradNASConfig
-from hf_gradnas.config.gradnas_rules import (
+from hf_gradnas.errors import GradNASError, PlanError
+from hf_gradnas.nas.config import GradNASConfig
+from hf_gradnas.nas.rules import (
     AttentionRule,
     ConvRule,
     FeatureRule,
     GroupNormRule,
     Rule,
 )
-from hf_gradnas.errors import GradNASError, PlanError
 
 RATIOS = [
     *[0.05, 0.1, 0.15000000000000002, 0.2, 0.25, 0.30000000000000004, 0.35000000000000003, 0.4],

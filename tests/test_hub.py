@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas._manifests import FILES, sealed
-from hf_gradnas.callback.publishing import check_publishing, publish
+from hf_gradnas.callback.handover import check_publishing, publish
 from hf_gradnas.cli.app import main
 from hf_gradnas.errors import HubError, OrderError
 from hf_gradnas.hub import COMMIT_MESSAGE, check_access, push

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from hf_gradnas.config.gradnas import GradNASConfig
-from hf_gradnas.config.gradnas_rules import ConvRule
 from hf_gradnas.errors import GradNASError, PlanError
 from hf_gradnas.nas.choices import axis_choices, check_kernel_size, choices_of, make_divisible
+from hf_gradnas.nas.config import GradNASConfig
+from hf_gradnas.nas.rules import ConvRule
 from hf_gradnas.types import Axis, Kind
 
 RATIOS = tuple(0.05 * i for i in range(1, 21))

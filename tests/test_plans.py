@@ -11,7 +11,7 @@ import torch
 import zoo
 
 from hf_gradnas import GradNASPruner, Plan
-from hf_gradnas.callback.progress import Progress
+from hf_gradnas.callback.resuming import Progress
 from hf_gradnas.errors import PlanError
 from hf_gradnas.masks import masked
 from hf_gradnas.surgery import cut

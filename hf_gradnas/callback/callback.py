@@ -22,19 +22,20 @@ from ..config.recipe_building import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
 from ..running.owners import body_of
 from ..types import Plan, Scores
-from .batches import trainer_batches
-from .checks import check_only_one, check_unwrapped, check_whole
-from .handover import names_of, renew_optimizer, renew_trainer, swap_parameters, tokenizer_of
-from .publishing import check_publishing, complete_output, publish
-from .resuming import (
-    check_not_cut,
-    check_same_cut,
-    checkpoint_folder,
-    run_folder,
-    saved_progress,
+from .handover import (
+    check_publishing,
+    complete_output,
+    names_of,
+    publish,
+    renew_optimizer,
+    renew_trainer,
+    swap_parameters,
+    tokenizer_of,
 )
+from .resuming import check_not_cut, check_same_cut, checkpoint_folder, run_folder, saved_progress
 from .run import Run
-from .settings import Settings
+from .scoring import trainer_batches
+from .settings import Settings, check_only_one, check_unwrapped, check_whole
 
 FOLDER = "pruned"
 NAME = "gradnas"
@@ -187,8 +188,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             PlanError: It is no Trainer.
         """
         if not isinstance(trainer, Trainer):
-            found = type(trainer).__name__
-            raise PlanError(f"attach: found a {found}, needed a Trainer; make it first.")
+            raise PlanError(f"attach: found a {type(trainer).__name__}, needed a Trainer.")
         if trainer.is_in_train:
             raise OrderError("attach: the trainer is training already; attach before train().")
         if self._trainer is not None and self._trainer() not in (None, trainer):
@@ -396,5 +396,4 @@ class GradNASCallback(TrainerCallback, ExportableState):
             )
 
     def _target(self, args: Any, state: Any) -> Path:
-        chosen = self.settings.output_dir
-        return run_folder(args, state) / FOLDER if chosen is None else Path(chosen)
+        return Path(self.settings.output_dir or run_folder(args, state) / FOLDER)

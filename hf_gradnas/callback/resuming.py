@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError
-from ..types import Plan
-from .progress import Progress
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .._files import write_whole
+from ..errors import PlanError, ScoresError
+from ..structure.sizes import Kept
+from ..types import Plan, is_integer
 
 
 def run_folder(args: Any, state: Any) -> Path:
@@ -76,3 +85,158 @@ def check_same_cut(state: Any, saved: dict[str, Any] | None, plan: Plan) -> None
             "other batches were scored; give them in a fixed order (no shuffling, or a seeded "
             "generator), or load the checkpoint as the model and resume without the callback."
         )
+
+
+# --- How far a pruning run has come, in the form that a trainer's checkpoint keeps --------------
+
+
+FILE = "gradnas.safetensors"
+RUN_ID = "run_id"
+
+
+@dataclass(slots=True)
+class Progress:
+    """State of a run.
+
+    Attributes:
+        stage: Number of stages that are done.
+        plan: What is pruned now: reached by the last stage that is done; None: nothing.
+        coming: What the stage that is under way will reach; None: not planned yet.
+        is_final: Whether `plan` meets the budget.
+        is_cut: Whether the model is cut to `plan`, and not only masked.
+        scores: What the latest scores say about themselves.
+        repair: What `Repair.record` says of the new weights; empty without any.
+        run_id: Random name of the run, the same after it was resumed.
+    """
+
+    stage: int = 0
+    plan: Plan | None = None
+    coming: Plan | None = None
+    is_final: bool = False
+    is_cut: bool = False
+    scores: Mapping[str, str] = field(default_factory=dict)
+    repair: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def kept(self) -> Kept:
+        """Units kept now; axes that lost none may be missing."""
+        return {} if self.plan is None else self.plan.kept
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {
+            "stage": self.stage,
+            "is_final": self.is_final,
+            "is_cut": self.is_cut,
+            "scores": dict(self.scores),
+            "repair": dict(self.repair),
+            RUN_ID: self.run_id,
+            "plan": _packed(self.plan),
+            "coming": _packed(self.coming),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Progress:
+        """Inverse of `to_dict`.
+
+        Raises:
+            PlanError: The dictionary is damaged.
+        """
+        try:
+            plans = {name: _unpacked(data[name]) for name in ("plan", "coming")}
+            found = cls(**{**data, **plans})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise _damaged(f"{type(error).__name__}: {error}") from error
+        flags = (found.is_final, found.is_cut)
+        if not is_integer(found.stage) or found.stage < 0 or not isinstance(found.run_id, str):
+            raise _damaged(f"stage {found.stage!r}, run_id {found.run_id!r}")
+        if not all(isinstance(flag, bool) for flag in flags) or not _is_text(found.scores):
+            raise _damaged(f"is_final and is_cut {flags}, scores {found.scores!r:.80}")
+        if not isinstance(found.repair, Mapping):
+            raise _damaged(f"repair {found.repair!r:.80}")
+        return found
+
+
+def _is_text(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(
+        isinstance(part, str) for pair in values.items() for part in pair
+    )
+
+
+def _damaged(found: str) -> PlanError:
+    return PlanError(
+        f"resume_from_checkpoint: what trainer_state.json keeps of GradNASCallback is damaged "
+        f"({found}); resume from another checkpoint, or begin a new training."
+    )
+
+
+def _packed(plan: Plan | None) -> dict[str, Any] | None:
+    """The plan with one hexadecimal digit per four units."""
+    if plan is None:
+        return None
+    flags = {name: np.isin(np.arange(size), plan.kept[name]) for name, size in plan.sizes.items()}
+    bits = {name: np.packbits(flag).tobytes().hex() for name, flag in flags.items()}
+    return {**plan.to_dict(), "kept": bits}
+
+
+def _unpacked(data: Mapping[str, Any] | None) -> Plan | None:
+    if data is None:
+        return None
+    kept = {}
+    for name, text in data["kept"].items():
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))
+        size = data["sizes"][name]
+        if len(bits) != -(-size // 8) * 8 or bits[size:].any():
+            raise ValueError(f"kept[{name!r}] holds {len(bits)} bits for {size} units")
+        kept[name] = np.flatnonzero(bits[:size]).tolist()
+    return Plan.from_dict({**data, "kept": kept})
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, run_id: str) -> None:
+    """Write a run's tensors beside a checkpoint; the file is there whole or not.
+
+    Raises:
+        ScoresError: It cannot be written, or a file of that name holds something else.
+    """
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    file = folder / FILE
+    try:
+        write_whole(
+            file, lambda path: save_file(on_cpu, path, {RUN_ID: run_id}), replaces=_is_saved
+        )
+    except (OSError, SafetensorError) as error:
+        raise ScoresError(
+            f"{file}: cannot be written ({error}), and what was there is as it was; free space."
+        ) from error
+
+
+def _is_saved(file: Path) -> bool:
+    """Whether a file is one of `save_tensors`."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return RUN_ID in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_tensors(folder: Path, *, run_id: str) -> dict[str, torch.Tensor] | None:
+    """Tensors that `save_tensors` wrote; None where there is no such file of that run.
+
+    Raises:
+        ScoresError: The file is damaged.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if (opened.metadata() or {}).get(RUN_ID) != run_id:
+                return None
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ScoresError(
+            f"{file}: cannot be read ({error}); remove it, and scores are summed up anew."
+        ) from error

@@ -26,13 +26,17 @@ from ..repair.repairs import Repair, install_repair, mended
 from ..report import say_repair
 from ..running.processes import Processes
 from ..types import Budget, Plan, Scores
-from .batches import Batches, undisturbed, without_zeros
-from .checks import check_labels
-from .progress import Progress, load_tensors, save_tensors
+from .resuming import Progress, load_tensors, save_tensors
 from .riding import SEEN, TrainingScores
-from .schedule import Stage, budget_at, make_stages
-from .scoring import private_scores, training_scores, without_lost
-from .settings import Settings
+from .scoring import (
+    Batches,
+    private_scores,
+    training_scores,
+    undisturbed,
+    without_lost,
+    without_zeros,
+)
+from .settings import Settings, Stage, budget_at, check_labels, make_stages
 from .weights import WeightMask, check_maskable, is_masked
 
 logger = logging.getLogger(__name__)
@@ -311,15 +315,13 @@ class Run:
 
     def write(self, target: Path, processing_class: Any) -> Path:
         """Save the cut model, and return where; all processes wait for the main one."""
-        progress = self.progress
-        document = {"scores": dict(progress.scores), "callback": self.settings.to_dict()}
-        document |= {"repair": dict(progress.repair)} if progress.repair else {}
-        source = self._pruner.model.name_or_path
-        find = partial(usable_target, target, overwrite=True, source=source)
-        target = self._processes.from_main(find)
-        return self._pruner.save_pretrained(
-            target, processing_class, overwrite=True, document=document
-        )
+        told = self.progress
+        document = {"scores": dict(told.scores), "callback": self.settings.to_dict()}
+        document |= {"repair": dict(told.repair)} if told.repair else {}
+        find = partial(usable_target, overwrite=True, source=self._pruner.model.name_or_path)
+        target = self._processes.from_main(partial(find, target))
+        save = self._pruner.save_pretrained
+        return save(target, processing_class, overwrite=True, document=document)
 
     def _cut(self, plan: Plan, repair: Repair | None) -> None:
         self.release()
@@ -358,8 +360,8 @@ class Run:
         with self._undisturbed():
             plan, found = mended(plan, batches, *steps, self._processes, num_examples=limit)
         if found is not None:
-            self.progress.repair = found.record()
-            logger.info("gradnas: %s", say_repair(self.progress.repair))
+            self.progress.repair = record = found.record()
+            logger.info("gradnas: %s", say_repair(record))
         return plan, found
 
     def _plan(self, share: float) -> Plan:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+from transformers.training_args import ParallelMode
+
+from ..batches.batch import read_batches
 from ..batches.steps import is_none_or_positive
 from ..config.budgets import parse_budgets
 from ..config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
 from ..config.rules import parse_rules
-from ..errors import PlanError
+from ..errors import DataError, OrderError, PlanError
 from ..repair.repairs import CHOICES as REPAIRS
 from ..scores import METHODS
 from ..scores.methods import GRADIENT_METHODS
+from ..scores.normaliser import own_loss
 from ..search.solver import STRATEGIES
 from ..stock.space import LAYOUTS
-from ..types import is_integer
-from .schedule import SCHEDULES
+from ..types import Budget, is_integer
 
 WHENS = ("end", "begin", "gradual")
 SOURCES = ("private", "training")
@@ -118,3 +123,149 @@ class Settings:
 def _check(name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise PlanError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
+
+
+# --- What is refused before the first step, since it would fail or mislead at the las -----------
+
+
+# Which callback prunes a model, and in the training of which state.
+_PRUNES: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], weakref.ref[Any]]]
+_PRUNES = weakref.WeakKeyDictionary()
+
+
+def check_whole(args: Any) -> None:
+    """Check that every process holds all weights.
+
+    Raises:
+        PlanError: They are sharded.
+    """
+    sharded = [name for name in ("fsdp", "deepspeed") if getattr(args, name)]
+    if sharded:
+        raise PlanError(
+            f"{sharded[0]}: GradNASCallback reads and cuts weights in place, which are sharded "
+            "here; train without the callback, and prune what was saved with GradNASPruner."
+        )
+
+
+def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Check that a batch has labels to take gradients with, or the model a loss without.
+
+    Raises:
+        DataError: It has none.
+    """
+    found = next(read_batches([batch], model, None))
+    if not found.labels and not own_loss(model, found):
+        raise DataError(
+            f"labels='data': found no labels among {', '.join(sorted(found.columns))} in what is "
+            f"scored with; give the labels that {type(model).__name__} takes, in dataloader=… if "
+            "the training computes its loss without them, or use labels='model'."
+        )
+
+
+def check_sentence_settings(settings: Settings, body: nn.Module, owner: nn.Module) -> None:
+    """Check that scores do not need the loss with which sentence-transformers trains.
+
+    Raises:
+        PlanError: They do: a module of that library computes it from the embeddings of several
+            texts, and the Transformers model in it knows nothing of it.
+    """
+    names = f"{type(owner).__name__} around a {type(body).__name__}"
+    if settings.scores_from == "training":
+        raise PlanError(
+            f"scores_from='training': the trainer trains a {names}, whose loss is not the model's "
+            "own; use scores_from='private' with labels='model'."
+        )
+    if settings.needs_labels:
+        raise PlanError(
+            f"labels='data': the trainer trains a {names}, whose loss is not the model's own; use "
+            f"labels='model', or give dataloader=… of batches with the labels of the "
+            f"{type(body).__name__}."
+        )
+
+
+def check_only_one(callback: Any, model: nn.Module, state: Any) -> None:
+    """Check that one callback prunes a model in one training.
+
+    Raises:
+        OrderError: Another one does.
+    """
+    if model in _PRUNES:
+        training, other = (reference() for reference in _PRUNES[model])
+        if training is state and other is not callback:
+            raise OrderError(
+                f"train: found two {type(callback).__name__}s on one trainer, needed is one, since "
+                "each counts the units of the whole model; remove one of them."
+            )
+    _PRUNES[model] = weakref.ref(state), weakref.ref(callback)
+
+
+def check_unwrapped(args: Any) -> None:
+    """Check that a trainer, which is not known, can train a cut model.
+
+    Raises:
+        OrderError: It wraps the whole one for several processes.
+    """
+    if args.parallel_mode == ParallelMode.DISTRIBUTED:
+        raise OrderError(
+            "train: the model was cut, but the trainer still wraps the whole one for several "
+            "processes; call callback.attach(trainer) before the first train()."
+        )
+
+
+# --- How the pruned share grows over a training run, and what each stage's budget is ------------
+
+
+def _cubic(progress: float) -> float:
+    """Share of the final sparsity, ``1 - (1 - p)³`` (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1)."""
+    return 1 - (1 - progress) ** 3
+
+
+def _linear(progress: float) -> float:
+    return progress
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"cubic": _cubic, "linear": _linear}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One rise of the sparsity.
+
+    Attributes:
+        begin: Step after which units of this stage start to fade.
+        step: Step after which they are gone.
+        share: What is pruned then, as a share of what is pruned in the end.
+    """
+
+    begin: int
+    step: int
+    share: float
+
+    def fade(self, step: int) -> float:
+        """Factor that takes a weight from its value after the step before to that after `step`.
+
+        The product over all steps of the stage goes down from 1 to 0 linearly.
+        """
+        return (self.step - step) / (self.step - step + 1)
+
+
+def make_stages(
+    max_steps: int, *, schedule: str, start_ratio: float, end_ratio: float, count: int
+) -> tuple[Stage, ...]:
+    """Stages at even distances between two points of a run; the last one has share 1.
+
+    A run with fewer steps than stages has fewer stages; there is always one.
+    """
+    start, end = start_ratio * max_steps, end_ratio * max_steps
+    shares: dict[int, float] = {}
+    for number in range(1, count + 1):
+        step = max(1, round(start + (end - start) * number / count))
+        shares[step] = SCHEDULES[schedule](number / count)
+    begins = [min(round(start), min(shares) - 1), *shares]
+    steps = zip(begins, shares.items(), strict=False)
+    return tuple(Stage(begin, step, share) for begin, (step, share) in steps)
+
+
+def budget_at(budgets: Sequence[Budget], share: float) -> dict[str, float]:
+    """Limit per cost when that share of what is to go in the end is gone."""
+    return {b.cost: b.total - share * (b.total - b.limit) for b in budgets}

@@ -6,8 +6,8 @@ differs is told in the migration page of the documentation.
 
 from __future__ import annotations
 
-from ..config.gradnas import GradNASConfig
 from .algorithms import convert, prune, search
+from .config import GradNASConfig
 from .files import restore, save
 from .gradients import GradientDataManager
 from .hparams import Hparam, named_hparams

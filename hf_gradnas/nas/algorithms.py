@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from ..config.gradnas import GradNASConfig
 from ..errors import PlanError
 from .arguments import unwrap
+from .config import GradNASConfig
 from .conversion import export_model
 from .hparams import needed_space
 from .mode import GradNASModeDescriptor

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..config.gradnas import GradNASConfig
-from ..config.gradnas_rules import ConvRule
 from ..errors import PlanError
 from ..types import Axis, Kind
+from .config import GradNASConfig
+from .rules import ConvRule
 
 # Rounding never takes more than a tenth of what was asked for.
 LEAST_SHARE = 0.9

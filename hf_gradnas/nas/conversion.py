@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.apply import apply_plan, cut_with_proof
 from ..checkpoint.savable import check_savable
-from ..config.gradnas import GradNASConfig
 from ..errors import CheckpointError, PlanError, StructureError
 from ..stock.rewrite import write_stock
 from ..stock.space import find_stock_space
 from ..structure.modeling_gradnas import resize
 from ..surgery import merge_records
 from ..types import Plan, Structure
+from .config import GradNASConfig
 from .hparams import check_kernels, close_space, needed_space, open_space
 
 RECORD = "gradnas_record"

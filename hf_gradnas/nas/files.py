@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._files import write_whole
-from ..config.gradnas import GradNASConfig
 from ..errors import CheckpointError
 from ..structure.sizes import tensor_at
 from ..types import parse_json
 from .arguments import unwrap
+from .config import GradNASConfig
 from .conversion import record_of
 from .hparams import close_space, open_space, space_of
 from .mode import GradNASModeDescriptor

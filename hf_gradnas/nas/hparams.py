@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config.gradnas import GradNASConfig
-from ..config.gradnas_rules import ConvRule
 from ..errors import OrderError
 from ..types import Axis, Kind, Structure
 from .choices import axis_choices, check_kernel_size
+from .config import GradNASConfig
 from .gradients import producer_of
+from .rules import ConvRule
 
 ATTENTION = "hf.Attention"
 TYPES: Mapping[str, type[nn.Module] | tuple[type[nn.Module], ...]] = {

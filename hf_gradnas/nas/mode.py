@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config.gradnas import GradNASConfig
+from .config import GradNASConfig
 from .conversion import convert_model, note_state, restore_model
 from .searcher import GradientBinarySearcher
 

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from ..errors import PlanError
-from .gradnas_rules import RULES, AttentionRule, ConvRule, FeatureRule, GroupNormRule, Rule
+from .rules import RULES, AttentionRule, ConvRule, FeatureRule, GroupNormRule, Rule
 
 OLD_ATTENTIONS = ("hf.BertAttention", "hf.GPTJAttention")
 """Keys of the reference that are read as ``hf.Attention``."""
