@@ -60,7 +60,7 @@ def wait_for_uploads() -> None:
     """Wait until all that a trainer began to upload in the background has ended.
 
     Cause: a trainer's events do not say which trainer it is, and only that knows its uploads. They
-    stand in the queue of one thread, that of the client: Transformers' own, or in versions without
+    are in the queue of one thread, that of the client: Transformers' own, or in versions without
     one that of huggingface_hub. Remove when Transformers offers to wait for them.
     """
     clients = vars(transformers_hub).get("hf_api")

@@ -6,6 +6,8 @@ what was needed, and what to do. Children also inherit the builtin that a caller
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ._redaction import sayable
 
 
@@ -62,6 +64,18 @@ class HubError(GradNASError, OSError):
 
 class OrderError(GradNASError, RuntimeError):
     """A step was called before the one it needs; the message names the missing call."""
+
+
+def check_choice(
+    name: str, value: object, known: Iterable[str], error: type[GradNASError] = PlanError
+) -> None:
+    """Check that a value is one of those that are known.
+
+    Raises:
+        GradNASError: It is not; of the class `error`.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise error(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}.")
 
 
 def first_line(error: BaseException) -> str:

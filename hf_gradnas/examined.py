@@ -19,7 +19,7 @@ from .checkpoint.prunable import find_prunable
 from .checkpoint.savable import check_savable
 from .config.budgets import parse_budgets
 from .config.rules import check_rules, parse_rules
-from .errors import DataError, OrderError, PlanError
+from .errors import DataError, OrderError, check_choice
 from .masks import masked
 from .repair.least_squares import find_repair
 from .repair.repairs import Repair, check_repair, check_unsharded, repaired
@@ -237,16 +237,6 @@ class ExaminedModel:
             advice = "load it again and make a new pruner" if self._applied else "call apply(plan)"
             raise OrderError(f"{step}: the model {found}; {advice} first.")
         return self._plan
-
-
-def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    """Check that a value is one of those that are known.
-
-    Raises:
-        PlanError: It is not.
-    """
-    if not isinstance(value, str) or value not in known:
-        raise PlanError(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}.")
 
 
 def need(value: Any, what: str, call: str) -> Any:

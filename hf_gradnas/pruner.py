@@ -19,7 +19,8 @@ from .batches.steps import HeldOut
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.reporting import Findings, save_with_report
 from .config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
-from .examined import ExaminedModel, Progress, check_choice, need
+from .errors import check_choice
+from .examined import ExaminedModel, Progress, need
 from .frontier import Limits, measure_frontier
 from .hub import push
 from .repair.choice import closest

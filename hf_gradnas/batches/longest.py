@@ -1,4 +1,4 @@
-"""Choose and check the batch that stands for the calibration data before anything is scored."""
+"""Choose and check the batch that is taken for the calibration data before anything is scored."""
 
 from __future__ import annotations
 

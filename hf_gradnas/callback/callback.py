@@ -1,6 +1,6 @@
 """The callback: what is done at which event of a ``Trainer``.
 
-Knows the order of a trainer's events. Scoring, masks, schedule and files stand beside it.
+Knows the order of a trainer's events. Scoring, masks, schedule and files have modules of their own.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def publish(folder: Path, args: Any) -> Pushed | None:
 def complete_output(folder: Path, args: Any, *, is_cut: bool) -> None:
     """Let a push of the trainer's own, of its whole ``output_dir``, end with the same repository.
 
-    The folder of the cut model, if it stands in there, is not pushed a second time; what it holds
+    The folder of the cut model, if it is in there, is not pushed a second time; what it holds
     and a trainer does not write comes along.
 
     Args:

@@ -7,7 +7,7 @@ measured, as the gradient that arrives at it; what the model itself divides by i
 ``num_items_in_batch`` where it heeds that, and otherwise the count found by `find_normaliser`.
 Dropout is on, and the weights change between batches: that cannot be undone.
 
-Hooks on modules stand only while a forward of a training step runs; what the backward needs hangs
+Hooks are on modules only while a forward of a training step runs; what the backward needs hangs
 on the graph. They also go when the forward raises: by torch's ``always_call`` for errors, and for
 KeyboardInterrupt as soon as Python frees the arguments of the call.
 """

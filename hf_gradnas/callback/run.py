@@ -1,6 +1,6 @@
 """One pruning run over one training: what is pruned so far, and what comes next.
 
-Knows steps, stages and masks; the events stand in `callback`.
+Knows steps, stages and masks; the events are in `callback`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Masks that stand in the weights: the rows of pruned units are zero, and nothing is hooked.
+"""Masks in the weights: the rows of pruned units are zero, and nothing is hooked.
 
 A unit whose columns of the reading weight (the out-projection, or for channels every layer that
 reads them) are zero gives nothing to the rest of the model: the function is that of a mask at 0,
@@ -57,7 +57,7 @@ def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None
 
 
 def is_masked(model: nn.Module) -> bool:
-    """Whether some layer reads nothing of an input, as masks that stand in the weights leave it."""
+    """Whether some layer reads nothing of an input, as masks in the weights leave it."""
     for module in model.modules():
         dim = next((dim for kind, dim in INPUT_DIMS if isinstance(module, kind)), None)
         if dim is not None and isinstance(module.weight, Tensor):

@@ -1,1 +1,1 @@
-"""Checkpoints: what stands in the config, how per-layer ones load, how they are written."""
+"""Checkpoints: what is in the config, how per-layer ones load, how they are written."""

@@ -173,7 +173,7 @@ def with_options(
 
     Args:
         command: Receives every option as a keyword, as in `with_recipe_options`.
-        fields: Names of fields; a text stands in for the field's own description.
+        fields: Names of fields; a text takes the place of the field's own description.
         flags: Help text per flag without a value; ``as_json`` is ``--json``.
         own: Fields of other settings, by name.
     """

@@ -14,13 +14,13 @@ from ..config.recipe import Recipe
 from ..config.recipe_building import build_recipe
 from ..errors import GradNASError, RecipeError
 from ..jobs.early import check_early
+from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
     from ..flow import Run
     from ..running.processes import Processes
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # What launchers set: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, HubError
 from ..jobs.early import check_pushed
+from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from .show import Screen
 
 if TYPE_CHECKING:
     from ..hub import Pushed
-
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def push_from_arguments(

@@ -20,7 +20,8 @@ from ..config.sweep import Sweep, build_sweep
 from ..errors import BudgetError, CheckpointError, DataError, GradNASError, RecipeError
 from ..jobs.early import COSTS, check_inspected, is_local, local_path, model_folder
 from ..jobs.measuring import doubts
-from .prune import BAD_INPUT, DONE, FAILED, INTERRUPTED, is_main, is_out_of_memory, launched, say
+from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
+from .prune import is_main, is_out_of_memory, launched, say
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from ..checkpoint.targets import DOCUMENT, FORMAT_VERSION
 from ..errors import CheckpointError, GradNASError, RecipeError, first_line
 from ..jobs.early import check_device, local_path
 from ..report import say_repair
+from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from .isolation import run_alone
 from .saved_files import CODE as CODE_KIND
 from .saved_files import LOADING, MEANING, NEW, TEXT, WEIGHTS, Check, check_files
@@ -28,7 +29,6 @@ from .show import Screen, quiet_libraries
 if TYPE_CHECKING:
     from ..checkpoint.reference import Reference
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 PACKAGE = __name__.split(".", maxsplit=1)[0]
 CODE = "modeling_gradnas"
 PLAIN = f"plain Transformers, without {PACKAGE}"

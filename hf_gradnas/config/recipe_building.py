@@ -43,7 +43,7 @@ def build_recipe(
             entry of a mapping.
         file: YAML file, or the name of a recipe that ships with the package.
 
-    A data set that is given here and in the file stands for itself: the file's split and columns
+    A data set that is given here and in the file is meant alone: the file's split and columns
     belong to its own. Options in `BY_FLAG_ONLY` are given here, or not at all. What a file sets to
     the default counts as not given.
 

@@ -1,6 +1,6 @@
 """Measure what the closed forms of costs need: one forward of the whole model.
 
-Knows how to run a model and read its trace; the formulas stand in `costs.closed_form`.
+Knows how to run a model and read its trace; the formulas are in `costs.closed_form`.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def encode_tokens(feed: Feed) -> Examples:
 
 
 def encode_span(feed: Feed) -> Examples:
-    """Questions with contexts, and where the first answer stands (0 if it was cut off)."""
+    """Questions with contexts, and where the first answer is (0 if it was cut off)."""
     column = feed.columns.target
     if feed.prose or column is None:
         return encode_class(feed)

@@ -1,6 +1,6 @@
 """Examples and batches: rows encoded one by one, padded per batch, in a fixed order.
 
-Knows tensors and padding; the encoders for each kind of head stand in `encoding` and `media`.
+Knows tensors and padding; the encoders for each kind of head are in `encoding` and `media`.
 """
 
 from __future__ import annotations

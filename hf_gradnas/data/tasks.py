@@ -58,7 +58,7 @@ def _row(name: str, head: Head, feeds: str, *classes: tuple[str, str]) -> tuple[
     return name, Task(name, head, feeds, classes)
 
 
-# Order matters: a class that stands in two tables is taken for the earlier task.
+# Order matters: a class that is in two tables is taken for the earlier task.
 TASKS: Mapping[str, Task] = dict(
     (
         _row(

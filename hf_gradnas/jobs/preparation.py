@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 
 from ..config.defaults import AUTO
 from ..config.recipe import Recipe
-from ..data.columns import Columns, choose_columns
-from ..data.datasets import BUNDLED, open_bundled, open_dataset
-from ..data.encoding import ENCODERS
-from ..data.examples import Examples, Feed
+from ..data.columns import Columns
+from ..data.datasets import BUNDLED, open_dataset
+from ..data.examples import Examples
+from ..data.feeds import encode, feed_of, open_calibration_rows, resolve_labels, rows_needed
 from ..data.files import Rows
 from ..data.held_out import (
     Evaluation,
@@ -26,16 +26,12 @@ from ..data.held_out import (
 )
 from ..data.labels import check_same_numbers
 from ..data.loading import Source, best_device, open_source, prepare_tokenizer, resolve_max_length
-from ..data.media import encode_audio, encode_image
 from ..data.tasks import Head
 from ..errors import DataError, RecipeError
 from ..types import Scores
 from .early import read_scores
 from .idle import Known, check_idle, without_idle
 from .records import settings_of
-
-# A file of running text has no rows; so many tokens a row at least are assumed of a Hub data set.
-_TOKENS_PER_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def prepare(recipe: Recipe, *, folder: str, given: Set[str]) -> Job:
     padding = prepare_tokenizer(source)
     max_length = resolve_max_length(recipe, source)
     flops_length = recipe.flops_length or max_length
-    labels = _resolve_labels(recipe, source)
+    labels = resolve_labels(recipe, source)
     filled = recipe.model_copy(
         update={
             "max_length": max_length,
@@ -163,8 +159,8 @@ def _open_calibration(recipe: Recipe, source: Source, *, scores_given: bool) -> 
     labeller, obstacle = labelled_by(recipe, source)
     most = wanted(recipe) if labeller else 0
     more = recipe.model_copy(update={"num_examples": recipe.num_examples + most})
-    rows = _open_training_split(recipe, source, more.num_examples)
-    feed, columns = _feed(rows, more, source, labelled=recipe.labels == "data")
+    rows = open_calibration_rows(recipe, source, more.num_examples)
+    feed, columns = feed_of(rows, more, source, labelled=recipe.labels == "data")
     found = encode(feed)
     scored, held_out = divide(len(found), recipe.num_examples, most)
     examples = span(found, 0, scored)
@@ -203,48 +199,6 @@ def _notes(
         yield f"the pruned model is recovered on {len(recovery)} examples"
 
 
-def encode(feed: Feed) -> Examples:
-    """Examples of a feed, by what the model takes."""
-    media: dict[str, Callable[[Feed], Examples]] = {"image": encode_image, "audio": encode_audio}
-    encoder = media.get(feed.source.input) or ENCODERS[feed.source.task.head]
-    return encoder(feed)
-
-
-def _resolve_labels(recipe: Recipe, source: Source) -> str:
-    head = source.task.head
-    has_labels = recipe.dataset is not None and head is not Head.BASE
-    plain_text = head.makes_text and source.input == "text"
-    if recipe.labels is None:
-        return "data" if has_labels or plain_text else "model"
-    if recipe.labels == "data" and not (has_labels or plain_text):
-        found = "no --dataset" if head is not Head.BASE else "a model without a head"
-        raise DataError(
-            f"--labels data: found {found}, so there are no labels; give --dataset with a label "
-            "column, or --labels model."
-        )
-    return recipe.labels
-
-
-def _open_training_split(recipe: Recipe, source: Source, examples: int | None) -> Rows:
-    """Rows for so many examples at least; None: all rows."""
-    if recipe.dataset is not None:
-        return open_dataset(
-            recipe.dataset,
-            split=recipe.split,
-            exact="split" in recipe.model_fields_set,
-            seed=recipe.seed,
-            shuffle=recipe.shuffle,
-            take=None if examples is None else _rows_needed(examples, recipe, source),
-        )
-    if source.input != "text":
-        raise DataError(
-            f"--model {recipe.model}: {source.cls.__name__} takes {source.input}, and only text "
-            f"comes with this package; give --dataset with --{source.input}-column"
-            + (" and --target-column." if source.task.head is Head.SEQ2SEQ else ".")
-        )
-    return open_bundled()
-
-
 def _open_evaluation(
     recipe: Recipe, source: Source, calibration: _Calibration
 ) -> Evaluation | None:
@@ -269,11 +223,11 @@ def _open_evaluation(
         split=recipe.eval_split or "validation",
         exact=recipe.eval_split is not None,
         seed=recipe.seed,
-        take=None if limit is None else _rows_needed(limit, recipe, source),
+        take=None if limit is None else rows_needed(limit, recipe, source),
     )
     changed = recipe.model_copy(update={"num_examples": limit or len(rows.dataset) * 10**6})
     changed = changed.model_copy(update={"shuffle": False})
-    feed, _ = _feed(rows, changed, source, labelled=True)
+    feed, _ = feed_of(rows, changed, source, labelled=True)
     examples = encode(feed)
     check_same_numbers(calibration.examples.names, examples.names)
     known = is_same_data(recipe, calibration.rows, rows)
@@ -317,37 +271,8 @@ def with_subset(job: Job, seed: int) -> Job:
 
 def _all_but(recipe: Recipe, source: Source, first: int, count: int, limit: int | None) -> Examples:
     """Examples to score on, up to a limit, without `count` of them from `first` on."""
-    rows = _open_training_split(recipe, source, limit)
+    rows = open_calibration_rows(recipe, source, limit)
     # Running text has more examples than lines, but fewer than characters.
     changed = recipe.model_copy(update={"num_examples": limit or 10**12})
-    feed, _ = _feed(rows, changed, source, labelled=recipe.labels == "data")
+    feed, _ = feed_of(rows, changed, source, labelled=recipe.labels == "data")
     return without(encode(feed), first, count)
-
-
-def _rows_needed(examples: int, recipe: Recipe, source: Source) -> int:
-    if source.task.head is Head.CAUSAL:
-        return examples * max(1, (recipe.max_length or 1) // _TOKENS_PER_ROW)
-    return examples
-
-
-def _feed(rows: Rows, recipe: Recipe, source: Source, *, labelled: bool) -> tuple[Feed, Columns]:
-    head = source.task.head
-    prose = rows.text is not None and (head.makes_text or rows.origin == BUNDLED)
-    prose = prose and source.input == "text"
-    if prose:
-        columns = Columns(text=("text",))
-    else:
-        columns = choose_columns(rows, recipe, head=head, feeds=source.input, labelled=labelled)
-    feed = Feed(
-        rows,
-        columns,
-        source,
-        recipe.max_length or 1,
-        labelled=labelled,
-        prose=prose,
-        limit=recipe.num_examples,
-        shuffle=recipe.shuffle,
-        seed=recipe.seed,
-        label_map=recipe.label_map,
-    )
-    return feed, columns

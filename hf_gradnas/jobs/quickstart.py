@@ -1,6 +1,6 @@
 """The embedded default: a small Llama, trained on the spot on the text in the package.
 
-``--model quickstart`` stands for it. Model, tokenizer and the two parts of the text go into the
+``--model quickstart`` is its name. Model, tokenizer and the two parts of the text go into the
 folder ``<output>.quickstart``; a folder that is already complete is used again.
 """
 

@@ -61,7 +61,7 @@ def _read_field(value: Any, info: ValidationInfo) -> GlobRules:
 
 
 def _by_glob(value: Any, key: str) -> Mapping[str, Any]:
-    """The value as a mapping from glob to rule; an un-nested rule stands for every layer."""
+    """The value as a mapping from glob to rule; an un-nested rule is one for every layer."""
     if value is None or isinstance(value, Rule):
         return {"*": value}
     known = list(RULES[key].model_fields)

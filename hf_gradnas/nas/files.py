@@ -126,7 +126,7 @@ def _tensors_of(model: nn.Module) -> Tensors:
 
 
 def _without_copies(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
-    """Each tensor once, and for the names of tied ones the name under which they stand.
+    """Each tensor once, and for the names of tied ones the name under which they are written.
 
     Tensors that overlap otherwise are written apart.
     """

@@ -30,7 +30,7 @@ DEFAULTS: Mapping[str, Any] = {
     "score_convergence_patience": 5,
     "score_convergence_min_updates": 10,
 }
-"""``deployment`` and ``num_iters`` change nothing; they stand here so that old calls work."""
+"""``deployment`` and ``num_iters`` change nothing; they are here so that old calls work."""
 
 
 def sanitize(

@@ -53,7 +53,7 @@ def training_arguments(
     """The caller's TrainingArguments, or such that leave nothing behind.
 
     Args:
-        own: Options of `recover` that stand for TrainingArguments; None: not given.
+        own: Options of `recover` for which TrainingArguments have names too; None: not given.
         student: The model that is trained.
         args: The caller's.
         lora: As for `recover`.

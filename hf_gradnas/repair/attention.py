@@ -1,9 +1,9 @@
 """Attention probabilities of a student and its teacher, paired by the module that computes them.
 
 The outputs of a model name its layers by their order alone, and a layer that lost all its heads is
-missing among them. The module that computes a layer's probabilities stands at the same path in
+missing among them. The module that computes a layer's probabilities is at the same path in
 both models, so that what counts is read there. Knows modules and what they return; the comparison
-stands in `divergence`.
+is in `divergence`.
 """
 
 from __future__ import annotations

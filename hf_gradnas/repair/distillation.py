@@ -5,7 +5,7 @@ a head with one prediction per example, tokens for one per token. That mean is t
 accumulated batch of all processes, so that gradient accumulation gives the gradient of one large
 batch.
 
-Knows losses and the Trainer; what is saved and restored around a training stands in `recovery`.
+Knows losses and the Trainer; what is saved and restored around a training is in `recovery`.
 """
 
 from __future__ import annotations

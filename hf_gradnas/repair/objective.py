@@ -10,7 +10,7 @@ compares attention as a mean squared error of the scores before the softmax, and
 head. Here ā is the mean of a layer's probabilities over its heads, since pruning changes their
 number, and all layers count, since each of the student's comes from one of the teacher's.
 
-Knows weights and names; how far two tensors are from each other stands in `divergence`.
+Knows weights and names; how far two tensors are from each other is in `divergence`.
 """
 
 from __future__ import annotations

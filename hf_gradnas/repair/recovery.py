@@ -1,6 +1,6 @@
 """Recovery: a short training of a cut model with the uncut one as its teacher.
 
-Knows the order of things; what is put back afterwards stands in `restoring`.
+Knows the order of things; what is put back afterwards is in `restoring`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def recover(  # noqa: PLR0913 - the options of one call, all by keyword
 ) -> Recovery:
     """Train a cut model for a short time to predict what the uncut one predicts.
 
-    The loss stands in `objective`. The student is trained in place, and only its weights change;
+    The loss is in `objective`. The student is trained in place, and only its weights change;
     those of 16 bits are trained in 32 and rounded at the end. The teacher is a second model on the
     same device: load it again, or keep a ``copy.deepcopy`` from before the cut.
 

@@ -51,7 +51,7 @@ def whole(parameter: Tensor) -> Tensor:
 def gathered(model: PreTrainedModel) -> PreTrainedModel:
     """A plain copy of a sharded model, with all weights, on every process.
 
-    It stands on the shards' device and takes the memory of a whole model per process; the sharded
+    It is on the shards' device and takes the memory of a whole model per process; the sharded
     one is left as it is.
     """
     weights = {name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ..batches.steps import HELD_OUT_EVERY
 from ..config.defaults import GLOBAL_METHODS
-from ..errors import ScoresError
+from ..errors import ScoresError, check_choice
 from ..running.processes import Processes
 from ..types import Axis, is_integer
 from ..types.plans import POWERS
@@ -37,7 +37,7 @@ def check_methods(method: str, also: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ScoresError: One is unknown, named twice, or needs no pass.
     """
-    _check_choices(method=(method, METHODS))
+    check_choice("method", method, METHODS, ScoresError)
     if isinstance(also, str) or not isinstance(also, Sequence):
         raise ScoresError(
             f"also={also!r:.80}: needed a list of methods; give also=[…], or omit it."
@@ -46,7 +46,7 @@ def check_methods(method: str, also: Sequence[str]) -> tuple[str, ...]:
         return (method,)
     methods = (method, *also)
     for name in methods:
-        _check_choices(also=(name, GRADIENT_METHODS))
+        check_choice("also", name, GRADIENT_METHODS, ScoresError)
     if len(set(methods)) < len(methods):
         raise ScoresError(f"method={method!r}, also={also!r}: found one twice; name each once.")
     return methods
@@ -67,7 +67,7 @@ def settings_of(
     Raises:
         ScoresError: An unknown choice.
     """
-    _check_choices(labels=(labels, LABELS))
+    check_choice("labels", labels, LABELS, ScoresError)
     method, *also = methods
     is_global = any(name in GLOBAL_METHODS for name in methods)
     return {
@@ -95,9 +95,3 @@ def _mask_place(axes: Iterable[Axis]) -> str:
     """Where the masks of the axes stand, in the order of `MASK_PLACES`."""
     sides = {tap.side for axis in axes for tap in axis.masked_at}
     return ",".join(place for side, place in MASK_PLACES.items() if side in sides)
-
-
-def _check_choices(**choices: tuple[str, Iterable[str]]) -> None:
-    for name, (value, known) in choices.items():
-        if not isinstance(value, str) or value not in known:
-            raise ScoresError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")

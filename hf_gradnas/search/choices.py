@@ -43,7 +43,7 @@ def choose_counts(
 
     Args:
         members: Axes of one block, of one size per kind; none give no counts.
-        group: The stock group that the block stands for, None in layout ``"per_layer"``.
+        group: The stock group that the block is made of, None in layout ``"per_layer"``.
         rules: Limits per glob over module paths.
         step_ratios: What `step_ratios_of` says, for the default multiples.
         choices: Permitted counts of some axes, in place of rules and default multiples.

@@ -34,10 +34,10 @@ class Coupling:
         factors: ``(costs, terms)`` cost per element.
         own_factors: Per block those of its terms.
         base: ``(terms, dims)`` what no block changes of each dimension; 1 for missing dimensions.
-        terms: Per block the terms it stands in.
+        terms: Per block the terms it is in.
         sizes: Per block ``(its terms, dims, options)`` what an option adds to each dimension.
         neighbours: Per block the other blocks that it shares a term with.
-        pairs: ``(pairs, 2)`` every block with every term it stands in.
+        pairs: ``(pairs, 2)`` every block with every term it is in.
         table: ``(pairs, dims, longest options)`` the same sizes, padded, for whole plans at once.
         linear_table: ``(costs, blocks, longest options)`` `linear`, padded.
     """
@@ -194,7 +194,7 @@ def _reduce(product: Product, fixed: Mapping[str, int]) -> tuple[float, Term]:
 
 
 def _terms_of(blocks: Sequence[Block], terms: Sequence[Term]) -> tuple[np.ndarray, ...]:
-    """Per block the sorted numbers of the terms it stands in."""
+    """Per block the sorted numbers of the terms it is in."""
     block_of = {axis.name: row for row, block in enumerate(blocks) for axis in block.axes}
     own: list[set[int]] = [set() for _ in blocks]
     for term, dims in enumerate(terms):

@@ -153,7 +153,7 @@ def _options(problem: Problem, reduced: np.ndarray, block: int, columns: np.ndar
 
 
 def _pair(states: _States, options: _States) -> _States:
-    """Every state with every option; the options of a state stand together."""
+    """Every state with every option; the options of a state are side by side."""
     return _States(
         np.add.outer(states.score, options.score).ravel(),
         np.add.outer(states.reduced, options.reduced).ravel(),

@@ -96,7 +96,7 @@ def stored(config: PreTrainedConfig) -> Mapping[str, Any]:
 
 
 def dotted(path: str, key: str) -> str:
-    """Path of a value inside a config that may stand in a sub-config."""
+    """Path of a value inside a config that may be in a sub-config."""
     return f"{path}.{key}" if path else key
 
 

@@ -26,10 +26,10 @@ from hf_gradnas.config.recipe_building import build_recipe
 from hf_gradnas.data.columns import choose_columns
 from hf_gradnas.data.datasets import open_dataset
 from hf_gradnas.data.examples import Feed, make_loader
+from hf_gradnas.data.feeds import encode
 from hf_gradnas.data.loading import open_source
 from hf_gradnas.errors import CheckpointError
 from hf_gradnas.jobs.early import resolve_paths
-from hf_gradnas.jobs.preparation import encode
 from hf_gradnas.structure.modeling_gradnas import RecordError
 
 HEADS = {
