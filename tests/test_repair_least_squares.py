@@ -17,9 +17,10 @@ from torch import nn
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import GradNASWarning, RepairError
 from hf_gradnas.masks import masked
-from hf_gradnas.repair import held_out, least_squares
+from hf_gradnas.repair import first, held_out, least_squares
 from hf_gradnas.repair.closeness import divergence_sum, divergences
-from hf_gradnas.repair.least_squares import TRACED, find_repair
+from hf_gradnas.repair.first import TRACED
+from hf_gradnas.repair.least_squares import find_repair
 from hf_gradnas.repair.memory import Memory
 from hf_gradnas.repair.pieces import Piece
 from hf_gradnas.repair.repairs import repaired
@@ -96,6 +97,28 @@ def test_divergences_are_those_of_the_model_with_the_new_weights(family, waited)
     assert found[1] == pytest.approx(repair.kl_after, rel=1e-7, abs=1e-12)
     assert repair.kl_after < 0.5 * repair.kl_before
     assert all(site.error_after < site.error_before for site in repair.sites if not site.reason)
+
+
+def test_ridges_are_sought_with_some_outputs_and_all_are_changed(monkeypatch):
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("llama")
+        monkeypatch.setattr(least_squares, "TRIED", 16)
+        solved, solve = [], least_squares.NormalEquations.solve
+
+        def note(sums, ridge, **options):
+            found = solve(sums, ridge, **options)
+            solved.append((sums.cross.shape[1], found[0].shape[1]))
+            return found
+
+        monkeypatch.setattr(least_squares.NormalEquations, "solve", note)
+        repair = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+    assert {(64, 16), (64, 64)} <= set(solved)
+    assert repair.kl_after < 0.5 * repair.kl_before
+    reading = [site.module for site in repair.sites if site.ridge]
+    assert reading
+    for path in reading:
+        weight = dict(model.named_parameters())[f"{path}.weight"]
+        assert (repair.tensors[f"{path}.weight"] != weight).any(1).all(), path
 
 
 @pytest.mark.parametrize("family", ["cohere", "gpt_neox", "phi"])
@@ -273,13 +296,13 @@ def test_readers_are_looked_for_with_a_few_examples(packed, monkeypatch):
     wide = {name: torch.cat([value] * 4) for name, value in batch.items()}
     if packed:  # a column that counts no examples cannot be cut
         wide["position_ids"] = torch.arange(wide["input_ids"].shape[1])[None]
-    traced, real = [], least_squares.find_readers
+    traced, real = [], first.find_readers
 
     def find(model, axes, kept, call, *, examples):
         traced.append((examples, {name: len(value) for name, value in call.items()}))
         return real(model, axes, kept, call, examples=examples)
 
-    monkeypatch.setattr(least_squares, "find_readers", find)
+    monkeypatch.setattr(first, "find_readers", find)
     found = find_repair(model, pruner.structure.axes, plan, [wide] * 5)
     ((examples, sizes),) = traced
     assert examples == sizes["input_ids"] == (len(wide["input_ids"]) if packed else TRACED)

@@ -21,7 +21,7 @@ def summed(x, residual, parts=4):
     return sums
 
 
-@pytest.mark.parametrize("columns", [1, 7, 300])  # more than one block of the product
+@pytest.mark.parametrize("columns", [1, 7, 700])  # more than one block of the product
 @pytest.mark.parametrize("ridge", [1.0, 0.01])
 def test_the_solution_is_that_of_the_penalised_problem(columns, ridge):
     x, residual = rows(400, columns, 5)
@@ -56,6 +56,16 @@ def test_solving_leaves_the_sums_as_they_were_so_that_more_rows_may_come():
     torch.testing.assert_close(
         sums.solve(0.1, centred=True), summed(x, residual).solve(0.1, centred=True)
     )
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_some_outputs_are_solved_for_as_all_are(centred):
+    x, residual = rows(400, 30, 11)
+    sums = summed(x, residual)
+    whole, intercept = sums.solve(0.1, centred=centred)
+    found, own = sums.solve(0.1, centred=centred, every=3)
+    torch.testing.assert_close(found, whole[:, ::3])
+    torch.testing.assert_close(own, intercept[::3])
 
 
 def test_without_inputs_only_the_intercept_is_left():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..running.processes import Processes
-from .pieces import Rows, squares
+from .pieces import Rows, some_outputs, squares
 
 HELD_BYTES = 1 << 28
 """Held-out rows of one layer that are kept in memory while α is sought."""
@@ -27,17 +27,21 @@ class HeldOutRows:
     Args:
         read: Reads this process's rows.
         processes: All that fit together.
+        every: Look at every so many outputs only.
     """
 
-    def __init__(self, read: Callable[[], Iterable[Rows]], processes: Processes) -> None:
-        self._read, self._processes = read, processes
+    def __init__(
+        self, read: Callable[[], Iterable[Rows]], processes: Processes, *, every: int = 1
+    ) -> None:
+        self._read, self._processes, self._every = read, processes, every
         self._kept: list[tuple[Rows, float]] | None = None
         self._is_small = True
 
     def error(self, solved: tuple[Tensor, Tensor] | None) -> float:
         """‖R − XΔW − b‖² over all rows of all processes, relative to that of the original.
 
-        It is not a number where there are no rows.
+        ΔW ``(columns, outputs)`` and b are those of the outputs that are looked at. It is not a
+        number where there are no rows.
         """
         sums = np.zeros(3)
         with self._processes.joint():
@@ -61,7 +65,8 @@ class HeldOutRows:
         """All rows of this process, with ‖·‖² of the original."""
         if self._kept is not None:
             return self._kept
-        return ((rows, squares(cast(Tensor, rows.wanted))) for rows in self._read())
+        seen = (some_outputs(rows, self._every) for rows in self._read())
+        return ((rows, squares(cast(Tensor, rows.wanted))) for rows in seen)
 
 
 def _left(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:

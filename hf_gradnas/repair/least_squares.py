@@ -35,40 +35,33 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import psutil
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import find_labels
 
-from ..batches.batch import Batch, check_batch, to_device
-from ..batches.longest import from_main
 from ..errors import GradNASWarning, RepairError
 from ..masks import masked
 from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
-from ..scores.sampling import inputs_to_sample
 from ..structure.sizes import tensor_at
 from ..types import Axis, Plan
 from .changes import Change, change_of, fed_values, is_centred, new_values, put, unknowns_of
 from .closeness import divergence_sum, prediction_of, running
+from .first import default_bound, first_narrow, first_readers
 from .held_out import HeldOutRows
+from .narrow import Narrow, pruned
 from .normal_equations import NormalEquations
 from .paused import Conductor, Forward
 from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
-from .readers import Feed, Found, Reader
+from .readers import Feed, Reader
 from .repairs import Repair, Site, exchange, plan_digest
-from .streams import find_readers
 
 Progress = Callable[[int, int | None], None]
 
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
+TRIED = 128
+"""Outputs that α is sought with, evenly spaced; of layers of less than twice as many, all."""
 START = RIDGES.index(0.1)
 """Where the search for α begins; in later layers of a kind where it ended in the one before."""
-TRACED = 4
-"""Examples that readers are looked for with, at most: the trace keeps all that a forward makes."""
-MEMORY_RATIO = 0.25
-"""Share of the free memory that waiting forwards may hold by default."""
 
 
 def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
@@ -108,20 +101,19 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
     processes = processes or Processes()
     with running(model):
         parts = read_parts(model, batches, num_examples, processes)
-        found = first_readers(model, axes, plan, [batch for batch, _ in parts], processes)
+        own = [batch for batch, _ in parts]
+        found = first_readers(model, axes, plan, own, processes)
+        narrow = first_narrow(model, axes, plan, found, own, processes)
         bound = default_bound(model) if memory_bytes is None else memory_bytes
-        conductor = Conductor(model, found.gates, memory_bytes=bound, folder=spill)
-        with ExitStack() as stack:
-            stack.enter_context(conductor.before_masks())
-            stack.enter_context(masked(model, axes, plan.kept, when=lambda: conductor.is_pruned))
-            stack.enter_context(conductor.attached())
+        conductor = Conductor(model, found.gates, memory_bytes=bound, folder=spill, narrow=narrow)
+        with conductor.before_masks(), _masks(model, axes, plan, conductor), conductor.attached():
             pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
             fit = _Fit(conductor, pieces, processes)
             fit.run(progress)
-            tensors, before, after = fit.judge(partial(masked, model, axes, plan.kept))
+            tensors, before, after = fit.judge(partial(pruned, model, axes, plan.kept))
     _warn_if_few(fit.reading, processes)
     unread = [Site(path, 0, 0, reason=reason) for path, reason in found.reasons.items()]
-    examples = processes.sum(np.array([float(sum(batch.examples for batch, _ in parts))]))
+    (examples,) = processes.sum(np.array([float(sum(batch.examples for batch in own))]))
     return Repair(
         tensors=tensors,
         sites=(*fit.sites, *unread),
@@ -129,41 +121,16 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
         model=model_fingerprint(model),
         kl_before=before,
         kl_after=after,
-        examples=int(examples[0]),
+        examples=int(examples),
     )
 
 
-def first_readers(
-    model: PreTrainedModel,
-    axes: Sequence[Axis],
-    plan: Plan,
-    batches: Sequence[Batch],
-    processes: Processes,
-) -> Found:
-    """Readers and gates of a plan, found on the main process's first examples: the same on all."""
-    own = _first_examples(batches[0]) if batches else {}
-    columns = from_main(own, processes)
-    with processes.joint():
-        batch = check_batch(0, columns, find_labels(type(model)))
-        inputs, _ = inputs_to_sample(model, batch)
-        call = to_device(inputs, model)
-        return find_readers(model, axes, plan.kept, call, examples=batch.examples)
-
-
-def _first_examples(batch: Batch) -> Mapping[str, Any]:
-    """Columns of so many examples that they can be traced; of all where a column counts others."""
-    tensors = [value for value in batch.columns.values() if isinstance(value, Tensor)]
-    if any(value.shape[:1] != (batch.examples,) for value in tensors):
-        return batch.columns
-    return batch.select(list(range(min(TRACED, batch.examples))))
-
-
-def default_bound(model: nn.Module) -> float:
-    """A share of the free memory where the model is, in bytes."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return MEMORY_RATIO * torch.cuda.mem_get_info(device)[0]
-    return MEMORY_RATIO * float(psutil.virtual_memory().available)
+def _masks(
+    model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, conductor: Conductor
+) -> AbstractContextManager[None]:
+    """Masks that act in pruned forwards, of what they do not leave out anyway."""
+    kept = conductor.narrow.masks(plan.kept)
+    return masked(model, axes, kept, when=lambda: conductor.is_pruned)
 
 
 class _Fit:
@@ -201,7 +168,7 @@ class _Fit:
                 progress(number + 1, len(gates))
 
     def judge(
-        self, alone: Callable[[], AbstractContextManager[None]]
+        self, alone: Callable[[Narrow], AbstractContextManager[None]]
     ) -> tuple[dict[str, Tensor], float, float]:
         """New values of parameters, none if they are not accepted, and the divergences of both."""
         for piece in self._pieces:  # what waits is needed no more, but for predictions to compare
@@ -213,7 +180,7 @@ class _Fit:
         return values if after < before else {}, before, after
 
     def _divergences(
-        self, alone: Callable[[], AbstractContextManager[None]], values: Mapping[str, Tensor]
+        self, alone: Callable[[Narrow], AbstractContextManager[None]], values: Mapping[str, Tensor]
     ) -> tuple[float, float]:
         """Mean KL of held-out predictions from the original's, with masks alone and repaired.
 
@@ -229,15 +196,16 @@ class _Fit:
                 for forward in (piece.original, piece.pruned):
                     self._advance(forward, len(self._conductor.gates))
                 wanted = piece.original.result
-                with alone(), self._conductor.alone(), ExitStack() as undo:
+                with alone(self._conductor.narrow), self._conductor.alone():
                     sums[0] += divergence_sum(prediction_of(model, piece.batch), wanted)
-                    found = piece.pruned.result
-                    if piece.pruned.took != self.changes.keys():
+                found = piece.pruned.result
+                if piece.pruned.took != self.changes.keys():
+                    with alone(Narrow()), self._conductor.alone(), ExitStack() as undo:
                         for name, value in values.items():
                             parameter = tensor_at(model, name)
                             exchange(parameter, value.to(parameter), undo)
                         found = prediction_of(model, piece.batch)
-                    sums[1] += divergence_sum(found, wanted)
+                sums[1] += divergence_sum(found, wanted)
                 sums[2] += int(wanted.valid.sum())
                 for forward in (piece.original, piece.pruned):
                     forward.stop()
@@ -253,8 +221,9 @@ class _Fit:
         """Fit one reader at a gate, and keep what it is changed by."""
         columns, outputs, like = unknowns_of(reader)
         read = partial(self._rows, number, reader, scale, held_out=True)
-        held = HeldOutRows(read, self._processes)
-        before = held.error(None)
+        every = max(outputs // TRIED, 1)
+        held = HeldOutRows(read, self._processes, every=every)
+        before = held.error(None) or HeldOutRows(read, self._processes).error(None)
         site = Site(reader.path, 0, columns, 0.0, before, before)
         if not before:
             return replace(site, reason="it is what it is in the original")
@@ -264,7 +233,7 @@ class _Fit:
         self._add(sums, number, reader, scale, held_out=False)
         sums.reduce(self._processes)
         site = replace(site, rows=sums.rows)
-        ridge, best = self._search(sums, held, reader)
+        ridge, best = self._search(sums, held, reader, every)
         if not best < before:
             return replace(site, reason="no new weights are closer on the held-out rows")
         if not self._processes.is_main:
@@ -282,12 +251,12 @@ class _Fit:
         return replace(site, ridge=ridge, error_after=best)
 
     def _search(
-        self, sums: NormalEquations, held: HeldOutRows, reader: Reader | Feed
+        self, sums: NormalEquations, held: HeldOutRows, reader: Reader | Feed, every: int
     ) -> tuple[float, float]:
         """The α of the lowest held-out error, and that error."""
 
         def tried(index: int) -> float:
-            solved = sums.solve(RIDGES[index], centred=is_centred(reader))
+            solved = sums.solve(RIDGES[index], centred=is_centred(reader), every=every)
             return math.inf if solved is None else held.error(solved)
 
         kind = re.sub(r"\d+", "", reader.path)

@@ -107,21 +107,23 @@ class NormalEquations:
             sums.zero_()
         self.rows = 0
 
-    def solve(self, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor] | None:
+    def solve(self, ridge: float, *, centred: bool, every: int = 1) -> tuple[Tensor, Tensor] | None:
         """Least squares with a pull of relative strength `ridge` towards 0.
 
         Args:
             ridge: α, in units of the mean diagonal of the centred ``X̃ᵀX̃``.
             centred: Fit an intercept beside.
+            every: Solve for every so many outputs only.
 
         Returns:
             ΔW ``(columns, outputs)`` and the intercept ``(outputs,)`` (zeros without one); None
             where the matrix is singular in float64.
         """
-        columns, outputs = self.cross.shape
+        cross, residuals = self.cross[:, ::every], self.residuals[::every]
+        columns, outputs = cross.shape
         share = float(centred) / max(self.rows, 1)
         solution = torch.zeros(columns, outputs, dtype=self.dtype, device=self.gram.device)
-        intercept = share * self.residuals
+        intercept = share * residuals
         if columns:
             diagonal = self.gram.diagonal() - share * self.inputs.square()
             strength = ridge * float(diagonal.clamp_min(0).mean())
@@ -130,9 +132,7 @@ class NormalEquations:
                 return None
             for start in range(0, outputs, _BLOCK):
                 part = slice(start, start + _BLOCK)
-                target = self.cross[:, part] - share * torch.outer(
-                    self.inputs, self.residuals[part]
-                )
+                target = cross[:, part] - share * torch.outer(self.inputs, residuals[part])
                 found = solve(target)
                 intercept[part] -= share * (self.inputs @ found)
                 solution[:, part] = found

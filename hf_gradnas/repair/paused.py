@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..masks import add_hook, add_pre_hook
 from ..structure.sizes import tensor_at
 from .memory import Held, Memory
+from .narrow import Narrow
 from .readers import Feed, Gate, Reader, applied, columns_of, weight_of
 from .repairs import exchange
 
@@ -106,6 +107,7 @@ class Conductor:
         gates: In running order.
         memory_bytes: What waiting forwards may hold in memory; more is spilled.
         folder: Where it is spilled to; None: the system's folder for temporary files.
+        narrow: Copies of weights that pruned forwards run with; None: there are none.
     """
 
     def __init__(
@@ -115,8 +117,11 @@ class Conductor:
         *,
         memory_bytes: float,
         folder: str | Path | None = None,
+        narrow: Narrow | None = None,
     ) -> None:
         self.model, self.gates = model, gates
+        self.narrow = narrow or Narrow()
+        self._copies = self.narrow.pairs(model)
         self._current: Forward | None = None
         self._forwards: list[Forward] = []
         self._weights: dict[Feed, Mapping[str, Tensor]] = {}
@@ -191,6 +196,9 @@ class Conductor:
         self._current = forward
         try:
             with self._memory.noting(forward.held), ExitStack() as undo:
+                if forward.is_pruned:
+                    for parameter, tensor in self._copies:
+                        exchange(parameter, tensor, undo)
                 for feed in forward.fed:
                     for name, tensor in self._weights[feed].items():
                         exchange(tensor_at(self.model, name), tensor, undo)
@@ -209,7 +217,8 @@ class Conductor:
         for forward in waiting:
             forward.fed[feed] = len(feed.layers)
         if waiting:
-            self._weights[feed] = weights
+            parts = {name: self.narrow.part(name, value) for name, value in weights.items()}
+            self._weights[feed] = parts
 
     def _is_at(self, forward: Forward, feed: Feed) -> bool:
         """Whether a forward waits at the input of a feed."""
@@ -244,7 +253,9 @@ class Conductor:
         forward = self._current
         if forward is None or not forward.is_pruned:
             return
-        forward.inputs[reader.path] = columns_of(args[0], reader.kept, reader)
+        x = args[0]
+        is_narrow = not reader.is_conv and x.shape[-1] == len(reader.kept)
+        forward.inputs[reader.path] = x if is_narrow else columns_of(x, reader.kept, reader)
         if reader.alone:
             given = forward.unmasked.pop(reader.path)
             forward.losses[reader.path] = applied(

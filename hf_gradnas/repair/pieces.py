@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -133,6 +133,17 @@ class Piece:
         scale = scale.where(scale.abs() > LEAST_SCALE * scale.abs().max(), 0)
         residual = (residual / scale).where(scale != 0, 0)
         return Rows(at_least_float32(x), residual, wanted, scale)
+
+
+def some_outputs(rows: Rows, every: int) -> Rows:
+    """The same rows with every so many outputs."""
+    if every == 1:
+        return rows
+    scale = rows.scale
+    if isinstance(scale, Tensor) and scale.dim():
+        scale = scale[::every]
+    residual, wanted = rows.residual[:, ::every], cast(Tensor, rows.wanted)[:, ::every]
+    return replace(rows, residual=residual.contiguous(), wanted=wanted, scale=scale)
 
 
 def squares(values: Tensor) -> float:

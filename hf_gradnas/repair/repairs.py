@@ -52,7 +52,7 @@ class Site:
         ridge: Relative strength α of the pull towards the present weights; 0.0 where nothing was
             changed.
         error_before: Squared difference from the original on the held-out rows, relative to the
-            squares of the original there.
+            squares of the original there; of many outputs those that the ridge was sought with.
         error_after: The same with weights that were fitted on the other rows.
         reason: Why it is as it was; "" where it has new weights.
     """

@@ -42,7 +42,7 @@ from ..scores.sampling import inputs_to_sample
 from ..types import Axis, Kind, Plan, Scores, Tap
 from .closeness import running
 from .divergence import at_least_float32
-from .least_squares import default_bound, first_readers
+from .first import default_bound, first_readers
 from .normal_equations import add_gram, empty_gram, sum_over
 from .pieces import decoder_path, masks_of, real_positions
 from .readers import Reader, weight_of
