@@ -1,8 +1,7 @@
 """Masks on the units of a model: multiply the values of every unit by zeros and ones.
 
-Knows where a unit stands among the activations (`Axis.masked_at`): at the input of its
-out-projection, or, for channels, at the outputs of all layers that produce it. Knows nothing of
-scores and plans. A mask at 1 changes no bit, and its gradient is
+Knows where a unit stands among the activations (`Axis.taps`), and how its kind is masked
+(`KindRow.mask`). Knows nothing of scores and plans. A mask at 1 changes no bit, and its gradient is
 ``∂L/∂m_i = Σ_tokens Σ_{d in unit i} x·∂L/∂x`` over all these places.
 
 Norms between the producers and consumers of channels add a bias to zeros, and their statistics may
@@ -23,16 +22,16 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import PlanError, StructureError
 from .structure.sizes import Kept, cut_part, lost_units
-from .types import Axis, Tap, is_integer
+from .types import KINDS, Axis, Mask, Tap, is_integer
 
 
 def out_projection(model: nn.Module, axis: Axis) -> nn.Module:
-    """Return the module at whose input the units of an axis stand; the first that makes channels.
+    """Return the module at which the units of an axis stand first: that of its first tap.
 
     Raises:
         StructureError: The model has no module of that path.
     """
-    return module_at(model, axis, axis.read_at)
+    return module_at(model, axis, axis.taps[0].module)
 
 
 def module_at(model: nn.Module, axis: Axis, path: str) -> nn.Module:
@@ -50,16 +49,22 @@ def module_at(model: nn.Module, axis: Axis, path: str) -> nn.Module:
         ) from error
 
 
-def check_width(axis: Axis, features: int) -> None:
-    """Check that an out-projection's input holds exactly the units of its axis.
+def check_place(axis: Axis, tap: Tap, shape: Sequence[int]) -> None:
+    """Check that a tensor of that shape holds the units of an axis, and nothing else if it is read.
 
     Raises:
-        StructureError: The input is wider or narrower.
+        StructureError: It has fewer entries; or more, where the units begin the input of a layer
+            without a gap, so that the layer reads nothing but them.
     """
-    if features != axis.size * axis.width:
+    dim = tap.dim + len(shape) if tap.dim < 0 else tap.dim
+    entries = shape[dim] if 0 <= dim < len(shape) else 0
+    needed = tap.end(axis.size)
+    is_all = tap.side == "input" and tap.offset == 0 and tap.stride == tap.width
+    if entries < needed or (is_all and entries != needed):
         raise StructureError(
-            f"{axis.name}: the input of {axis.read_at} holds {features} values, but the axis has "
-            f"{axis.size} units of {axis.width}; discover the structure of this model again."
+            f"{axis.name}: the {tap.side} of {tap.module} holds {entries} values in dimension "
+            f"{tap.dim}, but the axis has {axis.size} units of {tap.width} that reach to {needed}; "
+            "discover the structure of this model again."
         )
 
 
@@ -160,16 +165,13 @@ def multiplied(
     """
     with ExitStack() as stack:
         for axis in axes:
-            mask = masks[axis.name]
-            if not axis.taps:
-                multiply = _Multiply(axis, mask)
-                add_pre_hook(stack, out_projection(model, axis), _only(multiply, when))
             for (path, side, _), taps in _by_place(axis.taps).items():
-                module, entries = module_at(model, axis, path), _MultiplyEntries(axis, taps, mask)
+                module = module_at(model, axis, path)
+                operation = OPERATIONS[KINDS[axis.kind].mask](axis, taps, masks[axis.name])
                 if side == "input":
-                    add_pre_hook(stack, module, _only(entries.on_input, when))
+                    add_pre_hook(stack, module, _only(operation.on_input, when))
                 else:
-                    add_hook(stack, module, _only(entries.on_output, when))
+                    add_hook(stack, module, _only(operation.on_output, when))
         yield
 
 
@@ -208,7 +210,7 @@ def _normed(
             norm = module_at(model, owners[0][0], path)
             if isinstance(norm, _NormBase):  # each channel has statistics of its own
                 for axis, taps in owners:
-                    entries = _MultiplyEntries(axis, taps, masks[axis.name])
+                    entries = _Multiply(axis, taps, masks[axis.name])
                     add_hook(stack, norm, _only(entries.on_output, when))
             else:
                 part = _CutNorm(model, path, dim, owners, kept)
@@ -238,20 +240,6 @@ def _remove(handles: Iterable[RemovableHandle]) -> None:
 
 
 class _Multiply:
-    """Forward pre-hook that multiplies the input ``(…, size * width)`` by a mask ``(size,)``."""
-
-    def __init__(self, axis: Axis, mask: Tensor) -> None:
-        self.axis = axis
-        self.mask = mask
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        check_width(self.axis, x.shape[-1])
-        mask = self.mask.to(device=x.device, dtype=x.dtype)
-        return (x * mask.repeat_interleave(self.axis.width), *args[1:])
-
-
-class _MultiplyEntries:
     """Hooks that multiply a module's input or output by a mask ``(size,)``, all else by 1.
 
     Args:
@@ -262,8 +250,7 @@ class _MultiplyEntries:
 
     def __init__(self, axis: Axis, taps: Sequence[Tap], mask: Tensor) -> None:
         self.axis, self.taps, self.mask = axis, taps, mask
-        owned = [(tap.rows([unit]), unit) for tap in taps for unit in range(axis.size)]
-        self.owner = {row: unit for rows, unit in owned for row in rows}
+        self._owners = torch.empty(0, dtype=torch.long)
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._times_mask(args[0]), *args[1:])
@@ -272,21 +259,28 @@ class _MultiplyEntries:
         return self._times_mask(output)
 
     def _times_mask(self, x: Tensor) -> Tensor:
-        tap = self.taps[0]
-        entries = x.shape[tap.dim]
-        if max(self.owner) >= entries:
-            raise StructureError(
-                f"{self.axis.name}: the {tap.side} of {tap.module} holds {entries} values in "
-                f"dimension {tap.dim}, but the {self.axis.size} units of the axis reach to "
-                f"{max(self.owner) + 1}; discover the structure of this model again."
-            )
-        nobody = self.axis.size
-        units = [self.owner.get(entry, nobody) for entry in range(entries)]
+        for tap in self.taps:
+            check_place(self.axis, tap, x.shape)
+        dim = self.taps[0].dim
         mask = self.mask.to(device=x.device, dtype=x.dtype)
-        factors = torch.cat([mask, mask.new_ones(1)])[torch.tensor(units, device=x.device)]
+        factors = torch.cat([mask, mask.new_ones(1)])[self._owners_of(x.shape[dim], x.device)]
         shape = [1] * x.ndim
-        shape[tap.dim] = entries
+        shape[dim] = x.shape[dim]
         return x * factors.view(shape)
+
+    def _owners_of(self, entries: int, device: torch.device) -> Tensor:
+        """Unit ``(entries,)`` of every entry; the number of units where it belongs to none."""
+        if self._owners.numel() != entries or self._owners.device != device:
+            owners = torch.full((entries,), self.axis.size)
+            for tap in self.taps:
+                units = torch.arange(self.axis.size).repeat_interleave(tap.width)
+                owners[tap.rows(range(self.axis.size))] = units
+            self._owners = owners.to(device)
+        return self._owners
+
+
+OPERATIONS: dict[Mask, type[_Multiply]] = {"multiply": _Multiply}
+"""How the units of a kind are masked, by `KindRow.mask`."""
 
 
 class _CutNorm:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .errors import PlanError
 from .structure import couplings, modeling_gradnas
 from .structure.sizes import Kept, kept_rows, new_sizes, tensor_at
-from .types import Axis, Kind, Plan, check_indices, check_values
+from .types import KINDS, Axis, Plan, check_indices, check_values
 
 Record = Mapping[str, Any]
 
@@ -77,8 +77,8 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
     """Check that kept indices fit the axes.
 
     Raises:
-        PlanError: An unknown axis, an index that is outside it or no integer, an unsorted list, no
-            channels at all, or heads that are not in the kept KV groups in equal number.
+        PlanError: An unknown axis, an index that is outside it or no integer, an unsorted list,
+            fewer units than can stay, or heads that are not in the kept KV groups in equal number.
     """
     by_name = {axis.name: axis for axis in axes}
     for name, units in kept.items():
@@ -89,9 +89,10 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
             )
         size = by_name[name].size
         check_indices(name, units, size)
-        if by_name[name].kind is Kind.CHANNELS and len(units) < by_name[name].minimum:
+        if len(units) < by_name[name].minimum:
+            plural = KINDS[by_name[name].kind].plural
             raise PlanError(
-                f"{name}: {len(units)} of its {size} channels are kept, but at least "
+                f"{name}: {len(units)} of its {size} {plural} are kept, but at least "
                 f"{by_name[name].minimum} must stay; keep more, or leave the axis out of the plan."
             )
     for axis in axes:
@@ -179,7 +180,7 @@ def _own_tables(
     groups = {axis.tied for axis in changed if axis.tied}
     crossing = any(a.removal is not None and a.removal.cross for a in changed)
     for axis in axes:
-        if axis.kind is not Kind.HEADS or axis.removal is None:
+        if axis.removal is None:
             continue
         module, units = axis.removal.module, list(kept.get(axis.name, range(axis.size)))
         if row.flag not in vars(model.get_submodule(module)):

@@ -80,6 +80,7 @@ def channels(
     taps: list[Tap],
     norms: list[Tap] | None = None,
     sizes: list[tuple[str, str]] | None = None,
+    value: int | None = None,
 ) -> Axis:
     path = taps[0].module
     name = f"{path}:channels"
@@ -88,12 +89,10 @@ def channels(
         path,
         Kind.CHANNELS,
         size,
-        path,
-        taps[0].width * len([t for t in taps if t.module == path]),
         tuple(slices),
-        tuple(Attribute(module, attribute, name) for module, attribute in sizes or []),
+        tuple(taps),
+        tuple(Attribute(module, what, name, value=value) for module, what in sizes or []),
         minimum=1,
-        taps=tuple(taps),
         norms=tuple(norms or []),
     )
 
@@ -190,7 +189,7 @@ def concatenation() -> Case:
         place = {"offset": offset, "stride": 1}
         slices = [*made_by(path), *made_by("norm", **place), rows("out.weight", 1, **place)]
         norms = [tap("norm", **place), tap("plain", **place)]
-        axes.append(channels(size, slices, [tap(path)], norms, [("plain", "num_features")]))
+        axes.append(channels(size, slices, [tap(path)], norms, [("plain", "num_features")], 12))
     return _case(model, (2, 6, 6), *axes)
 
 

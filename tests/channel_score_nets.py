@@ -20,9 +20,7 @@ CLASSES = 3
 def axis_of(size: int, *taps: Tap, slices: tuple[Slice, ...] = ()) -> Axis:
     first = taps[0]
     name = f"{first.module}:channels"
-    return Axis(
-        name, first.module, Kind.CHANNELS, size, first.module, first.width, slices, taps=taps
-    )
+    return Axis(name, first.module, Kind.CHANNELS, size, slices, taps)
 
 
 def tap_of(module: str, dim: int = 1, width: int = 1, offset: int = 0, stride: int = 0) -> Tap:

@@ -16,7 +16,7 @@ def repair_by_hand(pruner: GradNASPruner, plan: Plan, *, seed: int = 0) -> Repai
     draw = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for axis in pruner.structure.axes:
-        names = {part.tensor for part in axis.slices if part.tensor.startswith(f"{axis.read_at}.")}
+        names = {part.tensor for part in axis.readers}
         biases = {f"{name.removesuffix('weight')}bias" for name in names}
         names |= biases & {name for name, _ in pruner.model.named_parameters()}
         for name in sorted(names) if len(plan.kept[axis.name]) < axis.size else ():

@@ -3,14 +3,14 @@
 import numpy as np
 
 from hf_gradnas.report import summarise
-from hf_gradnas.types import Axis, Budget, CostModel, Kind, Plan, Refusal, Scores, Structure
+from hf_gradnas.types import Axis, Budget, CostModel, Kind, Plan, Refusal, Scores, Structure, Tap
 
 LOADING = """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("small")"""
 
 
 def axis(module: str, kind: str, size: int) -> Axis:
-    return Axis(f"{module}:{kind}", module, Kind(kind), size, module, 1, ())
+    return Axis(f"{module}:{kind}", module, Kind(kind), size, (), (Tap(module, "input", -1),))
 
 
 def make_case(layers: int = 3, layout: str = "per_layer", **document):

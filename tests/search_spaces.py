@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hf_gradnas.types import Axis, Budget, CostModel, Kind, Scores
+from hf_gradnas.types import Axis, Budget, CostModel, Kind, Scores, Tap
 
 UNIT_COSTS = {
     "flops": {Kind.HEADS: 7.0, Kind.KV_GROUPS: 5.0, Kind.NEURONS: 2.0},
@@ -18,9 +18,18 @@ WHILE_KEPT = {"flops": 0.0, "params": 2.0}
 Kept = dict[str, tuple[int, ...]]
 
 
-def axis(module: str, kind: Kind, size: int, *, parent: str | None = None, tied: str = "") -> Axis:
+def axis(
+    module: str,
+    kind: Kind,
+    size: int,
+    *,
+    parent: str | None = None,
+    tied: str = "",
+    width: int = 1,
+) -> Axis:
     name = f"{module}:{kind}"
-    return Axis(name, module, kind, size, "", 1, slices=(), parent=parent, tied=tied)
+    taps = (Tap(module, "input", -1, width, 0, width),)
+    return Axis(name, module, kind, size, slices=(), taps=taps, parent=parent, tied=tied)
 
 
 def attention(layer: int, heads: int, *, groups: int = 0, tied: str = "") -> list[Axis]:

@@ -175,7 +175,7 @@ def test_units_fade_between_stages(tmp_path: Path) -> None:
         plan = run.progress.coming or run.progress.plan
         axis = next(a for a in run._pruner.structure.axes if len(plan.kept[a.name]) < a.size)
         lost = sorted(set(range(axis.size)) - set(plan.kept[axis.name]))
-        weight = model.get_parameter(axis.read_at + ".weight").detach()
+        weight = model.get_parameter(axis.taps[0].module + ".weight").detach()
         columns = weight.view(len(weight), axis.size, axis.width)[:, lost]
         norms.append((step, columns.norm().item()))
 

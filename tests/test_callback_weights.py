@@ -60,7 +60,7 @@ def test_scaled_by_factors_that_go_to_zero_the_weights_are_masked() -> None:
     plan = pruner.plan({"params": "70%"})
     stage = Stage(begin=2, step=6, share=1.0)
     mask = WeightMask(model, pruner.structure.axes, plan.kept, whole=False)
-    name = pruner.structure.axes[0].read_at + ".weight"
+    name = pruner.structure.axes[0].taps[0].module + ".weight"
     lost = model.get_parameter(name).detach().clone()
     left = []
     for step in range(3, 7):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_gradnas.costs.counting import count_costs, count_flops
 from hf_gradnas.errors import DataError
 from hf_gradnas.structure.trace import Matmul, trace_forward
-from hf_gradnas.types import Axis, CostModel, Kind, Product, Slice, Structure
+from hf_gradnas.types import Axis, CostModel, Kind, Product, Slice, Structure, Tap
 
 SIDE = 6
 IMAGE = (1, 3, SIDE, SIDE)
@@ -21,7 +21,8 @@ BN = ("weight", "bias", "running_mean", "running_var")
 
 
 def axis(name: str, size: int, *slices: Slice, width: int = 1) -> Axis:
-    return Axis(f"{name}:channels", name, Kind.CHANNELS, size, name, width, slices, minimum=1)
+    taps = (Tap(name, "output", 1, width, 0, width),)
+    return Axis(f"{name}:channels", name, Kind.CHANNELS, size, slices, taps, minimum=1)
 
 
 def rows(*tensors: str, dim: int = 0, width: int = 1, offset: int = 0) -> tuple[Slice, ...]:

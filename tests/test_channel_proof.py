@@ -73,7 +73,10 @@ def test_nothing_to_prove() -> None:
         (lambda axis: without(axis, "3.weight"), r"^cut to 3 channels it does not run \(Runtime"),
         (lambda axis: without(axis, "1.running_var"), "^cut to 3 channels it does not run"),
         (lambda axis: replace(axis, norms=()), "differs from masked by .* relative, float64"),
-        (lambda axis: replace(axis, taps=(), width=9), "masked down to 3 channels it does not run"),
+        (
+            lambda axis: replace(axis, taps=(tap("0", offset=9),)),
+            "masked down to 3 channels it does not run",
+        ),
         (lambda axis: replace(axis, norms=(tap("9"),)), "no module '9'"),
         (
             lambda axis: replace(axis, attributes=(Attribute("3", "groups", axis.name),)),
@@ -291,7 +294,7 @@ def test_a_refused_pair_of_convolutions_is_settled_by_its_channels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, batch = resnet()
-    axis = replace(plain().axes[0], read_at="resnet.encoder.stages.0.layers.0.layer.0.convolution")
+    axis = replace(plain().axes[0], module="resnet.encoder.stages.0.layers.0.layer.0.convolution")
     other = Refusal("resnet.encoder.stages.1", "heads", "of another kind")
     pair = Refusal("resnet.encoder.stages.0.layers.0", "neurons", "no regular rows")
     inside = Structure((), (pair, other))

@@ -126,6 +126,10 @@ def _axes_of_the_cut(case: Case, name: str) -> list:
     left, right = smaller
     moved = tuple(replace(s, offset=7) if s.offset else s for s in right.slices)
     norms = tuple(replace(t, offset=7) for t in right.norms)
+    (sizes,) = {replace(a, axis="", value=10) for axis in smaller for a in axis.attributes}
+    left, right = (
+        replace(axis, attributes=(replace(sizes, axis=axis.name),)) for axis in (left, right)
+    )
     return [left, replace(right, slices=moved, norms=norms)]
 
 

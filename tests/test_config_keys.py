@@ -176,9 +176,9 @@ def _moved(axis: Axis, prefix: str) -> Axis:
         axis,
         name=move(axis.name),
         module=move(axis.module),
-        read_at=move(axis.read_at),
         parent=move(axis.parent) if axis.parent else None,
         slices=tuple(replace(part, tensor=move(part.tensor)) for part in axis.slices),
+        taps=tuple(replace(tap, module=move(tap.module)) for tap in axis.taps),
     )
 
 

@@ -44,7 +44,7 @@ def test_names_and_slices_of_bert() -> None:
     prefix = "bert.encoder.layer.0.attention."
     assert Slice(prefix + "self.key.bias", 0, 16, 0, 16) in heads.slices
     assert Slice(prefix + "output.dense.weight", 1, 16, 0, 16) in heads.slices
-    assert heads.read_at == prefix + "output.dense"
+    assert heads.taps[0].module == prefix + "output.dense"
     assert Slice("bert.encoder.layer.2.intermediate.dense.weight", 0, 1, 0, 1) in neurons.slices
 
 

@@ -14,7 +14,7 @@ import zoo
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.checkpoint.head_indices import renumber_heads
 from hf_gradnas.errors import GradNASWarning
-from hf_gradnas.types import Axis, Kind
+from hf_gradnas.types import Axis, Kind, Tap
 
 PATH = "model.decoder.layers.{}.encoder_attn:heads"
 PAIRS = [[0, 1], [1, 0], [1, 3], [2, 2]]
@@ -92,7 +92,9 @@ def test_where_no_time_can_be_found_the_key_goes(kept: Any, why: str, tmp_path: 
 
 @pytest.mark.parametrize("value", [None, [], "x", [[0]], [[0, 1.5]], {"a": 1}])
 def test_what_is_no_list_of_pairs_stays_as_it_is(value: Any) -> None:
-    axis = Axis(PATH.format(0), PATH.format(0).partition(":")[0], Kind.HEADS, 4, (), (), ())
+    axis = Axis(
+        PATH.format(0), PATH.format(0).partition(":")[0], Kind.HEADS, 4, (), (Tap("", "input", -1),)
+    )
     model = SimpleNamespace(generation_config=SimpleNamespace(alignment_heads=value))
     renumber_heads(model, [axis], {axis.name: (1,)})
     assert model.generation_config.alignment_heads == value

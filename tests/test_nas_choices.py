@@ -8,18 +8,19 @@ from hf_gradnas.errors import GradNASError, PlanError
 from hf_gradnas.nas.choices import axis_choices, check_kernel_size, choices_of, make_divisible
 from hf_gradnas.nas.config import GradNASConfig
 from hf_gradnas.nas.rules import ConvRule
-from hf_gradnas.types import Axis, Kind
+from hf_gradnas.types import Axis, Kind, Tap
 
 RATIOS = tuple(0.05 * i for i in range(1, 21))
 OF_1536 = (
     *(96, 160, 224, 320, 384, 448, 544, 608, 704, 768),
     *(832, 928, 992, 1088, 1152, 1216, 1312, 1376, 1472, 1536),
 )
-FFN = Axis("ffn:neurons", "ffn", Kind.NEURONS, 1536, "ffn.down", 1, ())
+FFN = Axis("ffn:neurons", "ffn", Kind.NEURONS, 1536, (), (Tap("ffn.down", "input", -1),))
 
 
 def channels(size, width=1, minimum=1):
-    return Axis("conv:channels", "conv", Kind.CHANNELS, size, "conv", width, (), minimum=minimum)
+    taps = (Tap("conv", "output", 1, width, 0, width),)
+    return Axis("conv:channels", "conv", Kind.CHANNELS, size, (), taps, minimum=minimum)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_choices_are_sorted_distinct_and_at_most_the_size():
 
 
 def test_heads_are_one_to_all():
-    heads = Axis("a:heads", "a", Kind.HEADS, 12, "a.out", 64, ())
+    heads = Axis("a:heads", "a", Kind.HEADS, 12, (), (Tap("a.out", "input", -1, 64, 0, 64),))
     assert axis_choices(heads, "hf.Attention", "a", GradNASConfig()) == tuple(range(1, 13))
     config = GradNASConfig(hf_attention={"n_heads_ratio": (0.5,), "n_heads_divisor": 4})
     assert axis_choices(heads, "hf.Attention", "a", config) == (8, 12)

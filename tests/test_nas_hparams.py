@@ -19,14 +19,15 @@ from hf_gradnas.nas.hparams import (
     open_space,
     space_of,
 )
-from hf_gradnas.types import Axis, Kind, Slice, Structure
+from hf_gradnas.types import Axis, Kind, Slice, Structure, Tap
 from hf_gradnas.verification import find_structure
 
 EVERY = nas.GradNASConfig(**{key: {} for key in nas.GradNASConfig()})
 
 
 def hparam_of(scores, *, width=1):
-    axis = Axis("x:channels", "x", Kind.CHANNELS, len(scores), "x", width, ())
+    taps = (Tap("x", "output", 1, width, 0, width),)
+    axis = Axis("x:channels", "x", Kind.CHANNELS, len(scores), (), taps)
     choices = tuple(width * count for count in range(1, len(scores) + 1))
     ordered = torch.tensor(scores, dtype=torch.float64).sort(descending=True)
     order = tuple(ordered.indices.tolist())
@@ -58,9 +59,12 @@ def test_before_scores_are_measured_the_first_units_stay():
 
 
 def test_counts_follow_groups_and_leave_out_what_is_not_named():
-    groups = Axis("a:kv_groups", "a", Kind.KV_GROUPS, 2, "a.o", 2, ())
-    heads = Axis("a:heads", "a", Kind.HEADS, 6, "a.o", 1, (), parent="a:kv_groups")
-    other = Axis("b:neurons", "b", Kind.NEURONS, 4, "b.down", 1, (Slice("b.up.weight", 0),))
+    groups = Axis("a:kv_groups", "a", Kind.KV_GROUPS, 2, (), (Tap("a.o", "input", -1, 3, 0, 3),))
+    heads = Axis(
+        "a:heads", "a", Kind.HEADS, 6, (), (Tap("a.o", "input", -1),), parent="a:kv_groups"
+    )
+    parts = (Slice("b.up.weight", 0, role="makes"),)
+    other = Axis("b:neurons", "b", Kind.NEURONS, 4, parts, (Tap("b.down", "input", -1),))
     space = SearchSpace(nas.GradNASConfig(), Structure((groups, heads, other)))
     hparam = nas.Hparam("a.num_key_value_heads", groups, (1, 2), 2, None, (1, 0))
     space.hparams = {hparam.name: hparam}
@@ -152,9 +156,8 @@ def test_experts_in_one_tensor_follow_the_rule_of_linear():
             axis.module,
             axis.kind,
             axis.size,
-            axis.read_at,
-            1,
             (Slice(f"{axis.module}.experts", 0),),
+            axis.taps,
         )
         for axis in structure.axes
         if axis.kind is Kind.NEURONS

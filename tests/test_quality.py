@@ -61,7 +61,10 @@ def inputs_of(pruner: GradNASPruner, path: str) -> torch.Tensor:
 def test_statistics_are_their_formulas(pruner: GradNASPruner, rule: str) -> None:
     values = peers.PEERS[rule].values(pruner, calibration())
     for axis in pruner.structure.axes:
-        x, weight = inputs_of(pruner, axis.read_at), out_projection(pruner.model, axis).weight
+        x, weight = (
+            inputs_of(pruner, axis.taps[0].module),
+            out_projection(pruner.model, axis).weight,
+        )
         if rule == "flap":
             metric = x.var(0, unbiased=False) * weight.norm(dim=0).square()
             metric = (metric - metric.mean()) / metric.std()
@@ -123,7 +126,7 @@ def test_flaps_bias_holds_the_mean_of_what_went(pruner: GradNASPruner) -> None:
     real = [batch["attention_mask"].bool() for batch in calibration()]
     pruned = peers.mean_bias(pruner, plan, calibration())
     weight = out_projection(pruner.model, axis)
-    whole = weight(inputs_of(pruner, axis.read_at)).mean(0)
+    whole = weight(inputs_of(pruner, axis.taps[0].module)).mean(0)
     with pruned():
         handle = weight.register_forward_hook(lambda _, args, output: outputs.append(output))
         for batch in calibration():

@@ -136,7 +136,7 @@ def test_both_halves_of_a_parallel_block_are_fitted(family):
         repair = find_repair(model, axes, plan, batches)
         (found,) = divergences(model, batches[4:], [partial(trial, model, axes, plan, repair)])
     sites = {site.module: site for site in repair.sites}
-    reading = {axis.read_at for axis in axes}
+    reading = {axis.taps[0].module for axis in axes}
     assert len(reading) == 4
     for path in reading:
         assert sites[path].rows == 5 * 8 * 20, path

@@ -130,7 +130,7 @@ def test_it_is_by_the_inputs_at_real_positions_of_every_second_batch(size: int) 
     swapped = pruner.swap(plan, batches)
     seen: dict[str, list[torch.Tensor]] = {axis.name: [] for axis in neurons(pruner)}
     hooks = [
-        pruner.model.get_submodule(axis.read_at).register_forward_pre_hook(
+        pruner.model.get_submodule(axis.taps[0].module).register_forward_pre_hook(
             lambda module, args, name=axis.name: seen[name].append(args[0].flatten(0, -2))
         )
         for axis in neurons(pruner)
@@ -142,7 +142,7 @@ def test_it_is_by_the_inputs_at_real_positions_of_every_second_batch(size: int) 
         hook.remove()
     for axis in neurons(pruner):
         x, units = torch.cat(seen[axis.name]), plan.kept[axis.name]
-        weight = pruner.model.get_submodule(axis.read_at).weight.detach().t()
+        weight = pruner.model.get_submodule(axis.taps[0].module).weight.detach().t()
         values = pruner.scores.values[axis.name]
         first = sorted(units, key=lambda unit: -values[unit])[: (len(units) + 1) // 2]
         assert eliminated(x.t() @ x, weight, len(units), first=first) == swapped.kept[axis.name]
@@ -268,9 +268,11 @@ def test_activations_that_are_not_finite_name_the_layer() -> None:
     def spoil(module: Any, args: Any) -> tuple[torch.Tensor]:
         return (args[0] * float("nan"),)
 
-    hook = pruner.model.get_submodule(axis.read_at).register_forward_pre_hook(spoil)
+    hook = pruner.model.get_submodule(axis.taps[0].module).register_forward_pre_hook(spoil)
     try:
-        with pytest.raises(RepairError, match=f"^{axis.read_at}: its inputs are not finite on b"):
+        with pytest.raises(
+            RepairError, match=f"^{axis.taps[0].module}: its inputs are not finite on b"
+        ):
             pruner.swap(plan, batches_of("bert"))
     finally:
         hook.remove()

@@ -23,7 +23,7 @@ from hf_gradnas.stock.rewrite import write_per_layer, write_stock
 from hf_gradnas.stock.space import find_stock_space
 from hf_gradnas.stock.trials import tensor_shapes
 from hf_gradnas.stock.values import AxisKey, locate_axes
-from hf_gradnas.types import Axis, Kind, Plan, StockSpace, Structure
+from hf_gradnas.types import Axis, Kind, Plan, StockSpace, Structure, Tap
 from hf_gradnas.verification import find_structure
 
 ENCODER_DECODER = {"t5", "bart", "whisper"}
@@ -209,9 +209,8 @@ def test_a_shared_layer_says_its_count_for_all_layers():
         module=structure.axes[0].module,
         kind=Kind.HEADS,
         size=4,
-        read_at="",
-        width=16,
         slices=(),
+        taps=(Tap("shared", "input", -1, 16, 0, 16),),
     )
     neurons = next(axis for axis in structure.axes if axis.kind == Kind.NEURONS)
     shared = Structure((heads, neurons))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_gradnas.errors import ScoresError, StructureError
 from hf_gradnas.masks import mask_leaves
 from hf_gradnas.scores import METHODS, collect_scores, gradients
-from hf_gradnas.types import Axis, Kind
+from hf_gradnas.types import Axis, Kind, Tap
 
 TOKEN_LABELS = {"llama": lambda labels: labels[:, 1:], "t5": lambda labels: labels}
 
@@ -195,7 +195,7 @@ class _Block(nn.Module):
 @pytest.mark.parametrize("reads", [1, 2])
 def test_shared_layers_flat_inputs_second_readers_and_checkpoints(checkpointed, reads) -> None:
     model = _Block(checkpointed=checkpointed, reads=reads).double()
-    axis = Axis(":neurons", "", Kind.NEURONS, 8, "down", 1, ())
+    axis = Axis(":neurons", "", Kind.NEURONS, 8, (), (Tap("down", "input", -1),))
     batch = {"input_ids": torch.randint(11, (4, 5)), "labels": torch.randint(6, (4,))}
     scores = collect_scores(model, [axis], [batch])
     expected = torch.zeros(8, dtype=torch.float64)
@@ -208,7 +208,7 @@ def test_shared_layers_flat_inputs_second_readers_and_checkpoints(checkpointed, 
 
 def test_rows_that_belong_to_no_example_are_refused() -> None:
     model = _Block(checkpointed=False).double()
-    axis = Axis("ffn:neurons", "ffn", Kind.NEURONS, 8, "down", 1, ())
+    axis = Axis("ffn:neurons", "ffn", Kind.NEURONS, 8, (), (Tap("down", "input", -1),))
     recorder = gradients.GradientRecorder(model, [axis])
     with recorder.attached():
         recorder.start(3)

@@ -24,7 +24,7 @@ from hf_gradnas.scores.rows import (
     positions_of,
     token_lengths,
 )
-from hf_gradnas.types import Axis, Kind, Scores
+from hf_gradnas.types import Axis, Kind, Scores, Tap
 
 LONG = 53  # tokens: four rows, the last one short
 CAUSAL = ("llama", "opt")  # an OPT's neurons see examples and positions as one dimension
@@ -262,8 +262,8 @@ def test_one_example_is_one_row_where_any_place_has_no_sequence() -> None:
     torch.manual_seed(0)
     model = _Windows().double()
     axes = [
-        Axis("up:neurons", "up", Kind.NEURONS, 8, "down", 1, ()),
-        Axis("wide:neurons", "wide", Kind.NEURONS, 8, "narrow", 1, ()),
+        Axis("up:neurons", "up", Kind.NEURONS, 8, (), (Tap("down", "input", -1),)),
+        Axis("wide:neurons", "wide", Kind.NEURONS, 8, (), (Tap("narrow", "input", -1),)),
     ]
     ids = torch.randint(11, (3, 40))
     batch = {"input_ids": ids, "labels": torch.randint(11, (3, 40))}

@@ -13,7 +13,7 @@ from score_examples import IGNORED, assert_equal, build, examples_of, in_batches
 
 from hf_gradnas.errors import DataError, GradNASWarning
 from hf_gradnas.scores import collect_scores
-from hf_gradnas.types import Axis, Kind
+from hf_gradnas.types import Axis, Kind, Tap
 
 
 def test_exactly_the_first_examples_are_scored() -> None:
@@ -97,7 +97,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * float("inf"))
 
-    handle = model.get_submodule(axis.read_at).register_forward_hook(spoil)
+    handle = model.get_submodule(axis.taps[0].module).register_forward_hook(spoil)
     with pytest.raises(DataError, match=rf"Batch 0: a gradient of {axis.name} is (nan|inf)"):
         collect_scores(model, axes[2:], [inputs])
     handle.remove()
@@ -156,8 +156,8 @@ def test_normalisers_of_the_heads(head: str, labels, normaliser: str) -> None:
     ids = torch.randint(3, zoo.VOCAB, (2, 4))
     ids = ids[None] if head == "BertForMultipleChoice" else ids
     labels = {key: v.double() if v.is_floating_point() else v for key, v in labels.items()}
-    read_at = "bert.encoder.layer.1.output.dense"
-    axis = Axis("a:neurons", "a", Kind.NEURONS, 96, read_at, 1, ())
+    place = Tap("bert.encoder.layer.1.output.dense", "input", -1)
+    axis = Axis("a:neurons", "a", Kind.NEURONS, 96, (), (place,))
     scores = collect_scores(model, [axis], [{"input_ids": ids, **labels}])
     assert scores.metadata["normaliser"] == normaliser
 

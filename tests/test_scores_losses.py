@@ -147,7 +147,7 @@ def test_whole_batches_of_a_contrastive_loss_are_its_terms() -> None:
     for unit in range(2):  # by finite differences of the batch's own loss
         losses = []
         for factor in (1.001, 0.999):
-            weights = model.get_submodule(axis.read_at).weight
+            weights = model.get_submodule(axis.taps[0].module).weight
             rows = slice(unit * axis.width, (unit + 1) * axis.width)
             with torch.no_grad():
                 weights[:, rows] *= factor

@@ -13,7 +13,7 @@ from torch.nn import functional
 from hf_gradnas.errors import DataError
 from hf_gradnas.scores import collect_scores
 from hf_gradnas.scores.sampling import bernoulli, categorical, gaussian
-from hf_gradnas.types import Axis, Kind
+from hf_gradnas.types import Axis, Kind, Tap
 
 HEADS = {
     "classes": ("BertForSequenceClassification", {}),
@@ -34,7 +34,7 @@ HEADS = {
 
 def _axis_of(model) -> Axis:
     path = next(n for n, _ in model.named_modules() if n.endswith("encoder.layer.1.output.dense"))
-    return Axis("a:neurons", "a", Kind.NEURONS, 96, path, 1, ())
+    return Axis("a:neurons", "a", Kind.NEURONS, 96, (), (Tap(path, "input", -1),))
 
 
 def _unlabelled(count: int, size: int) -> list[dict[str, torch.Tensor]]:

@@ -9,7 +9,6 @@ import search_spaces as small
 from hf_gradnas.config.rules import Rule
 from hf_gradnas.errors import PlanError
 from hf_gradnas.search.choices import (
-    channel_multiple,
     choose_counts,
     default_multiple,
     step_ratios_of,
@@ -157,7 +156,8 @@ def test_rules_of_nested_axes(rule, expected):
     ],
 )
 def test_default_multiple(size, step_ratio, expected):
-    assert default_multiple(size, step_ratio=step_ratio) == expected
+    axis = small.axis("ffn", Kind.NEURONS, size)
+    assert default_multiple(axis, step_ratio=step_ratio) == expected
 
 
 def with_totals(axes, *, flops, params=1e9):
@@ -209,13 +209,13 @@ def test_the_default_multiple_counts_the_step_of_all_ffns():
     ],
 )
 def test_channel_multiple(size, width, step_ratio, expected):
-    axis = replace(small.axis("conv", Kind.CHANNELS, size), width=width)
-    assert channel_multiple(axis, step_ratio=step_ratio) == expected
+    axis = small.axis("conv", Kind.CHANNELS, size, width=width)
+    assert default_multiple(axis, step_ratio=step_ratio) == expected
 
 
 def test_the_step_of_channels_is_the_slope_of_the_products():
     first, second = (small.axis(name, Kind.CHANNELS, size) for name, size in (("a", 6), ("b", 4)))
-    second = replace(second, width=2)
+    second = small.axis("b", Kind.CHANNELS, 4, width=2)
     product = Product(5.0, ((1.0, ((first.name, 2.0),)), (0.0, ((second.name, 3.0),))))
     cost = CostModel("flops", 10.0, {first.name: 7.0}, {}, (product,))
     total = cost.of({first.name: 6, second.name: 4})

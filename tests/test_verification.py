@@ -186,7 +186,10 @@ def test_what_two_modules_own_is_refused_and_the_rest_is_not(tie: str) -> None:
     shared = first.up.weight
     second.up.weight = shared if tie == "parameter" else torch.nn.Parameter(shared.data)
     structure = find_structure(model, inputs)
-    assert {axis.read_at for axis in structure.axes} == {"layers.0.narrow", "layers.1.narrow"}
+    assert {axis.taps[0].module for axis in structure.axes} == {
+        "layers.0.narrow",
+        "layers.1.narrow",
+    }
     reasons = {refusal.module: refusal.reason for refusal in structure.refusals}
     assert "layers.0.up.weight is also layers.1.up.weight" in reasons["layers.0"]
     assert "layers.1.up.weight is also layers.0.up.weight" in reasons["layers.1"]

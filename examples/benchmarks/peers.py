@@ -73,7 +73,7 @@ def moments(pruner: GradNASPruner, batches: Iterable[Batch]) -> dict[str, Tensor
         found = torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)])
         sums[path] = sums[path] + found if path in sums else found
 
-    places = {axis.read_at: axis for axis in pruner.structure.axes}
+    places = {axis.taps[0].module: axis for axis in pruner.structure.axes}
     for batch in batches:
         with ExitStack() as stack:
             for path, axis in places.items():
@@ -93,7 +93,7 @@ def fluctuation(pruner: GradNASPruner, batches: Sequence[Batch]) -> Values:
     found = {}
     sums = moments(pruner, batches)
     for axis in pruner.structure.axes:
-        count, total, squares = sums[axis.read_at]
+        count, total, squares = sums[axis.taps[0].module]
         weight = out_projection(pruner.model, axis).weight.detach().double()
         metric = (squares / count - (total / count).square()) * weight.square().sum(0)
         metric = (metric - metric.mean()) / metric.std()
@@ -107,7 +107,7 @@ def weight_times_norm(pruner: GradNASPruner, batches: Sequence[Batch]) -> Values
     sums = moments(pruner, batches)
     for axis in pruner.structure.axes:
         weight = out_projection(pruner.model, axis).weight.detach().double()
-        metric = weight.abs().sum(0) * sums[axis.read_at][2].sqrt()
+        metric = weight.abs().sum(0) * sums[axis.taps[0].module][2].sqrt()
         found[axis.name] = per_unit(axis, metric).sum(1).numpy()
     return found
 
@@ -181,7 +181,7 @@ def mean_bias(pruner: GradNASPruner, plan: Plan, batches: Sequence[Batch]) -> Pr
     model, axes = pruner.model, pruner.structure.axes
     sums, biases = moments(pruner, batches), {}
     for axis in outer(pruner):
-        count, total, _ = sums[axis.read_at]
+        count, total, _ = sums[axis.taps[0].module]
         lost = torch.ones(axis.size, dtype=torch.bool)
         lost[list(plan.kept[axis.name])] = False
         mean = total / count * lost.repeat_interleave(axis.width)
@@ -222,7 +222,7 @@ def inputs_and_stream(model: nn.Module, axis: Axis, batch: Batch) -> tuple[Tenso
     The forward ends there; padding is left out.
     """
     seen: dict[str, Tensor] = {}
-    end = next(end for end in STREAMS if axis.read_at.endswith(end))
+    end = next(end for end in STREAMS if axis.taps[0].module.endswith(end))
     path, side = STREAMS[end]
 
     def see_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -235,7 +235,7 @@ def inputs_and_stream(model: nn.Module, axis: Axis, batch: Batch) -> tuple[Tenso
 
     with ExitStack() as stack:
         add_pre_hook(stack, out_projection(model, axis), see_input)
-        place = model.get_submodule(axis.read_at.removesuffix(end) + path)
+        place = model.get_submodule(axis.taps[0].module.removesuffix(end) + path)
         (add_pre_hook if side == "input" else add_hook)(stack, place, see_stream)
         with suppress(_Reached):
             model(**batch)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from hf_gradnas.search import STRATEGIES, find_plans
-from hf_gradnas.types import Axis, Budget, CostModel, Kind, Scores
+from hf_gradnas.types import Axis, Budget, CostModel, Kind, Scores, Tap
 
 HIDDEN, NEURONS, NUM_HEADS, LENGTH, VOCABULARY = 4096, 11_008, 32, 2048, 32_000
 BUDGET_RATIOS = np.linspace(0.95, 0.25, 20)
@@ -32,7 +32,9 @@ def make_axes(num_layers: int, num_groups: int) -> tuple[Axis, ...]:
 
 def _axis(module: str, kind: Kind, size: int, parent: str | None = None) -> Axis:
     name = f"{module}:{kind}"
-    return Axis(name, module, kind, size, read_at="", width=1, slices=(), parent=parent)
+    return Axis(
+        name, module, kind, size, slices=(), taps=(Tap(module, "input", -1),), parent=parent
+    )
 
 
 def make_costs(axes: tuple[Axis, ...]) -> dict[str, CostModel]:

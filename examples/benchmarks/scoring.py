@@ -87,7 +87,8 @@ def read_batches(file: Path, tokenizer: Any) -> Batches:
 def backward_only(model: Any, axes: tuple[Axis, ...], batches: Batches) -> None:
     """Forward and backward as far down as the lowest out-projection, and nothing else."""
     handles = [
-        model.get_submodule(axis.read_at).register_forward_pre_hook(make_leaf) for axis in axes
+        model.get_submodule(axis.taps[0].module).register_forward_pre_hook(make_leaf)
+        for axis in axes
     ]
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config.rules import Rules, rule_for
 from ..errors import StructureError
 from ..structure.sizes import Kept, lost_units, tensor_at
-from ..types import Axis, Kind, Slice
+from ..types import Axis
 
 # Dimension of a weight that counts its inputs; first match wins.
 INPUT_DIMS: tuple[tuple[type[nn.Module], int], ...] = (
@@ -39,6 +39,8 @@ def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None
     Raises:
         StructureError: Channels pass a norm over channels, or no weight reads the units.
     """
+    axes = tuple(axes)
+    parents = {axis.parent for axis in axes}
     for axis in axes:
         if rule_for(axis.module, rules) is None:
             continue
@@ -49,7 +51,7 @@ def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None
                     "cannot be masked while the model trains; use when='end', when='begin' with "
                     f"dataloader=…, or keep them with rules={{{axis.module!r}: None}}."
                 )
-        if axis.kind is not Kind.KV_GROUPS and not any(_is_reading(model, s) for s in axis.slices):
+        if not axis.readers and axis.name not in parents:
             raise StructureError(
                 f"{axis.name}: no weight was found that reads its units; use when='end', or keep "
                 f"them with rules={{{axis.module!r}: None}}."
@@ -85,7 +87,7 @@ class WeightMask:
             gone = lost_units(axis, kept)
             for part in axis.slices if gone else ():
                 tensor = tensor_at(model, part.tensor)
-                if isinstance(tensor, nn.Parameter) and (whole or _is_reading(model, part)):
+                if isinstance(tensor, nn.Parameter) and (whole or part.role == "reads"):
                     found[id(tensor)] = tensor  # a tied one once
                     lost.setdefault((id(tensor), part.dim), set()).update(part.rows(gone))
         self._rows = [
@@ -104,14 +106,6 @@ class WeightMask:
         """Multiply the rows by a factor, in place."""
         for parameter, dim, rows in self._rows:
             parameter.index_copy_(dim, rows, parameter.index_select(dim, rows) * factor)
-
-
-def _is_reading(model: nn.Module, part: Slice) -> bool:
-    """Whether rows are those by which a layer reads a unit: columns of its weight."""
-    path, _, leaf = part.tensor.rpartition(".")
-    module = model.get_submodule(path)
-    dim = next((dim for kind, dim in INPUT_DIMS if isinstance(module, kind)), None)
-    return leaf == "weight" and part.dim == dim
 
 
 def _is_per_channel(norm: nn.Module) -> bool:

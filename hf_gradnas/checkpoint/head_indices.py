@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import GradNASWarning
-from ..types import Axis, Kind
+from ..types import KINDS, Axis
 
 # Key of pairs (layer, head), and the path of a layer's attention.
 ROWS = (("alignment_heads", "model.decoder.layers.{}.encoder_attn"),)
@@ -34,7 +34,7 @@ def renumber_heads(
     """
     config = vars(model).get("generation_config")
     values = {} if config is None else vars(config)
-    heads = {axis.module: axis for axis in axes if axis.kind is Kind.HEADS}
+    heads = {axis.module: axis for axis in axes if KINDS[axis.kind].attends}
     for key, path in ROWS:
         pairs: Any = values.get(key)
         if not _are_pairs(pairs):

@@ -165,7 +165,7 @@ def _rest(axis: Axis, axes: Sequence[Axis], shapes: Shapes) -> dict[str, int]:
     if removal is None:
         return {}
     prefix = removal.module + "."
-    bias = f"{axis.read_at}.bias"
+    bias = f"{prefix}{removal.projection}.bias"
     norm = f"{prefix}{removal.norm}."
     family = {other.name: other for other in _family(axis, axes)}
     others = {s.tensor for other in axes if other.name not in family for s in other.slices}

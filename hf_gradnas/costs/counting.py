@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .._compat import attention_implementation
 from ..running.states import evaluating, frozen
 from ..structure.trace import Matmul, Trace, rows_of, trace_forward
-from ..types import Axis, CostModel, Kind, Structure
+from ..types import KINDS, Axis, CostModel, Structure
 from .closed_form import flops_cost, params_cost, unsplit_table_params
 from .remainder import parts_of_rest
 
@@ -58,7 +58,7 @@ def count_costs(
         axes,
         shapes,
         rows=rows,
-        macs_per_head={a.name: _macs_per_head(a, trace) for a in axes if a.kind is Kind.HEADS},
+        macs_per_head={a.name: _macs_per_head(a, trace) for a in axes if KINDS[a.kind].attends},
         total_flops=total_flops,
     )
     params = params_cost(axes, shapes, layout=layout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import PlanError
-from ..types import Axis, Kind
+from ..types import Axis
 from .config import GradNASConfig
 from .rules import ConvRule
 
@@ -54,7 +54,7 @@ def axis_choices(
     """Numbers of units that an axis may keep, sorted; its full size is always among them.
 
     Rules speak of channels, features and heads. An axis of channels whose units hold several
-    channels (`Axis.width`) takes only the choices that are whole numbers of units; for
+    channels (`Axis.per_unit`) takes only the choices that are whole numbers of units; for
     the other kinds a unit is what the rule counts. A choice below `Axis.minimum` is left out.
 
     Args:
@@ -69,7 +69,7 @@ def axis_choices(
     rule = config.rule_for(type_key, name)
     if rule is None:
         return None
-    width = axis.width if axis.kind == Kind.CHANNELS else 1
+    width = axis.per_unit
     sizes = choices_of(axis.size * width, rule.ratios, rule.divisor)
     counts = [size // width for size in sizes if size % width == 0]
     return tuple(count for count in counts if count >= axis.minimum)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ScoresError
 from ..masks import multiplied
-from ..types import Axis, Kind, Tap
+from ..types import KINDS, Axis, Tap
 
 MASK_PLACE = "producer_output,attention_probabilities"
 
@@ -89,8 +89,7 @@ class _Hooks:
 def set_up(model: nn.Module, axis: Axis) -> tuple[GradientDataManager, Removable]:
     """Mask every unit of an axis at the reference's places."""
     data = GradientDataManager(axis.size, model)
-    taps = reference_taps(model, axis)
-    place = axis if taps == axis.masked_at else replace(axis, taps=taps)
+    place = replace(axis, taps=reference_taps(model, axis))
     with ExitStack() as stack:
         stack.enter_context(multiplied(model, [place], {axis.name: data.mask}))
         return data, _Hooks(stack.pop_all())
@@ -103,20 +102,19 @@ def reference_taps(model: nn.Module, axis: Axis) -> tuple[Tap, ...]:
     two layers or one. One whose first weight does not belong to a module of its own (experts in one
     tensor) is masked at the input of its out-projection instead.
     """
-    if axis.kind is not Kind.NEURONS:
-        return axis.masked_at
-    taps = []
-    for part in axis.slices:
-        path, _, leaf = part.tensor.rpartition(".")
-        is_layer = isinstance(model.get_submodule(path), nn.Linear | Conv1D)
-        if is_layer and leaf == "weight" and path != axis.read_at:
-            taps.append(Tap(path, "output", -1, part.width, part.offset, part.stride))
-    return tuple(taps) or axis.masked_at
+    if KINDS[axis.kind].reference_name or axis.taps[0].side == "output":
+        return axis.taps
+    taps = [
+        Tap(part.module, "output", -1, part.width, part.offset, part.stride)
+        for part in axis.makers
+        if isinstance(model.get_submodule(part.module), nn.Linear | Conv1D)
+    ]
+    return tuple(taps) or axis.taps
 
 
 def producer_of(axis: Axis) -> str:
-    """Path of the first layer that produces the units of a neurons or channels axis."""
-    if axis.kind is Kind.CHANNELS:
-        return axis.read_at
-    owners = [part.tensor.rpartition(".")[0] for part in axis.slices]
-    return next((owner for owner in owners if owner != axis.read_at), axis.module)
+    """Path of the first layer that produces the units of an axis."""
+    first = axis.taps[0]
+    if first.side == "output":
+        return first.module
+    return next((part.module for part in axis.makers), axis.module)

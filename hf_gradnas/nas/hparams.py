@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import OrderError
-from ..types import Axis, Kind, Structure
+from ..types import KINDS, Axis, Structure
 from .choices import axis_choices, check_kernel_size
 from .config import GradNASConfig
 from .gradients import producer_of
@@ -216,10 +216,11 @@ def make_hparams(
 
     """
     hparams: dict[str, Hparam] = {}
+    parents = {axis.parent for axis in structure.axes}
     for axis in structure.axes:
         if axis.parent is not None and structure[axis.parent].size > 1:
             continue
-        if axis.kind is Kind.KV_GROUPS and axis.size == 1:
+        if axis.name in parents and axis.size == 1:
             continue
         name = _name_of(model, axis)
         choices = _choices(model, axis, config)
@@ -241,10 +242,9 @@ def check_kernels(model: nn.Module, config: GradNASConfig) -> None:
 
 
 def _name_of(model: nn.Module, axis: Axis) -> str:
-    if axis.kind is Kind.HEADS:
-        return f"{axis.module}.num_attention_heads"
-    if axis.kind is Kind.KV_GROUPS:
-        return f"{axis.module}.num_key_value_heads"
+    name = KINDS[axis.kind].reference_name
+    if name:
+        return f"{axis.module}.{name}"
     path = producer_of(axis)
     is_conv = isinstance(model.get_submodule(path), nn.modules.conv._ConvNd)
     return f"{path}.{'out_channels' if is_conv else 'out_features'}"
@@ -266,24 +266,22 @@ def _choices(model: nn.Module, axis: Axis, config: GradNASConfig) -> tuple[int, 
         elif makes_units:
             permitted = set(choices) if permitted is None else permitted & set(choices)
     units = {axis.size} if is_off or permitted is None else permitted | {axis.size}
-    per_unit = axis.width if axis.kind is Kind.CHANNELS else 1
-    return tuple(sorted(per_unit * count for count in units if count >= max(axis.minimum, 1)))
+    return tuple(sorted(axis.per_unit * count for count in units if count >= max(axis.minimum, 1)))
 
 
 def _touched(model: nn.Module, axis: Axis) -> Iterator[tuple[str, str, bool]]:
     """Path, key in the config, and whether it has the units at its output, of the layers."""
-    if axis.kind in (Kind.HEADS, Kind.KV_GROUPS):
+    if KINDS[axis.kind].reference_name:
         yield axis.module, ATTENTION, True
         return
-    if axis.kind is Kind.NEURONS and _key_of(model.get_submodule(producer_of(axis))) is None:
+    if axis.taps[0].side == "input" and _key_of(model.get_submodule(producer_of(axis))) is None:
         yield producer_of(axis), "nn.Linear", True  # experts whose weights stand in one tensor
-    makers = {tap.module for tap in (*axis.taps, *axis.norms)}
-    paths = dict.fromkeys([*makers, *(s.tensor.rpartition(".")[0] for s in axis.slices)])
-    for path in paths:
+    outputs = [tap.module for tap in (*axis.taps, *axis.norms) if tap.side == "output"]
+    reading = {part.module for part in axis.readers}
+    for path in dict.fromkeys([*outputs, *(part.module for part in axis.slices)]):
         key = _key_of(model.get_submodule(path))
         if key is not None:
-            is_maker = path in makers if axis.taps else path != axis.read_at
-            yield path, key, is_maker
+            yield path, key, path in outputs or path not in reading
 
 
 def _key_of(module: nn.Module) -> str | None:

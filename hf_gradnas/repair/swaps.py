@@ -39,7 +39,7 @@ from ..masks import add_pre_hook
 from ..running.processes import Processes
 from ..scores.prediction import with_prediction
 from ..scores.sampling import inputs_to_sample
-from ..types import Axis, Kind, Plan, Scores, Tap
+from ..types import Axis, Plan, Scores
 from .closeness import running
 from .divergence import at_least_float32
 from .first import default_bound, first_readers
@@ -127,11 +127,9 @@ def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
 
 
 def _may_swap(axis: Axis, plan: Plan) -> bool:
-    """Whether an axis is of neurons of its own, some of which go, that stand in order."""
-    place = axis.masked_at[0]
-    is_plain = axis.masked_at == (Tap(place.module, "input", -1),) and not axis.norms
-    is_free = axis.kind is Kind.NEURONS and not axis.tied and axis.parent is None
-    return is_free and is_plain and 0 < len(plan.kept[axis.name]) < axis.size
+    """Whether an axis loses some units, columns of one layer that no other axis ties."""
+    is_free = axis.is_columns and not axis.tied and axis.parent is None
+    return is_free and 0 < len(plan.kept[axis.name]) < axis.size
 
 
 def _every_second(
@@ -164,7 +162,7 @@ def _sites(
     }
     sites = []
     for axis in pruned:
-        reader = readers.get(axis.masked_at[0].module)
+        reader = readers.get(axis.taps[0].module)
         if reader is None or not isinstance(reader.module, nn.Linear | Conv1D):
             continue
         if set(reader.kept) == set(plan.kept[axis.name]):  # nothing else prunes its inputs

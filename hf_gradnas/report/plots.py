@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config.budgets import format_amount, format_share
-from ..types import Plan, Scores
+from ..types import KINDS, Plan, Scores
 from .drawing import (
     BEFORE,
     CUT,
@@ -32,7 +32,8 @@ COLUMNS = 480
 _DECADES = 6
 _VEIL = 0.72
 _NUMBERED_ROWS = 24
-_WORDS = {"kv_groups": "key/value groups", "flops": "FLOPs", "params": "parameters"}
+_WORDS: dict[str, str] = {str(kind): row.title for kind, row in KINDS.items()}
+_WORDS |= {"flops": "FLOPs", "params": "parameters"}
 
 
 def draw_all(summary: Summary, plan: Plan, scores: Scores | None) -> dict[str, bytes]:

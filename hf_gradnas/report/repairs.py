@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..types import Kind, Plan, Structure
+from ..types import Plan, Structure
 
 
 def say_repair(found: Mapping[str, Any]) -> str:
@@ -42,7 +42,7 @@ def say_swap(structure: Structure, planned: Plan, swapped: Plan) -> str:
         planned: As it was found by the scores.
         swapped: The same with other neurons.
     """
-    names = [axis.name for axis in structure.axes if axis.kind is Kind.NEURONS]
+    names = [axis.name for axis in structure.axes if axis.is_columns]
     pruned = [name for name in names if len(planned.kept[name]) < planned.sizes[name]]
     total = sum(len(planned.kept[name]) for name in pruned)
     came = sum(len(set(swapped.kept[name]) - set(planned.kept[name])) for name in pruned)

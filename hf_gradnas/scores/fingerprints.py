@@ -14,7 +14,7 @@ from ..batches.batch import tensor_bytes
 from ..errors import ScoresError
 from ..running.processes import Processes
 from ..running.shards import whole
-from ..types import Axis, Scores
+from ..types import Axis, Scores, Tap
 from .methods import METHODS
 
 SAMPLED_VALUES = 1024  # per parameter: cheap for 7B, and no training step leaves them all alone
@@ -33,10 +33,19 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def axes_fingerprint(axes: Iterable[Axis]) -> str:
     """SHA-256 over what scores depend on: names, sizes and places of the axes."""
-    places = [
-        [axis.name, axis.size, axis.read_at, axis.width, *map(astuple, axis.taps)] for axis in axes
-    ]
+    places = [[axis.name, axis.size, *_place(axis)] for axis in axes]
     return hashlib.sha256(json.dumps(places).encode()).hexdigest()
+
+
+def _place(axis: Axis) -> list[object]:
+    """Where the units of an axis stand, in the words of the first format of scores.
+
+    It named the first module and its values per unit, and the taps where they say more than that
+    the units are a module's whole input, in order.
+    """
+    module, width = axis.taps[0].module, axis.width
+    is_whole_input = axis.taps == (Tap(module, "input", -1, width, 0, width),)
+    return [module, width, *([] if is_whole_input else map(astuple, axis.taps))]
 
 
 def check_same_everywhere(model: str, settings: Mapping[str, object], processes: Processes) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ..errors import StructureError
-from ..masks import add_hook, add_pre_hook, check_width, module_at
+from ..masks import add_hook, add_pre_hook, check_place, module_at
 from ..types import Axis, Tap
 from .rows import Positions, added, wide
 
@@ -224,7 +224,8 @@ class GradientRecorder:
             StructureError: They do not.
         """
         for axis, tap in site.places:
-            _check_place(axis, tap, x.shape)
+            _check_examples(axis, tap, x.shape)
+            check_place(axis, tap, x.shape)
         if x.shape[0] % self._num_examples:
             axis = site.places[0][0]
             raise StructureError(
@@ -285,7 +286,7 @@ def _sites(model: nn.Module, axes: Iterable[Axis]) -> list[_Site]:
     """
     found: dict[tuple[nn.Module, str, int], list[tuple[Axis, Tap]]] = {}
     for axis in axes:
-        for tap in axis.masked_at:
+        for tap in axis.taps:
             key = (module_at(model, axis, tap.module), tap.side, tap.dim)
             found.setdefault(key, []).append((axis, tap))
     return [
@@ -293,23 +294,18 @@ def _sites(model: nn.Module, axes: Iterable[Axis]) -> list[_Site]:
     ]
 
 
-def _check_place(axis: Axis, tap: Tap, shape: torch.Size) -> None:
-    """Check that a tensor of that shape holds the units of an axis.
+def _check_examples(axis: Axis, tap: Tap, shape: torch.Size) -> None:
+    """Check that the units do not stand in the first dimension, which counts examples.
 
     Raises:
-        StructureError: It has fewer entries, or for an out-projection's input also more.
+        StructureError: They do.
     """
-    if not axis.taps:
-        return check_width(axis, shape[-1])
-    needed = tap.offset + (axis.size - 1) * tap.stride + tap.width
-    dim = tap.dim % len(shape) if -len(shape) <= tap.dim < len(shape) else 0
-    if dim == 0 or shape[dim] < needed:
+    if not -len(shape) < tap.dim < len(shape) or tap.dim == 0:
         raise StructureError(
-            f"{axis.name}: the {tap.side} of {tap.module} has the shape {tuple(shape)}, needed are "
-            f"{needed} entries or more in dimension {tap.dim}, after one that counts examples; "
-            "discover the structure of this model again."
+            f"{axis.name}: the {tap.side} of {tap.module} has the shape {tuple(shape)}, needed is "
+            f"a dimension {tap.dim} after one that counts examples; discover the structure of this "
+            "model again."
         )
-    return None
 
 
 def _product_with(x: Tensor) -> Product:

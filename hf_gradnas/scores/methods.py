@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from ..running.shards import whole
-from ..types import Axis, Kind
+from ..types import Axis
 from ..types.plans import CHOICE_KEYS
 from .rows import wide
 
@@ -74,7 +74,7 @@ def _magnitude(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, n
     own = {axis.name: _norms(axis, parameters) for axis in axes}
     scores = dict(own)
     for axis in axes:
-        if axis.kind is Kind.HEADS and axis.parent in own:
+        if axis.parent in own:
             groups = own[axis.parent].size
             scores[axis.parent] = own[axis.parent] + own[axis.name].reshape(groups, -1).sum(1)
     return scores

@@ -13,13 +13,7 @@ import numpy as np
 
 from ..config.rules import Rule, Rules, rule_for
 from ..errors import PlanError
-from ..types import Axis, CostModel, Kind, StockGroup
-
-MULTIPLES = (64, 32, 16, 8)
-"""Hardware-friendly steps of a neurons axis, best first."""
-
-CHANNEL_MULTIPLES = (32, 16, 8)
-"""Hardware-friendly steps of a channels axis, in channels, best first."""
+from ..types import KINDS, Axis, CostModel, Kind, StockGroup
 
 STEP_RATIO = 0.01
 """Largest step of all axes of a kind together that the default multiple may make, of a cost."""
@@ -53,16 +47,15 @@ def choose_counts(
     """
     limits = _limits(members, group, rules=rules, choices=choices or {})
     allowed = None if group is None or not members else group.allowed
-    multiples = {}
-    if Kind.NEURONS in limits:
-        size = limits[Kind.NEURONS].size
-        multiples[Kind.NEURONS] = default_multiple(size, step_ratio=step_ratios[Kind.NEURONS])
-    if Kind.CHANNELS in limits:
-        multiples[Kind.CHANNELS] = max(
-            channel_multiple(axis, step_ratio=step_ratios[Kind.CHANNELS])
+    multiples = {
+        kind: max(
+            default_multiple(axis, step_ratio=step_ratios[kind])
             for axis in members
-            if axis.kind == Kind.CHANNELS
+            if axis.kind == kind
         )
+        for kind in limits
+        if KINDS[kind].multiples
+    }
     counts = _counts(limits, allowed, multiples=multiples)
     if any(counts[kind].min() == limits[kind].size for kind in multiples):
         # The class accepts other widths only than multiples of the default.
@@ -81,15 +74,14 @@ def step_ratios_of(axes: Sequence[Axis], costs: Sequence[CostModel]) -> dict[Kin
         costs: Budgeted costs.
     """
     sizes = {axis.name: axis.size for axis in axes}
-    widths = {
-        Kind.NEURONS: {axis.name: 1 for axis in axes if axis.kind == Kind.NEURONS},
-        Kind.CHANNELS: {axis.name: axis.width for axis in axes if axis.kind == Kind.CHANNELS},
-    }
-    ratios = dict.fromkeys(widths, 0.0)
+    stepped = [axis for axis in axes if KINDS[axis.kind].multiples]
+    ratios = dict.fromkeys((kind for kind, row in KINDS.items() if row.multiples), 0.0)
     for cost in costs:
         last = _last_unit_costs(cost, sizes)
-        for kind, per_kind in widths.items():
-            step = sum(last.get(name, 0.0) / width for name, width in per_kind.items())
+        steps = dict.fromkeys(ratios, 0.0)
+        for axis in stepped:
+            steps[axis.kind] += last.get(axis.name, 0.0) / axis.per_unit
+        for kind, step in steps.items():
             ratios[kind] = max(ratios[kind], step / (cost.of(sizes) or 1.0))
     return ratios
 
@@ -106,39 +98,25 @@ def _last_unit_costs(cost: CostModel, sizes: Mapping[str, int]) -> dict[str, flo
     return slopes
 
 
-def channel_multiple(axis: Axis, *, step_ratio: float) -> int:
-    """Step of a channels axis in units: 32, 16 or 8 channels, or one unit.
+def default_multiple(axis: Axis, *, step_ratio: float) -> int:
+    """Step of an axis in units: the best multiple of its kind that costs at most one point.
 
-    The largest step that costs at most one point where every channels axis makes it, and that
-    leaves at least eight steps.
+    It must leave at least eight steps, so that an axis below 64 neurons (tests, toys) goes by
+    single ones. Where every multiple costs more than a point in all axes of the kind together,
+    neurons from 64 on go by the smallest (`KindRow.holds_smallest`), channels one by one.
 
     Args:
-        axis: A channels axis.
-        step_ratio: Cost of one channel in every channels axis, of the original total.
+        axis: An axis whose kind has multiples, of neurons or channels as people count them.
+        step_ratio: Cost of one neuron (one channel) in every axis of the kind, of the original
+            total; the largest over the budgeted costs.
     """
-    for channels in CHANNEL_MULTIPLES:
-        units = channels // math.gcd(channels, axis.width)
-        if channels * step_ratio <= STEP_RATIO and MIN_STEPS * units <= axis.size:
+    row = KINDS[axis.kind]
+    steps = [(width, width // math.gcd(width, axis.per_unit)) for width in row.multiples]
+    fitting = [(width, units) for width, units in steps if MIN_STEPS * units <= axis.size]
+    for width, units in fitting:
+        if width * step_ratio <= STEP_RATIO:
             return units
-    return 1
-
-
-def default_multiple(size: int, *, step_ratio: float) -> int:
-    """Step of a neurons axis: the largest of 64, 32, 16, 8 that costs at most one point.
-
-    A multiple must leave at least eight steps, so an axis below 64 neurons (tests, toys) goes by
-    single neurons; from 64 on it is 8 where every larger one costs more than a point.
-
-    Args:
-        size: Number of neurons.
-        step_ratio: Cost of one neuron in every FFN, of the original total; the largest over the
-            budgeted costs.
-    """
-    fitting = [multiple for multiple in MULTIPLES if MIN_STEPS * multiple <= size]
-    for multiple in fitting:
-        if multiple * step_ratio <= STEP_RATIO:
-            return multiple
-    return fitting[-1] if fitting else 1
+    return fitting[-1][1] if fitting and row.holds_smallest else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,35 +201,39 @@ def _counts(
     multiples: Mapping[Kind, int],
 ) -> dict[Kind, np.ndarray]:
     """Every permitted combination of counts, with the default multiples."""
-    nested = {Kind.KV_GROUPS, Kind.HEADS} if {Kind.KV_GROUPS, Kind.HEADS} <= set(limits) else set()
+    parents = {kind: KINDS[kind].parent for kind in limits}
+    pairs = [(kind, parent) for kind, parent in parents.items() if parent in limits]
+    nested = {kind for pair in pairs for kind in pair}
     tables = [
         {kind: limit.counts(multiples.get(kind, 1))}
         for kind, limit in limits.items()
         if kind not in nested
     ]
-    if nested:
-        tables.append(_nested_counts(limits[Kind.KV_GROUPS], limits[Kind.HEADS]))
+    for kind, parent in pairs:
+        if parent is not None:
+            inside, groups = _nested_counts(limits[kind], limits[parent])
+            tables.append({parent: groups, kind: inside})
     counts = _product(tables)
     return counts if allowed is None else _only(counts, allowed, limits)
 
 
-def _nested_counts(groups: _Limits, heads: _Limits) -> dict[Kind, np.ndarray]:
-    """Every pair of kept groups and heads with the same number of heads in each kept group.
+def _nested_counts(heads: _Limits, groups: _Limits) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair of kept heads and groups with the same number of heads in each kept group.
 
     Groups with explicit choices keep all their heads.
     """
     per_group = heads.size // groups.size
     if groups.chosen is not None:
         kept_groups = groups.counts()
-        return {Kind.KV_GROUPS: kept_groups, Kind.HEADS: kept_groups * per_group}
+        return kept_groups * per_group, kept_groups
     pairs = [
-        (kept, kept * each)
+        (kept * each, kept)
         for kept in groups.counts().tolist()
         for each in range(1 if kept else 0, per_group + 1 if kept else 1)
     ]
     permitted = set(heads.counts().tolist())
-    table = np.array([pair for pair in pairs if pair[1] in permitted])
-    return {Kind.KV_GROUPS: table[:, 0], Kind.HEADS: table[:, 1]}
+    table = np.array([pair for pair in pairs if pair[0] in permitted])
+    return table[:, 0], table[:, 1]
 
 
 def _product(tables: Sequence[dict[Kind, np.ndarray]]) -> dict[Kind, np.ndarray]:

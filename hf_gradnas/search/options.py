@@ -71,19 +71,23 @@ class NestedMember:
     largest ``S_j - P_j(r)``.
 
     Attributes:
+        kind: What is nested: heads.
+        parent: What it is nested in: KV groups.
         heads: Names of the head axes; more than one only where a stock checkpoint ties them.
         groups: Names of the group axes.
         head_scores: ``(groups, heads per group)``, summed over the axes.
         group_scores: ``(groups,)`` joint scores, summed over the axes.
     """
 
+    kind: Kind
+    parent: Kind
     heads: tuple[str, ...]
     groups: tuple[str, ...]
     head_scores: np.ndarray
     group_scores: np.ndarray
 
     def losses(self, counts: Counts) -> Losses:
-        """Losses of keeping the best ``counts["kv_groups"]`` groups and heads in them."""
+        """Losses of keeping the best ``counts[parent]`` groups and heads in them."""
         num_groups, num_heads = self.head_scores.shape
         ascending = np.sort(self.head_scores, axis=1)
         # Column r of each table is about keeping r heads of a group, r = 0 … heads per group.
@@ -94,16 +98,16 @@ class NestedMember:
         total = np.zeros((num_groups + 1, num_heads + 1))
         total[1:] += np.cumsum(best_first, axis=0)
         total[:-1] += np.cumsum(removed[::-1], axis=0)[::-1]
-        groups = counts[Kind.KV_GROUPS]
-        heads_each = counts[Kind.HEADS] // np.maximum(groups, 1)
+        groups = counts[self.parent]
+        heads_each = counts[self.kind] // np.maximum(groups, 1)
         picked = total[groups, heads_each]
         return Losses(picked, picked)
 
     def kept(self, counts: Mapping[Kind, int]) -> dict[str, tuple[int, ...]]:
         """Sorted kept units per axis name; among equal scores the first units stay."""
         num_heads = self.head_scores.shape[1]
-        num_kept = counts[Kind.KV_GROUPS]
-        heads_each = counts[Kind.HEADS] // max(num_kept, 1)
+        num_kept = counts[self.parent]
+        heads_each = counts[self.kind] // max(num_kept, 1)
         pruned = np.sort(self.head_scores, axis=1)[:, : num_heads - heads_each]
         # A running sum, so that ties fall here as they do in the table of losses.
         thinned = np.cumsum(pruned, axis=1)[:, -1:] if pruned.size else np.zeros((len(pruned), 1))
@@ -196,6 +200,7 @@ def make_members(
         scores: ``(size,)`` per axis name.
         tie: Whether equal `Axis.tied` keys bind, as they do in a stock checkpoint.
     """
+    by_name = {axis.name: axis for axis in axes}
     parents = {axis.parent for axis in axes}
     keys = {axis.name: axis.tied for axis in axes if tie}
     together: dict[tuple[str, Kind, bool], list[Axis]] = {}
@@ -213,7 +218,9 @@ def make_members(
             continue
         groups = tuple(axis.parent for axis in tied if axis.parent is not None)
         joint = np.sum([scores[name] for name in groups], axis=0)
-        members.append(NestedMember(names, groups, summed.reshape(joint.size, -1), joint))
+        parent = by_name[groups[0]].kind
+        inside = summed.reshape(joint.size, -1)
+        members.append(NestedMember(kind, parent, names, groups, inside, joint))
     return tuple(members)
 
 

@@ -15,10 +15,9 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from ..errors import PlanError
-from ..types import Axis, Kind, Plan, StockGroup, StockSpace, Structure
+from ..types import KINDS, Axis, Plan, StockGroup, StockSpace, Structure
 from .trials import silence
 from .values import (
-    HEAD_DIM,
     AxisKey,
     real_key,
     set_value,
@@ -223,17 +222,15 @@ def _write_head_dim(
     scope: PreTrainedConfig, path: str, structure: Structure, keys: Mapping[str, AxisKey]
 ) -> None:
     """Write the head size out, which upstream would take from ``hidden_size / heads`` per layer."""
-    key = real_key(scope, HEAD_DIM)
-    computed = isinstance(getattr_static(type(scope), key, None), property)
-    if computed or stored(scope).get(key) is not None:
-        return
-    widths = {
-        axis.width
-        for axis in structure.axes
-        if axis.kind == Kind.HEADS and axis.name in keys and keys[axis.name].config == path
-    }
-    if len(widths) == 1:
-        setattr(scope, key, widths.pop())
+    widths: dict[str, set[int]] = {}
+    for axis in structure.axes:
+        key = KINDS[axis.kind].width_key
+        if key and axis.name in keys and keys[axis.name].config == path:
+            widths.setdefault(real_key(scope, key), set()).add(axis.width)
+    for key, found in widths.items():
+        is_computed = isinstance(getattr_static(type(scope), key, None), property)
+        if not is_computed and stored(scope).get(key) is None and len(found) == 1:
+            setattr(scope, key, found.pop())
 
 
 def _write_overrides(
@@ -275,7 +272,7 @@ def _unreadable(config: PreTrainedConfig) -> set[str]:
 def _read_head_shapes(config: PreTrainedConfig) -> None:
     """What generation asks of each layer (``get_head_shapes``, from 5.2x on)."""
     for layer in config.get_text_config(decoder=True).per_layer_config:
-        if getattr(layer, HEAD_DIM, None) is None:
+        if getattr(layer, "head_dim", None) is None:
             divmod(layer.hidden_size, layer.num_attention_heads)
 
 

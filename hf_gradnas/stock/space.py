@@ -14,18 +14,16 @@ from dataclasses import replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PlanError
-from ..types import Axis, Kind, StockGroup, StockSpace, Structure
+from ..types import KINDS, PARENTS, Axis, Kind, StockGroup, StockSpace, Structure
 from .trials import (
     Counts,
     Shapes,
     Trial,
-    channel_trials,
     expected_shapes,
-    head_trials,
-    neuron_trials,
     probe_counts,
     shapes_of,
     tensor_shapes,
+    trials_of,
 )
 from .values import scopes, set_value, stored
 
@@ -90,12 +88,7 @@ class _Search:
 
     def groups(self, path: str, config: PreTrainedConfig) -> Iterator[StockGroup]:
         """Groups of axes that values of one (sub-)config set."""
-        trials = (
-            *head_trials(path, config, self.pending),
-            *neuron_trials(path, config),
-            *channel_trials(path, config, self.pending),
-        )
-        for template in trials:
+        for template in list(trials_of(path, config, self.pending)):
             for trial in self._sized(template):
                 concerned = self._concerned(trial)
                 if not concerned:
@@ -114,22 +107,23 @@ class _Search:
         """The trial, or one per size of FFN where a default (None) hides the number."""
         if trial.sizes:
             return [trial]
-        sizes = {axis.size for axis in self.pending.values() if axis.kind == Kind.NEURONS}
-        return [replace(trial, sizes={"neurons": size}) for size in sorted(sizes, reverse=True)]
+        (kind,) = trial.keys
+        sizes = {axis.size for axis in self.pending.values() if axis.kind == kind}
+        return [replace(trial, sizes={kind: size}) for size in sorted(sizes, reverse=True)]
 
     def _concerned(self, trial: Trial) -> list[Axis]:
         """Axes left whose sizes fit the trial; groups of heads before the heads."""
         found: dict[str, Axis] = {}
         for axis in self.pending.values():
-            if trial.sizes.get(axis.kind) != axis.size or axis.kind == Kind.KV_GROUPS:
+            if trial.sizes.get(axis.kind) != axis.size or axis.kind in PARENTS:
                 continue
-            if axis.kind == Kind.CHANNELS and axis.width > 1:
+            if axis.per_unit > 1:
                 continue
-            parent = self.pending.get(axis.parent or "")
-            if (Kind.KV_GROUPS in trial.sizes) != (axis.parent is not None):
+            parent, outer = self.pending.get(axis.parent or ""), KINDS[axis.kind].parent
+            if (outer in trial.sizes) != (axis.parent is not None):
                 continue
             if axis.parent is not None:
-                if parent is None or parent.size != trial.sizes[Kind.KV_GROUPS]:
+                if parent is None or parent.size != trial.sizes[parent.kind]:
                     continue
                 found[parent.name] = parent
             found[axis.name] = axis
@@ -198,7 +192,7 @@ class _Search:
 
     def _nothing(self, axis: Axis, keys: str) -> str:
         name = type(self.config).__name__
-        if axis.kind in (Kind.NEURONS, Kind.CHANNELS):
+        if not KINDS[axis.kind].width_key:
             return f"{keys} of {name} does not set the width of this axis"
         return (
             f"{name} derives the head size from the hidden size and the number of heads, so fewer "
@@ -219,10 +213,10 @@ class _Search:
             return self._allowed_counts(trial, axes, kind)
         tried = trial.combinations()
         accepted = [counts for counts in tried if self._accepts(trial, axes, counts)]
-        if len(accepted) == len(tried) and Kind.KV_GROUPS not in full:
+        if len(accepted) == len(tried) and len(full) == 1:
             return None
         accepted.append(full)
-        return tuple(sorted(accepted, key=lambda c: (c["heads"], c.get("kv_groups", 0))))
+        return tuple(sorted(accepted, key=lambda counts: [counts[kind] for kind in full]))
 
     def _allowed_counts(
         self, trial: Trial, axes: list[Axis], kind: str
@@ -242,8 +236,8 @@ class _Search:
 
 
 def _single_kind(trial: Trial) -> str | None:
-    """The kind of a trial that counts one: neurons or channels; None for heads."""
-    return next((kind for kind in ("neurons", "channels") if kind in trial.sizes), None)
+    """The kind of a trial of which only some counts are tried; None where all can be."""
+    return next((kind for kind in trial.sizes if not KINDS[Kind(kind)].is_few), None)
 
 
 def layout_for(

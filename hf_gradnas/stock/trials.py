@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging
 
-from ..types import Axis, Kind
-from .values import HEAD_DIM, candidates, dotted, real_key, stored
+from ..types import KINDS, PARENTS, Axis, Kind
+from .values import candidates, dotted, real_key, stored
 
 Shapes = Mapping[str, tuple[int, ...]]
 Counts = Mapping[str, int]
@@ -28,7 +28,7 @@ class Trial:
     """Config values that may set the width of some axes.
 
     Attributes:
-        sizes: Units per kind now.
+        sizes: Units per kind now; a kind before the one that it is nested in.
         keys: Dotted config key per kind; a kind without one keeps its size.
         copies: Kind per further dotted key.
         constants: Values written along.
@@ -47,88 +47,109 @@ class Trial:
 
     def combinations(self) -> list[dict[str, int]]:
         """All counts below the sizes, those likeliest to be accepted first."""
-        heads = self.sizes[Kind.HEADS]
-        groups = self.sizes.get(Kind.KV_GROUPS)
-        if groups is None:
-            found = [{"heads": count} for count in range(1, heads)]
-            return sorted(found, key=lambda c: (heads % c["heads"], abs(2 * c["heads"] - heads)))
-        kept = range(1, groups + 1) if Kind.KV_GROUPS in self.keys else (groups,)
+        kind, *parents = self.sizes
+        size = self.sizes[kind]
+        if not parents:
+            found = [{kind: count} for count in range(1, size)]
+            return sorted(found, key=lambda c: (size % c[kind], abs(2 * c[kind] - size)))
+        (parent,) = parents
+        groups = self.sizes[parent]
+        kept = range(1, groups + 1) if parent in self.keys else (groups,)
         found = [
-            {"heads": group * inside, "kv_groups": group}
+            {kind: group * inside, parent: group}
             for group in kept
-            for inside in range(1, heads // groups + 1)
-            if (group, inside) != (groups, heads // groups)
+            for inside in range(1, size // groups + 1)
+            if (group, inside) != (groups, size // groups)
         ]
         return sorted(
             found,
-            key=lambda c: (
-                heads % c["heads"] != 0,
-                c["kv_groups"] == groups,
-                abs(2 * c["heads"] - heads),
-            ),
+            key=lambda c: (size % c[kind] != 0, c[parent] == groups, abs(2 * c[kind] - size)),
         )
 
 
-def head_trials(path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]) -> Iterator[Trial]:
+def trials_of(path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]) -> Iterator[Trial]:
+    """Trials for every kind of unit whose values one (sub-)config may hold, in the order of kinds.
+
+    Args:
+        path: Dotted path of the config.
+        config: The config.
+        axes: Axes that no group has yet, by name; read again for every kind.
+    """
+    for kind, row in KINDS.items():
+        if row.any_number:
+            yield from _number_trials(kind, path, config, axes)
+        elif row.parent is not None:
+            yield from _nested_trials(kind, row.parent, path, config, axes)
+        elif kind not in PARENTS:
+            yield from _plain_trials(kind, path, config)
+
+
+def _nested_trials(
+    kind: Kind, parent: Kind, path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]
+) -> Iterator[Trial]:
     """Trials for heads: with their own keys and values, or in KV groups."""
-    groups = candidates(config, Kind.KV_GROUPS)
-    for name, heads in candidates(config, Kind.HEADS).items():
-        if heads is None:
+    name, outer = str(kind), str(parent)
+    groups = candidates(config, parent)
+    for key, size in candidates(config, kind).items():
+        if size is None:
             continue
-        keys = {"heads": dotted(path, name)}
-        repeats = {dotted(path, key): "heads" for key, value in groups.items() if value == heads}
-        plain = [Trial({"heads": heads}, keys, repeats)]
+        keys = {name: dotted(path, key)}
+        repeats = {dotted(path, other): name for other, value in groups.items() if value == size}
+        plain = [Trial({name: size}, keys, repeats)]
         if repeats:
-            plain.append(Trial({"heads": heads}, keys))
+            plain.append(Trial({name: size}, keys))
         grouped = [
-            Trial({"heads": heads, "kv_groups": count}, {**keys, "kv_groups": dotted(path, key)})
-            for key, count in groups.items()
+            Trial({name: size, outer: count}, {**keys, outer: dotted(path, other)})
+            for other, count in groups.items()
             if count is not None
         ]
-        parents = {axis.size for axis in axes.values() if axis.kind == Kind.KV_GROUPS}
-        grouped += [Trial({"heads": heads, "kv_groups": size}, keys) for size in sorted(parents)]
+        parents = {axis.size for axis in axes.values() if axis.kind == parent}
+        grouped += [Trial({name: size, outer: count}, keys) for count in sorted(parents)]
         for trial in (*plain, *grouped):
             yield trial
-            yield from _explicit_head_dim(trial, path, config, axes)
+            yield from _explicit_width(trial, kind, path, config, axes)
 
 
-def _explicit_head_dim(
-    trial: Trial, path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]
+def _explicit_width(
+    trial: Trial, kind: Kind, path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]
 ) -> Iterator[Trial]:
-    """The trial with the head size written out, where the config would derive it."""
-    key = real_key(config, HEAD_DIM)
+    """The trial with the width of a unit written out, where the config would derive it."""
+    if not KINDS[kind].width_key:
+        return
+    key = real_key(config, KINDS[kind].width_key)
     if stored(config).get(key) is not None:
         return
-    heads = trial.sizes["heads"]
-    widths = {a.width for a in axes.values() if a.kind == Kind.HEADS and a.size == heads}
+    size = trial.sizes[kind]
+    widths = {a.width for a in axes.values() if a.kind == kind and a.size == size}
     for width in sorted(widths):
         yield replace(trial, constants={dotted(path, key): width})
 
 
-def neuron_trials(path: str, config: PreTrainedConfig) -> Iterator[Trial]:
+def _plain_trials(kind: Kind, path: str, config: PreTrainedConfig) -> Iterator[Trial]:
     """Trials for FFNs, without a size where the config leaves it to a default (GPT-2)."""
-    for name, size in candidates(config, Kind.NEURONS).items():
-        sizes = {} if size is None else {"neurons": size}
-        yield Trial(sizes, {"neurons": dotted(path, name)})
+    name = str(kind)
+    for key, size in candidates(config, kind).items():
+        sizes = {} if size is None else {name: size}
+        yield Trial(sizes, {name: dotted(path, key)})
 
 
-def channel_trials(
-    path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]
+def _number_trials(
+    kind: Kind, path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]
 ) -> Iterator[Trial]:
     """Trials for channels: every number, also in a list, that equals the size of an axis.
 
     After the single numbers two equal ones together, one of them in a list: a ResNet's stem and its
     first stage are one residual stream. An axis whose units hold several channels has no number.
     """
-    sizes = {a.size for a in axes.values() if a.kind == Kind.CHANNELS and a.width == 1}
-    found = candidates(config, Kind.CHANNELS)
-    keys = {dotted(path, key): size for key, size in found.items() if size in sizes}
+    name = str(kind)
+    sizes = {a.size for a in axes.values() if a.kind == kind and a.per_unit == 1}
+    found = {dotted(path, key): size for key, size in candidates(config, kind).items()}
+    keys = {key: size for key, size in found.items() if size is not None and size in sizes}
     for key, size in keys.items():
-        yield Trial({"channels": size or 0}, {"channels": key})
+        yield Trial({name: size}, {name: key})
     for first, second in combinations(keys, 2):
         if keys[first] == keys[second] and "0" in (first[-1], second[-1]):
-            trial = Trial({"channels": keys[first] or 0}, {"channels": first})
-            yield replace(trial, copies={second: "channels"})
+            yield Trial({name: keys[first]}, {name: first}, copies={second: name})
 
 
 def probe_counts(size: int) -> list[int]:

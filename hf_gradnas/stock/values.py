@@ -1,7 +1,7 @@
 """Values of a config: names that may hold a count, and which axis and layer each speaks of.
 
-Knows names of config values as data, and configs; reads no weights. Whether a value really sets a
-width is measured in `hf_gradnas.stock.space`.
+Knows configs, and by what names a kind is counted in them (`KINDS`); reads no weights. Whether a
+value really sets a width is measured in `hf_gradnas.stock.space`.
 """
 
 from __future__ import annotations
@@ -13,54 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..types import Axis, Kind, StockSpace, Structure
+from ..types import KINDS, Axis, Kind, StockSpace, Structure
 
-CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
-    Kind.HEADS: (
-        "num_attention_heads",
-        "num_heads",
-        "n_head",
-        "n_heads",
-        "num_encoder_heads",
-        "encoder_attention_heads",
-        "num_encoder_attention_heads",
-        "num_decoder_heads",
-        "decoder_attention_heads",
-        "num_decoder_attention_heads",
-    ),
-    Kind.KV_GROUPS: (
-        "num_key_value_heads",
-        "num_kv_heads",
-        "n_kv_heads",
-        "kv_n_heads",
-        "multi_query_group_num",
-        "decoder_num_key_value_heads",
-        "encoder_num_key_value_heads",
-    ),
-    Kind.NEURONS: (
-        "intermediate_size",
-        "ffn_dim",
-        "encoder_ffn_dim",
-        "decoder_ffn_dim",
-        "d_ff",
-        "n_inner",
-        "hidden_dim",
-        "mlp_dim",
-        "ffn_hidden_size",
-        "feed_forward_size",
-        "feedforward_dim",
-        "dim_feedforward",
-        "d_inner",
-        "dff",
-        "inner_dim",
-        "encoder_intermediate_size",
-        "decoder_intermediate_size",
-        "shared_expert_intermediate_size",
-    ),
-}
-"""Names of config values that may hold a count, per kind; aliases of one value do no harm."""
-
-HEAD_DIM = "head_dim"
 LAYERS = "num_hidden_layers"
 
 
@@ -135,13 +89,15 @@ def candidates(config: PreTrainedConfig, kind: Kind) -> dict[str, int | None]:
     Channels have no names of their own: any number counts, and every entry of a list of numbers
     (``hidden_sizes.1``).
     """
-    if kind == Kind.CHANNELS:
+    row = KINDS[kind]
+    if row.any_number:
         return _numbers(stored(config))
     found: dict[str, int | None] = {}
     values = stored(config)
     # Whisper has no count of KV groups of its own: there the name is an alias of the heads'.
-    taken = candidates(config, Kind.HEADS) if kind == Kind.KV_GROUPS else {}
-    for name in CANDIDATES[kind]:
+    nested = [other for other in KINDS if KINDS[other].parent == kind]
+    taken = {key for other in nested for key in candidates(config, other)}
+    for name in row.config_names:
         key = real_key(config, name)
         value = values.get(key, "absent")
         if key in taken:
@@ -182,7 +138,7 @@ def locate_axes(
     modules = dict(model.named_modules())
     located: dict[str, AxisKey] = {}
     for axis in structure.axes:
-        if axis.kind == Kind.CHANNELS:
+        if KINDS[axis.kind].any_number:
             continue
         if axis.name in measured and axis.kind in measured[axis.name].keys:
             group = measured[axis.name]
@@ -234,8 +190,9 @@ def _named_key(config: PreTrainedConfig, axis: Axis) -> tuple[str, tuple[str, ..
     if not keys:
         return None
     copies: tuple[str, ...] = ()
-    if axis.kind == Kind.HEADS and axis.parent is None:
-        groups = candidates(config, Kind.KV_GROUPS)
+    parent = KINDS[axis.kind].parent
+    if parent is not None and axis.parent is None:
+        groups = candidates(config, parent)
         copies = tuple(key for key, value in groups.items() if value == values[keys[0]])
     return keys[0], copies
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..types import Attribute, Axis, Kind, Removal
+from ..types import Attribute, Axis, Kind, Removal, Tap
 from . import couplings
 from .probe import HeadLayout
 from .trace import Call, below
@@ -30,15 +30,14 @@ def attention_versions(
     """
     removals = _removals(module, core=core, projection=projection, call=call)
     read_at = projection.rpartition(".")[0]
-    grouped = layout.is_grouped
+    grouped, in_group = layout.is_grouped, layout.width * layout.heads // layout.groups
     heads = Axis(
         name=":heads",
         module="",
         kind=Kind.HEADS,
         size=layout.heads,
-        read_at=read_at,
-        width=layout.width,
         slices=layout.head_slices,
+        taps=(Tap(read_at, "input", -1, layout.width, 0, layout.width),),
         attributes=_attributes(module, layout, couplings.WIDTHS),
         parent=":kv_groups" if grouped else None,
     )
@@ -47,9 +46,8 @@ def attention_versions(
         module="",
         kind=Kind.KV_GROUPS,
         size=layout.groups,
-        read_at=read_at,
-        width=layout.width * layout.heads // layout.groups,
         slices=layout.group_slices,
+        taps=(Tap(read_at, "input", -1, in_group, 0, in_group),),
     )
     widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
     extras = dict.fromkeys([(), widths, config, widths + config])

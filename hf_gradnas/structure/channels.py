@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import described
-from ..types import Attribute, Axis, Kind, Refusal, Slice, Tap
+from ..types import KINDS, Attribute, Axis, Kind, Refusal, Role, Slice, Tap
 from .channel_graph import Flow, Forward, Run, trace_graph
 from .channel_labels import ATTRIBUTE, NOBODY, OUTPUT, Rows, core, nobody, varying
 from .channel_rules import Edge
@@ -286,28 +286,35 @@ class _Reading:
             )
             for places in (self.producers, self.norms)
         )
-        attributes = [
-            Attribute(place, attribute, name, sum(width for width, _, _ in patterns))
-            for place, attribute, entries in self.sizes
-            if (patterns := entries.patterns(units))
-        ]
+        attributes = []
+        for place, attribute, entries in self.sizes:
+            each, value = sum(width for width, _, _ in entries.patterns(units)), len(entries.roots)
+            if each:
+                shared = None if each * len(units) == value else value
+                attributes.append(Attribute(place, attribute, name, each, value=shared))
         return Axis(
             name=name,
             module=path,
             kind=Kind.CHANNELS,
             size=len(units),
-            read_at=path,
-            width=sum(tap.width for tap in taps if tap.module == path),
             slices=tuple(
-                Slice(rows.tensor, rows.dim, *pattern)
+                Slice(rows.tensor, rows.dim, *pattern, self._role(rows))
                 for rows, entries in self.rows.items()
                 for pattern in entries.patterns(units)
             ),
-            attributes=tuple(attributes),
-            minimum=1,
             taps=taps,
+            attributes=tuple(attributes),
+            minimum=KINDS[Kind.CHANNELS].minimum,
             norms=norms,
         )
+
+    def _role(self, rows: Rows) -> Role:
+        """What the rows do; a depthwise kernel, which reads no sum over channels, follows."""
+        if rows in self.labels.columns:
+            return "reads"
+        makes = any(made.weight == rows.tensor for made in self.labels.made)
+        reads = any(other.tensor == rows.tensor for other in self.labels.columns)
+        return "makes" if makes and reads else "follows"
 
 
 def _is_norm(module: nn.Module) -> bool:

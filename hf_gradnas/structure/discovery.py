@@ -17,7 +17,7 @@ from torch import nn
 from .._compat import attention_implementation
 from ..errors import StructureError, first_line
 from ..running.states import evaluating
-from ..types import Attribute, Axis, Kind, Refusal
+from ..types import Attribute, Axis, Kind, Refusal, Tap
 from . import couplings
 from .attention import attention_versions
 from .probe import NotAPair, double_call, double_copy, probe_heads, probe_neurons
@@ -285,7 +285,7 @@ def _probe_ffn(site: _Site, twin: nn.Module, call: Call) -> Template:
     producers = [below(n, site.scope) for n in inside]
     size, slices = probe_neurons(twin, call, producers=producers, projection=projection)
     read_at = projection.rpartition(".")[0]
-    axis = Axis(":neurons", "", Kind.NEURONS, size, read_at, 1, slices)
+    axis = Axis(":neurons", "", Kind.NEURONS, size, slices, (Tap(read_at, "input", -1),))
     return Template(site.scope, call, ((axis,),))
 
 
@@ -304,8 +304,9 @@ def move_axis(axis: Axis, scope: str, *, tied: str = "", name: str | None = None
         tied=tied,
         name=prefix + axis.name,
         module=above(axis.module, scope),
-        read_at=above(axis.read_at, scope),
         slices=tuple(replace(s, tensor=above(s.tensor, scope)) for s in axis.slices),
+        taps=tuple(replace(t, module=above(t.module, scope)) for t in axis.taps),
+        norms=tuple(replace(t, module=above(t.module, scope)) for t in axis.norms),
         attributes=tuple(_move_attribute(a, scope, prefix) for a in axis.attributes),
         parent=None if axis.parent is None else prefix + axis.parent,
         removal=None if removal is None else replace(removal, module=above(removal.module, scope)),

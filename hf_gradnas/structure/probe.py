@@ -12,7 +12,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import Cache
 
 from .._compat import configs_of
 from ..errors import StructureError
-from ..types import Slice
+from ..types import Role, Slice
 from .trace import Attention, Call, Matmul, map_tensors, record
 
 MIN_NEURONS = 8
@@ -99,10 +99,11 @@ def probe_heads(module: nn.Module, call: Call, *, core: str, projection: str) ->
         if x.shape[-1] % heads:
             raise StructureError(f"{heads} heads do not divide the context width {x.shape[-1]}")
         width = x.shape[-1] // heads
+        makers = {e.parameter for e in events if isinstance(e, Matmul)}
         names, owners = _head_owners(module, x, heads, exclude=projection)
     weights = dict(module.named_parameters())
     out_dim = 1 if out.function == "linear" else 0
-    head_slices = [Slice(projection, out_dim, width, 0, width)]
+    head_slices = [Slice(projection, out_dim, width, 0, width, "reads")]
     group_slices: list[Slice] = []
     groups: int | None = None
     for name in names:
@@ -114,8 +115,9 @@ def probe_heads(module: nn.Module, call: Call, *, core: str, projection: str) ->
             if per_group and groups not in (None, count):
                 raise StructureError(f"{name} groups the heads in {count}, another in {groups}")
             groups = count if per_group else groups
-            head_slices += [_with_tensor(s, name, dim) for s in per_head]
-            group_slices += [_with_tensor(s, name, dim) for s in per_group]
+            role: Role = "makes" if name in makers else "follows"
+            head_slices += [replace(s, tensor=name, dim=dim, role=role) for s in per_head]
+            group_slices += [replace(s, tensor=name, dim=dim, role=role) for s in per_group]
     head_slices = _add_biases(head_slices, weights, skip=projection)
     group_slices = _add_biases(group_slices, weights, skip=projection)
     if len(head_slices) == 1 and heads > 1:  # all that a single head owns goes with the module
@@ -157,14 +159,16 @@ def probe_neurons(
         ]
         touched = [_touched_by_neuron(x, i, [weights[n] for n in candidates]) for i in picked]
     out_dim = 1 if down.function == "linear" else 0
-    slices = [Slice(projection, out_dim, 1, 0, 1)]
+    slices = [Slice(projection, out_dim, 1, 0, 1, "reads")]
     for position, name in enumerate(candidates):
         if name.endswith(".bias") and name[:-5] + ".weight" in weights:
             continue
         per_neuron = [t[position] for t in touched]
-        slices += _neuron_slices(name, per_neuron, picked, size)
+        role: Role = "makes" if name in producers else "follows"
+        found = _neuron_slices(name, per_neuron, picked, size)
+        slices += [replace(part, role=role) for part in found]
     slices = _add_biases(slices, weights, skip=projection)
-    if not any(s.tensor in producers for s in slices):
+    if not any(s.role == "makes" for s in slices):
         raise StructureError("no earlier weight has rows that belong to single neurons")
     return size, tuple(slices)
 
@@ -286,10 +290,6 @@ def _regular(
         width = widths.pop()
         slices.append(Slice("", 0, width, starts[0], strides.pop() if strides else width))
     return slices
-
-
-def _with_tensor(block: Slice, tensor: str, dim: int) -> Slice:
-    return Slice(tensor, dim, block.width, block.offset, block.stride)
 
 
 def _touched_by_neuron(x: Tensor, neuron: int, parameters: list[Tensor]) -> list[list[list[int]]]:

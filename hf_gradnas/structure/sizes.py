@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..types import Attribute, Axis, Kind
+from ..types import Attribute, Axis
 from . import modeling_gradnas
 from .trace import above, below
 
@@ -74,28 +74,16 @@ def new_sizes(
         modules.setdefault(path, {})[leaf] = shape
     for attribute, axis in attributes:
         entry = modules.setdefault(attribute.module, {})
-        if axis.kind is Kind.CHANNELS and not attribute.in_config:
-            # Counted down: the channels of a concatenation belong to several axes, or to none.
-            before = entry.get(attribute.name, _size_at(model, attribute))
-            entry[attribute.name] = before - attribute.factor * (axis.size - counts[axis.name])
-        else:
-            _set_attribute(entry, attribute, counts)
+        if attribute.in_config:
+            entry = entry.setdefault("config", {})
+        if attribute.per is not None:
+            entry[attribute.name] = attribute.factor * counts[axis.name] // counts[attribute.per]
+            continue
+        whole = attribute.factor * axis.size if attribute.value is None else attribute.value
+        # Counted down: the channels of a concatenation belong to several axes, or to none.
+        before = entry.get(attribute.name, whole)
+        entry[attribute.name] = before - attribute.factor * (axis.size - counts[axis.name])
     return modules
-
-
-def _size_at(model: nn.Module, attribute: Attribute) -> int:
-    value = getattr(model.get_submodule(attribute.module), attribute.name)
-    return int(value[0] if isinstance(value, tuple) else value)
-
-
-def _set_attribute(entry: dict[str, Any], attribute: Attribute, counts: Mapping[str, int]) -> None:
-    value = attribute.factor * counts[attribute.axis]
-    if attribute.per is not None:
-        value //= counts[attribute.per]
-    if attribute.in_config:
-        entry.setdefault("config", {})[attribute.name] = value
-    else:
-        entry[attribute.name] = value
 
 
 def cut_part(

@@ -11,13 +11,15 @@ from .._lazy import getter
 from .costs import Budget, CostModel, Product
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
+from .kinds import KINDS, PARENTS, Kind, KindRow, Mask
 from .plan_checks import check_indices, check_values, is_integer
 from .structure import (
     Attribute,
     Axis,
-    Kind,
+    Pattern,
     Refusal,
     Removal,
+    Role,
     Slice,
     StockGroup,
     StockSpace,
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from .plans import Plan, Scores
 
 __all__ = [
+    "KINDS",
     "MASKED",
+    "PARENTS",
     "REPAIRED",
     "REPAIR_MARK",
     "STATES",
@@ -39,11 +43,15 @@ __all__ = [
     "CostModel",
     "Frontier",
     "Kind",
+    "KindRow",
+    "Mask",
+    "Pattern",
     "Plan",
     "Point",
     "Product",
     "Refusal",
     "Removal",
+    "Role",
     "Scores",
     "Slice",
     "StockGroup",

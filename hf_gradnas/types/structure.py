@@ -5,34 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from typing import Literal
 
 from ..errors import StructureError
+from .kinds import KINDS, Kind
+
+Role = Literal["makes", "reads", "follows"]
+"""What rows do for a unit: make its values, read them, or follow (biases, norms, statistics)."""
 
 
-class Kind(str, Enum):
-    """What the units of an axis are. Compares and formats as its value."""
-
-    HEADS = "heads"
-    KV_GROUPS = "kv_groups"
-    NEURONS = "neurons"
-    CHANNELS = "channels"
-
-    __str__ = str.__str__
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """The rows of one tensor that belong to each unit of an axis.
+class Pattern:
+    """Places of units along one dimension, the same for tensors and for activations.
 
     Unit ``i`` owns rows ``offset + i*stride … offset + i*stride + width - 1`` of dimension `dim`.
     """
 
-    tensor: str
+    __slots__ = ()
+
     dim: int
-    width: int = 1
-    offset: int = 0
-    stride: int = 1
+    width: int
+    offset: int
+    stride: int
 
     def rows(self, units: Iterable[int]) -> list[int]:
         """Rows of the given units, in the order of the units."""
@@ -40,17 +33,47 @@ class Slice:
             self.offset + unit * self.stride + row for unit in units for row in range(self.width)
         ]
 
+    def end(self, size: int) -> int:
+        """One after the last row of `size` units."""
+        return self.offset + (size - 1) * self.stride + self.width
+
 
 @dataclass(frozen=True, slots=True)
-class Tap:
+class Slice(Pattern):
+    """The rows of one tensor that belong to each unit of an axis.
+
+    Attributes:
+        tensor: Full name of a parameter or buffer.
+        dim: Dimension of the tensor.
+        role: ``"makes"``: rows of a weight that put out the unit's values (query, key, value, up
+            and gate projections, producing convolutions). ``"reads"``: columns of a weight that
+            take them in (out-projections, consuming convolutions). ``"follows"``: all else that
+            goes with the unit (biases, norms, statistics, depthwise kernels, position tables).
+            Slices are equal when they are the same rows.
+    """
+
+    tensor: str
+    dim: int
+    width: int = 1
+    offset: int = 0
+    stride: int = 1
+    role: Role = field(default="follows", compare=False)
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Tap(Pattern):
     """Where the units of an axis stand among the activations of a module.
 
-    Unit ``i`` owns entries ``offset + i*stride … offset + i*stride + width - 1`` of dimension `dim`
-    of the module's first input or of its output. An axis may have several taps at one module.
+    An axis may have several taps at one module.
 
     Attributes:
         module: Path of the module.
-        side: ``"input"`` or ``"output"``.
+        side: ``"input"`` (the module's first) or ``"output"``.
         dim: 1 for channels ``(batch, channels, …)``, -1 for features ``(batch, …, features)``.
     """
 
@@ -61,20 +84,23 @@ class Tap:
     offset: int = 0
     stride: int = 1
 
-    def rows(self, units: Iterable[int]) -> list[int]:
-        """Entries of the given units, in the order of the units."""
-        return [
-            self.offset + unit * self.stride + row for unit in units for row in range(self.width)
-        ]
-
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
     """An integer attribute of a module that repeats a size.
 
-    After a cut its value is ``factor`` times the number of kept units of `axis`, divided by the
-    number of kept units of `per` where that is given (`num_key_value_groups`).
-    With `in_config`, the module reads the value from its ``config`` while it runs.
+    Every lost unit of `axis` takes ``factor`` off its value.
+
+    Attributes:
+        module: Path of the module.
+        name: Name of the attribute.
+        axis: Name of the axis that it counts.
+        factor: What it counts for each unit.
+        per: Name of an axis by whose number of units the count is divided
+            (`num_key_value_groups`).
+        in_config: Whether the module reads the value from its ``config`` while it runs.
+        value: Its value before the cut, where other axes, or none, have a share in it; None: it is
+            ``factor`` times the units of `axis`.
     """
 
     module: str
@@ -83,6 +109,7 @@ class Attribute:
     factor: int = 1
     per: str | None = None
     in_config: bool = False
+    value: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +144,13 @@ class Axis:
         module: Path of the module that holds the axis.
         kind: What the units are.
         size: Number of units.
-        read_at: Path of the out-projection; its input holds `width` values per unit, in order.
-        width: Values per unit at the input of `read_at`.
-        slices: Rows of tensors that belong to a unit. A KV group's are those of its keys and
-            values; the queries and the out-projection belong to the heads.
+        slices: Rows of tensors that belong to a unit, and what they do for it. A KV group's are
+            those of its keys and values; the queries and the out-projection belong to the heads.
+        taps: Where a mask on the units is multiplied, and where scores are measured: the input of
+            the out-projection of heads and neurons, the outputs of all layers that produce
+            channels, in running order. A KV group has the values of all its heads there: masked,
+            they are what they would be without its keys and values, and the sum of their
+            gradients is the group's. Never empty.
         attributes: Sizes repeated outside the tensors.
         parent: Name of the ``kv_groups`` axis whose groups hold the heads, if there is one; every
             kept group keeps the same number of heads, and head ``h`` stands in group
@@ -129,9 +159,6 @@ class Axis:
         minimum: Fewest units that can stay, as far as it is proved (0: it can go altogether).
         tied: Axes with the same non-empty key must keep the same units in a stock checkpoint
             (T5: all layers share one position bias table).
-        taps: Outputs of all layers that produce the units, in running order, for ``channels`` axes
-            (whose `read_at` is the first producer, and `width` the channels per unit there); empty
-            for the other kinds, whose one tap is the input of `read_at`.
         norms: Outputs of layers between producers and consumers whose result for one unit depends
             on other units or on parameters of its own (norms), in running order; a mask on the
             units covers them too.
@@ -141,21 +168,47 @@ class Axis:
     module: str
     kind: Kind
     size: int
-    read_at: str
-    width: int
     slices: tuple[Slice, ...]
+    taps: tuple[Tap, ...]
     attributes: tuple[Attribute, ...] = ()
     parent: str | None = None
     removal: Removal | None = None
     minimum: int = 0
     tied: str = ""
-    taps: tuple[Tap, ...] = ()
     norms: tuple[Tap, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.taps:
+            raise StructureError(
+                f"{self.name}: the axis has no tap, but its units need a place among the "
+                "activations to be masked at; give the input of the layer that reads them."
+            )
+
     @property
-    def masked_at(self) -> tuple[Tap, ...]:
-        """Where a mask on the units is multiplied, and where scores are measured."""
-        return self.taps or (Tap(self.read_at, "input", -1, self.width, 0, self.width),)
+    def makers(self) -> tuple[Slice, ...]:
+        """Rows of weights that put out the units' values."""
+        return tuple(part for part in self.slices if part.role == "makes")
+
+    @property
+    def readers(self) -> tuple[Slice, ...]:
+        """Columns of weights that take the units' values in; a KV group is read by its heads."""
+        return tuple(part for part in self.slices if part.role == "reads")
+
+    @property
+    def width(self) -> int:
+        """Values per unit at the module of the first tap."""
+        first = self.taps[0]
+        return sum(t.width for t in self.taps if (t.module, t.side) == (first.module, first.side))
+
+    @property
+    def per_unit(self) -> int:
+        """What people count in a unit: the channels that it holds, or 1, the unit itself."""
+        return self.width if KINDS[self.kind].counts_values else 1
+
+    @property
+    def is_columns(self) -> bool:
+        """Whether the units are the columns of one layer, in order."""
+        return self.taps == (Tap(self.taps[0].module, "input", -1),) and not self.norms
 
 
 @dataclass(frozen=True, slots=True)

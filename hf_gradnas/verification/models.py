@@ -94,5 +94,5 @@ def _is_patch_embedding(module: _ConvNd) -> bool:
 def _is_settled(refusal: Refusal, channels: Sequence[Axis]) -> bool:
     """Whether the neurons of a refused module turned out to be channels."""
     return refusal.kind == Kind.NEURONS and any(
-        axis.read_at.startswith(f"{refusal.module}.") for axis in channels
+        axis.module.startswith(f"{refusal.module}.") for axis in channels
     )

@@ -88,7 +88,7 @@ def _distinct_names(places: Sequence[Place]) -> list[str]:
     return [
         place.scope
         if same[place.scope, place.template.kind] == 1
-        else above(place.template.versions[0][-1].read_at, place.scope)
+        else above(place.template.versions[0][-1].taps[0].module, place.scope)
         for place in places
     ]
 
