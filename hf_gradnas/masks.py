@@ -263,10 +263,18 @@ class _Multiply:
             check_place(self.axis, tap, x.shape)
         dim = self.taps[0].dim
         mask = self.mask.to(device=x.device, dtype=x.dtype)
-        factors = torch.cat([mask, mask.new_ones(1)])[self._owners_of(x.shape[dim], x.device)]
         shape = [1] * x.ndim
         shape[dim] = x.shape[dim]
+        if self._is_in_order(x.shape[dim]):
+            return x * mask.repeat_interleave(self.taps[0].width).view(shape)
+        factors = torch.cat([mask, mask.new_ones(1)])[self._owners_of(x.shape[dim], x.device)]
         return x * factors.view(shape)
+
+    def _is_in_order(self, entries: int) -> bool:
+        """Whether the entries are those of the units one after another, and no others."""
+        tap = self.taps[0]
+        is_dense = (tap.offset, tap.stride) == (0, tap.width)
+        return len(self.taps) == 1 and is_dense and tap.end(self.axis.size) == entries
 
     def _owners_of(self, entries: int, device: torch.device) -> Tensor:
         """Unit ``(entries,)`` of every entry; the number of units where it belongs to none."""
