@@ -112,7 +112,7 @@ def test_there_is_room_for_some_only(monkeypatch):
 def test_what_is_compared_alone_keeps_its_whole_input():
     with zoo.float64_throughout():
         model, batch, axes, kept = uneven("bert")
-        paths = [axis.read_at for axis in axes if axis.kind is Kind.NEURONS]
+        paths = [axis.taps[0].module for axis in axes if axis.kind is Kind.NEURONS]
         found = find_narrow(model, axes, kept, lambda: model(**batch), but_at=paths[:1])
     assert len(found.axes) == len(paths) - 1
 

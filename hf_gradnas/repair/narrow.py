@@ -91,7 +91,7 @@ def find_narrow(
     names: set[str] = set()
     size = 0.0
     for axis in axes:
-        own = {} if axis.read_at in but_at else _rows_of(model, axis, kept)
+        own = {} if axis.taps[0].module in but_at else _rows_of(model, axis, kept)
         size += sum(_bytes_of(tensor_at(model, name), dims) for name, dims in own.items())
         if size > MOST_BYTES:
             break
