@@ -75,7 +75,7 @@ def check_choice(
         GradNASError: It is not; of the class `error`.
     """
     if not isinstance(value, str) or value not in known:
-        raise error(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}.")
+        raise error(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
 
 
 def first_line(error: BaseException) -> str:

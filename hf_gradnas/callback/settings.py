@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..batches.steps import is_none_or_positive
 from ..config.budgets import parse_budgets
 from ..config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
 from ..config.rules import parse_rules
-from ..errors import DataError, OrderError, PlanError
+from ..errors import DataError, OrderError, PlanError, check_choice
 from ..repair.repairs import CHOICES as REPAIRS
 from ..scores import METHODS
 from ..scores.methods import GRADIENT_METHODS
@@ -54,15 +54,15 @@ class Settings:
     output_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _check("when", self.when, WHENS)
-        _check("score", self.score, (AUTO, *METHODS))
-        _check("search", self.search, STRATEGIES)
-        _check("layout", self.layout, LAYOUTS)
-        _check("labels", self.labels, LABELS)
-        _check("schedule", self.schedule, SCHEDULES)
-        _check("mask", self.mask, MASKS)
-        _check("scores_from", self.scores_from, SOURCES)
-        _check("repair", self.repair, REPAIRS)
+        check_choice("when", self.when, WHENS)
+        check_choice("score", self.score, (AUTO, *METHODS))
+        check_choice("search", self.search, STRATEGIES)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("labels", self.labels, LABELS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("mask", self.mask, MASKS)
+        check_choice("scores_from", self.scores_from, SOURCES)
+        check_choice("repair", self.repair, REPAIRS)
         parse_rules(self.rules)
         parse_budgets(self.budget, {"flops": math.inf, "params": math.inf})
         if not is_none_or_positive(self.num_examples):
@@ -118,11 +118,6 @@ class Settings:
             for glob, rule in parse_rules(self.rules).items()
         }
         return {**asdict(self), "rules": None if self.rules is None else rules}
-
-
-def _check(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise PlanError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
 
 
 # --- What is refused before the first step, since it would fail or mislead at the las -----------
