@@ -22,6 +22,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import zoo  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from traces import Deprecations, traces_of  # noqa: E402
 from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 
 import hf_gradnas  # noqa: E402 - per-layer loading is installed in every test
@@ -60,25 +61,6 @@ def fuzz_seed(request: pytest.FixtureRequest) -> int:
 def fuzz_times(request: pytest.FixtureRequest) -> int:
     """How often as many inputs of the long run."""
     return int(request.config.getoption("--fuzz-times"))
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Whisper's own `generate` passes both (transformers 5.23); goes when upstream stops.
-KNOWN_DEPRECATIONS = ("Passing `generation_config` together with generation-related arguments",)
-FOREIGN = ("transformers.", "accelerate.", "torch.")
-
-
-class _Deprecations(logging.Handler):
-    """Collects what Transformers logs about deprecations; it logs most instead of warning."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if "deprecat" in message.lower() and not message.startswith(KNOWN_DEPRECATIONS):
-            self.messages.append(message)
 
 
 @pytest.fixture
@@ -123,7 +105,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_deprecations() -> Iterator[None]:
     """Fail a test during which Transformers logged a deprecation."""
-    handler = _Deprecations()
+    handler = Deprecations()
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     yield
@@ -139,7 +121,7 @@ _SHAPES: dict[tuple[type[PreTrainedModel], str], Shapes] = {}
 def shapes_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build what a search for stock widths tries once per class and config, not in every test.
 
-    The shapes follow from the two alone; tests/test_config_keys.py builds all of them anew.
+    The shapes follow from the two alone; tests/stock/test_space.py builds all of them anew.
     """
 
     def shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes:
@@ -192,35 +174,10 @@ def nothing_left_behind(
     ]
     earlier = [(model(), frozen) for model, frozen in _EARLIER]
     built = [zoo.Built(model, frozen) for model, frozen in earlier if model is not None]
-    found = [(one, _traces(one)) for one in [*built, *zoo.BUILT]]
+    found = [(one, traces_of(one)) for one in [*built, *zoo.BUILT]]
     zoo.BUILT.clear()
     _EARLIER[:] = [(weakref.ref(one.model), one.frozen) for one, seen in found if not seen]
     if request.node.get_closest_marker("leaves_state") is None:
         traces += [trace for _, seen in found for trace in seen]
     if traces:
         pytest.fail(f"left behind: {', '.join(traces[:10])} ({len(traces)} in all)")
-
-
-def _traces(built: zoo.Built) -> list[str]:
-    """Everything on a model that was not there when it was built, by name."""
-    traces = []
-    for path, module in built.model.named_modules():
-        place = path or "the model"
-        for kind in HOOKS:
-            hooks = getattr(module, kind)
-            if hooks and any(_is_ours(hook) for hook in hooks.values()):
-                traces.append(f"{kind} on {place}")
-        if module.training:
-            traces.append(f"training flag of {place}")
-    for path, parameter in built.model.named_parameters():
-        if parameter.grad is not None:
-            traces.append(f"gradient of {path}")
-        if parameter.requires_grad is (path in built.frozen):
-            traces.append(f"requires_grad of {path}")
-    return traces
-
-
-def _is_ours(hook: object) -> bool:
-    """Whether a hook is not one that Transformers or Accelerate install for good."""
-    function = getattr(hook, "func", hook)
-    return not str(getattr(function, "__module__", "")).startswith(FOREIGN)

@@ -2,15 +2,15 @@
 
 import logging
 
-import conftest
 import pytest
 import torch
 import zoo
+from traces import KNOWN_DEPRECATIONS, Deprecations, traces_of
 
 
 def _watch(model):
     (built,) = (built for built in zoo.BUILT if built.model is model)
-    return conftest._traces(built)
+    return traces_of(built)
 
 
 def test_a_fresh_model_has_no_traces():
@@ -41,7 +41,7 @@ def test_hooks_that_transformers_leaves_are_not_ours():
 
 
 def test_deprecations_are_collected():
-    handler = conftest._Deprecations()
-    for message in ("x is deprecated", "fine", conftest.KNOWN_DEPRECATIONS[0] + " is deprecated"):
+    handler = Deprecations()
+    for message in ("x is deprecated", "fine", KNOWN_DEPRECATIONS[0] + " is deprecated"):
         handler.emit(logging.LogRecord("transformers", 30, "", 0, message, (), None))
     assert handler.messages == ["x is deprecated"]

@@ -1,9 +1,10 @@
 """A convolutional network on real images: pruned to 60 % of its FLOPs, it recovers in one epoch."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
+from places import EXAMPLES
+
+sys.path.insert(0, str(EXAMPLES / "benchmarks"))
 
 import digits
 

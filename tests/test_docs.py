@@ -6,7 +6,6 @@ import shlex
 import sys
 import textwrap
 from itertools import chain, pairwise
-from pathlib import Path
 
 import datasets
 import pytest
@@ -14,6 +13,7 @@ import typer
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from doc_scenes import CLASSIFIER, STORIES, keep_to_yourself, scene_for, write_files
+from places import ROOT
 
 import hf_gradnas
 from hf_gradnas import nas, repair
@@ -23,7 +23,6 @@ from hf_gradnas.config.recipe_files import shipped_recipes
 from hf_gradnas.config.sweep import Sweep, build_sweep
 from hf_gradnas.scores import methods
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
 ALL = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8"), **PAGES}

@@ -23,6 +23,7 @@ from cli_cases import (
     write_text,
     write_wave,
 )
+from places import EXAMPLES
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -31,7 +32,6 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
 )
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
 
 

@@ -4,17 +4,17 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from places import TESTS
 from safetensors.torch import load_file
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas.types import Plan, Scores
 
-FOLDER = Path(__file__).parent / "data" / "format_0_1"
+FOLDER = TESTS / "data" / "format_0_1"
 spec = importlib.util.spec_from_file_location("make_format_0_1", FOLDER / "make.py")
 make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)

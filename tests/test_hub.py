@@ -21,6 +21,7 @@ import torch
 import zoo
 from hub_server import DROP, FINE, FINE_READ, READ, WRITE, Fault, Hub
 from huggingface_hub import constants
+from places import EXAMPLES, SUPPORT
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -33,8 +34,7 @@ from hf_gradnas.hub import COMMIT_MESSAGE, check_access, push
 
 # The client hands open files to httpx2 in a way that this calls deprecated (huggingface_hub 2.4).
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-SCRIPT = Path(__file__).with_name("hub_process.py")
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SCRIPT = SUPPORT / "hub_process.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import SUPPORT
 
-SCRIPT = Path(__file__).with_name("kill_process.py")
+SCRIPT = SUPPORT / "kill_process.py"
 
 
 def kill(folder, count, seed):

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_gradnas"
 FILES = sorted(PACKAGE.rglob("*.py"))
 

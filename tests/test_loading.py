@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from places import SUPPORT
 from safetensors.torch import save_file
 
 from hf_gradnas import GradNASPruner
 
-SCRIPT = Path(__file__).with_name("family_process.py")
-FORKED = Path(__file__).with_name("forked.py")
+SCRIPT = SUPPORT / "family_process.py"
+FORKED = SUPPORT / "forked.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,15 @@
 """Every block of the migration page runs; those of ModelOpt with nothing but another import."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from transformers import GPTJConfig, GPTJForQuestionAnswering
 
 from hf_gradnas import nas
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(py|python)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 IMPORTS = re.compile(r"modelopt\.torch\.(prune|nas|opt)\b")
 SEARCH = nas.GradientBinarySearcher
@@ -100,7 +100,7 @@ def test_names_on_the_page_are_public(name):
 
 
 def test_links_lead_to_files():
-    docs = Path(__file__).resolve().parents[1] / "docs"
+    docs = ROOT / "docs"
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE)
     assert targets
     assert [target for target in targets if not (docs / target).exists()] == []

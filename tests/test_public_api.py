@@ -4,13 +4,13 @@ import inspect
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import hf_gradnas
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = hf_gradnas.__all__
 MAX_NAMES = 15
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import zoo
 from cli_cases import save_bert, save_llama, write_text
+from places import EXAMPLES
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas.masks import multiplied, out_projection
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
+sys.path.insert(0, str(EXAMPLES / "benchmarks"))
 
 import peers
 import quality

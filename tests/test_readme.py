@@ -3,11 +3,10 @@
 import ast
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETUP = "python -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt"
 COMMANDS = {

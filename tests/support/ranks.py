@@ -1,7 +1,7 @@
 """Several processes of one group, forked from one that imports their script once.
 
 ``python ranks.py COUNT SCRIPT ARGUMENTS...`` calls the script's `main` in each of them, with the
-variables that a launcher sets. tests/test_distributed_cli.py goes through a real launcher, which
+variables that a launcher sets. tests/cli/test_distributed.py goes through a real launcher, which
 imports torch itself and lets every process import everything anew.
 """
 

@@ -14,7 +14,7 @@ ROUTE, FOLDER = sys.argv[1:]
 if ROUTE == "shim":
     sys.modules["hf_gradnas"] = None  # type: ignore[assignment] - importing it fails
 else:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/forked.py is isolated
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # forked.py is isolated
     import hf_gradnas  # noqa: F401
 
 import torch  # noqa: E402

@@ -12,6 +12,7 @@ import handmade
 import pytest
 import torch
 import transformers
+from places import SUPPORT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -20,8 +21,8 @@ from hf_gradnas.checkpoint import install as installing
 from hf_gradnas.checkpoint.install import install, install_when_imported
 from hf_gradnas.structure.modeling_gradnas import is_per_layer, make_per_layer, resize
 
-SCRIPT = Path(__file__).with_name("loading_process.py")
-FORKED = Path(__file__).with_name("forked.py")
+SCRIPT = SUPPORT / "loading_process.py"
+FORKED = SUPPORT / "forked.py"
 
 
 def run(*arguments, folder, isolated=False):

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import cli_cases
+from places import ROOT
 from transformers import AutoModelForMaskedLM
 
 COMMAND = "python -m hf_gradnas.prune --model bert-base-uncased"
 
 
 def test_bert_base_uncased(tmp_path: Path) -> None:
-    readme = Path(__file__).parents[1] / "README.md"
+    readme = ROOT / "README.md"
     assert f"\n{COMMAND}\n" in readme.read_text(encoding="utf-8")
     repository = tmp_path / "hub" / "models--bert-base-uncased"
     cli_cases.save_bert(repository / "snapshots" / ("0" * 40), "BertForMaskedLM")

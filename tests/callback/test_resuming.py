@@ -14,6 +14,7 @@ import pytest
 import torch
 from callback_process import SHARED, resumable, still_of
 from callback_runs import Rows, logits_of, make_trainer, numel, pruning
+from places import SUPPORT
 from ranks import launch
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
@@ -29,7 +30,7 @@ from hf_gradnas.callback.resuming import (
 from hf_gradnas.errors import CheckpointError, GradNASWarning, PlanError, ScoresError
 
 pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
-SCRIPT = Path(__file__).with_name("callback_process.py")
+SCRIPT = SUPPORT / "callback_process.py"
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "begin": {"when": "begin"},

@@ -13,7 +13,7 @@ ROUTE, *FOLDERS = sys.argv[1:]
 if ROUTE == "shim":
     sys.modules["hf_gradnas"] = None  # type: ignore[assignment] - importing it fails
 else:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/forked.py is isolated
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # forked.py is isolated
 if ROUTE == "before":
     from hf_gradnas.checkpoint.install import install_when_imported
 
