@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import described
 from ..masks import masked
 from ..structure.sizes import Kept, Rows, kept_rows, tensor_at
-from ..types import Axis, Kind
+from ..types import Axis
 from .operands import tensors_of
 from .readers import input_dim
 from .repairs import exchange
@@ -108,7 +108,7 @@ def _rows_of(model: nn.Module, axis: Axis, kept: Kept) -> Rows:
 
     A layer whose inputs or outputs are only in part of this axis is split by its size afterwards.
     """
-    if axis.kind is not Kind.NEURONS or axis.taps or axis.norms or axis.tied or axis.parent:
+    if not axis.is_columns or axis.tied or axis.parent is not None:
         return {}
     if len(kept.get(axis.name, range(axis.size))) == axis.size:
         return {}
