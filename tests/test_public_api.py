@@ -1,6 +1,7 @@
 """What the package promises: few names, documented, and quick to import."""
 
 import inspect
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +13,7 @@ import hf_gradnas
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = hf_gradnas.__all__
+PUBLIC = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
 MAX_NAMES = 15
 
 
@@ -33,6 +35,20 @@ def test_every_name_is_importable_documented_and_in_the_readme(name):
         assert len(inspect.getdoc(value) or "") > 20
         assert vars(value)["__doc__"], f"{name} only inherits its docstring"
         assert f"`{name}" in README or f" {name}" in README
+
+
+@pytest.mark.parametrize("path", PUBLIC)
+def test_what_the_api_page_lists_is_there_and_documented(path):
+    home, _, name = path.rpartition(".")
+    value = getattr(import_module(home), name)
+    assert len(inspect.getdoc(value) or "") > 20
+    assert not any(part.startswith("_") for part in path.split("."))
+
+
+def test_every_name_of_the_package_is_on_the_api_page():
+    listed = {path.rpartition(".")[2] for path in PUBLIC}
+    errors = {"GradNASError", "GradNASWarning"}  # with their whole module
+    assert set(NAMES) - {"__version__"} - errors <= listed
 
 
 def test_an_unknown_name_is_an_attribute_error():
