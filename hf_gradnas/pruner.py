@@ -31,7 +31,7 @@ from .report import say_repair
 from .running.shards import gathered, is_sharded
 from .running.wrappers import check_parameters
 from .scores import METHODS, check_scores, collect_scores
-from .scores.prediction import settled
+from .scores.methods import settled
 from .search.solver import STRATEGIES, find_plan
 from .surgery import check_plan
 from .types import Budget, Frontier, Plan, Scores

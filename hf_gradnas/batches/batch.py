@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
-from ..errors import DataError
-from .columns import check_columns, wrong_column
+from ..errors import DataError, GradNASError, described
 
 IGNORED = -100  # the label that Transformers' losses leave out
 
@@ -151,3 +152,144 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     """Bytes of a tensor's values, in any dtype."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().tobytes()
+
+
+# --- which columns must be tensors, and of which kind ---------------------------------------------
+
+
+# Columns whose dimensions this package reads itself, and how many they have at least.
+_TENSORS = {
+    "input_ids": 2,
+    "attention_mask": 2,
+    "token_type_ids": 2,
+    "decoder_input_ids": 2,
+    "decoder_attention_mask": 2,
+    "inputs_embeds": 3,
+}
+
+
+def check_columns(index: int, columns: Mapping[Any, Any]) -> None:
+    """Check that the names are texts, and that tensors are plain ones of enough dimensions.
+
+    Raises:
+        DataError: They are not.
+    """
+    for name, value in columns.items():
+        if not isinstance(name, str):
+            told = f"{name!r:.60} as the name of a column"
+            raise wrong_column(index, told, "names of the model's inputs")
+        least = _TENSORS.get(name)
+        is_other = least and not isinstance(value, Tensor | Mapping | None)
+        if isinstance(value, np.ndarray) or is_other:
+            raise wrong_column(index, f"{name} as a {type(value).__name__}", "a torch tensor")
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_nested or value.layout != torch.strided or value.is_meta or value.is_complex():
+            kind = f"{value.dtype}, {value.layout}, on {value.device}"
+            raise wrong_column(
+                index, f"{name} as a tensor of {kind}", "a dense tensor of real numbers"
+            )
+        if least and (value.ndim < least or 0 in value.shape[1:]):
+            needed = f"{least} dimensions or more, none of them empty"
+            raise wrong_column(index, f"{name} of shape {tuple(value.shape)}", needed)
+
+
+def wrong_column(index: int, found: str, needed: str) -> DataError:
+    """The error for a column that no model can take."""
+    return DataError(
+        f"Batch {index}: found {found}, needed {needed}; mend the data set or its collate function."
+    )
+
+
+# --- what a batch must hold, and a run whose error names it ---------------------------------------
+
+
+_IDS = ("input_ids", "decoder_input_ids")
+
+
+def run_model(model: nn.Module, index: int, columns: Mapping[str, Any]) -> Any:
+    """Outputs of a model for the columns of a batch, which are moved to its device.
+
+    Raises:
+        DataError: The columns cannot be what the model takes, or it fails on them.
+    """
+    check_ids(index, columns, model)
+    try:
+        return model(**to_device(columns, model))
+    except (GradNASError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's own code may raise anything
+        shapes = {n: tuple(v.shape) for n, v in columns.items() if isinstance(v, Tensor)}
+        raise DataError(
+            f"Batch {index}: {type(model).__name__} fails on columns of the shapes {shapes} "
+            f"({described(error)}); check that they are what its forward "
+            "takes, and that all examples of a batch are padded to one length."
+        ) from error
+
+
+def check_ids(index: int, columns: Mapping[str, Any], model: nn.Module) -> None:
+    """Check that token ids and labels are integers which the model has an entry for.
+
+    Raises:
+        DataError: They are not.
+    """
+    words = _words(model)
+    for name in _IDS:
+        ids = columns.get(name)
+        if not isinstance(ids, Tensor):
+            continue
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise wrong_column(index, f"{name} of {ids.dtype}", "token ids of torch.int64")
+        if words is not None:
+            _check_range(index, name, ids, words)
+    labels = [name for name in find_labels(type(model)) if isinstance(columns.get(name), Tensor)]
+    for name in labels:
+        found = columns[name]
+        if found.is_floating_point() or found.dtype == torch.bool or not found.numel():
+            continue
+        _check_range(index, name, found[found != IGNORED], _classes(model, name, found))
+    rows = {
+        n: columns[n].shape[0]
+        for n in (*labels[:1], "input_ids", "attention_mask")
+        if isinstance(columns.get(n), Tensor) and columns[n].ndim
+    }
+    if len({rows.get("input_ids"), *rows.values()} - {None}) > 1 and "input_ids" in rows:
+        told = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise wrong_column(index, f"columns of different numbers of rows ({told})", "one row each")
+
+
+def _check_range(index: int, name: str, ids: Tensor, size: int | None) -> None:
+    if not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (size is not None and high >= size):
+        needed = "0 or more" if size is None else f"0 to {size - 1}"
+        also = "" if name in _IDS else f", or {IGNORED} for what is not predicted"
+        found = low if low < 0 else high
+        raise wrong_column(index, f"{name} with the id {found}", f"{needed}{also}")
+
+
+def _words(model: nn.Module) -> int | None:
+    """Number of a text model's tokens; None where ids may also mean something else."""
+    if not isinstance(model, PreTrainedModel) or model.config.sub_configs:
+        return None
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def _classes(model: nn.Module, name: str, labels: Tensor) -> int | None:
+    """Number of classes that a label may name; None where that is not known."""
+    if name != "labels" or not isinstance(model, PreTrainedModel):
+        return None
+    config = model.config
+    if type(model).__name__.endswith("Classification"):
+        is_class = config.num_labels > 1 and config.problem_type in (
+            None, "single_label_classification",
+        )  # fmt: skip
+        return config.num_labels if is_class else None
+    head = model.get_output_embeddings()
+    is_words = isinstance(head, nn.Linear) and labels.ndim == 2  # noqa: PLR2004 - a matrix
+    return head.out_features if is_words else None

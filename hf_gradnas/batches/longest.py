@@ -13,8 +13,7 @@ from transformers.utils import find_labels
 
 from ..errors import DataError
 from ..running.processes import Processes
-from .batch import check_batch, read_batches
-from .inputs import check_ids
+from .batch import check_batch, check_ids, read_batches
 from .loaders import deal
 from .steps import check_end, is_none_or_positive, read_steps
 

@@ -1,4 +1,4 @@
-"""What must follow a cut in place: the optimizer's parameters, and a trainer's references."""
+"""What must follow a cut in place: optimizer, a trainer's references, what it pushes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def tokenizer_of(event: Mapping[str, Any]) -> Any:
     return next((each for each in found if isinstance(each, PreTrainedTokenizerBase)), None)
 
 
-# --- What ``push_to_hub`` of a trainer's arguments means for the model that the callb -----------
+# --- ``push_to_hub`` of a trainer's arguments -----------------------------------------------------
 
 
 def check_publishing(args: Any) -> None:

@@ -87,7 +87,7 @@ def check_same_cut(state: Any, saved: dict[str, Any] | None, plan: Plan) -> None
         )
 
 
-# --- How far a pruning run has come, in the form that a trainer's checkpoint keeps --------------
+# --- how far a run has come, as a trainer's checkpoint keeps it -----------------------------------
 
 
 FILE = "gradnas.safetensors"

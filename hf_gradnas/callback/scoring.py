@@ -83,7 +83,7 @@ def without_lost(scores: Scores, pruner: GradNASPruner, kept: Kept) -> Scores:
     return replace(scores, values=cleared(scores.values), also=also)
 
 
-# --- Batches for private scoring passes, made from a trainer's loader without disturb -----------
+# --- batches of a trainer's loader, for passes of their own ---------------------------------------
 
 
 Batches = Iterable[Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""What a user asks the callback for, checked once."""
+"""What a user asks the callback for, checked before the first step; and the stages of a run."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Settings:
         return {**asdict(self), "rules": None if self.rules is None else rules}
 
 
-# --- What is refused before the first step, since it would fail or mislead at the las -----------
+# --- what is refused before the first step --------------------------------------------------------
 
 
 # Which callback prunes a model, and in the training of which state.
@@ -207,7 +207,7 @@ def check_unwrapped(args: Any) -> None:
         )
 
 
-# --- How the pruned share grows over a training run, and what each stage's budget is ------------
+# --- how the pruned share grows over a run --------------------------------------------------------
 
 
 def _cubic(progress: float) -> float:

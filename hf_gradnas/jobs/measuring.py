@@ -1,4 +1,4 @@
-"""Measures a model before and after the cut, and warns where it lost much."""
+"""Measures a model before and after the cut; warns where it lost much, or knew nothing."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def warn_of_loss(
         report.warn(f"{lost}; {train} ({epochs}), or choose a milder budget ({other}).")
 
 
-# --- Measures loss and accuracy or perplexity of a model on labelled batches --------------------
+# --- loss, and accuracy or perplexity -------------------------------------------------------------
 
 
 _PERPLEXITY = (Head.CAUSAL, Head.MASKED, Head.SEQ2SEQ)
@@ -234,7 +234,7 @@ def _guesses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
     return int((logits.argmax(dim=-1) == labels)[counted].sum()), int(counted.sum())
 
 
-# --- Figures of an unpruned model that are worse than guessing: said, with what is li -----------
+# --- figures that are worse than guessing ---------------------------------------------------------
 
 
 # Standard errors below chance, and share above the vocabulary, that are put down to chance.

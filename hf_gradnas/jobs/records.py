@@ -68,7 +68,7 @@ def words_of(recipe: Recipe, given: Iterable[str]) -> list[str]:
     return parts
 
 
-# --- the table of settings ----------------------------------------------------------------------
+# --- the table of settings ------------------------------------------------------------------------
 
 
 def _count(found: int, wanted: int, held_out: int) -> str:

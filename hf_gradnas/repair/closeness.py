@@ -17,12 +17,11 @@ from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
 from .._compat import configs_of
-from ..batches.batch import Batch, check_batch
-from ..batches.inputs import run_model
+from ..batches.batch import Batch, check_batch, run_model
 from ..running.processes import Processes
 from ..running.states import evaluating
 from ..running.wrappers import called_plainly, uncompiled, without_autocast
-from ..scores.sampling import Prediction, inputs_to_sample, predict
+from ..scores.losses import Prediction, inputs_to_sample, predict
 from .divergence import DIVERGENCES, at_least_float32
 
 Variant = Callable[[], AbstractContextManager[Any]]

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, Trainer
 from ..batches.batch import Batch, read_batches, to_device
 from ..errors import DataError, StructureError
 from ..running.states import evaluating, frozen
+from ..scores.losses import predict
 from ..scores.normaliser import IGNORED, TOKEN_COUNTS, count_labels, find_normaliser
 from ..scores.normaliser import is_token_labels as is_tokens
-from ..scores.sampling import predict
 from .attention import Seen, Site, check_probabilities, find_sites, pair_attentions, watched
 from .divergence import DIVERGENCES, attention_divergence, relative_error, weighted_divergence
 from .objective import ATTENTIONS, HIDDEN, Distillation

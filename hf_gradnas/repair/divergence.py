@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..scores.sampling import Distribution, bernoulli, categorical, gaussian
+from ..scores.losses import Distribution, bernoulli, categorical, gaussian
 
 # From logits of student and teacher (positions, values) and the temperature to (positions,).
 Divergence = Callable[[Tensor, Tensor, float], Tensor]

@@ -18,7 +18,7 @@ from transformers.utils import find_labels
 from ..batches.batch import Batch, check_batch, to_device
 from ..batches.longest import from_main
 from ..running.processes import Processes
-from ..scores.sampling import inputs_to_sample
+from ..scores.losses import inputs_to_sample
 from ..types import Axis, Plan
 from .narrow import Narrow, find_narrow
 from .readers import Found, Reader

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..batches.batch import Batch
-from ..batches.inputs import run_model
+from ..batches.batch import Batch, run_model
 from ..batches.steps import read_steps
 from ..errors import RepairError
 from ..running.processes import Processes
-from ..scores.sampling import inputs_to_sample
+from ..scores.losses import inputs_to_sample
 from .closeness import prediction_of
 from .divergence import at_least_float32
 from .paused import Conductor, Forward

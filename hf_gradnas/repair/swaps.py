@@ -31,14 +31,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..batches.batch import Batch
-from ..batches.inputs import run_model
+from ..batches.batch import Batch, run_model
 from ..batches.steps import read_steps
 from ..errors import RepairError
 from ..masks import add_pre_hook
 from ..running.processes import Processes
-from ..scores.prediction import with_prediction
-from ..scores.sampling import inputs_to_sample
+from ..scores.losses import inputs_to_sample
+from ..scores.methods import with_prediction
 from ..types import Axis, Plan, Scores
 from .closeness import running
 from .divergence import at_least_float32

@@ -6,8 +6,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,20 +17,19 @@ from torch import nn
 from .._compat import configs_of
 from ..batches.batch import digest
 from ..batches.ordering import number_of
-from ..batches.steps import HeldOut, Step, hold_out, read_steps
+from ..batches.steps import HELD_OUT_EVERY, HeldOut, Step, hold_out, read_steps
 from ..config.defaults import GLOBAL_METHODS
-from ..errors import DataError, ScoresError
+from ..errors import DataError, ScoresError, check_choice
 from ..running.processes import Processes
 from ..running.wrappers import check_parameters, uncompiled
-from ..types import Axis, Scores
-from .fingerprints import check_same_everywhere, model_fingerprint
+from ..types import Axis, Scores, is_integer
+from ..types.plans import POWERS
+from .fingerprints import axes_fingerprint, check_same_everywhere, model_fingerprint
 from .gradients import GradientRecorder
-from .keeping import kept
 from .losses import DataLoss, Objective, SampledLoss
 from .measure import GlobalBatch, Measure, Part
-from .methods import WEIGHT_METHODS
-from .settings import check_arguments, check_methods, settings_of
-from .state import Record, State, continued
+from .methods import GRADIENT_METHODS, METHODS, ROW_METHODS, WEIGHT_METHODS
+from .state import Record, State, continued, kept
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -259,3 +259,88 @@ def _finish(record: Record, state: State) -> Scores:
             "check that labels are not all ignored (-100) and that the head is trained."
         )
     return record.write(record.scores(found, complete=True))
+
+
+# --- what a pass is asked for ---------------------------------------------------------------------
+
+
+LABELS = ("data", "model")
+MASK_PLACES = {"input": "out_projection_input", "output": "producer_output"}
+
+
+def check_arguments(seed: object, file: object, progress: object) -> None:
+    """Check what would fail only after the first batch was scored."""
+    is_seed = is_integer(seed) and cast(int, seed) >= 0
+    for name, is_right, found, needed in (
+        ("seed", is_seed, seed, "a whole number of 0 or more"),
+        ("file", isinstance(file, str | PathLike | None) and file != "", file, "a path or None"),
+        ("progress", progress is None or callable(progress), progress, "a function or None"),
+    ):
+        if not is_right:
+            raise ScoresError(f"{name}={found!r:.80}: needed {needed}; give that, or omit it.")
+
+
+def check_methods(method: str, also: Sequence[str]) -> tuple[str, ...]:
+    """All methods of a pass, checked.
+
+    Raises:
+        ScoresError: One is unknown, named twice, or needs no pass.
+    """
+    check_choice("method", method, METHODS, ScoresError)
+    if isinstance(also, str) or not isinstance(also, Sequence):
+        raise ScoresError(
+            f"also={also!r:.80}: needed a list of methods; give also=[…], or omit it."
+        )
+    if not also:
+        return (method,)
+    methods = (method, *also)
+    for name in methods:
+        check_choice("also", name, GRADIENT_METHODS, ScoresError)
+    if len(set(methods)) < len(methods):
+        raise ScoresError(f"method={method!r}, also={also!r}: found one twice; name each once.")
+    return methods
+
+
+def settings_of(
+    axes: Sequence[Axis],
+    methods: Sequence[str],
+    labels: str,
+    num_examples: int | None,
+    seed: int,
+    processes: Processes,
+    *,
+    held_out: bool = False,
+) -> dict[str, Any]:
+    """Everything that scores depend on besides model and data; the seed only where it is used.
+
+    Raises:
+        ScoresError: An unknown choice.
+    """
+    check_choice("labels", labels, LABELS, ScoresError)
+    method, *also = methods
+    is_global = any(name in GLOBAL_METHODS for name in methods)
+    return {
+        "accumulation_steps": processes.accumulation_steps if is_global else 1,
+        "also": also,
+        "axes": axes_fingerprint(axes),
+        "held_out_every": HELD_OUT_EVERY if held_out else None,
+        "labels": labels,
+        "mask_place": _mask_place(axes),
+        "method": method,
+        "num_examples": num_examples,
+        POWERS: _powers(methods),
+        "processes": 1 if method in WEIGHT_METHODS else processes.count,
+        "seed": seed if labels == "model" or method == "random" else None,
+    }
+
+
+def _powers(methods: Iterable[str]) -> dict[str, list[float]] | None:
+    """Between which powers of norms methods choose; None where none does, as in files of 0.1."""
+    powers = {name: list(ROW_METHODS[name]) for name in methods if name in ROW_METHODS}
+    return {name: found for name, found in powers.items() if len(found) > 1} or None
+
+
+def _mask_place(axes: Iterable[Axis]) -> str:
+    """Where the masks of the axes stand, in the order of `MASK_PLACES`."""
+    sides = {tap.side for axis in axes for tap in axis.taps}
+    return ",".join(place for side, place in MASK_PLACES.items() if side in sides)

@@ -1,27 +1,31 @@
-"""The loss as a sum over examples: with the labels of the data, or with sampled ones."""
+"""The loss as a sum over examples: with labels of the data, or drawn from the model itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
-from ..batches.batch import Batch
-from ..batches.inputs import run_model
+from ..batches.batch import Batch, run_model
+from ..errors import DataError
 from .normaliser import (
+    IGNORED,
     TOKEN_COUNTS,
     count_labels,
     find_normaliser,
     is_likelihood,
+    is_token_labels,
     loss_of,
     no_labels,
     own_loss,
 )
 from .rows import token_lengths
-from .sampling import inputs_to_sample, predict
 
 
 class Objective(Protocol):
@@ -148,3 +152,162 @@ class SampledLoss:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Same values, without half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# --- labels drawn from what the model itself predicts ---------------------------------------------
+
+
+# From logits (examples, positions, values), which positions count (on the CPU) and one random
+# stream per example to minus the log-likelihood of the drawn labels, summed.
+Distribution = Callable[[Tensor, Tensor, Sequence[np.random.Generator]], Tensor]
+
+# Outputs that hold class logits, in the order in which they are looked for.
+LOGITS = ("logits", "prediction_logits")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model predicts: ``(examples, positions, values)``, where, and how it is distributed.
+
+    Attributes:
+        logits: Logits of classes, or means.
+        valid: ``(examples, positions)`` on the CPU; False for padding.
+        distribution: What the labels are drawn from.
+    """
+
+    logits: Tensor
+    valid: Tensor
+    distribution: Distribution
+
+
+def categorical(logits: Tensor, valid: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
+    """One class per position."""
+    targets = torch.full(valid.shape, IGNORED, device=logits.device)
+    for row, stream in enumerate(streams):
+        places = valid[row].nonzero().squeeze(1)
+        draws = torch.from_numpy(stream.random(len(places))).to(logits)
+        places = places.to(logits.device)
+        below = logits[row].detach().index_select(0, places).softmax(-1).cumsum(-1)
+        classes = torch.searchsorted(below, (draws * below[:, -1])[:, None], right=True)
+        targets[row, places] = classes.squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def bernoulli(logits: Tensor, valid: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
+    """One yes or no per position and value."""
+    draws = _scattered(logits, valid, [stream.random for stream in streams])
+    targets = (draws < logits.detach().sigmoid()).to(logits)
+    losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return losses[valid.to(logits.device)].sum()
+
+
+def gaussian(logits: Tensor, valid: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
+    """One real number of unit variance per position and value."""
+    noise = _scattered(logits, valid, [stream.standard_normal for stream in streams])
+    targets = logits.detach() + noise
+    return 0.5 * (logits - targets)[valid.to(logits.device)].square().sum()
+
+
+def _scattered(logits: Tensor, valid: Tensor, draws: Sequence[Callable[..., Any]]) -> Tensor:
+    """Random numbers in the shape of `logits`, drawn for the valid positions of each example."""
+    numbers = torch.zeros(logits.shape, dtype=logits.dtype)
+    for row, draw in enumerate(draws):
+        drawn = draw((int(valid[row].sum()), logits.shape[-1]))
+        numbers[row, valid[row]] = torch.from_numpy(drawn).to(logits.dtype)
+    return numbers.to(logits.device)
+
+
+def inputs_to_sample(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, Any], Tensor | None]:
+    """Inputs without labels, and which positions of the output are real ``(examples, seq)``.
+
+    A decoder reads the labels shifted right, as in training, or else the text of the encoder.
+
+    Raises:
+        DataError: There is neither.
+    """
+    inputs = batch.inputs()
+    if not model.config.is_encoder_decoder:
+        return inputs, _mask(inputs.get("attention_mask"))
+    if inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        return inputs, _mask(inputs.get("decoder_attention_mask"))
+    text, mask = batch.columns.get("labels"), None
+    if isinstance(text, Tensor) and is_token_labels(text):
+        mask = text != IGNORED
+    else:
+        text, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    start = model.config.to_dict().get("decoder_start_token_id")
+    if text is None and start is None:
+        return inputs, None  # it decodes no tokens: a time series
+    if text is None or start is None:
+        raise DataError(
+            f"Batch {batch.index}: the decoder of {type(model).__name__} has nothing to read "
+            f"(columns: {', '.join(sorted(inputs))}; decoder_start_token_id: {start}); add "
+            "decoder_input_ids, or labels to start from."
+        )
+    shifted = text.roll(1, dims=1)
+    shifted[:, 0] = start
+    padding = model.config.pad_token_id
+    inputs["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, padding or 0)
+    return inputs, _mask(mask)
+
+
+def _mask(mask: Any) -> Tensor | None:
+    return mask.cpu() != 0 if isinstance(mask, Tensor) else None
+
+
+def predict(outputs: Any, model: PreTrainedModel, mask: Tensor | None) -> Prediction:
+    """Read a model's prediction from its outputs.
+
+    Args:
+        outputs: What the forward returned.
+        model: Its config tells several yes/no answers and regressions from classes.
+        mask: Real positions ``(examples, seq)``; None: all.
+
+    Raises:
+        DataError: The outputs hold no real-valued tensor.
+    """
+    named = dict(outputs) if isinstance(outputs, Mapping) else dict(enumerate(outputs))
+    if "start_logits" in named:
+        spans = torch.stack((named["start_logits"], named["end_logits"]), 1)
+        return _span(spans, mask)
+    for name in LOGITS:
+        if name in named:
+            return _classes(named[name], model, mask)
+    for key, value in named.items():
+        if key != "loss" and isinstance(value, Tensor) and value.is_floating_point():
+            return _positions(value, mask, gaussian)
+    raise DataError(
+        f"{type(model).__name__} returned {sorted(map(str, named))}, none of which is a prediction "
+        'to sample labels from; give labels and score with labels="data".'
+    )
+
+
+def _span(spans: Tensor, mask: Tensor | None) -> Prediction:
+    """Start and end ``(examples, 2, seq)``, never in the padding."""
+    if mask is not None:
+        padding = ~mask[:, None].to(spans.device)
+        spans = spans.masked_fill(padding, torch.finfo(spans.dtype).min)
+    return _positions(spans, None, categorical)
+
+
+def _classes(logits: Tensor, model: PreTrainedModel, mask: Tensor | None) -> Prediction:
+    config = model.config
+    if logits.dim() == 2:  # noqa: PLR2004 - (examples, classes)
+        if mask is not None and logits.shape == mask.shape and logits.shape[1] != config.num_labels:
+            return _positions(logits[..., None], mask, bernoulli)  # one yes or no per token
+        if config.problem_type == "multi_label_classification":
+            return _positions(logits, mask, bernoulli)
+        if config.problem_type == "regression":
+            return _positions(logits, mask, gaussian)
+    is_classes = logits.shape[-1] > 1 and logits.dim() <= 3  # noqa: PLR2004 - (…, seq, classes)
+    return _positions(logits, mask, categorical if is_classes else gaussian)
+
+
+def _positions(values: Tensor, mask: Tensor | None, distribution: Distribution) -> Prediction:
+    """Bring values to ``(examples, positions, values)``."""
+    values = values.flatten(1)[:, None] if values.dim() != 3 else values  # noqa: PLR2004
+    if mask is None or mask.shape != values.shape[:2]:
+        mask = torch.ones(values.shape[:2], dtype=torch.bool)
+    return Prediction(values, mask, distribution)

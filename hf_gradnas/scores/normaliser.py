@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import find_labels
 
-from ..batches.batch import IGNORED, Batch
-from ..batches.inputs import run_model
+from ..batches.batch import IGNORED, Batch, run_model
 from ..errors import DataError, GradNASWarning, first_line
 
 _NOTHING = 1e-5  # relative to a loss: no difference, or no loss at all

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from hf_gradnas.errors import DataError
 from hf_gradnas.scores import collect_scores
-from hf_gradnas.scores.sampling import bernoulli, categorical, gaussian
+from hf_gradnas.scores.losses import bernoulli, categorical, gaussian
 from hf_gradnas.types import Axis, Kind, Tap
 
 HEADS = {
