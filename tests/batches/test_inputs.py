@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -235,7 +236,8 @@ def test_a_damaged_resume_file_is_named_and_kept(key, value, tmp_path, bert):
     (pruner, inputs), file = bert, tmp_path / "scores.safetensors"
     scores = pruner.score([inputs], file=file)
     metadata = {name: text for name, text in scores.metadata.items() if name != key}
-    Scores(scores.values, metadata if value is None else {**metadata, key: value}).save(file)
+    damaged = metadata if value is None else {**metadata, key: value}
+    replace(scores, metadata=damaged).save(file)
     before = file.read_bytes()
     with pytest.raises(ScoresError, match=rf"scores.safetensors is damaged \({key}"):
         pruner.score([inputs], file=file)
