@@ -31,7 +31,7 @@ from .report import say_repair
 from .running.shards import gathered, is_sharded
 from .running.wrappers import check_parameters
 from .scores import METHODS, check_scores, collect_scores
-from .scores.methods import settled
+from .scores.methods import with_prediction
 from .search.solver import STRATEGIES, find_plan
 from .surgery import check_plan
 from .types import Budget, Frontier, Plan, Scores
@@ -178,9 +178,7 @@ class GradNASPruner(ExaminedModel):
         axes = self.structure.axes
         make = partial(find_plan, axes, scores, self.costs, budgets, stock=self._space)
         options = {"search": self.search, "layout": self.layout, "rules": self.rules}
-        return settled(
-            self._processes.from_main(partial(make, **options)), self.model, axes, scores
-        )
+        return with_prediction(self._processes.from_main(partial(make, **options)), scores)
 
     def swap(
         self,

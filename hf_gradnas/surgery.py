@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PlanError
-from .structure import couplings, modeling_gradnas
+from .structure import modeling_gradnas
 from .structure.sizes import Kept, kept_rows, new_sizes, tensor_at
 from .types import KINDS, Axis, Plan, check_indices, check_values
 
@@ -176,18 +176,15 @@ def _own_tables(
     """
     own: dict[str, list[int]] = {}
     tensors: dict[str, Tensor] = {}
-    row = couplings.SHARED_TABLES[0]
     groups = {axis.tied for axis in changed if axis.tied}
     crossing = any(a.removal is not None and a.removal.cross for a in changed)
     for axis in axes:
-        if axis.removal is None:
+        if axis.removal is None or not axis.removal.table:
             continue
         module, units = axis.removal.module, list(kept.get(axis.name, range(axis.size)))
-        if row.flag not in vars(model.get_submodule(module)):
-            continue
         if axis.removal.cross and crossing and units:
             own[module] = []
-        name = f"{module}.{row.table}.weight"
+        name = f"{module}.{axis.removal.table}.weight"
         if axis.tied in groups and axis.tied != name and units:
             donor = tensor_at(model, axis.tied) if tables is None else tables[axis.tied]
             index = torch.tensor(units, device=donor.device)
@@ -203,7 +200,7 @@ def merge_records(old: Record, new: Record) -> Record:
     modules = {path: dict(entry) for path, entry in old.get("modules", {}).items()}
     for path, entry in new["modules"].items():
         parent, _, leaf = path.rpartition(".")
-        if leaf == couplings.SHARED_TABLES[0].table and own.get(parent):
+        if leaf in {row.table for row in modeling_gradnas.SHARED_TABLES} and own.get(parent):
             own[parent] = entry["weight"]
             continue
         before = modules.get(path, {})

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from ..types import Axis, CostModel, Product, Slice
+from ..types import Axis, CostModel, Product, Shared, Slice
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,26 +37,27 @@ def params_cost(axes: Sequence[Axis], shapes: Shapes, *, layout: str = "stock") 
     total = float(sum(prod(shape) for shape in shapes.values()))
     model = _close("params", total, axes, per_unit, while_kept, products)
     if layout == "per_layer":
-        own = {axis.name: float(own_table_rows(axis, shapes)) for axis in axes}
+        own = {axis.name: float(_own_table_rows(axis, shapes)) for axis in axes}
         per_unit = {name: value + own[name] for name, value in per_unit.items()}
-        return replace(model, per_unit=per_unit)
+        return replace(model, per_unit=per_unit, shared=tuple(_shared(axes, own)))
     return model
 
 
-def own_table_rows(axis: Axis, shapes: Shapes) -> int:
+def _own_table_rows(axis: Axis, shapes: Shapes) -> int:
     """Parameters that one head adds when its layer gets its own columns of a shared table."""
     if not axis.tied or any(s.tensor == axis.tied for s in axis.slices) or axis.removal is None:
         return 0
     return shapes[axis.tied][0]
 
 
-def unsplit_table_params(axes: Sequence[Axis], shapes: Shapes, kept: Mapping[str, int]) -> int:
-    """Parameters that `params_cost` counts for tables of their own, but that no layer gets.
-
-    A shared table stays shared as long as all attentions that read it stay whole.
-    """
-    split = {axis.tied for axis in axes if axis.tied and kept[axis.name] < axis.size}
-    return sum(own_table_rows(axis, shapes) * axis.size for axis in axes if axis.tied not in split)
+def _shared(axes: Sequence[Axis], own: Mapping[str, float]) -> Iterator[Shared]:
+    """What tables of their own would cost, while the attentions that share one stay whole."""
+    sizes: dict[str, dict[str, int]] = {}
+    for axis in axes:
+        if axis.tied:
+            sizes.setdefault(axis.tied, {})[axis.name] = axis.size
+    for together in sizes.values():
+        yield Shared(together, sum(own[name] * size for name, size in together.items()))
 
 
 def flops_cost(

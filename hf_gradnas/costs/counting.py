@@ -19,7 +19,7 @@ from .._compat import attention_implementation
 from ..running.states import evaluating, frozen
 from ..structure.trace import Matmul, Trace, rows_of, trace_forward
 from ..types import KINDS, Axis, CostModel, Structure
-from .closed_form import flops_cost, params_cost, unsplit_table_params
+from .closed_form import flops_cost, params_cost
 from .remainder import parts_of_rest
 
 ATTENTION_DIMS = 4
@@ -95,9 +95,7 @@ def count_params(
         layout: ``"stock"`` or ``"per_layer"``; see `params_cost`.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    counted = params_cost(_with_counted_names(model, axes), shapes, layout=layout).of(kept)
-    unsplit = unsplit_table_params(axes, shapes, kept) if layout == "per_layer" else 0
-    return round(counted) - unsplit
+    return round(params_cost(_with_counted_names(model, axes), shapes, layout=layout).of(kept))
 
 
 def count_flops(

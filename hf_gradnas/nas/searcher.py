@@ -29,7 +29,6 @@ from ..config.budgets import (
     say_lowest,
     warn_near_lowest,
 )
-from ..costs.closed_form import unsplit_table_params
 from ..costs.counting import count_costs
 from ..errors import BudgetError, DataError, OrderError, StructureError
 from ..running.wrappers import check_parameters
@@ -63,7 +62,6 @@ class GradientBinarySearcher:
         self.history: dict[str, list[Any]] = {"threshold": [], "constraints": [], "satisfied": []}
         self.costs: dict[str, CostModel] = {}
         self.original: dict[str, float] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
         self.budgets: tuple[Budget, ...] = ()
 
     @property
@@ -233,7 +231,6 @@ class GradientBinarySearcher:
         inputs = named_arguments(self.model, self.dummy_input)
         structure = space.needed_structure()
         self.costs = count_costs(self.model, structure, inputs, layout="per_layer")
-        self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         self.original = self._cost_of({})
         self.budgets = parse_budgets(self.constraints, self.original)
         least = self._cost_of({name: h.choices[0] for name, h in searched.items()})
@@ -250,11 +247,8 @@ class GradientBinarySearcher:
         warn_near_lowest(least, self.budgets)
 
     def _cost_of(self, choices: Mapping[str, int]) -> dict[str, float]:
-        space = needed_space(self.model)
-        counts, axes = space.counts(choices), space.needed_structure().axes
-        found = {name: cost.of(counts) for name, cost in self.costs.items()}
-        found["params"] -= unsplit_table_params(axes, self._shapes, counts)
-        return found
+        counts = needed_space(self.model).counts(choices)
+        return {name: cost.of(counts) for name, cost in self.costs.items()}
 
     def _meets(self, choices: Mapping[str, int]) -> bool:
         costs = self._cost_of(choices)

@@ -39,8 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..costs.closed_form import unsplit_table_params
-from ..running.shards import shape_of, whole
+from ..running.shards import whole
 from ..types import Axis, Plan, Scores
 from ..types.plans import CHOICE_KEYS
 from .normaliser import TOKEN_COUNTS
@@ -215,15 +214,6 @@ def _squared_norms(rows: Mapping[str, Tensor], axes: Sequence[Axis]) -> Tensor:
 
 LOSS_FACTORS: Mapping[str, float] = {"fisher": 0.5, "taylor": 1.0}
 """What a sum of scores is multiplied by to be a change of the loss sum."""
-
-
-def settled(plan: Plan, model: nn.Module, axes: Sequence[Axis], scores: Scores) -> Plan:
-    """The plan with its loss in nats where it is one, and with the costs after the cut."""
-    shapes = {name: shape_of(parameter) for name, parameter in model.named_parameters()}
-    costs = dict(plan.costs)
-    if plan.layout == "per_layer":
-        costs["params"] -= unsplit_table_params(axes, shapes, plan.counts())
-    return with_prediction(replace(plan, costs=costs), scores)
 
 
 def with_prediction(plan: Plan, scores: Scores) -> Plan:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..types import Attribute, Axis, Kind, Removal, Tap
 from . import couplings
+from .modeling_gradnas import table_of
 from .probe import HeadLayout
 from .trace import Call, below
 
@@ -68,12 +69,14 @@ def _removals(module: nn.Module, *, core: str, projection: str, call: Call) -> t
         weight = module.get_parameter(projection)
         linear = isinstance(module.get_submodule(owner), nn.Linear)
         features = weight.shape[0 if linear else 1]
+    shared = table_of(module.get_submodule(core))
     plain = Removal(
         module=core,
         projection=below(owner, core) if inside else None,
         features=features,
         returns=tuple("output" if i == 0 else None for i, _ in enumerate(call.returns)),
         cross=any(call.kwargs.get(name) is not None for name in couplings.CROSS_ARGUMENTS),
+        table="" if shared is None else shared.table,
     )
     children = module.get_submodule(core).named_children()
     norms = [name for name, child in children if isinstance(child, nn.LayerNorm)]

@@ -1,12 +1,10 @@
-"""What a probe cannot see, as data: names of attributes that repeat a size, and shared tables.
+"""What a probe cannot see, as data: names of attributes that repeat a size.
 
 A row is used only where its value fits (an attribute named here that holds another number is left
 alone), and the proof (`hf_gradnas.verification`) decides whether it was right.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 HEAD_COUNTS = frozenset(
     "num_heads num_attention_heads n_heads n_head nhead num_q_heads num_query_heads".split()
@@ -25,24 +23,3 @@ CONFIG_COUNTS = {
 """Config values that some forwards read; overridden per module only when the proof needs it."""
 
 CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
-
-
-@dataclass(frozen=True, slots=True)
-class SharedTable:
-    """A table of one module from which all attentions of a stack take a bias per head.
-
-    Attributes:
-        flag: Attribute that says whether a module owns the table.
-        table: Name of the module (an embedding) that holds it, as (buckets, heads).
-        argument: Keyword by which the bias travels from module to module.
-    """
-
-    flag: str
-    table: str
-    argument: str
-
-
-SHARED_TABLES = (
-    # T5 and its kin: layer 0 computes the relative position bias for all layers of its stack.
-    SharedTable("has_relative_attention_bias", "relative_attention_bias", "position_bias"),
-)

@@ -18,8 +18,8 @@ from .._compat import attention_implementation
 from ..errors import StructureError, first_line
 from ..running.states import evaluating
 from ..types import Attribute, Axis, Kind, Refusal, Tap
-from . import couplings
 from .attention import attention_versions
+from .modeling_gradnas import table_of
 from .probe import NotAPair, double_call, double_copy, probe_heads, probe_neurons
 from .trace import (
     CONVS,
@@ -146,11 +146,11 @@ def _shared_table(site: _Site, modules: Mapping[str, nn.Module], current: str) -
     """Table (`SharedTable`) that the attention at `site` takes its bias from; "" for none."""
     if site.core is None:
         return current
-    attributes = vars(modules[site.core])
-    for row in couplings.SHARED_TABLES:
-        if row.flag in attributes:
-            return f"{site.core}.{row.table}.weight" if attributes[row.flag] else current
-    return ""
+    core = modules[site.core]
+    row = table_of(core)
+    if row is None:
+        return ""
+    return f"{site.core}.{row.table}.weight" if getattr(core, row.flag) else current
 
 
 def _sites(trace: Trace) -> Iterator[_Site]:

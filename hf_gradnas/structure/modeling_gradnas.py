@@ -28,7 +28,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -42,11 +42,23 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 FORMAT_VERSION = 1
-TABLE = "relative_attention_bias"
 
 Record = Mapping[str, Any]
 Rows = Mapping[str, Mapping[int, list[int]]]
 Modules = Mapping[str, Any]  # what a path leads to: modules with attributes of any kind
+
+
+class SharedTable(NamedTuple):
+    """A table ``(buckets, heads)`` of one attention, whose bias others take by an argument."""
+
+    flag: str  # attribute that says whether an attention computes the bias itself
+    table: str  # name of the embedding in the one that has it
+    argument: str  # keyword by which the bias travels from module to module
+
+
+SHARED_TABLES = (  # T5 and its kin: layer 0 computes the position bias for all of its stack
+    SharedTable("has_relative_attention_bias", "relative_attention_bias", "position_bias"),
+)
 
 # Attributes in which a generic module repeats a dimension of its weight (convolutions: `_sync`).
 SIZES: tuple[tuple[type[nn.Module], Mapping[str, int]], ...] = (
@@ -178,7 +190,13 @@ class _LayerConfig:
 
 def _forget_position_bias(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Make a layer with a table of its own compute its own position bias."""
-    return args, {**kwargs, "position_bias": None}
+    row = table_of(module)
+    return args, kwargs if row is None else {**kwargs, row.argument: None}
+
+
+def table_of(module: Any) -> SharedTable | None:
+    """The row of `SHARED_TABLES` that an attention is of; None where it shares no table."""
+    return next((row for row in SHARED_TABLES if row.flag in vars(module)), None)
 
 
 # --- resizing -------------------------------------------------------------------------------------
@@ -310,15 +328,17 @@ def _wanted_shapes(
             )
         wanted |= {(path, name): tuple(v) for name, v in values.items() if isinstance(v, list)}
     for path, size in record["own_position_bias"].items():
-        module, given = _module(modules, path), f"{path}.{TABLE}.weight" in new_tensors
-        lacking = bool(size) and TABLE not in module._modules and rows is not None and not given
-        if lacking or not hasattr(module, "has_relative_attention_bias"):
+        module = _module(modules, path)
+        row = table_of(module)
+        table = "" if row is None else row.table
+        given, has = f"{path}.{table}.weight" in new_tensors, table in module._modules
+        if row is None or (size and not has and rows is not None and not given):
             raise RecordError(
                 f"{path}: config.gradnas gives it a position bias of its own, but "
                 f"{type(module).__name__} has no table and no values came; pass new_tensors."
             )
-        if size and TABLE in module._modules and not given:
-            wanted[f"{path}.{TABLE}", "weight"] = tuple(size)
+        if size and has and not given:
+            wanted[f"{path}.{table}", "weight"] = tuple(size)
     return wanted
 
 
@@ -437,17 +457,17 @@ def _own_position_biases(
 ) -> None:
     """Let layers compute their own position bias, from a table of their own if they have one."""
     for path, size in record["own_position_bias"].items():
-        module = modules[path]
+        module, row = modules[path], cast(SharedTable, table_of(modules[path]))
         hooks = {hook.__name__ for hook in module._forward_pre_hooks.values()}
         if _forget_position_bias.__name__ not in hooks:
             module.register_forward_pre_hook(_forget_position_bias, with_kwargs=True)
-        values = new_tensors.get(f"{path}.{TABLE}.weight")
-        if values is None and size and TABLE not in module._modules:
+        values = new_tensors.get(f"{path}.{row.table}.weight")
+        if values is None and size and row.table not in module._modules:
             values = next(module.parameters()).new_zeros(size)
         if values is not None:
             table = nn.Embedding(size[0], size[1], _weight=values.clone())
-            module.add_module(TABLE, table.train(module.training))
-        module.has_relative_attention_bias = bool(size)
+            module.add_module(row.table, table.train(module.training))
+        setattr(module, row.flag, bool(size))
 
 
 def _without_input(projection: Any) -> Any:

@@ -8,7 +8,7 @@ so that the command line can refuse a slip without it.
 from typing import TYPE_CHECKING
 
 from .._lazy import getter
-from .costs import Budget, CostModel, Product
+from .costs import Budget, CostModel, Product, Shared
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
 from .kinds import KINDS, PARENTS, Kind, KindRow, Mask
@@ -53,6 +53,7 @@ __all__ = [
     "Removal",
     "Role",
     "Scores",
+    "Shared",
     "Slice",
     "StockGroup",
     "StockSpace",

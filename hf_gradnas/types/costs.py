@@ -29,11 +29,31 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Cost that units of several axes have together while none of them is cut, once for all.
+
+    Attributes:
+        sizes: Units of every axis by name, as long as it is whole.
+        amount: What the units' own costs then count too much (T5: each layer gets its own table of
+            position biases when a stack's heads are pruned, but the whole stack has one).
+    """
+
+    sizes: Mapping[str, int]
+    amount: float
+
+    def of(self, kept: Mapping[str, int]) -> float:
+        """What is counted too much where ``kept[axis]`` units of each axis stay."""
+        is_whole = all(kept[axis] == size for axis, size in self.sizes.items())
+        return self.amount if is_whole else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """A cost as a closed form of how many units each axis keeps.
 
-    ``cost(kept) = constant + Σ_axes (per_unit·kept + while_kept·[kept > 0]) + Σ products``. Exact
-    for nested axes too, since the kept heads are counted over all kept groups.
+    ``cost(kept) = constant + Σ_axes (per_unit·kept + while_kept·[kept > 0]) + Σ products - Σ
+    shared``. Exact for nested axes too, since the kept heads are counted over all kept groups. A
+    search may leave `shared` out: it is an upper bound then, and exact as soon as a unit goes.
 
     Attributes:
         name: ``"flops"`` or ``"params"``.
@@ -42,6 +62,7 @@ class CostModel:
         while_kept: Cost that goes only when the axis loses its last unit (q/k norms of a head).
         products: Costs of tensors that two axes cut (a convolution between two others), or one axis
             in two dimensions.
+        shared: What is counted too much as long as some axes are whole.
         parts: What holds the constant, such as ``embeddings``, largest first; empty where that is
             not known.
         unit: What it is counted in, such as ``parameters``.
@@ -52,6 +73,7 @@ class CostModel:
     per_unit: Mapping[str, float]
     while_kept: Mapping[str, float] = field(default_factory=dict)
     products: tuple[Product, ...] = ()
+    shared: tuple[Shared, ...] = ()
     parts: Mapping[str, float] = field(default_factory=dict)
     unit: str = ""
 
@@ -62,7 +84,8 @@ class CostModel:
             total += per_unit * kept[axis]
             if kept[axis]:
                 total += self.while_kept.get(axis, 0.0)
-        return total + sum(product.of(kept) for product in self.products)
+        total += sum(product.of(kept) for product in self.products)
+        return total - sum(shared.of(kept) for shared in self.shared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,8 @@ class Removal:
         cross: Whether the module is a cross-attention, which keeps no length in the cache.
         norm: Name of a norm inside `module` that takes the sum of input and output (ALBERT: the
             attention adds the residual itself).
+        table: Name of the table inside `module`, if it has one, from which the attentions of a
+            stack take a bias per head (T5); empty where they take none.
     """
 
     module: str
@@ -133,6 +135,7 @@ class Removal:
     returns: tuple[str | None, ...] = ()
     cross: bool = False
     norm: str | None = None
+    table: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ import torch
 import zoo
 
 from hf_gradnas.batches.short import flops_inputs
-from hf_gradnas.costs.closed_form import own_table_rows
 from hf_gradnas.costs.counting import count_costs, count_flops
 from hf_gradnas.surgery import cut
 from hf_gradnas.types import CostModel, Kind, Structure
@@ -54,8 +53,7 @@ def test_costs_of_the_whole_and_of_a_cut_model(family: str, gone: bool) -> None:
     model, structure, inputs = sample_of(family)
     costs = count_costs(model, structure, inputs, layout="per_layer")
     whole = {a.name: a.size for a in structure.axes}
-    tables = sum(own_table_rows(a, shapes_of(model)) * a.size for a in structure.axes)
-    assert costs["params"].of(whole) == numel(model) + tables
+    assert costs["params"].of(whole) == numel(model)
     assert costs["flops"].of(whole) == count_flops(model, inputs)[0]
     kept = kept_of(structure, gone=gone)
     counts = {name: len(units) for name, units in kept.items()}
@@ -63,10 +61,6 @@ def test_costs_of_the_whole_and_of_a_cut_model(family: str, gone: bool) -> None:
     cut(smaller, structure.axes, kept)
     assert costs["params"].of(counts) == numel(smaller)
     assert costs["flops"].of(counts) == count_flops(smaller, inputs)[0]
-
-
-def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def test_a_layer_that_runs_three_times_costs_three_times() -> None:
