@@ -1,4 +1,4 @@
-"""Cut a model: turn kept indices into new tensor sizes, and slice.
+"""Cut a model: say what kept indices mean for its tensors (`plan_cut`), and do it (`apply_cut`).
 
 Knows axes and tensors; does not know how the kept indices were chosen, nor how a model is saved.
 What is done to the modules stands in `structure.modeling_gradnas`, which also loads a checkpoint.
@@ -14,10 +14,73 @@ from torch import Tensor, nn
 
 from .errors import PlanError
 from .structure import modeling_gradnas
-from .structure.sizes import Kept, kept_rows, new_sizes, tensor_at
-from .types import KINDS, Axis, Plan, check_indices, check_values
+from .structure.sizes import Kept, Shapes, kept_rows, new_sizes, shapes_of, tensor_at
+from .types import KINDS, Axis, Copied, Cut, Plan, check_indices, check_values
 
 Record = Mapping[str, Any]
+
+
+def plan_cut(
+    shapes: Shapes,
+    axes: Sequence[Axis],
+    kept: Kept,
+    *,
+    architecture: str,
+    layout: str = "per_layer",
+) -> Cut:
+    """Say what a cut down to the kept units does, from names and shapes alone.
+
+    Args:
+        shapes: Of all parameters and buffers before the cut, and of shared tables outside of them.
+        axes: All axes of the model, proved.
+        kept: Sorted kept indices per axis name; an axis that is not named stays whole.
+        architecture: Name of the model's class.
+        layout: In ``"per_layer"``, modules that took a bias from a shared table get their own.
+
+    Raises:
+        PlanError: `kept` does not fit the axes.
+    """
+    check_kept(axes, kept)
+    counts = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in axes}
+    changed = [a for a in axes if _is_changed(a, axes, counts)]
+    rows = kept_rows(shapes, changed, kept)
+    own: dict[str, list[int]] = {}
+    copied: dict[str, Copied] = {}
+    if layout == "per_layer":
+        own, copied = _own_tables(shapes, axes, changed, kept)
+    record = {
+        "format_version": modeling_gradnas.FORMAT_VERSION,
+        "architecture": architecture,
+        **_sizes_and_removals(shapes, axes, changed, counts, rows),
+        "own_position_bias": own,
+    }
+    stay = {name: {dim: tuple(left) for dim, left in dims.items()} for name, dims in rows.items()}
+    return Cut(stay, record, copied)
+
+
+def apply_cut(
+    model: nn.Module, planned: Cut, *, tables: Mapping[str, Tensor] | None = None
+) -> None:
+    """Cut a model in place; everything is checked before the first write.
+
+    Args:
+        model: Root of the names in the cut.
+        planned: What `plan_cut` said for its shapes.
+        tables: Tensors that are copied from by name, where the model is only a part without them.
+
+    Raises:
+        RecordError: The cut does not fit the model, which is unchanged.
+    """
+    new_tensors = {}
+    for name, part in planned.copied.items():
+        source = (tables or {}).get(part.source)
+        whole = tensor_at(model, part.source) if source is None else source
+        index = torch.tensor(part.rows, device=whole.device)
+        new_tensors[name] = whole.detach().index_select(part.dim, index).clone()
+    rows = {
+        name: {d: list(stay) for d, stay in dims.items()} for name, dims in planned.rows.items()
+    }
+    modeling_gradnas.resize(model, planned.record, rows=rows, new_tensors=new_tensors)
 
 
 def cut(
@@ -28,32 +91,22 @@ def cut(
     layout: str = "per_layer",
     tables: Mapping[str, Tensor] | None = None,
 ) -> Record:
-    """Cut `model` in place down to the kept units; everything is checked before the first write.
+    """Plan a cut for a model and apply it; returns the record of new shapes.
 
     Args:
-        model: Root of the names in `axes`.
-        axes: All axes of the model, proved.
-        kept: Sorted kept indices per axis name; an axis that is not named stays whole.
-        layout: In ``"per_layer"``, modules that took a bias from a shared table get their own.
+        model: As of `apply_cut`.
+        axes: As of `plan_cut`.
+        kept: As of `plan_cut`.
+        layout: As of `plan_cut`.
         tables: Shared tables by name (`Axis.tied`), where `model` is only a part that lacks them.
-
-    Returns:
-        The record of new shapes (see `modeling_gradnas`), by which a checkpoint loads.
 
     Raises:
         PlanError: `kept` does not fit the axes.
     """
-    check_kept(axes, kept)
-    counts = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in axes}
-    changed = [a for a in axes if _is_changed(a, axes, counts)]
-    rows = kept_rows(model, changed, kept)
-    own: dict[str, list[int]] = {}
-    new_tensors: dict[str, Tensor] = {}
-    if layout == "per_layer":
-        own, new_tensors = _own_tables(model, axes, changed, kept, tables)
-    record = {**_record_of(model, axes, changed, counts, rows), "own_position_bias": own}
-    modeling_gradnas.resize(model, record, rows=rows, new_tensors=new_tensors)
-    return record
+    shapes = {**shapes_of(model), **{name: tuple(t.shape) for name, t in (tables or {}).items()}}
+    planned = plan_cut(shapes, axes, kept, architecture=type(model).__name__, layout=layout)
+    apply_cut(model, planned, tables=tables)
+    return planned.record
 
 
 def check_plan(axes: Sequence[Axis], plan: Plan) -> None:
@@ -124,8 +177,8 @@ def _is_changed(axis: Axis, axes: Sequence[Axis], counts: Mapping[str, int]) -> 
     return any(name is not None and counts[name] < sizes[name] for name in family)
 
 
-def _record_of(
-    model: nn.Module,
+def _sizes_and_removals(
+    shapes: Shapes,
     axes: Sequence[Axis],
     changed: Sequence[Axis],
     counts: Mapping[str, int],
@@ -155,27 +208,18 @@ def _record_of(
         if attribute.axis in changing and not gone(attribute.module)
     ]
     left = {name: dims for name, dims in rows.items() if not gone(name.rpartition(".")[0])}
-    return {
-        "format_version": modeling_gradnas.FORMAT_VERSION,
-        "architecture": type(model).__name__,
-        "modules": new_sizes(model, attributes, counts, left),
-        "removed": removed,
-    }
+    return {"modules": new_sizes(shapes, attributes, counts, left), "removed": removed}
 
 
 def _own_tables(
-    model: nn.Module,
-    axes: Sequence[Axis],
-    changed: Sequence[Axis],
-    kept: Kept,
-    tables: Mapping[str, Tensor] | None,
-) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+    shapes: Shapes, axes: Sequence[Axis], changed: Sequence[Axis], kept: Kept
+) -> tuple[dict[str, list[int]], dict[str, Copied]]:
     """Tables for modules that shared one: its columns of the kept heads; [] for cross-attention.
 
     Cross-attention has no table, but passes zeros of its own number of heads from layer to layer.
     """
     own: dict[str, list[int]] = {}
-    tensors: dict[str, Tensor] = {}
+    copied: dict[str, Copied] = {}
     groups = {axis.tied for axis in changed if axis.tied}
     crossing = any(a.removal is not None and a.removal.cross for a in changed)
     for axis in axes:
@@ -186,11 +230,9 @@ def _own_tables(
             own[module] = []
         name = f"{module}.{axis.removal.table}.weight"
         if axis.tied in groups and axis.tied != name and units:
-            donor = tensor_at(model, axis.tied) if tables is None else tables[axis.tied]
-            index = torch.tensor(units, device=donor.device)
-            tensors[name] = donor.detach().index_select(1, index).clone()
-            own[module] = list(tensors[name].shape)
-    return own, tensors
+            copied[name] = Copied(axis.tied, 1, tuple(units))
+            own[module] = [shapes[axis.tied][0], len(units)]  # (buckets, heads)
+    return own, copied
 
 
 def merge_records(old: Record, new: Record) -> Record:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import described
 from ..masks import masked
-from ..structure.sizes import Kept, Rows, kept_rows, tensor_at
+from ..structure.sizes import Kept, Rows, kept_rows, shapes_of, tensor_at
 from ..types import Axis
 from .operands import tensors_of
 from .readers import input_dim
@@ -112,7 +112,8 @@ def _rows_of(model: nn.Module, axis: Axis, kept: Kept) -> Rows:
         return {}
     if len(kept.get(axis.name, range(axis.size))) == axis.size:
         return {}
-    left = kept_rows(model, [axis], {axis.name: ()})
+    shapes = shapes_of(model)
+    left = kept_rows(shapes, [axis], {axis.name: ()})
     if any(rows for dims in left.values() for rows in dims.values()):
         return {}
     for name in left:
@@ -120,7 +121,7 @@ def _rows_of(model: nn.Module, axis: Axis, kept: Kept) -> Rows:
         is_plain = isinstance(module, nn.Linear) and input_dim(module) is not None
         if not is_plain or tensor_at(model, name).is_meta:
             return {}
-    return kept_rows(model, [axis], kept)
+    return kept_rows(shapes, [axis], kept)
 
 
 def _bytes_of(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> float:

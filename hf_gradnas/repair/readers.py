@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from ..structure.sizes import Kept, kept_rows
+from ..structure.sizes import Kept, kept_rows, shapes_of
 from ..types import Axis
 
 _FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, Conv1D.forward)
@@ -145,7 +145,7 @@ def readers_of(
     model: nn.Module, axes: Sequence[Axis], kept: Kept
 ) -> tuple[list[Reader], dict[str, str]]:
     """Layers that lose inputs, and reasons why others that do cannot be mended."""
-    stay, owners = kept_rows(model, axes, kept), _owners(model)
+    stay, owners = kept_rows(shapes_of(model), axes, kept), _owners(model)
     readers, reasons = [], {}
     for name, dims in stay.items():
         path, _, leaf = name.rpartition(".")

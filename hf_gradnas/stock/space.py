@@ -14,14 +14,13 @@ from dataclasses import replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PlanError
+from ..structure.sizes import Shapes, shapes_of
 from ..types import KINDS, PARENTS, Axis, Kind, StockGroup, StockSpace, Structure
 from .trials import (
     Counts,
-    Shapes,
     Trial,
     expected_shapes,
     probe_counts,
-    shapes_of,
     tensor_shapes,
     trials_of,
 )

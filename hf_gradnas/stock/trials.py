@@ -16,10 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging
 
+from ..structure.sizes import Shapes, shapes_of
 from ..types import KINDS, PARENTS, Axis, Kind
 from .values import candidates, dotted, real_key, stored
 
-Shapes = Mapping[str, tuple[int, ...]]
 Counts = Mapping[str, int]
 
 
@@ -183,15 +183,6 @@ def expected_shapes(
     for part, units in lost:
         shapes[part.tensor][part.dim] -= part.width * units
     return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def shapes_of(model: PreTrainedModel) -> Shapes:
-    """Shapes of all parameters and buffers, tied ones under each of their names."""
-    named = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    )
-    return {name: tuple(tensor.shape) for name, tensor in named}
 
 
 @contextmanager

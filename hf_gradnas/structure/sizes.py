@@ -1,6 +1,6 @@
 """What kept units mean for tensors and attributes: the rows that stay, and the new sizes.
 
-Knows axes and the module tree. Nothing of the model is changed here: what is done to the modules
+Knows axes and shapes by name. Nothing of a model is changed here: what is done to its modules
 stands in `modeling_gradnas`.
 """
 
@@ -21,6 +21,17 @@ PART = "part"
 
 Kept = Mapping[str, Sequence[int]]
 Rows = dict[str, dict[int, list[int]]]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of every parameter and buffer by full name, tied ones under each of their names."""
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Shapes of all parameters and buffers of a model."""
+    named = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return {name: tuple(tensor.shape) for name, tensor in named}
 
 
 def tensor_at(model: nn.Module, name: str) -> Tensor:
@@ -35,7 +46,7 @@ def lost_units(axis: Axis, kept: Kept) -> list[int]:
     return [unit for unit in range(axis.size) if unit not in stay]
 
 
-def kept_rows(model: nn.Module, axes: Iterable[Axis], kept: Kept) -> Rows:
+def kept_rows(shapes: Shapes, axes: Iterable[Axis], kept: Kept) -> Rows:
     """Rows that stay, per tensor and dim; several axes may take rows of one dim."""
     lost: dict[str, dict[int, set[int]]] = {}
     for axis in axes:
@@ -44,7 +55,7 @@ def kept_rows(model: nn.Module, axes: Iterable[Axis], kept: Kept) -> Rows:
             lost.setdefault(s.tensor, {}).setdefault(s.dim, set()).update(s.rows(gone))
     return {
         name: {
-            dim: [row for row in range(tensor_at(model, name).shape[dim]) if row not in rows]
+            dim: [row for row in range(shapes[name][dim]) if row not in rows]
             for dim, rows in dims.items()
         }
         for name, dims in lost.items()
@@ -52,7 +63,7 @@ def kept_rows(model: nn.Module, axes: Iterable[Axis], kept: Kept) -> Rows:
 
 
 def new_sizes(
-    model: nn.Module,
+    shapes: Shapes,
     attributes: Iterable[tuple[Attribute, Axis]],
     counts: Mapping[str, int],
     rows: Mapping[str, Mapping[int, Sequence[int]]],
@@ -60,7 +71,7 @@ def new_sizes(
     """Per module path the shapes of its tensors and the values of its attributes.
 
     Args:
-        model: The model before the cut.
+        shapes: Of the model before the cut.
         attributes: Each with the axis whose units it counts.
         counts: Number of kept units per axis name.
         rows: Rows that stay (see `kept_rows`).
@@ -68,7 +79,7 @@ def new_sizes(
     modules: dict[str, dict[str, Any]] = {}
     for name, dims in rows.items():
         path, _, leaf = name.rpartition(".")
-        shape = list(tensor_at(model, name).shape)
+        shape = list(shapes[name])
         for dim, stay in dims.items():
             shape[dim] = len(stay)
         modules.setdefault(path, {})[leaf] = shape
@@ -102,13 +113,14 @@ def cut_part(
     """
     holder = nn.ModuleDict({PART: _copy_without_hooks(model.get_submodule(path))})
     inside = [_within(axis, path) for axis in axes]
-    rows = kept_rows(holder, inside, kept)
+    shapes = shapes_of(holder)
+    rows = kept_rows(shapes, inside, kept)
     counts = {axis.name: axis.size - len(lost_units(axis, kept)) for axis in inside}
     attributes = [(attribute, axis) for axis in inside for attribute in axis.attributes]
     record = {
         "format_version": modeling_gradnas.FORMAT_VERSION,
         "architecture": type(holder).__name__,
-        "modules": new_sizes(holder, attributes, counts, rows),
+        "modules": new_sizes(shapes, attributes, counts, rows),
     }
     modeling_gradnas.resize(holder, record, rows=rows)
     return holder[PART], {name.removeprefix(f"{PART}."): dims for name, dims in rows.items()}

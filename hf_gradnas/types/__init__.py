@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .._lazy import getter
 from .costs import Budget, CostModel, Product, Shared
+from .cuts import Copied, Cut
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
 from .kinds import KINDS, PARENTS, Kind, KindRow, Mask
@@ -40,7 +41,9 @@ __all__ = [
     "Attribute",
     "Axis",
     "Budget",
+    "Copied",
     "CostModel",
+    "Cut",
     "Frontier",
     "Kind",
     "KindRow",
