@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .batches.ordering import by_length
+from .batches.steps import by_length
 from .checkpoint.companions import loader_of
 from .checkpoint.save import loading_snippet
 from .checkpoint.targets import target_of, usable_target

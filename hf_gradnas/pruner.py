@@ -28,8 +28,7 @@ from .repair.repairs import CHOICES as REPAIRS
 from .repair.repairs import Repair, attempted, check_repair, mended
 from .repair.swaps import swap_neurons
 from .report import say_repair
-from .running.shards import gathered, is_sharded
-from .running.wrappers import check_parameters
+from .running.wrappers import check_parameters, gathered, is_sharded
 from .scores import METHODS, check_scores, collect_scores
 from .scores.methods import with_prediction
 from .search.solver import STRATEGIES, find_plan

@@ -37,7 +37,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from hf_gradnas.batches.ordering import by_length
+from hf_gradnas.batches.steps import by_length
 from hf_gradnas.scores import collect_scores
 from hf_gradnas.types import Axis
 from hf_gradnas.verification import find_structure

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..batches.longest import longest_of_all
-from ..batches.ordering import by_length
+from ..batches.steps import by_length
 from ..checkpoint.savable import check_savable
 from ..checkpoint.targets import usable_target
 from ..errors import GradNASWarning, PlanError, ScoresError

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..batches.short import flops_inputs
+from ..batches.longest import flops_inputs
 from ..config.rules import Rules, rule_for
 from ..costs.counting import count_costs, original_totals
 from ..stock.space import find_stock_space, layout_for

@@ -21,7 +21,7 @@ from transformers.utils import find_labels
 
 from ..errors import CheckpointError, GradNASWarning
 from ..structure.modeling_gradnas import auto_class_name
-from .outputs import largest_difference
+from .apply import largest_difference
 from .replay import decode, encode, encode_uniform, run
 
 DIGESTED = (".safetensors", ".py")

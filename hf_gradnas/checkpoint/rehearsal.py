@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import StructureError, described
 from ..types import Axis, Plan, Refusal, StockSpace, Structure
-from .apply import apply_plan, calls_of
-from .outputs import difference, outputs_of
+from .apply import apply_plan, calls_of, difference, outputs_of
 from .twin import build_twin, entries, fill_twin
 
 SEED = 0

@@ -25,14 +25,14 @@ from ..report import python_string
 from ..running.owners import LIBRARY, save_owner
 from ..structure.modeling_gradnas import auto_class_name
 from ..types import Plan
-from .companions import Companions
-from .outputs import (
+from .apply import (
     RELOADED_TOLERANCE,
     Call,
     allowed_difference,
     largest_difference,
     outputs_of,
 )
+from .companions import Companions
 from .reference import DIGESTED, Reference, make_reference
 from .targets import (
     DOCUMENT,

@@ -215,7 +215,7 @@ class Screen(Report):
 
     def latency(self, latency: Mapping[str, Any]) -> None:
         """Median time of a forward before and after, per batch size."""
-        from ..report.tables import say_speedup
+        from ..report.summary import say_speedup
 
         rows = []
         for found in latency["batches"]:

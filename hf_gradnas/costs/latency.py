@@ -15,8 +15,8 @@ import torch
 from accelerate.utils import get_max_memory
 
 from ..batches.batch import to_device
-from ..batches.short import flops_inputs
-from ..running.states import evaluating
+from ..batches.longest import flops_inputs
+from ..running.wrappers import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

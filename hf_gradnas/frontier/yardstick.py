@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..batches.batch import digest, read_batches
 from ..batches.longest import Batch, reiterable
-from ..batches.ordering import by_length
+from ..batches.steps import by_length
 from ..errors import DataError
 from ..repair.closeness import divergences
 from ..repair.repairs import plan_digest

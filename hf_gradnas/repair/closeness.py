@@ -19,8 +19,7 @@ from transformers.utils import find_labels
 from .._compat import configs_of
 from ..batches.batch import Batch, check_batch, run_model
 from ..running.processes import Processes
-from ..running.states import evaluating
-from ..running.wrappers import called_plainly, uncompiled, without_autocast
+from ..running.wrappers import called_plainly, evaluating, uncompiled, without_autocast
 from ..scores.losses import Prediction, inputs_to_sample, predict
 from .divergence import DIVERGENCES, at_least_float32
 

@@ -25,7 +25,7 @@ from .._files import write_whole
 from ..batches.batch import tensor_bytes
 from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, described
 from ..running.processes import Processes
-from ..running.shards import is_sharded, shape_of
+from ..running.wrappers import is_sharded, shape_of
 from ..scores.fingerprints import model_fingerprint
 from ..structure.sizes import tensor_at
 from ..types import REPAIR_MARK, Plan, metadata_of, parse_json

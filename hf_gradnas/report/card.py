@@ -15,13 +15,17 @@ import yaml
 from .._redaction import sayable, visible
 from ..config.budgets import format_share
 from .markdown import code, fenced, plain
-from .metadata import card_data, data_name, final_metrics
-from .origin import Origin
-from .prediction import say_prediction
-from .quality import SHARES, what_was_lost
-from .repairs import say_repair
-from .summary import Summary
-from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_table, repair_table
+from .metadata import Origin, card_data, data_name, final_metrics
+from .quality import SHARES, say_prediction, say_repair, what_was_lost
+from .summary import (
+    Summary,
+    costs_table,
+    kinds_table,
+    latency_table,
+    metrics_table,
+    plan_table,
+    repair_table,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

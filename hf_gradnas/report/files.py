@@ -8,10 +8,17 @@ from .._redaction import sayable, shareable
 from ..types import Plan, Scores
 from .card import make_card
 from .markdown import plain
-from .origin import CARD, Origin
+from .metadata import CARD, Origin
 from .plots import draw_all
-from .summary import Summary
-from .tables import costs_table, kinds_table, latency_table, metrics_table, plan_csv, plan_table
+from .summary import (
+    Summary,
+    costs_table,
+    kinds_table,
+    latency_table,
+    metrics_table,
+    plan_csv,
+    plan_table,
+)
 
 FOLDER = "report"
 

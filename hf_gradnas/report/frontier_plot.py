@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..types import MASKED, Frontier
-from .drawing import add_title, drawing_style, render
 from .frontiers import UNPRUNED, Row, Spread, budgeted_costs, main_metric, rows_of
+from .plots import add_title, drawing_style, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..config.budgets import format_share
 from ..types import STATES, Budget, Frontier, Point
 from .markdown import plain
-from .tables import markdown_table
+from .summary import markdown_table
 
 UNPRUNED = "unpruned"
 _NO_METRIC = ("examples", "loss")

@@ -1,4 +1,4 @@
-"""What measured figures are worth: their sampling error, and how much was lost.
+"""What measured figures are worth, and what a plan or a repair says of itself, in sentences.
 
 Takes metrics as mappings, as ``gradnas.json`` holds them.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
+
+from ..types import Plan, Structure
 
 SHARES = ("accuracy", "agreement")
 """Metrics that are a share of the examples."""
@@ -84,3 +87,81 @@ def _error_of_fall(name: str, before: Mapping[str, float], after: Mapping[str, f
     states = (after,) if name == "agreement" else (before, after)
     errors = [sampling_error(m[name], m["examples"]) for m in states if m.get("examples")]
     return math.hypot(*errors)
+
+
+# --- what a plan predicts, in a sentence ----------------------------------------------------------
+
+
+def say_prediction(increase: float, unit: str, before: float | None, *, score: str) -> str:
+    """The predicted loss increase with its unit, the loss it adds to, and its worth.
+
+    Args:
+        increase: In `unit`, or a sum of scores where that is "".
+        unit: Such as ``"nats per token"``.
+        before: Loss of the whole model while scoring, in `unit`.
+        score: Name of the score.
+    """
+    if not unit:
+        return (
+            f"Sum of the pruned scores: {increase:.4g} ({score or 'unknown'} scores, without a "
+            "unit; it ranks plans and is no loss)."
+        )
+    beside = (
+        "" if before is None else f", beside {before:.4g} of the whole model on the data scored"
+    )
+    if score == "taylor":
+        return (
+            f"Predicted change of the loss: {increase:.4g} {unit} at most{beside} (first order, "
+            "signs left out, every unit as if it went alone; it ranks plans and is no forecast)."
+        )
+    return (
+        f"Predicted loss increase: {increase:.4g} {unit}{beside} (second order, every unit as if "
+        "it went alone; it ranks plans and is no forecast: measured, it is often several times as "
+        "large)."
+    )
+
+
+# --- what a repair did, in a sentence -------------------------------------------------------------
+
+
+def say_repair(found: Mapping[str, Any]) -> str:
+    """How many layers have new weights, and how far the predictions came back.
+
+    Args:
+        found: What ``gradnas.json`` keeps of a repair.
+    """
+    sites = found.get("sites", ())
+    if not sites:
+        return "Not repaired: no layer reads what is pruned."
+    solved = sum(not site["reason"] for site in sites)
+    data = f"by least squares on {found['examples']:,} examples"
+    before, after = found.get("kl_before"), found.get("kl_after")
+    known = before is not None and after is not None
+    if found.get("is_accepted"):
+        fell = f" fell from {before:.4g} to {after:.4g}" if known else " fell"
+        return (
+            f"Repaired {solved} of {len(sites)} layers {data}, without training: the KL divergence "
+            f"from the original's predictions{fell} nats per label, on held-out batches."
+        )
+    did_not = f" ({before:.4g} before, {after:.4g} with new weights)" if known else ""
+    return (
+        f"Not repaired: new weights {data} did not lower the KL divergence from the original's "
+        f"predictions{did_not}, so the weights are as they were."
+    )
+
+
+def say_swap(structure: Structure, planned: Plan, swapped: Plan) -> str:
+    """How many neurons stay that the scores alone would not have kept.
+
+    Args:
+        structure: Of the whole model.
+        planned: As it was found by the scores.
+        swapped: The same with other neurons.
+    """
+    names = [axis.name for axis in structure.axes if axis.is_columns]
+    pruned = [name for name in names if len(planned.kept[name]) < planned.sizes[name]]
+    total = sum(len(planned.kept[name]) for name in pruned)
+    came = sum(len(set(swapped.kept[name]) - set(planned.kept[name])) for name in pruned)
+    return (
+        f"Swapped {came:,} of {total:,} neurons that stay for ones that least squares mends worse."
+    )

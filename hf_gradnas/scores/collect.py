@@ -16,8 +16,7 @@ from torch import nn
 
 from .._compat import configs_of
 from ..batches.batch import digest
-from ..batches.ordering import number_of
-from ..batches.steps import HELD_OUT_EVERY, HeldOut, Step, hold_out, read_steps
+from ..batches.steps import HELD_OUT_EVERY, HeldOut, Step, hold_out, number_of, read_steps
 from ..config.defaults import GLOBAL_METHODS
 from ..errors import DataError, ScoresError, check_choice
 from ..running.processes import Processes

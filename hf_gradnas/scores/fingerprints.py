@@ -13,7 +13,7 @@ from torch import nn
 from ..batches.batch import tensor_bytes
 from ..errors import ScoresError
 from ..running.processes import Processes
-from ..running.shards import whole
+from ..running.wrappers import whole
 from ..types import Axis, Scores, Tap
 from .methods import METHODS
 

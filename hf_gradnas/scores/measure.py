@@ -19,7 +19,7 @@ from ..batches.steps import Step
 from ..config.defaults import GLOBAL_METHODS
 from ..errors import DataError
 from ..running.processes import Processes
-from ..running.shards import is_sharded
+from ..running.wrappers import is_sharded
 from ..types import Axis
 from .gradients import GradientRecorder
 from .losses import Objective

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..running.shards import whole
+from ..running.wrappers import whole
 from ..types import Axis, Plan, Scores
 from ..types.plans import CHOICE_KEYS
 from .normaliser import TOKEN_COUNTS

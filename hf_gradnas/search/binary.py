@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .fill import fill_up
+from .lagrangian import fill_up
 from .problem import Problem, Solution
 
 

@@ -19,8 +19,7 @@ import numpy as np
 from .binary import search_binary
 from .coupled import CoupledProblem
 from .coupling import Walk
-from .fill import fill_up
-from .lagrangian import search_lagrangian
+from .lagrangian import fill_up, search_lagrangian
 from .problem import Solution
 
 ROUNDS = 3

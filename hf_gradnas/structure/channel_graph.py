@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StructureError
-from ..running.states import evaluating, unfrozen
+from ..running.wrappers import evaluating, unfrozen
 from .channel_labels import Labels, Rows, compact, nobody, spread
 from .channel_rules import (
     RULES,

@@ -16,7 +16,7 @@ from torch import nn
 
 from .._compat import attention_implementation
 from ..errors import StructureError, first_line
-from ..running.states import evaluating
+from ..running.wrappers import evaluating
 from ..types import Attribute, Axis, Kind, Refusal, Tap
 from .attention import attention_versions
 from .modeling_gradnas import table_of

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
-from ..batches.short import probe_inputs
+from ..batches.longest import probe_inputs
 from ..errors import DataError
 from ..structure.discovery import discover
 from ..types import Axis, Kind, Refusal, Structure

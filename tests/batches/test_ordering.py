@@ -11,8 +11,7 @@ import zoo
 from score_examples import assert_equal, build, examples_of, in_batches
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hf_gradnas.batches.ordering import ByLength, by_length, number_of
-from hf_gradnas.batches.steps import HeldOut
+from hf_gradnas.batches.steps import ByLength, HeldOut, by_length, number_of
 from hf_gradnas.repair.pieces import read_parts
 from hf_gradnas.running.processes import Processes
 from hf_gradnas.scores import collect_scores

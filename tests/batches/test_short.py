@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_gradnas.batches.short import flops_inputs, probe_inputs
+from hf_gradnas.batches.longest import flops_inputs, probe_inputs
 
 
 def batch_of(length: int) -> dict:

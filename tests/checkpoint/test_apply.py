@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_gradnas import GradNASPruner, nas
 from hf_gradnas.checkpoint import apply
-from hf_gradnas.checkpoint.outputs import difference, floating
+from hf_gradnas.checkpoint.apply import difference, floating
 from hf_gradnas.errors import CutError, GradNASError, OrderError, PlanError
 from hf_gradnas.types import Structure
 

@@ -557,7 +557,7 @@ def test_examples_are_scored_in_order_of_length(prune, bert, tsv, monkeypatch):
     assert scored == sorted(scored, reverse=True)
     assert len(set(scored)) > 1
     assert discovered[0].shape == (4, first)  # the first rows of the file
-    monkeypatch.setattr("hf_gradnas.batches.ordering.by_length", lambda loader, *_: loader)
+    monkeypatch.setattr("hf_gradnas.batches.steps.by_length", lambda loader, *_: loader)
     assert prune(*options, "--save-scores", "plain.safetensors")[0] == 0
     assert torch.equal(*discovered)
     ordered, plain = (Scores.load(f"{name}.safetensors") for name in ("ordered", "plain"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 
-from hf_gradnas.batches.short import flops_inputs
+from hf_gradnas.batches.longest import flops_inputs
 from hf_gradnas.costs.counting import count_costs, count_flops
 from hf_gradnas.surgery import cut
 from hf_gradnas.types import CostModel, Kind, Structure

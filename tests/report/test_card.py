@@ -7,8 +7,7 @@ from report_cases import EVALUATED, LOADING, make_case
 
 from hf_gradnas.report.card import address, make_card
 from hf_gradnas.report.files import report_files
-from hf_gradnas.report.metadata import data_name, hub_dataset, pipeline_tag
-from hf_gradnas.report.origin import Origin
+from hf_gradnas.report.metadata import Origin, data_name, hub_dataset, pipeline_tag
 
 ORIGIN = Origin("user/large", {}, is_hub=True)
 

@@ -11,9 +11,9 @@ import pytest
 from frontier_cases import make_frontier
 from PIL import Image
 
-from hf_gradnas.report.drawing import drawing_style
 from hf_gradnas.report.frontier_plot import draw_frontier, frontier_pictures, spaced
 from hf_gradnas.report.frontiers import rows_of
+from hf_gradnas.report.plots import drawing_style
 
 SCORES = ("fisher", "balanced", "taylor", "magnitude")
 

@@ -14,7 +14,7 @@ from hf_gradnas._redaction import visible
 from hf_gradnas.report.card import address, make_card
 from hf_gradnas.report.files import report_files
 from hf_gradnas.report.markdown import code, fenced, in_one_line, plain, python_string
-from hf_gradnas.report.origin import Origin
+from hf_gradnas.report.metadata import Origin
 from hf_gradnas.types import Refusal
 
 ORIGIN = Origin("user/large", {}, is_hub=True)

@@ -3,7 +3,7 @@
 import huggingface_hub
 import pytest
 
-from hf_gradnas.report.origin import Origin, fetch_card, find_origin, folder_name
+from hf_gradnas.report.metadata import Origin, fetch_card, find_origin, folder_name
 
 CARD = "---\nlicense: mit\nlanguage: en\n---\n# Card\n"
 

@@ -10,8 +10,15 @@ import pytest
 from PIL import Image
 from report_cases import EVALUATED, make_case
 
-from hf_gradnas.report.drawing import KEPT, drawing_style
-from hf_gradnas.report.plots import draw_all, draw_costs, draw_scores, draw_widths, sorted_row
+from hf_gradnas.report.plots import (
+    KEPT,
+    draw_all,
+    draw_costs,
+    draw_scores,
+    draw_widths,
+    drawing_style,
+    sorted_row,
+)
 
 
 def texts(figure):

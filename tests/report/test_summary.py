@@ -11,10 +11,10 @@ from report_cases import EVALUATED, LOADING, make_case
 
 from hf_gradnas.config.budgets import format_share
 from hf_gradnas.report.card import make_card
-from hf_gradnas.report.names import LONGEST, short_names
-from hf_gradnas.report.origin import Origin
+from hf_gradnas.report.metadata import Origin
 from hf_gradnas.report.quality import sampling_error, what_was_lost
-from hf_gradnas.report.tables import (
+from hf_gradnas.report.summary import (
+    LONGEST,
     costs_table,
     kinds_table,
     latency_table,
@@ -23,6 +23,7 @@ from hf_gradnas.report.tables import (
     plan_csv,
     plan_table,
     say_speedup,
+    short_names,
 )
 
 

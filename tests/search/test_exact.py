@@ -5,8 +5,7 @@ import pytest
 import search_spaces as small
 
 from hf_gradnas.search import STRATEGIES, exact
-from hf_gradnas.search.fill import fill_up
-from hf_gradnas.search.lagrangian import price_budgets, search_lagrangian
+from hf_gradnas.search.lagrangian import fill_up, price_budgets, search_lagrangian
 from hf_gradnas.search.problem import make_problem
 from hf_gradnas.search.space import build_space
 from hf_gradnas.types import Scores
