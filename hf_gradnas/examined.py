@@ -182,7 +182,7 @@ class ExaminedModel:
         """
         self._check_whole("repair")
         dataloader = self._discovered(dataloader, num_examples)
-        check_plan(self.structure.axes, plan)
+        plan = check_plan(self.structure.axes, plan)
         options |= {"num_examples": num_examples, "progress": progress}
         axes, processes = self.structure.axes, self._processes
         return find_repair(self.model, axes, plan, dataloader, processes=processes, **options)
@@ -200,7 +200,7 @@ class ExaminedModel:
             StructureError: The weights are sharded, and there is a repair.
         """
         check_uncut("masked", is_cut=self._applied)
-        check_plan(self.structure.axes, plan)
+        plan = check_plan(self.structure.axes, plan)
         context = masked(self.model, self.structure.axes, plan.kept)
         if repair is not None:
             check_unsharded(self.model, "masked")

@@ -154,7 +154,7 @@ class GradNASPruner(ExaminedModel):
         Raises:
             ScoresError: They belong to another model.
         """
-        check_scores(scores, self.model, self.structure.axes)
+        scores = check_scores(scores, self.model, self.structure.axes)
         is_one = scores.also and self.score_method in scores.methods
         self._scores = scores.of(self.score_method) if is_one else scores
 
@@ -208,7 +208,7 @@ class GradNASPruner(ExaminedModel):
         """
         self._check_whole("swap")
         scores, axes = self.scores, self.structure.axes
-        check_plan(axes, plan)
+        plan = check_plan(axes, plan)
         if plan.score in scores.also:
             scores = scores.of(plan.score)
         more: dict[str, Any] = {"num_examples": num_examples, "progress": progress}
@@ -230,7 +230,7 @@ class GradNASPruner(ExaminedModel):
             RepairError: The repair is that of another plan or model.
         """
         check_uncut("apply", is_cut=self._applied)
-        check_plan(self.structure.axes, plan)
+        plan = check_plan(self.structure.axes, plan)
         if repair is not None:
             check_repair(repair, self.model, plan)
         check_parameters(self.model, "apply", shards=True)

@@ -7,6 +7,7 @@ What is done to the modules stands in `structure.modeling_gradnas`, which also l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from .errors import PlanError
 from .structure import modeling_gradnas
 from .structure.sizes import Kept, Shapes, kept_rows, new_sizes, shapes_of, tensor_at
-from .types import KINDS, Axis, Copied, Cut, Plan, check_indices, check_values
+from .types import (
+    KINDS,
+    Axis,
+    Copied,
+    Cut,
+    Plan,
+    by_present_names,
+    check_indices,
+    check_values,
+)
 
 Record = Mapping[str, Any]
 
@@ -109,13 +119,15 @@ def cut(
     return planned.record
 
 
-def check_plan(axes: Sequence[Axis], plan: Plan) -> None:
-    """Check that a plan was made for a model with these axes.
+def check_plan(axes: Sequence[Axis], plan: Plan) -> Plan:
+    """Check that a plan was made for a model with these axes, and give it their present names.
 
     Raises:
         PlanError: It holds nonsense, counts other units, or keeps what cannot be kept.
     """
     check_values(plan)
+    kept = by_present_names(plan.kept, axes)
+    plan = replace(plan, kept=kept, sizes=by_present_names(plan.sizes, axes))
     sizes = {axis.name: axis.size for axis in axes}
     for name in [*sizes, *plan.sizes]:
         if plan.sizes.get(name) != sizes.get(name):
@@ -124,6 +136,7 @@ def check_plan(axes: Sequence[Axis], plan: Plan) -> None:
                 f"{sizes.get(name, 'none')}; make the plan from this model's scores."
             )
     check_kept(axes, plan.kept)
+    return plan
 
 
 def check_kept(axes: Sequence[Axis], kept: Kept) -> None:

@@ -52,7 +52,7 @@ def count_costs(
     total_flops, trace = count_flops(model, inputs, args=args)
     rows: dict[str, int] = defaultdict(int)
     for event in trace.events:
-        if isinstance(event, Matmul) and event.parameter is not None:
+        if event.parameter is not None:
             rows[event.parameter] += rows_of(event, model.get_parameter(event.parameter))
     flops = flops_cost(
         axes,
@@ -104,7 +104,7 @@ def count_flops(
     """FLOPs of one forward under eager attention, and its trace."""
     counter = FlopCounterMode(display=False)
     with evaluating(model), attention_implementation(model, "eager"), frozen(model), counter:
-        trace = trace_forward(model, inputs, args=args, keep_calls=False)
+        trace = trace_forward(model, inputs, args=args)
     return float(counter.get_total_flops()), trace
 
 
@@ -130,8 +130,7 @@ def _macs_per_head(axis: Axis, trace: Trace) -> float:
     macs = sum(
         event.macs
         for event in trace.events
-        if isinstance(event, Matmul)
-        and event.parameter is None
+        if event.parameter is None
         and event.module == axis.removal.module
         and _heads_of(event) == axis.size
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 from torch import nn
@@ -14,7 +14,7 @@ from ..batches.batch import tensor_bytes
 from ..errors import ScoresError
 from ..running.processes import Processes
 from ..running.wrappers import whole
-from ..types import Axis, Scores, Tap
+from ..types import Axis, Scores, Tap, by_present_names
 from .methods import METHODS
 
 SAMPLED_VALUES = 1024  # per parameter: cheap for 7B, and no training step leaves them all alone
@@ -65,8 +65,11 @@ def check_same_everywhere(model: str, settings: Mapping[str, object], processes:
             )
 
 
-def check_scores(scores: Scores, model: nn.Module, axes: Sequence[Axis]) -> None:
+def check_scores(scores: Scores, model: nn.Module, axes: Sequence[Axis]) -> Scores:
     """Check that scores are complete, of this very model, and fit its axes.
+
+    Returns:
+        The scores by the present names of the axes.
 
     Raises:
         ScoresError: They are not, or do not.
@@ -89,7 +92,10 @@ def check_scores(scores: Scores, model: nn.Module, axes: Sequence[Axis]) -> None
                 f"Scores: their method is {method!r:.40}, known are {', '.join(METHODS)}; score "
                 "the model again."
             )
+    also = {name: by_present_names(values, axes) for name, values in scores.also.items()}
+    scores = replace(scores, values=by_present_names(scores.values, axes), also=also)
     check_values(scores, axes)
+    return scores
 
 
 def check_values(scores: Scores, axes: Sequence[Axis]) -> None:

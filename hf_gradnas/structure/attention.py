@@ -1,33 +1,65 @@
 """Describe one attention: its axes, the sizes repeated in attributes, and how it is replaced.
 
-Knows the tables of `couplings` and what a probe found; several versions are offered, since only the
-proof (`hf_gradnas.verification`) can tell which is right.
+Knows the tables of `couplings` and the rows of the heads; several versions are
+offered, since only the proof (`hf_gradnas.verification`) can tell which is right.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..types import Attribute, Axis, Kind, Removal, Tap
+from ..types import Attribute, Axis, Kind, Removal, Slice, Tap
 from . import couplings
 from .modeling_gradnas import table_of
-from .probe import HeadLayout
 from .trace import Call, below
 
 
+@dataclass(frozen=True)
+class HeadLayout:
+    """The rows of one attention.
+
+    Attributes:
+        heads: Number of query heads.
+        groups: Number of KV groups (equal to `heads` without grouping, 1 for multi-query).
+        width: Values per head at the input of the out-projection.
+        head_slices: Rows that belong to one head.
+        group_slices: Rows that belong to one KV group and to no single head.
+    """
+
+    heads: int
+    groups: int
+    width: int
+    head_slices: tuple[Slice, ...]
+    group_slices: tuple[Slice, ...]
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether there are KV groups that can go one by one (not one per head, not a single)."""
+        return 1 < self.groups < self.heads
+
+
 def attention_versions(
-    module: nn.Module, layout: HeadLayout, *, core: str, projection: str, call: Call
+    module: nn.Module,
+    layout: HeadLayout,
+    *,
+    core: str,
+    projection: str,
+    call: Call,
+    norms: tuple[Tap, ...] = (),
+    sizes: tuple[Attribute, ...] = (),
 ) -> tuple[tuple[Axis, ...], ...]:
     """Axes of one attention, with every choice of attributes and replacement to be tried.
 
     Args:
         module: The enclosing module; all names are relative to it.
-        layout: What the probe found.
+        layout: The rows of its heads.
         core: Path of the module that runs the softmax.
         projection: Name of the out-projection's weight.
         call: How `core` was called, and what it returned.
+        norms: Norms across heads.
+        sizes: Attributes that no tensor repeats and no table of names knows.
     """
     removals = _removals(module, core=core, projection=projection, call=call)
     read_at = projection.rpartition(".")[0]
@@ -39,8 +71,9 @@ def attention_versions(
         size=layout.heads,
         slices=layout.head_slices,
         taps=(Tap(read_at, "input", -1, layout.width, 0, layout.width),),
-        attributes=_attributes(module, layout, couplings.WIDTHS),
+        attributes=_attributes(module, layout, couplings.WIDTHS) + sizes,
         parent=":kv_groups" if grouped else None,
+        norms=norms,
     )
     groups = Axis(
         name=":kv_groups",

@@ -1,44 +1,29 @@
-"""Find every prunable axis of a model by running it once and probing one module of each kind.
+"""Find every prunable axis of a model by running it once and following the labels of its entries.
 
-Knows traces and probes; knows no architecture. What it returns is optimistic:
+Knows labels and modules; knows no architecture. What it returns is optimistic:
 `hf_gradnas.verification` proves each kind, and what cannot be proved is not cut.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
-import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .._compat import attention_implementation
-from ..errors import StructureError, first_line
-from ..running.wrappers import evaluating
-from ..types import Attribute, Axis, Kind, Refusal, Tap
+from ..errors import described
+from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
+from .channels import read_channels
+from .graph import Flow, trace_graph
 from .modeling_gradnas import table_of
-from .probe import NotAPair, double_call, double_copy, probe_heads, probe_neurons
-from .trace import (
-    CONVS,
-    Attention,
-    Call,
-    Matmul,
-    Trace,
-    above,
-    below,
-    common_path,
-    trace_forward,
-)
-
-MAX_TRIES = 3
-"""Modules of a kind that are probed before the kind is given up (one may be degenerate)."""
-LOOK_AHEAD = 4
-LOOK_BACK = 6
-LAYER = re.compile(r".*\.\d+(?=\.|$)")
-"""The part of a module path that ends with the innermost layer."""
+from .reading import Reading
+from .sites import Site, find_sites
+from .trace import Call, above, below, common_path, telling
 
 
 @dataclass(frozen=True)
@@ -46,14 +31,10 @@ class Template:
     """The axes of one kind of module, not proved yet; names relative to the module.
 
     Attributes:
-        scope: Path of the module that was probed for all of its kind.
-        call: Its captured arguments, in float64.
         versions: The axes (KV groups before the heads that stand in them) in one or more
             versions, which differ in what must follow a cut; the first that is proved holds.
     """
 
-    scope: str
-    call: Call
     versions: tuple[tuple[Axis, ...], ...]
 
     @property
@@ -64,229 +45,168 @@ class Template:
 
 @dataclass(frozen=True)
 class Place:
-    """One module of a kind: its path, its template, and the shared table it takes a bias from."""
+    """One module of a kind.
+
+    Attributes:
+        scope: Its path.
+        template: Its kind.
+        call: Its captured arguments.
+        tied: The shared table that it takes a bias from; "" for none.
+    """
 
     scope: str
     template: Template
+    call: Call
     tied: str = ""
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """Places in the order in which the model runs them, and what could not be read."""
+    """What a forward shows.
+
+    Attributes:
+        places: Modules with heads or neurons in the order in which the model runs them.
+        channels: Axes of channels in the order in which they are first made.
+        refusals: What was seen but cannot be cut, of heads and neurons.
+        channel_refusals: The same of channels.
+        call: Arguments of the whole model.
+    """
 
     places: tuple[Place, ...]
+    channels: tuple[Axis, ...]
     refusals: tuple[Refusal, ...]
+    channel_refusals: tuple[Refusal, ...]
+    call: Call
 
 
-@dataclass(frozen=True)
-class _Site:
-    """Where an attention or FFN was seen: scope, core module (attention), projection weight."""
-
-    scope: str
-    core: str | None
-    projection: str
-    producers: tuple[str, ...]
-    heads: int = 0
-
-
-def discover(
-    model: nn.Module, inputs: Mapping[str, Any], *, allow_nothing: bool = False
-) -> Discovery:
-    """Find the attentions and FFNs that a forward of `model` runs.
+def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
+    """Find the heads, neurons and channels that a forward of `model` makes and reads.
 
     Args:
-        model: A Transformers model.
-        inputs: Keyword arguments of its forward; short ones suffice (`samples.probe_inputs`).
-        allow_nothing: Return an empty discovery rather than raise (it has convolutions besides).
+        model: Any module; it is left as it was.
+        args: Positional arguments of its forward; a small batch suffices.
+        kwargs: Keyword arguments of its forward.
 
     Raises:
         DataError: The model cannot run the inputs.
-        StructureError: Nothing prunable was found.
+        StructureError: Its outputs do not depend on its parameters through autograd.
     """
-    with evaluating(model), attention_implementation(model, "eager"):
-        trace = trace_forward(model, inputs)
-        places, refusals = _probe_all(model, trace)
-    if not places and not allow_nothing:
-        seen = "; ".join(f"{r.module} ({r.reason})" for r in refusals) or "no attention, no FFN"
-        raise StructureError(
-            f"{type(model).__name__}: found nothing to prune. Seen: {seen}. "
-            "Pass a model whose forward runs softmax attention or feed-forward layers."
-        )
-    return Discovery(tuple(places), tuple(refusals))
+    return _Finding(model, read_forward(model, args, kwargs)).found(Call(args, kwargs, ()))
 
 
-def _probe_all(model: nn.Module, trace: Trace) -> tuple[list[Place], list[Refusal]]:
-    modules = dict(model.named_modules())
-    sites = [(site, _kind_of(site, modules[site.scope])) for site in _sites(trace)]
-    found: dict[tuple[Any, ...], Template | Refusal] = {}
-    tries: dict[tuple[Any, ...], int] = {}
-    for site, key in sites:
-        if not isinstance(found.get(key), Template) and tries.get(key, 0) < MAX_TRIES:
-            tries[key] = tries.get(key, 0) + 1
-            outcome = _probe_site(site, modules[site.scope], trace)
-            if outcome is not None:
-                found[key] = outcome
-    places: list[Place] = []
-    refusals: list[Refusal] = []
-    table = ""
-    for site, key in sites:
-        kind = found.get(key)
-        if isinstance(kind, Refusal):
-            refusals.append(replace(kind, module=site.scope))
-        elif kind is not None:
-            table = _shared_table(site, modules, table)
-            removal = kind.versions[0][-1].removal
-            cross = removal is not None and removal.cross
-            places.append(Place(site.scope, kind, "" if cross or site.core is None else table))
-    return places, refusals
+def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reading:
+    """Run the model once under eager attention, follow the labels, and read them.
 
-
-def _shared_table(site: _Site, modules: Mapping[str, nn.Module], current: str) -> str:
-    """Table (`SharedTable`) that the attention at `site` takes its bias from; "" for none."""
-    if site.core is None:
-        return current
-    core = modules[site.core]
-    row = table_of(core)
-    if row is None:
-        return ""
-    return f"{site.core}.{row.table}.weight" if getattr(core, row.flag) else current
-
-
-def _sites(trace: Trace) -> Iterator[_Site]:
-    """Attentions and FFN pairs in running order; each module once."""
-    seen: set[str] = set()
-    owned = {e.parameter for e in _attention_matmuls(trace)}
-    for index, event in enumerate(trace.events):
-        if isinstance(event, Attention):
-            out = next(_following_weights(trace, index), None)
-            if out is None or out.parameter is None or out.parameter in seen:
-                continue
-            seen.add(out.parameter)
-            scope = _called(common_path(event.module, out.module), trace)
-            yield _Site(scope, event.module, out.parameter, (), event.heads)
-        elif event.parameter is not None and event.parameter not in seen | owned:
-            producers = _producers(trace, index, owned)
-            scope = _called(_scope_of(trace, index, producers), trace)
-            if producers and re.search(r"\.\d+(\.|$)", f".{scope}"):
-                seen.add(event.parameter)
-                yield _Site(scope, None, event.parameter, producers)
-
-
-def _attention_matmuls(trace: Trace) -> Iterator[Matmul]:
-    """Products with weights inside modules that run an attention, and the out-projections."""
-    cores = {e.module for e in trace.events if isinstance(e, Attention)}
-    for index, event in enumerate(trace.events):
-        if isinstance(event, Attention):
-            yield from [m for m in [next(_following_weights(trace, index), None)] if m is not None]
-        elif any(event.module.startswith(core + ".") for core in cores):
-            yield event
-
-
-def _following_weights(trace: Trace, index: int) -> Iterator[Matmul]:
-    for event in trace.events[index + 1 : index + 1 + 2 * LOOK_AHEAD]:
-        if isinstance(event, Matmul) and event.parameter is not None:
-            yield event
-
-
-def _producers(trace: Trace, index: int, owned: set[str | None]) -> tuple[str, ...]:
-    """Weights that ran shortly before and put out as many features as event `index` reads.
-
-    Convolutions have no features in their last dimension.
+    Raises:
+        DataError: The model cannot run the inputs.
+        StructureError: Its outputs do not depend on its parameters through autograd.
     """
-    event = trace.events[index]
-    if isinstance(event, Attention) or event.function in CONVS:
-        return ()
-    features = event.x_shape[-1]
-    layer = ""
-    found = []
-    for earlier in reversed(trace.events[max(0, index - LOOK_BACK) : index]):
-        if isinstance(earlier, Attention):
-            break
-        fits = earlier.out_shape[-1] in (features, 2 * features)
-        if (
-            fits
-            and earlier.function not in CONVS
-            and earlier.parameter not in (None, event.parameter)
-            and earlier.parameter not in owned
-            and f"{earlier.module}.".startswith(layer)
-        ):
-            found.append(earlier.parameter)
-            layer = layer or _layer_of(common_path(event.module, earlier.module))
-    return tuple(dict.fromkeys(name for name in found if name is not None))
+    with attention_implementation(model, "eager"):
+        with telling(model, args, kwargs):
+            forward = trace_graph(model, args, kwargs)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        flow = Flow(forward.functions, names, constants=_shared_tables(model))
+        return Reading(model, forward, flow)
 
 
-def _layer_of(path: str) -> str:
-    """Prefix of everything in the innermost layer around a module; "" outside of layers."""
-    found = LAYER.match(f".{path}")
-    return f"{found[0][1:]}." if found else ""
-
-
-def _scope_of(trace: Trace, index: int, producers: tuple[str, ...]) -> str:
-    """The module around event `index` and the weights that ran before it."""
-    # The last to run with a weight: modules may share it.
-    earlier = [e for e in trace.events[: index + 1] if isinstance(e, Matmul)]
-    modules = {e.parameter: e.module for e in earlier}
-    scope = trace.events[index].module
-    for name in producers[:2]:
-        scope = common_path(scope, modules[name])
-    return scope
-
-
-def _called(path: str, trace: Trace) -> str:
-    """The nearest enclosing module that is called itself (a ModuleList is not)."""
-    while path and path not in trace.calls:
-        path = path.rpartition(".")[0]
-    return path
-
-
-def _kind_of(site: _Site, module: nn.Module) -> tuple[Any, ...]:
-    """Modules with the same key have the same layout: class, place in the layer, shapes."""
-    relative = [
-        None if name is None else below(name, site.scope) for name in (site.core, site.projection)
+def _shared_tables(model: nn.Module) -> list[str]:
+    """Tables from which all attentions of a stack take a bias."""
+    rows = {path: (module, table_of(module)) for path, module in model.named_modules()}
+    return [
+        f"{path}.{row.table}.weight".lstrip(".")
+        for path, (module, row) in rows.items()
+        if row is not None and getattr(module, row.flag) and row.table in module._modules
     ]
-    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    template = re.sub(r"\.\d+(?=\.|$)", ".*", "." + site.scope)
-    return (template, type(module), *relative, site.heads, shapes)
 
 
-def _probe_site(site: _Site, module: nn.Module, trace: Trace) -> Template | Refusal | None:
-    """Probe one module; names in the template are relative to the scope.
+class _Finding:
+    """Makes places and refusals out of what was read."""
 
-    None where there is no axis after all: the weights before do not make what the weight reads.
-    """
-    try:
-        owner, _, leaf = site.projection.rpartition(".")
-        if leaf != "weight" or owner not in trace.calls:
-            raise StructureError(f"the out-projection {site.projection} is not a module of its own")
-        twin, call = double_copy(module), double_call(trace.calls[site.scope])
+    def __init__(self, model: nn.Module, reading: Reading) -> None:
+        self.model, self.forward, self.reading = model, reading.forward, reading
+        self.tables = _shared_tables(model)
+        self.modules = dict(model.named_modules())
+        self.templates: dict[Any, Template] = {}
+
+    def found(self, call: Call) -> Discovery:
+        """Everything, heads and neurons before the channels that they leave."""
+        places: list[Place] = []
+        refusals: list[Refusal] = []
+        sites = find_sites(self.reading, is_known=isinstance(self.model, PreTrainedModel))
+        table = ""
+        for site in sites:
+            scope = self._scope(site)
+            if site.reason:
+                refusals.append(Refusal(scope, str(site.kind), site.reason))
+                continue
+            table = self._shared_table(site, table)
+            try:
+                template = self._template(site, scope)
+            except Exception as error:  # a config's own code may raise anything
+                refusals.append(Refusal(scope, str(site.kind), described(error)))
+                continue
+            removal = template.versions[0][-1].removal
+            is_free = site.core is None or (removal is not None and removal.cross)
+            own = self.forward.calls[scope]
+            places.append(Place(scope, template, own, "" if is_free else table))
+        taken = [
+            move_axis(axis, place.scope) for place in places for axis in place.template.versions[0]
+        ]
+        channels, others = read_channels(self.reading, taken, {r for s in sites for r in s.roots})
+        return Discovery(tuple(places), channels, tuple(refusals), others, call)
+
+    def _scope(self, site: Site) -> str:
+        """The nearest called module around all that a site names."""
+        path = reduce(common_path, site.paths)
+        while path and path not in self.forward.calls:
+            path = path.rpartition(".")[0]
+        return path
+
+    def _shared_table(self, site: Site, current: str) -> str:
+        """Table (`SharedTable`) that the attention at `site` takes its bias from; "" for none."""
         if site.core is None:
-            return _probe_ffn(site, twin, call)
-        projection, core = below(site.projection, site.scope), below(site.core, site.scope)
-        layout = probe_heads(twin, call, core=core, projection=projection)
-        versions = attention_versions(
-            twin, layout, core=core, projection=projection, call=trace.calls[site.core]
+            return current
+        core = self.modules[site.core]
+        row = table_of(core)
+        if row is None:
+            return ""
+        return f"{site.core}.{row.table}.weight" if getattr(core, row.flag) else current
+
+    def _template(self, site: Site, scope: str) -> Template:
+        """The template of a site's kind: modules of one class and shapes with the same axes."""
+        module = self.modules[scope]
+        own = [Slice(name, 1) for name in self.tables if name.startswith(f"{site.core}.")]
+        layout = replace(
+            site.layout,
+            head_slices=tuple(_below(s, scope) for s in (*site.layout.head_slices, *own)),
+            group_slices=tuple(_below(s, scope) for s in site.layout.group_slices),
         )
-        return Template(site.scope, call, versions)
-    except NotAPair:
-        return None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the module's own code may raise anything
-        reason = first_line(error)
-        return Refusal(site.scope, "neurons" if site.core is None else "heads", reason)
+        projection = below(site.reader, scope)
+        if site.core is None:
+            read_at = projection.rpartition(".")[0]
+            tap = Tap(read_at, "input", -1, layout.width, 0, layout.width)
+            slices = layout.head_slices
+            axis = Axis(":neurons", "", Kind.NEURONS, layout.heads, slices, (tap,))
+            versions: tuple[tuple[Axis, ...], ...] = ((axis,),)
+        else:
+            core = below(site.core, scope)
+            call = self.forward.calls[site.core]
+            versions = attention_versions(
+                module,
+                layout,
+                core=core,
+                projection=projection,
+                call=call,
+                norms=tuple(replace(n, module=below(n.module, scope)) for n in site.norms),
+                sizes=tuple(replace(a, module=below(a.module, scope)) for a in site.sizes),
+            )
+        shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+        key = (type(module), shapes, versions)
+        return self.templates.setdefault(key, Template(versions))
 
 
-def _probe_ffn(site: _Site, twin: nn.Module, call: Call) -> Template:
-    projection = below(site.projection, site.scope)
-    inside = [n for n in site.producers if n.startswith(site.scope + ".")]
-    if not inside:
-        raise StructureError(f"another module owns {site.producers[0]} too, which makes its units")
-    producers = [below(n, site.scope) for n in inside]
-    size, slices = probe_neurons(twin, call, producers=producers, projection=projection)
-    read_at = projection.rpartition(".")[0]
-    axis = Axis(":neurons", "", Kind.NEURONS, size, slices, (Tap(read_at, "input", -1),))
-    return Template(site.scope, call, ((axis,),))
+def _below(rows: Any, scope: str) -> Any:
+    return replace(rows, tensor=below(rows.tensor, scope))
 
 
 def move_axis(axis: Axis, scope: str, *, tied: str = "", name: str | None = None) -> Axis:
@@ -299,24 +219,27 @@ def move_axis(axis: Axis, scope: str, *, tied: str = "", name: str | None = None
         name: Path that the axis is named after; None: the module.
     """
     removal, prefix = axis.removal, scope if name is None else name
+
+    def moved(path: str) -> str:
+        return above(path, scope)
+
     return replace(
         axis,
         tied=tied,
         name=prefix + axis.name,
-        module=above(axis.module, scope),
-        slices=tuple(replace(s, tensor=above(s.tensor, scope)) for s in axis.slices),
-        taps=tuple(replace(t, module=above(t.module, scope)) for t in axis.taps),
-        norms=tuple(replace(t, module=above(t.module, scope)) for t in axis.norms),
-        attributes=tuple(_move_attribute(a, scope, prefix) for a in axis.attributes),
+        module=moved(axis.module),
+        slices=tuple(replace(s, tensor=moved(s.tensor)) for s in axis.slices),
+        taps=tuple(replace(t, module=moved(t.module)) for t in axis.taps),
+        norms=tuple(replace(n, module=moved(n.module)) for n in axis.norms),
+        attributes=tuple(
+            replace(
+                a,
+                module=moved(a.module),
+                axis=prefix + a.axis,
+                per=None if a.per is None else prefix + a.per,
+            )
+            for a in axis.attributes
+        ),
         parent=None if axis.parent is None else prefix + axis.parent,
-        removal=None if removal is None else replace(removal, module=above(removal.module, scope)),
-    )
-
-
-def _move_attribute(attribute: Attribute, scope: str, prefix: str) -> Attribute:
-    return replace(
-        attribute,
-        module=above(attribute.module, scope),
-        axis=prefix + attribute.axis,
-        per=None if attribute.per is None else prefix + attribute.per,
+        removal=None if removal is None else replace(removal, module=moved(removal.module)),
     )

@@ -1,4 +1,4 @@
-"""Record what one forward of a model does: matmuls with parameters, attentions, module calls.
+"""Record what one forward of a model does: which products it runs, in which module.
 
 Knows torch functions and module paths. Knows no architecture and draws no conclusion.
 """
@@ -20,15 +20,11 @@ CONVS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_t
 MATMULS = CONVS | frozenset(
     "linear addmm matmul bmm baddbmm mm einsum __matmul__ __rmatmul__".split()
 )
-ATTENTIONS = frozenset(["softmax", "scaled_dot_product_attention"])
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """A matrix product. `parameter` is the weight's full name, None between activations.
-
-    `x` and `out` are kept with their graph only when the recorder was asked to.
-    """
+    """A matrix product. `parameter` is the weight's full name, None between activations."""
 
     module: str
     function: str
@@ -36,22 +32,6 @@ class Matmul:
     x_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     macs: int
-    x: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Attention:
-    """A softmax over an attention matrix ``(batch, heads, queries, keys)``, or a fused kernel."""
-
-    module: str
-    function: str
-    shape: tuple[int, ...]
-    out: Tensor | None = None
-
-    @property
-    def heads(self) -> int:
-        """Number of heads."""
-        return self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -69,22 +49,20 @@ class Call:
 
 @dataclass
 class Trace:
-    """Events in the order in which they ran, and the first call of each module by path."""
+    """Products in the order in which they ran."""
 
-    events: list[Matmul | Attention] = field(default_factory=list)
-    calls: dict[str, Call] = field(default_factory=dict)
+    events: list[Matmul] = field(default_factory=list)
 
 
 class Recorder(TorchFunctionMode):
-    """Fills a `Trace` while active; with `keep_graph`, events keep their tensors.
+    """Fills a `Trace` while active.
 
     Use through `record`, which also places the module hooks that say who is running.
     """
 
-    def __init__(self, model: nn.Module, *, keep_graph: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.trace = Trace()
-        self.keep_graph = keep_graph
         self.running: list[str] = []
         self.parameter_names = {
             id(p): name
@@ -110,10 +88,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not self.running or not isinstance(out, Tensor):
             return out
-        if name in ATTENTIONS and out.ndim >= 4:  # noqa: PLR2004 - (batch, heads, queries, keys)
-            kept = out if self.keep_graph else None
-            self.trace.events.append(Attention(self.running[-1], name, tuple(out.shape), kept))
-        elif name in MATMULS:
+        if name in MATMULS:
             self._record_matmul(name, out, args, kwargs)
         return out
 
@@ -138,47 +113,29 @@ class Recorder(TorchFunctionMode):
                 x_shape=tuple(x.shape),
                 out_shape=tuple(out.shape),
                 macs=_macs(name, x, weight, out),
-                x=x if self.keep_graph else None,
             )
         )
 
 
 @contextmanager
-def record(
-    model: nn.Module, *, keep_graph: bool = False, keep_calls: bool = True
-) -> Iterator[Trace]:
-    """Record every forward of `model` inside the ``with``.
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Record every forward of `model` inside the ``with``; names in the trace are relative to it.
 
-    Args:
-        model: Any module; names in the trace are relative to it ("" is the model itself).
-        keep_graph: Keep the tensors of the events, for gradients.
-        keep_calls: Keep the arguments of the modules' first calls, and so all activations.
+    "" is the model itself.
     """
-    recorder = Recorder(model, keep_graph=keep_graph)
+    recorder = Recorder(model)
 
     def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            recorder.running.append(path)
-            if keep_calls and path not in recorder.trace.calls:
-                recorder.trace.calls[path] = Call(args, dict(kwargs), ())
+        return lambda module, args: recorder.running.append(path)
 
-        return hook
-
-    def leave(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if recorder.running:
-                recorder.running.pop()
-            call = recorder.trace.calls.get(path)
-            if call is not None and not call.returns and isinstance(output, tuple):
-                shapes = tuple(tuple(o.shape) if isinstance(o, Tensor) else None for o in output)
-                recorder.trace.calls[path] = Call(call.args, call.kwargs, shapes)
-
-        return hook
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if recorder.running:
+            recorder.running.pop()
 
     with ExitStack() as stack:
         for path, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(enter(path), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave(path), always_call=True).remove)
+            stack.callback(module.register_forward_pre_hook(enter(path)).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(recorder)
         yield recorder.trace
 
@@ -238,29 +195,35 @@ def rows_of(event: Matmul, weight: Tensor) -> int:
 
 @torch.no_grad()
 def trace_forward(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    *,
-    args: tuple[Any, ...] = (),
-    keep_calls: bool = True,
+    model: nn.Module, inputs: Mapping[str, Any], *, args: tuple[Any, ...] = ()
 ) -> Trace:
     """Trace of ``model(*args, **inputs)`` without a graph.
 
     Raises:
         DataError: The model cannot run the inputs.
     """
-    with record(model, keep_calls=keep_calls) as trace:
-        try:
-            model(*args, **inputs)
-        except (torch.OutOfMemoryError, GradNASError):
-            raise
-        except Exception as error:  # the model's own code may raise anything
-            given = {f"args[{index}]": value for index, value in enumerate(args)} | dict(inputs)
-            shapes = {n: tuple(v.shape) for n, v in given.items() if isinstance(v, Tensor)}
-            raise DataError(
-                f"{type(model).__name__} cannot run a batch of {shapes}: "
-                f"{str(error).partition(chr(10))[0]}; check that its columns are what the forward "
-                "takes (labels or decoder_input_ids for an encoder-decoder), and that no sequence "
-                "is longer than the model's positions."
-            ) from error
+    with record(model) as trace, telling(model, args, inputs):
+        model(*args, **inputs)
     return trace
+
+
+@contextmanager
+def telling(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Name the inputs in whatever a forward of the model raises inside the ``with``.
+
+    Raises:
+        DataError: The model cannot run the inputs.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, GradNASError):
+        raise
+    except Exception as error:  # the model's own code may raise anything
+        given = {f"args[{index}]": value for index, value in enumerate(args)} | dict(inputs)
+        shapes = {n: tuple(v.shape) for n, v in given.items() if isinstance(v, Tensor)}
+        raise DataError(
+            f"{type(model).__name__} cannot run a batch of {shapes}: "
+            f"{str(error).partition(chr(10))[0]}; check that its columns are what the forward "
+            "takes (labels or decoder_input_ids for an encoder-decoder), and that no sequence "
+            "is longer than the model's positions."
+        ) from error

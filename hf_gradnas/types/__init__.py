@@ -26,6 +26,7 @@ from .structure import (
     StockSpace,
     Structure,
     Tap,
+    by_present_names,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ __all__ = [
     "StockSpace",
     "Structure",
     "Tap",
+    "by_present_names",
     "check_indices",
     "check_values",
     "is_frontier",

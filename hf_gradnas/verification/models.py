@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +11,20 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from ..batches.longest import probe_inputs
-from ..errors import DataError
-from ..structure.discovery import discover
+from ..errors import DataError, StructureError
+from ..structure.discovery import Discovery, Place, discover, move_axis
+from ..structure.trace import above
 from ..types import Axis, Kind, Refusal, Structure
-from .channels import find_channels
-from .modules import proved, some_axes
+from .proof import prove_channels, prove_places
+from .trial import KERNEL
 
 
 def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
     """Discover the axes of `model` and keep those that are proved.
 
     Heads and neurons come first, then the channels of convolutions and, in a module that is no
-    Transformers model, those of all layers. Channels cost a graph of the whole forward and a copy
-    of the whole model in float64; they are left out where a Transformers model with heads or
-    neurons convolves in its patch embeddings only, since those make the residual stream.
+    Transformers model, those of all layers. Channels cost a copy of the whole model in float64.
+    That patch embeddings make the residual stream is not worth a refusal.
 
     Args:
         model: On a device with float64 (CPU, CUDA), in any dtype; it is left as it was.
@@ -34,27 +35,83 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
         StructureError: Nothing prunable was found, or nothing could be proved.
     """
     is_known = isinstance(model, PreTrainedModel)
-    convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
-    convolves = not is_known or bool(convolutions)
     decoder = isinstance(model, PreTrainedModel) and bool(model.config.is_encoder_decoder)
     inputs: dict[str, Any] = probe_inputs(batch, decoder=decoder)
     try:
-        discovery = discover(model, inputs, allow_nothing=convolves)
+        discovery = discover(model, (), inputs)
     except DataError:  # some heads need more than the first tokens
         inputs = {k: v for k, v in batch.items() if k != "labels" or decoder}
-        discovery = discover(model, inputs, allow_nothing=convolves)
+        discovery = discover(model, (), inputs)
     inside = _owned_once(model, proved(model, discovery))
-    if not convolves:
-        return some_axes(model, inside)
-    if is_known and inside.axes and all(map(_is_patch_embedding, convolutions)):
-        return inside
-    channels, refusals = find_channels(model, (), inputs, taken=inside.axes)
+    convolutions = {p: module for p, module in model.named_modules() if isinstance(module, _ConvNd)}
+    if is_known and not convolutions:
+        return _some_axes(model, inside)
+    channels, refusals = prove_channels(model, discovery.channels, (), inputs)
+    refusals = (*discovery.channel_refusals, *refusals)
     if is_known and inside.axes:  # nobody expects the streams of linear layers to be pruned
-        paths = {path for path, module in model.named_modules() if isinstance(module, _ConvNd)}
-        refusals = tuple(r for r in refusals if not r.module or r.module in paths)
-    open_refusals = tuple(r for r in inside.refusals if not _is_settled(r, channels))
-    structure = Structure(inside.axes + channels, open_refusals + refusals)
-    return some_axes(model, _owned_once(model, structure))
+        paths = {p for p, module in convolutions.items() if not _is_patch_embedding(module)}
+        refusals = tuple(
+            r for r in refusals if not r.module or (paths and r.module in convolutions)
+        )
+    structure = Structure(inside.axes + channels, inside.refusals + refusals)
+    return _some_axes(model, _owned_once(model, structure))
+
+
+def proved(model: nn.Module, discovery: Discovery) -> Structure:
+    """Heads and neurons whose kind is proved; the others become refusals. There may be none."""
+    outcomes = prove_places(model, discovery, _kernels(model))
+    axes: list[Axis] = []
+    refusals = list(discovery.refusals)
+    for place, name in zip(discovery.places, _distinct_names(discovery.places), strict=True):
+        outcome = outcomes[id(place.template)]
+        if isinstance(outcome, str):
+            refusals.append(Refusal(place.scope, place.template.kind, outcome))
+        else:
+            axes += [move_axis(axis, place.scope, tied=place.tied, name=name) for axis in outcome]
+    return Structure(tuple(axes), tuple(refusals))
+
+
+def _kernels(model: nn.Module) -> list[str]:
+    """Attention kernels that the model can run on any device."""
+    sdpa = any(vars(base).get("_supports_sdpa") for base in type(model).__mro__)
+    return [KERNEL, "sdpa"] if sdpa else [KERNEL]
+
+
+def _distinct_names(places: Sequence[Place]) -> list[str]:
+    """Path that names the axes of each place: its module, or what is inside it if that has several.
+
+    A layer with two FFNs, or a list of experts, has two axes of one kind: they are named after
+    their out-projections, and so are those of the model itself.
+    """
+    same = Counter((place.scope, place.template.kind) for place in places)
+    return [
+        place.scope
+        if place.scope and same[place.scope, place.template.kind] == 1
+        else above(place.template.versions[0][-1].taps[0].module, place.scope)
+        for place in places
+    ]
+
+
+def _some_axes(model: nn.Module, structure: Structure) -> Structure:
+    """The structure itself, if it has an axis.
+
+    Raises:
+        StructureError: It has none.
+    """
+    if structure.axes:
+        return structure
+    refusals = structure.refusals
+    if not refusals:
+        raise StructureError(
+            f"{type(model).__name__}: found nothing to prune. Seen: no attention, no FFN, no "
+            "channels. Pass a model whose forward runs softmax attention, feed-forward layers or "
+            "convolutions."
+        )
+    reasons = "; ".join(f"{r.module} {r.kind}: {r.reason}" for r in refusals[:4])
+    raise StructureError(
+        f"{type(model).__name__}: found {len(refusals)} modules, but none can be pruned with "
+        f"proof ({reasons}). Report the model type."
+    )
 
 
 def _owned_once(model: nn.Module, structure: Structure) -> Structure:
@@ -89,10 +146,3 @@ def _owned_once(model: nn.Module, structure: Structure) -> Structure:
 def _is_patch_embedding(module: _ConvNd) -> bool:
     """Whether a convolution cuts its input into pieces that do not overlap."""
     return module.kernel_size == module.stride and max(module.kernel_size) > 1
-
-
-def _is_settled(refusal: Refusal, channels: Sequence[Axis]) -> bool:
-    """Whether the neurons of a refused module turned out to be channels."""
-    return refusal.kind == Kind.NEURONS and any(
-        axis.module.startswith(f"{refusal.module}.") for axis in channels
-    )

@@ -214,7 +214,7 @@ def test_a_model_that_differs_from_its_config():
     structure = find_structure(model.eval(), inputs)
     space = find_stock_space(model, structure)
     assert (
-        "(64, 32) in the model, but its config builds (64, 96)"
+        "(32, 64) in the model, but its config builds (96, 64)"
         in (space.refused["bert.encoder.layer.0:neurons"])
     )
     assert not space.groups

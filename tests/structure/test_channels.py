@@ -1,5 +1,6 @@
 """Channels of networks: what is found, what is refused, and that cutting is the same as zeroing."""
 
+import contextlib
 import copy
 import re
 from dataclasses import replace
@@ -13,21 +14,23 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrizations
 
-from hf_gradnas.structure.channels import discover_channels
-from hf_gradnas.structure.discovery import discover, move_axis
+from hf_gradnas.errors import DataError, StructureError
+from hf_gradnas.structure.channels import read_channels
+from hf_gradnas.structure.discovery import discover, move_axis, read_forward
 from hf_gradnas.types import Attribute, Kind, Refusal, Slice, Tap
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 
 
 def found_in(model, *args, taken=(), **kwargs):
-    return discover_channels(model, args, kwargs, taken=taken)
+    """Channels, as if nobody had looked for heads and neurons but those of `taken`."""
+    return read_channels(read_forward(model, args, kwargs), taken, frozenset())
 
 
 def found_otherwise(model, inputs):
     return [
         move_axis(axis, place.scope)
-        for place in discover(model, inputs).places
+        for place in discover(model, (), inputs).places
         for axis in place.template.versions[0]
     ]
 
@@ -164,7 +167,7 @@ def test_what_stands_inside_an_attention_is_refused():
     heads = [replace(axis, slices=()) for axis in found_otherwise(model, inputs)]
     _, refusals = found_in(model, **inputs, taken=heads)
     inside = [r.module for r in refusals if re.search("inside an attention, whose heads", r.reason)]
-    assert [path.rpartition(".")[2] for path in inside] == ["q_proj", "k_proj", "v_proj"]
+    assert [path.rpartition(".")[2] for path in inside] == ["q_proj"]
 
 
 def only(name):
@@ -341,7 +344,7 @@ REFUSED = {
             lambda m, x: m.head(m.conv(x)[:, [3, 1, 2]]), conv=conv(3, 8), head=conv(3, 2)
         ),
         IMAGE,
-        ("conv", "go into Index, where no slice can follow"),
+        ("conv", "own different numbers of entries of head.weight"),
     ),
     "products": (
         lambda: Wired(
@@ -351,8 +354,7 @@ REFUSED = {
             head=nn.Linear(5, 2),
         ),
         TOKENS,
-        ("q", "go into Bmm"),
-        ("k", "go into Bmm"),
+        ("q", "all of them meet in one sum or product"),
     ),
     "two dimensions": (
         lambda: Wired(
@@ -416,15 +418,6 @@ REFUSED = {
         (2, 3, 4),
         ("0", "dimensions|repeats their number within"),
     ),
-    "padded channels": (
-        lambda: Wired(
-            lambda m, x: m.head(nn.functional.pad(m.conv(x), (0, 0, 0, 0, 0, 4))),
-            conv=conv(3, 4),
-            head=conv(8, 2),
-        ),
-        IMAGE,
-        ("conv", "go into ConstantPadNd"),
-    ),
 }
 
 
@@ -464,6 +457,20 @@ def test_inputs_that_need_no_gradient():
     assert not refusals
 
 
+def test_channels_that_are_padded_are_followed_by_measuring():
+    model = Wired(
+        lambda m, x: m.head(nn.functional.pad(m.conv(x), (0, 0, 0, 0, 0, 4))),
+        conv=conv(3, 4),
+        head=conv(8, 2),
+    )
+    model, args = model.double().eval(), (torch.randn(IMAGE, dtype=torch.float64),)
+    (axis,), refusals = found_in(model, *args)
+    assert not refusals
+    assert Slice("head.weight", 1) in axis.slices
+    cut = sliced(model, axis, [1])(*args)
+    torch.testing.assert_close(cut, zeroed(model, axis, [1])(*args), **EXACT)
+
+
 def test_the_last_layer_and_single_channels_are_silent():
     model = nn.Sequential(conv(3, 1), conv(1, 4))
     assert found_in(model, torch.randn(IMAGE)) == ((), ())
@@ -482,35 +489,25 @@ def test_the_model_is_left_as_it_was(fails):
     model[1].train()
     model[0].weight.requires_grad_(False)
     before, tensors = state_of(model), copy.deepcopy(model.state_dict())
-    axes, refusals = found_in(model, *(() if fails else args))
-    assert bool(axes) is not fails
-    assert [refusal.module for refusal in refusals] == [""] * fails
+    with pytest.raises(DataError) if fails else contextlib.nullcontext():
+        assert found_in(model, *(() if fails else args))[0]
     assert state_of(model) == before
     torch.testing.assert_close(model.state_dict(), tensors, rtol=0.0, atol=0.0)
 
 
-def test_a_forward_that_fails_is_one_refusal_with_the_first_line():
+def test_a_forward_that_fails_is_an_error_with_the_first_line():
     def broken(model, x):
         raise RuntimeError("no such shape\nsecond line")
 
     model = Wired(broken, up=nn.Linear(2, 2))
-    assert found_in(model, torch.zeros(1, 2)) == (
-        (),
-        (
-            Refusal(
-                "",
-                "channels",
-                "the forward cannot be traced (RuntimeError: no such shape)",
-            ),
-        ),
-    )
+    with pytest.raises(DataError, match=r"Wired cannot run a batch of .*: no such shape; check"):
+        found_in(model, torch.zeros(1, 2))
 
 
-def test_a_forward_without_a_graph_is_one_refusal():
+def test_a_forward_without_a_graph_is_an_error():
     model = Wired(torch.no_grad()(lambda m, x: m.up(x)), up=nn.Linear(2, 2))
-    axes, (refusal,) = found_in(model, torch.zeros(1, 2))
-    assert not axes
-    assert re.search("StructureError: Wired: no tensor that its forward", refusal.reason)
+    with pytest.raises(StructureError, match="Wired: no tensor that its forward"):
+        found_in(model, torch.zeros(1, 2))
 
 
 def test_running_out_of_memory_is_no_refusal():

@@ -108,26 +108,49 @@ def test_nothing_to_prune_is_an_error() -> None:
             return self.linear(x)
 
     with pytest.raises(StructureError, match="found nothing to prune"):
-        discover(Plain(), {"x": torch.ones(2, 4)})
+        find_structure(Plain(), {"x": torch.ones(2, 4)})
 
 
-def test_heads_coupled_by_a_norm_are_refused_and_the_rest_is_pruned() -> None:
+class _Coupled(nn.Module):
+    """Multiplies every value by the mean of all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.mean(-1, keepdim=True)
+
+
+def test_heads_that_are_coupled_are_refused_and_the_rest_is_pruned() -> None:
     model, inputs = zoo.build("bert")
     for layer in model.bert.encoder.layer:
-        layer.attention.self.query = nn.Sequential(
-            nn.Linear(64, 64).double(), nn.LayerNorm(64).double()
-        ).eval()
+        query = layer.attention.self.query
+        layer.attention.self.query = nn.Sequential(query, _Coupled()).eval()
     structure = find_structure(model, inputs)
     assert {a.kind for a in structure.axes} == {Kind.NEURONS}
     assert {(r.module, r.kind) for r in structure.refusals} == {
         (f"bert.encoder.layer.{i}.attention", "heads") for i in range(3)
     }
-    assert all(r.reason for r in structure.refusals)
+    assert all("differs from masked" in r.reason for r in structure.refusals)
+
+
+def test_a_norm_across_heads_is_cut_with_them() -> None:
+    model, inputs = zoo.build("bert")
+    norms = []
+    for layer in model.bert.encoder.layer:
+        query = layer.attention.self.query
+        norm = nn.LayerNorm(64).double()
+        layer.attention.self.query = nn.Sequential(query, norm).eval()
+        norms.append(norm)
+    structure = find_structure(model, inputs)
+    heads = [axis for axis in structure.axes if axis.kind is Kind.HEADS]
+    assert not structure.refusals
+    for index, axis in enumerate(heads):
+        path = f"bert.encoder.layer.{index}.attention.self.query.1"
+        assert [norm.module for norm in axis.norms] == [path]
+        assert Slice(f"{path}.weight", 0, 16, 0, 16) in axis.slices
 
 
 def test_ffns_that_follow_each_other_without_an_attention_are_told_apart() -> None:
     model, inputs = zoo.build("convnext", depths=[1, 3, 1])
-    places = discover(model, inputs).places
+    places = discover(model, (), inputs).places
     stages = [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
     wanted = [f"convnext.encoder.stages.{stage}.layers.{layer}" for stage, layer in stages]
     assert [place.scope for place in places] == wanted
@@ -135,7 +158,7 @@ def test_ffns_that_follow_each_other_without_an_attention_are_told_apart() -> No
 
 def test_the_width_of_an_image_is_no_number_of_features() -> None:
     model, inputs = zoo.build("efficientnet")
-    found = discover(model, inputs, allow_nothing=True)
+    found = discover(model, (), inputs)
     assert found.places == ()
     assert found.refusals == ()
 

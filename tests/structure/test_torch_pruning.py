@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch_pruning
 
-from hf_gradnas.structure.channels import discover_channels
+from hf_gradnas.structure.channels import read_channels
+from hf_gradnas.structure.discovery import read_forward
 
 SAME = [
     "resnet basic",
@@ -27,7 +28,7 @@ SAME = [
 @pytest.mark.parametrize("family", SAME)
 def test_the_same_layers_are_tied_together(family):
     model, inputs, _ = conv_families.build(family)
-    axes, _ = discover_channels(model, (), inputs)
+    axes, _ = read_channels(read_forward(model, (), inputs), (), frozenset())
     found = {frozenset(part.tensor.rpartition(".")[0] for part in axis.slices) for axis in axes}
     graph = torch_pruning.DependencyGraph().build_dependency(
         model, inputs, output_transform=lambda output: output.logits, verbose=False

@@ -186,6 +186,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
             "decode_head.linear_projections.0.proj": 24,
             "decode_head.linear_projections.1.proj": 24,
             "decode_head.linear_fuse": 24,
+            "stages.0.blocks.0.mlp.fc1": 32,
+            "stages.1.blocks.0.mlp.fc1": 64,
         },
     ),
     "wav2vec2 group": (

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import masked
-from hf_gradnas.structure.discovery import move_axis
+from hf_gradnas.structure.discovery import Discovery, discover, move_axis
+from hf_gradnas.structure.trace import Call
 from hf_gradnas.surgery import cut
-from hf_gradnas.types import Attribute, Axis, Kind, Refusal, Slice, Structure
-from hf_gradnas.verification import channels as proof
-from hf_gradnas.verification import find_structure, models, prove_channels
+from hf_gradnas.types import Attribute, Axis, Kind, Refusal, Slice
+from hf_gradnas.verification import find_structure, models, proof, prove_channels
 
 
 def without(axis: Axis, tensor: str) -> Axis:
@@ -113,12 +113,12 @@ def test_of_two_axes_that_clash_the_later_is_refused(monkeypatch: pytest.MonkeyP
     axes = tuple(replace(case.axes[0], name=f"{i}:channels", module=str(i)) for i in range(4))
     tried: list[list[str]] = []
 
-    def disproof(self: Any, together: Sequence[Axis]) -> str:
+    def disproof(self: Any, together: Sequence[Axis], kept: Any) -> str:
         names = [axis.module for axis in together]
         tried.append(names)
         return "they clash" if {"1", "2"} <= set(names) or "0" in names else ""
 
-    monkeypatch.setattr(proof._Trial, "disproof", disproof)
+    monkeypatch.setattr(proof.Trial, "disproof", disproof)
     good, refusals = prove_channels(case.model, axes, case.args, {})
     assert [axis.module for axis in good] == ["1", "3"]
     assert {r.module: r.reason for r in refusals} == {
@@ -197,7 +197,7 @@ def test_outputs_that_prove_nothing(structure: Callable[..., Any], reason: str) 
 def test_rounding_inside_is_tried_on_scaled_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     case = plain()
     differences = iter([1e-9, 1e-9, 1e-12])
-    monkeypatch.setattr(proof._Trial, "_masked_against_cut", lambda *_: next(differences))
+    monkeypatch.setattr(proof.Trial, "compared", lambda *_, **__: (next(differences), 1.0))
     assert prove_channels(case.model, case.axes, case.args, {}) == (case.axes, ())
     differences = iter([1e-9, 1e-9, 1e-9, *[1e-9] * 3])
     good, refusals = prove_channels(case.model, case.axes, case.args, {})
@@ -234,7 +234,8 @@ class Reshaped(nn.Module):
 
 def test_axes_that_must_keep_equal_counts_are_not_proved_as_if_they_were_independent() -> None:
     torch.manual_seed(0)
-    axes, refusals = proof.find_channels(Reshaped().eval(), (torch.randn(2, 3, 4, 4),), {})
+    model, args = Reshaped().eval(), (torch.randn(2, 3, 4, 4),)
+    axes, refusals = prove_channels(model, discover(model, args, {}).channels, args, {})
     assert {axis.module for axis in axes} <= {"three"}
     refused = {refusal.module: refusal.reason for refusal in refusals}
     assert "does not run" in refused["one"]
@@ -290,19 +291,6 @@ def test_channels_come_after_heads_and_neurons() -> None:
     assert kinds == [Kind.HEADS, Kind.NEURONS, Kind.CHANNELS, Kind.CHANNELS]
 
 
-def test_a_refused_pair_of_convolutions_is_settled_by_its_channels(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, batch = resnet()
-    axis = replace(plain().axes[0], module="resnet.encoder.stages.0.layers.0.layer.0.convolution")
-    other = Refusal("resnet.encoder.stages.1", "heads", "of another kind")
-    pair = Refusal("resnet.encoder.stages.0.layers.0", "neurons", "no regular rows")
-    inside = Structure((), (pair, other))
-    monkeypatch.setattr(models, "proved", lambda *_: inside)
-    monkeypatch.setattr(models, "find_channels", lambda *_, taken: ((axis,), ()))
-    assert find_structure(model, batch) == Structure((axis,), (other,))
-
-
 def test_a_model_that_gives_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = resnet()
     refusal = Refusal("resnet.embedder", "channels", "the model puts them out")
@@ -310,10 +298,7 @@ def test_a_model_that_gives_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
         ((refusal,), r"found 1 modules, .*\(resnet\.embedder channels: the model puts them out\)"),
         ((), "no attention, no FFN, no channels"),
     ):
-        inside = Structure((), ())
-        monkeypatch.setattr(models, "proved", lambda *_, inside=inside: inside)
-        monkeypatch.setattr(
-            models, "find_channels", lambda *_, taken, refusals=refusals: ((), refusals)
-        )
+        found = Discovery((), (), (), refusals, Call((), batch, ()))
+        monkeypatch.setattr(models, "discover", lambda *_, found=found: found)
         with pytest.raises(StructureError, match=f"ResNetForImageClassification: .*{reason}"):
             find_structure(model, batch)

@@ -1,0 +1,245 @@
+"""Find the attentions and the pairs of linear layers in what the labels of a forward say.
+
+An attention is a softmax over a product of two values; its units are the entries that meet there.
+The neurons of a pair are read by one linear weight and by nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch.nn.modules.conv import _ConvNd
+
+from ..types import Attribute, Kind, Tap
+from .attention import HeadLayout
+from .labels import NOBODY, OUTPUT, Rows
+from .products import EMBEDDED
+from .reading import Entries, IrregularRows, Reading, Units
+from .steps import MEETS_NOBODY
+
+NO_LAYOUT = HeadLayout(0, 0, 0, (), ())
+MATRIX = 2
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where heads or neurons were seen.
+
+    Attributes:
+        kind: What the units are.
+        time: When the weight that reads them runs.
+        reader: Name of that weight.
+        core: Path of the module that runs the softmax; None for neurons.
+        paths: Paths of all modules that take part.
+        roots: Labels of the units and of the groups that they stand in.
+        layout: The rows of the units, and of their groups.
+        norms: Norms across the units.
+        sizes: Sizes that no tensor repeats.
+        reason: Why they cannot be cut; "" if they can, as far as is known.
+    """
+
+    kind: Kind
+    time: int
+    reader: str
+    core: str | None
+    paths: tuple[str, ...]
+    roots: frozenset[int]
+    layout: HeadLayout = NO_LAYOUT
+    norms: tuple[Tap, ...] = ()
+    sizes: tuple[Attribute, ...] = ()
+    reason: str = ""
+
+
+def find_sites(reading: Reading, *, is_known: bool) -> list[Site]:
+    """Attentions and pairs of linear layers in running order.
+
+    Args:
+        reading: What the labels say.
+        is_known: The model is one of Transformers: only pairs count whose result joins a stream of
+            values (or a gate) that other layers make too. Its heads, poolers and projectors are no
+            sub-layers.
+    """
+    attentions = list(_attentions(reading))
+    inside = frozenset(root for site in attentions for root in site.roots)
+    heads = frozenset(root for site in attentions if not site.reason for root in site.roots)
+    pairs = [
+        site
+        for site in _pairs(reading, inside)
+        if not is_known or _joins(reading, site.reader, heads)
+    ]
+    return sorted([*attentions, *pairs], key=lambda site: site.time)
+
+
+def _attentions(reading: Reading) -> Iterator[Site]:
+    met = {r for m in reading.labels.meetings for r in reading.labels.roots(m.labels)}
+    known: list[tuple[set[int], int]] = []
+    for softmax in reading.labels.softmaxes:
+        roots = set(reading.labels.roots(softmax.labels)) & met - {NOBODY}
+        time = softmax.time
+        for other in [entry for entry in known if entry[0] & roots]:
+            known.remove(other)
+            roots, time = roots | other[0], min(time, other[1])
+        if roots:
+            known.append((roots, time))
+    for roots, time in known:
+        yield _attention(reading, roots, time)
+
+
+def _attention(reading: Reading, roots: set[int], time: int) -> Site:
+    """The attention whose softmax weighs the values of the roots."""
+    core = reading.forward.running(time)
+    groups = {reading.standing[root] for root in roots if root in reading.standing}
+    every = frozenset(roots | groups)
+    held = roots | groups if len(groups) > 1 else roots
+    reasons = _reasons(reading, held, apart=(OUTPUT,))
+    readers = [r for r in reading.readers if not reading.rows[r].present.isdisjoint(roots)]
+    site = Site(Kind.HEADS, time, "", core, (core,), every)
+    if not readers:
+        return _told(site, reasons, "no weight reads what its heads put out")
+    reader = readers[0]
+    path = _owner(reading, reader.tensor)
+    site = Site(Kind.HEADS, reading.readers[reader], reader.tensor, core, (core, path), every)
+    try:
+        if len(readers) > 1:
+            raise IrregularRows(f"{readers[1].tensor} reads its heads too")
+        _check_reader(reading, reader)
+        layout = _head_layout(reading, reading.rows[reader], roots, groups)
+    except IrregularRows as error:
+        return _told(site, reasons, str(error))
+    units = {root: number for number, root in enumerate(sorted(roots))}
+    places = [place for place in reading.norms if reading.mixes(place[0], place[2])]
+    found = replace(
+        site,
+        layout=layout,
+        norms=reading.taps(places, units),
+        sizes=reading.sizes_of(units, ":heads"),
+    )
+    return _told(found, reasons, "")
+
+
+def _told(site: Site, reasons: Sequence[str], reason: str) -> Site:
+    """The site with the first of all reasons why it cannot be cut."""
+    return replace(site, reason=next(iter(reasons), reason))
+
+
+def _reasons(reading: Reading, roots: Iterable[int], *, apart: Sequence[str] = ()) -> list[str]:
+    """Why labels cannot be cut, but for some reasons."""
+    names = [rows.tensor for rows in reading.touched(roots)]
+    opaque = reading.opaque_owner(names)
+    found = [f"{opaque} holds some of them, which is not cut by units"] if opaque else []
+    return found + [
+        why for root in sorted(roots) for why in reading.reasons.get(root, ()) if why not in apart
+    ]
+
+
+def _owner(reading: Reading, tensor: str) -> str:
+    """Path of the module that runs a weight."""
+    path = tensor.rpartition(".")[0]
+    return path if path in reading.forward.calls else path.rpartition(".")[0]
+
+
+def _check_reader(reading: Reading, reader: Rows) -> None:
+    """Raise where no hook at a module's input can mask what a weight reads."""
+    path, _, leaf = reader.tensor.rpartition(".")
+    if leaf != "weight" or path not in reading.forward.calls:
+        raise IrregularRows(f"the out-projection {reader.tensor} is not a module of its own")
+
+
+def _head_layout(
+    reading: Reading, entries: Entries, roots: set[int], groups: set[int]
+) -> HeadLayout:
+    """Rows of the heads, in the order in which the out-projection reads them."""
+    heads = [root for root in dict.fromkeys(entries.roots) if root in roots]
+    if set(heads) != roots:
+        raise IrregularRows(f"{entries.where} reads {len(heads)} of {len(roots)} heads")
+    units = {root: number for number, root in enumerate(heads)}
+    width, *_ = _whole(entries, units)
+    slices = reading.slices(units)
+    in_group = dict.fromkeys(reading.standing.get(root) for root in heads)
+    if len(in_group) <= 1:
+        return HeadLayout(len(heads), 1 if groups else len(heads), width, slices, ())
+    if None in in_group or len(heads) % len(in_group):
+        raise IrregularRows(f"{len(heads)} heads do not fall into {len(in_group)} even groups")
+    order = [reading.standing[root] for root in heads]
+    size = len(heads) // len(in_group)
+    if order != [group for group in in_group for _ in range(size)]:
+        raise IrregularRows("the heads of a group do not stand side by side")
+    numbers = {group: number for number, group in enumerate(g for g in in_group if g is not None)}
+    return HeadLayout(len(heads), len(in_group), width, slices, reading.slices(numbers))
+
+
+def _whole(entries: Entries, units: Units) -> tuple[int, int, int]:
+    """The one pattern of a weight that reads all units in order, and nothing else."""
+    patterns = entries.patterns(units)
+    if NOBODY in entries.roots or not entries.present <= set(units) or len(patterns) != 1:
+        raise IrregularRows(f"{entries.where} reads other values between them")
+    width, offset, stride = patterns[0]
+    if offset or stride != width:
+        raise IrregularRows(f"{entries.where} reads them in another order")
+    return width, offset, stride
+
+
+def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
+    """Linear weights that alone read what linear weights make."""
+    read_by: dict[int, list[str]] = {}
+    for rows in reading.readers:
+        for root in reading.rows[rows].present:
+            read_by.setdefault(root, []).append(rows.tensor)
+    normed = {
+        root
+        for path, _, entries in reading.norms
+        if reading.mixes(path, entries)
+        for root in entries.present
+    }
+    for reader, time in reading.readers.items():
+        entries = reading.rows[reader]
+        roots = entries.present
+        if len(roots) < MATRIX or roots & inside or NOBODY in entries.roots or roots & normed:
+            continue
+        makers = {weight for root in roots for weight in reading.makers.get(root, ())}
+        tensors = [rows.tensor for rows in reading.touched(roots)]
+        reasons = _reasons(reading, roots)
+        is_stream = any(why in (OUTPUT, EMBEDDED, MEETS_NOBODY) for why in reasons)
+        if is_stream or not makers or any(_convolves(reading, name) for name in tensors):
+            continue
+        paths = tuple(_owner(reading, name) for name in (reader.tensor, *sorted(makers)))
+        site = Site(Kind.NEURONS, time, reader.tensor, None, paths, roots)
+        others = {name for root in roots for name in read_by[root]} - {reader.tensor}
+        if others:
+            site = replace(site, paths=paths[:1])
+            yield _told(site, reasons, f"{min(others)} reads them too")
+            continue
+        units = {root: number for number, root in enumerate(dict.fromkeys(entries.roots))}
+        try:
+            _check_reader(reading, reader)
+            width, *_ = _whole(entries, units)
+            layout = HeadLayout(len(units), len(units), width, reading.slices(units), ())
+        except IrregularRows as error:
+            yield _told(site, reasons, str(error))
+        else:
+            yield _told(replace(site, layout=layout), reasons, "")
+
+
+def _convolves(reading: Reading, name: str) -> bool:
+    """Whether a tensor belongs to a convolution, or has more dimensions than a matrix."""
+    path, _, leaf = name.rpartition(".")
+    module = reading.modules[path]
+    long = sum(size > 1 for size in getattr(module, leaf).shape)
+    return isinstance(module, _ConvNd) or long > MATRIX
+
+
+def _joins(reading: Reading, reader: str, heads: frozenset[int]) -> bool:
+    """Whether what a weight makes meets what others make, and is no head of an attention."""
+    made = {
+        root
+        for m in reading.labels.made
+        if m.weight == reader
+        for root in reading.labels.roots(m.labels)
+    }
+    if made & heads:
+        return False
+    return any(
+        reading.makers[root] - {reader} or set(reading.reasons.get(root, ())) - {OUTPUT}
+        for root in made
+    )

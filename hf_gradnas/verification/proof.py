@@ -1,0 +1,230 @@
+"""Prove that cutting equals masking, for several irregular choices of units.
+
+Heads and neurons are proved on one module of each kind, on its captured input, with every attention
+kernel that the model offers. Channels are tied across modules, so a copy of the whole model runs,
+with all of them at once; only when the two differ, axes are cut one by one to find out which are at
+fault. What is compared, and how, is in `trial`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import described
+from ..structure.discovery import Discovery, Place, move_axis
+from ..structure.trace import Call
+from ..types import Axis, Kind, Refusal
+from .trial import EFFECT, NO_EFFECT, NOT_RUNNING, Trial, largest_difference, not_running
+
+MAX_TRIES = 3
+"""Modules of a kind that are tried before the kind is given up (one may be degenerate)."""
+HOLDER = "module"
+
+
+# --- heads and neurons, one module of each kind ---------------------------------------------------
+
+
+def prove_places(
+    model: nn.Module, discovery: Discovery, kernels: Sequence[str]
+) -> dict[int, tuple[Axis, ...] | str]:
+    """Per template (by ``id``) the axes that are proved, or the reason why there are none."""
+    same: dict[int, list[Place]] = {}
+    for place in discovery.places:
+        same.setdefault(id(place.template), []).append(place)
+    return {key: _outcome(model, places, kernels) for key, places in same.items()}
+
+
+def _outcome(
+    model: nn.Module, places: Sequence[Place], kernels: Sequence[str]
+) -> tuple[Axis, ...] | str:
+    """As `_first_proved`; where the proof itself cannot be made, the reason is its error."""
+    try:
+        return _first_proved(model, places, kernels)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"it cannot be proved ({described(error)})"
+
+
+def _first_proved(
+    model: nn.Module, places: Sequence[Place], kernels: Sequence[str]
+) -> tuple[Axis, ...] | str:
+    """The first version of the axes that is proved, or the reason why there is none.
+
+    Where everything but the removal of the whole module is proved, one unit has to stay. A module
+    on which no mask has an effect proves nothing; then the next one of its kind is tried.
+    """
+    reasons: list[str] = []
+    for place in places[:MAX_TRIES]:
+        trial = _trial_of(model, place, kernels)
+        for minimum in (0, 1):
+            for version in place.template.versions:
+                axes = tuple(replace(a, tied=place.tied, minimum=minimum) for a in version)
+                held = [move_axis(axis, HOLDER, tied=axis.tied) for axis in axes]
+                plans = trial_plans(held)
+                reason = next(filter(None, (trial.disproof(held, plan) for plan in plans)), "")
+                if not reason:
+                    return axes
+                reasons.append(reason)
+        if not any(NO_EFFECT in reason for reason in reasons):
+            break
+    return next((r for r in reasons if NOT_RUNNING not in r), reasons[0])
+
+
+def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str]) -> Trial:
+    """One module, held by another since it may itself be replaced."""
+    holder = nn.ModuleDict({HOLDER: model.get_submodule(place.scope)})
+    tables = {place.tied: model.get_parameter(place.tied)} if place.tied else None
+    is_attention = place.template.kind is Kind.HEADS
+    return Trial(
+        holder,
+        place.call,
+        HOLDER,
+        kernels if is_attention else kernels[:1],
+        tables,
+        every=False,
+    )
+
+
+def trial_plans(axes: Sequence[Axis]) -> Iterator[dict[str, list[int]]]:
+    """Irregular choices of kept units for one module, and nothing kept at all."""
+    last = axes[-1]
+    if last.parent is not None:
+        yield from _grouped_plans(axes[0], last)
+    else:
+        for kept in _subsets(last):
+            yield {last.name: kept}
+    if not last.minimum:
+        yield {axis.name: [] for axis in axes}
+
+
+def _subsets(axis: Axis) -> Iterator[list[int]]:
+    if axis.kind is Kind.HEADS and axis.size > 1:
+        yield [unit for unit in range(axis.size) if unit != 1]
+    half = _drawn(axis.size, axis.size // 2, seed=axis.size)
+    if half:
+        yield half
+
+
+def _drawn(size: int, count: int, *, seed: int) -> list[int]:
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:count].tolist())
+
+
+def _grouped_plans(groups: Axis, heads: Axis) -> Iterator[dict[str, list[int]]]:
+    per_group = heads.size // groups.size
+    fewer_groups = list(range(1, groups.size))
+    irregular = [  # one head less in each group, at another place each time
+        g * per_group + h
+        for g in range(groups.size)
+        for h in range(per_group)
+        if h != g % per_group
+    ]
+    for kept_groups, kept_heads in (
+        (fewer_groups, list(range(heads.size))),
+        (list(range(groups.size)), irregular),
+        (fewer_groups, irregular),
+    ):
+        inside = [h for h in kept_heads if h // per_group in kept_groups]
+        if inside:
+            yield {groups.name: kept_groups, heads.name: inside}
+
+
+# --- channels, all of them in the whole model -----------------------------------------------------
+
+
+def prove_channels(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    tables: Mapping[str, Tensor] | None = None,
+) -> tuple[tuple[Axis, ...], tuple[Refusal, ...]]:
+    """Axes that are proved together, and the others with the reason.
+
+    Args:
+        model: The whole model, on a device with float64, in any dtype; it is left as it was.
+        axes: Axes of channels.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        tables: Shared tables by name (see `surgery.cut`).
+    """
+    if not axes:
+        return (), ()
+    trial = Trial(model, Call(args, kwargs, ()), tables=tables)
+    kept = _irregular(axes)
+    reasons = _without_effect(trial, axes, kept)
+    live = [axis for axis in axes if axis.name not in reasons]
+    if live and trial.disproof(live, _of(live, kept)):
+        reasons |= _guilty(trial, live, kept)
+    good = tuple(axis for axis in axes if axis.name not in reasons)
+    bad = [axis for axis in axes if axis.name in reasons]
+    return good, tuple(Refusal(a.module, str(a.kind), reasons[a.name]) for a in bad)
+
+
+def _irregular(axes: Sequence[Axis]) -> dict[str, list[int]]:
+    """Half of the units of every axis or fewer: another number and another choice for each.
+
+    Axes that must keep equal counts would look independent if all kept the same share. Few units
+    are kept, as some of those that go may be dead.
+    """
+    kept = {}
+    for index, axis in enumerate(axes):
+        fewest = max(axis.size // 8, axis.minimum, 1)
+        most = max(axis.size // 2, fewest)
+        count = fewest + (most - fewest + index) % (most - fewest + 1)
+        kept[axis.name] = _drawn(axis.size, count, seed=index)
+    return kept
+
+
+def _of(axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    return {axis.name: kept[axis.name] for axis in axes}
+
+
+def _without_effect(
+    trial: Trial, axes: Sequence[Axis], kept: Mapping[str, list[int]]
+) -> dict[str, str]:
+    """Reason for each axis whose mask runs not, or changes nothing in the model's output."""
+    reasons = {}
+    try:
+        whole = trial.whole()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the model's own code may raise anything
+        return dict.fromkeys(kept, f"in float64 {not_running(error)}")
+    for axis in axes:
+        units = f"{len(kept[axis.name])} {axis.kind}"
+        try:
+            effect = largest_difference(trial.masked([axis], _of([axis], kept)), whole, whole)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reasons[axis.name] = f"masked down to {units} {not_running(error)}"
+        else:
+            if not effect > EFFECT:
+                reasons[axis.name] = f"masking down to {units} {NO_EFFECT}"
+    return reasons
+
+
+def _guilty(trial: Trial, axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[str, str]:
+    """Reason for each axis that fails alone, or beside those before it."""
+    alone = {axis.name: trial.disproof([axis], _of([axis], kept)) for axis in axes}
+    reasons = {name: reason for name, reason in alone.items() if reason}
+    good = [axis for axis in axes if axis.name not in reasons]
+    if reasons and not (good and trial.disproof(good, _of(good, kept))):
+        return reasons
+    together = good[:1]
+    for axis in good[1:]:
+        tried = [*together, axis]
+        reason = trial.disproof(tried, _of(tried, kept))
+        if reason:
+            reasons[axis.name] = f"beside the channels before it, {reason}"
+        else:
+            together.append(axis)
+    return reasons

@@ -1,0 +1,202 @@
+"""Run one module, or a whole model, masked and cut, and compare all that it returns.
+
+A copy in float64 runs with masks; another is cut, and runs too. Knows no kinds of axes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from .._compat import attention_implementation, configs_of
+from ..errors import described
+from ..masks import masked
+from ..structure.trace import Call, map_tensors
+from ..surgery import cut
+from ..types import Axis
+
+TOLERANCE = 1e-10
+"""Largest difference between masked and cut, relative to the largest output, in float64."""
+EFFECT = 1e-7
+"""Smallest effect of a mask, relative to the largest output, that counts as one."""
+ROUNDING = 1e-6
+"""Differences below this may come from rounding to float32 inside the module."""
+RETRY_SCALES = (1.0, 1.01, 0.97)
+"""The input is scaled anew while rounding may be at fault: other values, other rare elements."""
+NO_EFFECT = "has no effect on the input"
+NOT_RUNNING = "it does not run"
+KERNEL = "eager"
+TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass
+class Trial:
+    """What is run masked and cut.
+
+    Attributes:
+        model: Holds the axes; on a device with float64, in any dtype. It is left as it was.
+        call: Arguments, in any dtype.
+        path: Module of `model` that is called with them.
+        kernels: Attention kernels.
+        tables: Shared tables by name (see `surgery.cut`).
+        every: Compare all tensors that it returns; otherwise the first, since others may have one
+            entry a head.
+    """
+
+    model: nn.Module
+    call: Call
+    path: str = ""
+    kernels: Sequence[str] = (KERNEL,)
+    tables: Mapping[str, Tensor] | None = None
+    every: bool = True
+    _twin: nn.Module | None = None
+    _whole: dict[tuple[str, float], list[Tensor]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def disproof(self, axes: Sequence[Axis], kept: Mapping[str, Sequence[int]]) -> str:
+        """Why masking and cutting all the axes differ, or cannot be compared; "" if they agree."""
+        units = _counts(axes, kept)
+        for kernel in self.kernels:
+            difference, effect = 0.0, 0.0
+            for scale in RETRY_SCALES:
+                try:
+                    difference, effect = self.compared(axes, kept, kernel=kernel, scale=scale)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # the module's own code may raise anything
+                    return f"cut to {units} {not_running(error)}"
+                if not TOLERANCE < difference < ROUNDING:
+                    break
+            if not effect > EFFECT:
+                return f"masking down to {units} {NO_EFFECT}"
+            if not difference <= TOLERANCE:
+                return (
+                    f"cut to {units} it differs from masked by {difference:.1e} "
+                    f"({kernel}, relative, float64)"
+                )
+        return ""
+
+    @torch.no_grad()
+    def compared(
+        self,
+        axes: Sequence[Axis],
+        kept: Mapping[str, Sequence[int]],
+        *,
+        kernel: str = KERNEL,
+        scale: float = 1.0,
+    ) -> tuple[float, float]:
+        """Difference between masked and cut, and effect of the mask, by the largest value."""
+        whole = self.whole(kernel, scale)
+        reference = self.masked(axes, kept, kernel=kernel, scale=scale)
+        part = _copy(self.model)
+        cut(part, axes, kept, tables=self.tables)
+        result = self._run(part.double(), kernel, scale)
+        return largest_difference(result, reference, whole), largest_difference(
+            reference, whole, whole
+        )
+
+    @torch.no_grad()
+    def masked(
+        self,
+        axes: Sequence[Axis],
+        kept: Mapping[str, Sequence[int]],
+        *,
+        kernel: str = KERNEL,
+        scale: float = 1.0,
+    ) -> list[Tensor]:
+        """What it returns with the units masked."""
+        with masked(self._double(), axes, kept):
+            return self._run(self._double(), kernel, scale)
+
+    @torch.no_grad()
+    def whole(self, kernel: str = KERNEL, scale: float = 1.0) -> list[Tensor]:
+        """What it returns as it is."""
+        if (kernel, scale) not in self._whole:
+            self._whole[kernel, scale] = self._run(self._double(), kernel, scale)
+        return self._whole[kernel, scale]
+
+    def _double(self) -> nn.Module:
+        if self._twin is None:
+            self._twin = _copy(self.model).double()
+        return self._twin
+
+    def _run(self, model: nn.Module, kernel: str, scale: float) -> list[Tensor]:
+        call = double_call(self.call, scale=scale)
+        with attention_implementation(model, kernel):
+            output = model.get_submodule(self.path)(*call.args, **call.kwargs)
+        found = list(_floating(output))
+        if not found and not self.every:
+            raise TypeError(f"it returns {type(output).__name__}, no tensor of numbers")
+        return found if self.every else found[:1]
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """Copy of a module in eval mode that *shares* its config objects.
+
+    A copied config would no longer follow a switch of the attention kernel.
+    """
+    memo = {id(config): config for config in configs_of(module)}
+    return copy.deepcopy(module, memo).eval().requires_grad_(False)
+
+
+def double_call(call: Call, *, scale: float = 1.0) -> Call:
+    """The call with floating-point tensors in float64, and without the cache that it filled."""
+
+    def change(tensor: Tensor) -> Tensor:
+        return tensor.detach().double() * scale if tensor.is_floating_point() else tensor
+
+    args = tuple(None if isinstance(a, Cache) else a for a in call.args)
+    kwargs = {k: None if isinstance(v, Cache) else v for k, v in call.kwargs.items()}
+    return Call(map_tensors(args, change), map_tensors(kwargs, change), call.returns)
+
+
+def _counts(axes: Sequence[Axis], kept: Mapping[str, Sequence[int]]) -> str:
+    """Units of the last axis, and of the groups that they are in."""
+    last = axes[-1]
+    nested = [axis for axis in axes if axis.name == last.parent]
+    return ", ".join(f"{len(kept[axis.name])} {axis.kind}" for axis in (*nested, last))
+
+
+def not_running(error: Exception) -> str:
+    """What is said of a module that fails."""
+    return f"{NOT_RUNNING} ({described(error)})"
+
+
+def _floating(output: Any) -> Iterator[Tensor]:
+    """Every floating-point tensor in nested tuples, mappings and dataclasses."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _floating(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _floating(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for item in fields(output):
+            yield from _floating(getattr(output, item.name))
+
+
+def largest_difference(
+    result: Sequence[Tensor], reference: Sequence[Tensor], whole: Sequence[Tensor]
+) -> float:
+    """Largest difference of any two tensors, relative to the largest finite value in `whole`."""
+    shapes = [[tuple(t.shape) for t in tensors] for tensors in (result, reference)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the model puts out tensors of {shapes[0]}, needed {shapes[1]}")
+    differences = [torch.zeros((), dtype=torch.float64)]
+    for new, old, full in zip(result, reference, whole, strict=True):
+        if new.numel():
+            finite = full[full.isfinite()].abs()
+            scale = max(float(finite.max()) if finite.numel() else 1.0, TINY)
+            # Equal infinities do not differ; a nan does, and stays the largest of all.
+            apart = (new - old).abs().where(new != old, torch.zeros_like(new))
+            differences.append(apart.max().double().cpu() / scale)
+    return float(torch.stack(differences).max())
