@@ -29,7 +29,7 @@ from .running.wrappers import check_parameters, uncompiled
 from .search.solver import check_budgets
 from .stock.space import LAYOUTS
 from .surgery import check_plan
-from .types import Budget, CostModel, Plan, StockSpace, Structure
+from .types import Budget, CostModel, Plan, Prunable, Structure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -65,14 +65,20 @@ class ExaminedModel:
         self.rules = parse_rules(rules)
         self.layout = self._requested = layout
         self.layout_reason = ""
-        self._structure: Structure | None = None
-        self._space: StockSpace | None = None
-        self._costs: dict[str, CostModel] = {}
-        self._totals: dict[str, float] = {}
-        self._sample: Mapping[str, Any] | None = None
+        self._prunable: Prunable | None = None
         self._checked: set[tuple[Budget, ...]] = set()
         self._plan: Plan | None = None
         self._applied = False
+
+    @property
+    def prunable(self) -> Prunable:
+        """What can be pruned in the model, in which layout, and what it costs.
+
+        Raises:
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        found: Prunable = need(self._prunable, "structure", "discover(batch) or score(dataloader)")
+        return found
 
     @property
     def structure(self) -> Structure:
@@ -81,7 +87,7 @@ class ExaminedModel:
         Raises:
             OrderError: Neither `discover` nor `score` was called.
         """
-        return need(self._structure, "structure", "discover(batch) or score(dataloader)")
+        return self.prunable.structure
 
     @property
     def costs(self) -> dict[str, CostModel]:
@@ -90,7 +96,7 @@ class ExaminedModel:
         Raises:
             OrderError: Neither `discover` nor `score` was called.
         """
-        return need(self._costs or None, "costs", "discover(batch) or score(dataloader)")
+        return dict(self.prunable.costs)
 
     @property
     def totals(self) -> dict[str, float]:
@@ -99,7 +105,7 @@ class ExaminedModel:
         Raises:
             OrderError: Neither `discover` nor `score` was called.
         """
-        return need(self._totals or None, "totals", "discover(batch) or score(dataloader)")
+        return dict(self.prunable.totals)
 
     def discover(self, batch: Batch, *, flops_length: int | None = None) -> Structure:
         """Find and prove the axes, decide the layout, and count the costs.
@@ -134,9 +140,7 @@ class ExaminedModel:
             found = find_prunable(self.model, batch, layout=self._requested, **given)
         check_rules(self.rules, found.structure)
         self.layout, self.layout_reason = found.layout, found.layout_reason
-        self._space, self._sample = found.space, found.sample
-        self._costs, self._totals = dict(found.costs), dict(found.totals)
-        self._structure = found.structure
+        self._prunable = found
         return found.structure
 
     def check(self, budget: Mapping[str, Any]) -> tuple[Budget, ...]:
@@ -146,9 +150,8 @@ class ExaminedModel:
             BudgetError: It cannot be read, or not be reached; the message says what can.
         """
         budgets = parse_budgets(budget, self.totals)
-        options: dict[str, Any] = {"layout": self.layout, "rules": self.rules, "stock": self._space}
-        options["warns"] = self._processes.is_main and budgets not in self._checked
-        check_budgets(self.structure.axes, self.costs, budgets, **options)
+        warns = self._processes.is_main and budgets not in self._checked
+        check_budgets(self.prunable, budgets, rules=self.rules, warns=warns)
         self._checked.add(budgets)
         return budgets
 
@@ -225,7 +228,7 @@ class ExaminedModel:
 
     def _discovered(self, dataloader: Iterable[Batch], limit: int | None) -> Iterable[Batch]:
         """The same batches, to be read again once `discover` has seen the longest of them."""
-        if self._structure is None:
+        if self._prunable is None:
             dataloader = reiterable(dataloader, self.model, limit)
             self.discover(longest_of_all(dataloader, self.model, limit, self._processes))
         return dataloader

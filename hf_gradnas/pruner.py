@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .batches.longest import Batch, reiterable
 from .batches.steps import HeldOut
 from .checkpoint.apply import apply_plan, check_uncut
-from .checkpoint.reporting import Findings, save_with_report
+from .checkpoint.reporting import save_with_report
 from .config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
 from .errors import check_choice
 from .examined import ExaminedModel, Progress, need
@@ -174,10 +174,11 @@ class GradNASPruner(ExaminedModel):
 
     def _planned(self, scores: Scores, budgets: tuple[Budget, ...]) -> Plan:
         """The plan of one method."""
-        axes = self.structure.axes
-        make = partial(find_plan, axes, scores, self.costs, budgets, stock=self._space)
-        options = {"search": self.search, "layout": self.layout, "rules": self.rules}
-        return with_prediction(self._processes.from_main(partial(make, **options)), scores)
+        found, search, rules = self.prunable, self.search, self.rules
+        plan = self._processes.from_main(
+            lambda: find_plan(found, scores, budgets, search=search, rules=rules)
+        )
+        return with_prediction(plan, scores)
 
     def swap(
         self,
@@ -234,15 +235,15 @@ class GradNASPruner(ExaminedModel):
         if repair is not None:
             check_repair(repair, self.model, plan)
         check_parameters(self.model, "apply", shards=True)
-        space = need(self._space, "config", "discover(batch) or score(dataloader)")
+        found = self.prunable
         if is_sharded(self.model):
             self.model = gathered(self.model)
         # Weights that are made in inference mode could not be trained.
         with torch.inference_mode(False), self._processes.joint():
             before = [id(parameter) for parameter in self.model.parameters()]
             try:
-                more: dict[str, Any] = {"sample": self._sample, "repair": repair}
-                apply_plan(self.model, plan, self.structure, space, **more)
+                more: dict[str, Any] = {"sample": found.sample, "repair": repair}
+                apply_plan(self.model, plan, found.structure, found.space, **more)
             finally:  # what fails after the cut has begun leaves no whole model
                 self._applied = before != [id(p) for p in self.model.parameters()]
         self._applied = True
@@ -292,15 +293,15 @@ class GradNASPruner(ExaminedModel):
             CheckpointError: The target cannot be written, or does not load back as it was.
         """
         plan = self._cut_plan("save_pretrained")
-        totals, scores, repair = self._totals, self._scores, self._repair
+        found, scores = self.prunable, self._scores
         if scores is not None and plan.score in scores.also:
             scores = scores.of(plan.score)
-        found = Findings(plan, self.structure, self._costs, totals, scores, repair)
         options = {"processing_class": processing_class, "overwrite": overwrite, "report": report}
-        more: dict[str, Any] = {"document": document, "files": files, "sample": self._sample}
-        more["owner"] = self._owner
-        write = partial(save_with_report, self.model, directory, found, **more, **options)
-        self._saved = self._processes.from_main(write)
+        options |= {"document": document, "files": files, "sample": found.sample}
+        options |= {"scores": scores, "repair": self._repair, "owner": self._owner}
+        self._saved = self._processes.from_main(
+            lambda: save_with_report(self.model, directory, found, plan, **options)
+        )
         return self._saved
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

@@ -52,7 +52,7 @@ def test_every_family_prunes_to_its_budget_and_loads_again(
     plan = pruner.prune([inputs], budget)
     assert plan.layout == layout
     assert numel(model) == plan.costs["params"] <= plan.budgets[0].limit < whole
-    flops = count_flops(model, pruner._sample)[0]
+    flops = count_flops(model, pruner.prunable.sample)[0]
     assert abs(flops - plan.costs["flops"]) <= 1e-3 * flops
     if layout == "per_layer":
         assert any(len(plan.kept[name]) < plan.sizes[name] for name in attentions)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from hf_gradnas.search import STRATEGIES, find_plans
-from hf_gradnas.types import Axis, Budget, CostModel, Kind, Scores, Tap
+from hf_gradnas.types import Axis, Budget, CostModel, Kind, Prunable, Scores, Structure, Tap
 
 HIDDEN, NEURONS, NUM_HEADS, LENGTH, VOCABULARY = 4096, 11_008, 32, 2048, 32_000
 BUDGET_RATIOS = np.linspace(0.95, 0.25, 20)
@@ -79,6 +79,7 @@ def main() -> None:
     totals = {
         name: cost.of({axis.name: axis.size for axis in axes}) for name, cost in costs.items()
     }
+    prunable = Prunable(Structure(axes), costs, totals)
     budgets = [
         [Budget(name, ratio * totals[name], totals[name]) for name in arguments.cost]
         for ratio in BUDGET_RATIOS
@@ -86,7 +87,7 @@ def main() -> None:
     plans = {}
     for search in STRATEGIES:
         start = time.perf_counter()
-        plans[search] = find_plans(axes, scores, costs, budgets, search=search)
+        plans[search] = find_plans(prunable, scores, budgets, search=search)
         seconds = time.perf_counter() - start
         print(f"{search}: {len(budgets)} budgets planned in {seconds:.2f} s")
     print("budget   " + "".join(f"{search + ': kept':>20}{'loss':>8}" for search in STRATEGIES))

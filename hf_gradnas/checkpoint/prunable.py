@@ -1,43 +1,19 @@
-"""Everything that a plan for one model is made from, found by one verb before any scoring."""
+"""Finds everything that a plan for one model is made from, by one verb, before any scoring."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..batches.longest import flops_inputs
 from ..config.rules import Rules, rule_for
-from ..costs.counting import count_costs, original_totals
+from ..costs.counting import counted
 from ..stock.space import find_stock_space, layout_for
-from ..types import CostModel, StockSpace, Structure
+from ..types import Prunable, StockSpace, Structure
 from ..verification import find_structure
 from .rehearsal import rehearsed
-
-
-@dataclass(frozen=True, slots=True)
-class Prunable:
-    """What can be pruned in a model, how it would be written, and what it costs.
-
-    Attributes:
-        structure: Axes that are proved, cut and loaded again in a rehearsal, and the refusals.
-        space: What the stock class can express.
-        layout: ``"stock"`` or ``"per_layer"``.
-        layout_reason: Why, as a sentence.
-        sample: Arguments of the one forward that FLOPs are counted for.
-        costs: Closed forms by name, in this layout.
-        totals: Costs of the whole model by name.
-    """
-
-    structure: Structure
-    space: StockSpace
-    layout: str
-    layout_reason: str
-    sample: Mapping[str, Any]
-    costs: Mapping[str, CostModel]
-    totals: Mapping[str, float]
 
 
 def find_prunable(
@@ -71,6 +47,4 @@ def find_prunable(
 
     structure, space, chosen, reason = rehearsed(model, find_structure(model, batch), batch, decide)
     sample = flops_inputs(batch, flops_length, decoder=bool(model.config.is_encoder_decoder))
-    costs = count_costs(model, structure, sample, layout=chosen)
-    totals = original_totals(costs, structure, model)
-    return Prunable(structure, space, chosen, reason, sample, costs, totals)
+    return counted(model, structure, sample, space=space, layout=chosen, reason=reason)

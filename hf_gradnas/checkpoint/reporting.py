@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,21 @@ from ..errors import CheckpointError, GradNASWarning, described
 from ..repair.repairs import Repair
 from ..report import find_origin, in_one_line, report_files, summarise
 from ..structure.modeling_gradnas import auto_class_name
-from ..types import CostModel, Plan, Scores, Structure
+from ..types import Plan, Prunable, Scores
 from .companions import companions_of
 from .save import loading_snippet, save_pruned, stock_class, versions
 from .sentence_folders import root_of
 from .targets import check_folder
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What a pruner found out about its model.
-
-    Attributes:
-        plan: What was cut.
-        structure: What could be.
-        costs: Closed forms of the costs.
-        totals: Costs of the whole model.
-        scores: What the plan was made from, if it is known.
-        repair: The new weights that it was cut with, if there were any.
-    """
-
-    plan: Plan
-    structure: Structure
-    costs: Mapping[str, CostModel]
-    totals: Mapping[str, float]
-    scores: Scores | None
-    repair: Repair | None = None
-
-    def document(self, more: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Content of ``gradnas.json``."""
-        metadata = {} if self.scores is None else dict(self.scores.metadata)
-        found = {} if self.repair is None else {"repair": self.repair.record()}
-        return {"totals": self.totals, "scores": metadata, **found, **(more or {})}
-
-
-def save_with_report(
+def save_with_report(  # noqa: PLR0913 - one call writes all that is known
     model: PreTrainedModel,
     directory: str | Path,
-    findings: Findings,
+    prunable: Prunable,
+    plan: Plan,
     *,
+    scores: Scores | None = None,
+    repair: Repair | None = None,
     document: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     report: bool = True,
@@ -68,7 +43,10 @@ def save_with_report(
     Args:
         model: A cut model, its config rewritten.
         directory: Target folder.
-        findings: What is known of it.
+        prunable: What could be cut, before it was.
+        plan: What was cut.
+        scores: What the plan was made from, if it is known.
+        repair: The new weights that it was cut with, if there were any.
         document: More to keep in ``gradnas.json``; the card tells of what it knows in it.
         files: Further files by path.
         report: Write the folder of the report; the card comes in any case.
@@ -84,14 +62,16 @@ def save_with_report(
             f"processing_class={options['processing_class']!r}: found a name, needed the tokenizer "
             "or processor itself; load it with from_pretrained, or give none."
         )
-    content = findings.document(document)
+    content = _document(prunable, scores, repair, document or {})
     companions = companions_of(model, stock_class(model), owner)
     told: dict[str, str | bytes] = {}
     try:
         told = describe(
             model,
             Path(directory).resolve().name,
-            findings,
+            prunable,
+            plan,
+            scores,
             content,
             pictures=report,
             sentence_class=companions.sentence_class,
@@ -106,7 +86,7 @@ def save_with_report(
     return save_pruned(
         model,
         directory,
-        plan=findings.plan,
+        plan=plan,
         document=content,
         files={**told, **(files or {})},
         companions=companions,
@@ -114,10 +94,21 @@ def save_with_report(
     )
 
 
+def _document(
+    prunable: Prunable, scores: Scores | None, repair: Repair | None, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Content of ``gradnas.json``; `more` wins."""
+    metadata = {} if scores is None else dict(scores.metadata)
+    mended = {} if repair is None else {"repair": repair.record()}
+    return {"totals": dict(prunable.totals), "scores": metadata, **mended, **more}
+
+
 def describe(
     model: PreTrainedModel,
     name: str,
-    findings: Findings,
+    prunable: Prunable,
+    plan: Plan,
+    scores: Scores | None,
     document: Mapping[str, Any],
     *,
     pictures: bool = True,
@@ -129,9 +120,8 @@ def describe(
     origin = find_origin(source, revision=document.get("recipe", {}).get("revision"))
     stock = stock_class(model)
     summary = summarise(
-        findings.plan,
-        findings.structure,
-        costs=findings.costs,
+        plan,
+        prunable,
         document=document,
         name=in_one_line(name),
         model=stock.__name__,
@@ -140,11 +130,11 @@ def describe(
     )
     return report_files(
         summary,
-        findings.plan,
-        findings.scores,
+        plan,
+        scores,
         origin,
         auto_class=auto_class_name(stock),
-        loading=loading_snippet(model, findings.plan.layout, name, sentence_class),
+        loading=loading_snippet(model, plan.layout, name, sentence_class),
         library="transformers" if sentence_class is None else "sentence-transformers",
         pictures=pictures,
     )

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .._redaction import without_secrets
@@ -17,13 +17,12 @@ from ..config.rules import Rules, check_rules, parse_rules, rule_for
 from ..errors import GradNASError, StructureError
 from ..jobs.early import check_inspected, model_folder
 from ..jobs.idle import Known, check_idle
-from ..types import Axis, Budget, CostModel, StockSpace, Structure
+from ..types import Axis, Budget, Prunable
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..checkpoint.prunable import Prunable
     from ..data.loading import Source
 
 DONE, NOTHING, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -56,7 +55,8 @@ class Inspection:
     def unit_cost(self, axis: Axis, cost: str) -> float:
         """What the whole model saves if one unit of `axis` goes, and nothing else."""
         sizes = {other.name: other.size for other in self.prunable.structure.axes}
-        model = self.prunable.costs[cost]
+        # A stack's first head also makes tables of every layer's own: the cost of the cut, not its.
+        model = replace(self.prunable.costs[cost], shared=())
         return model.of(sizes) - model.of({**sizes, axis.name: axis.size - 1})
 
     def is_kept(self, axis: Axis) -> bool:
@@ -184,7 +184,7 @@ def inspect_model(
     """
     from ..batches.batch import to_device
     from ..checkpoint.prunable import find_prunable
-    from ..costs.counting import count_costs
+    from ..costs.counting import counted
 
     rules = rules or {}
     try:
@@ -198,39 +198,31 @@ def inspect_model(
     except StructureError as error:
         raise _NothingError(str(error)) from error
     check_rules(rules, found.structure)
-    structure, stock = found.structure, found.space
-    costs = {name: count_costs(model, structure, found.sample, layout=name) for name in LAYOUTS}
+    lowest = {
+        layout: _lowest(
+            counted(model, found.structure, found.sample, space=found.space, layout=layout), rules
+        )
+        for layout in LAYOUTS
+        if layout == "per_layer" or found.space.groups
+    }
     return Inspection(
         source,
         found,
         rules,
-        {
-            name: _lowest(structure, forms, layout=name, rules=rules, stock=stock)
-            for name, forms in costs.items()
-            if name == "per_layer" or stock.groups
-        },
+        lowest,
         flops_length,
         notes,
     )
 
 
-def _lowest(
-    structure: Structure,
-    costs: Mapping[str, CostModel],
-    *,
-    layout: str,
-    rules: Rules,
-    stock: StockSpace,
-) -> dict[str, float]:
+def _lowest(prunable: Prunable, rules: Rules) -> dict[str, float]:
     """Lowest value of each cost, as if it were the only one that is limited."""
     from ..search.solver import lowest_costs
 
     lowest: dict[str, float] = {}
-    for name in costs:
+    for name in prunable.costs:
         only = Budget(cost=name, limit=0.0, total=1.0)
-        lowest |= lowest_costs(
-            structure.axes, costs, layout=layout, rules=rules, stock=stock, budgets=[only]
-        )
+        lowest |= lowest_costs(prunable, rules=rules, budgets=[only])
     return lowest
 
 

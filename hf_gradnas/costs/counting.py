@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .._compat import attention_implementation
 from ..running.wrappers import evaluating, frozen
 from ..structure.trace import Matmul, Trace, rows_of, trace_forward
-from ..types import KINDS, Axis, CostModel, Refusal, Structure
+from ..types import KINDS, Axis, CostModel, Prunable, Refusal, StockSpace, Structure
 from .closed_form import flops_cost, params_cost
 
 ATTENTION_DIMS = 4
@@ -142,14 +142,29 @@ def _heads_of(event: Matmul) -> int:
     return event.out_shape[1 if len(event.out_shape) == ATTENTION_DIMS else 0]
 
 
-def original_totals(
-    costs: Mapping[str, CostModel], structure: Structure, model: nn.Module
-) -> dict[str, float]:
-    """Costs of the model as it is."""
+def counted(
+    model: nn.Module,
+    structure: Structure,
+    sample: Mapping[str, Any],
+    *,
+    space: StockSpace = StockSpace(()),  # noqa: B008 - frozen
+    layout: str = "per_layer",
+    reason: str = "",
+) -> Prunable:
+    """A structure with its costs in one layout, and those of the whole model.
+
+    Args:
+        model: The model, in eval mode or not; it is left as it was.
+        structure: Its proved axes.
+        sample: As the inputs of `count_costs`.
+        space: What the stock class can express.
+        layout: ``"stock"`` or ``"per_layer"``.
+        reason: Why this layout, as a sentence.
+    """
+    costs = count_costs(model, structure, sample, layout=layout)
     sizes = {axis.name: axis.size for axis in structure.axes}
     totals = {name: cost.of(sizes) for name, cost in costs.items()}
-    totals["params"] = float(sum(p.numel() for p in model.parameters()))
-    return totals
+    return Prunable(structure, costs, totals, layout, reason, space, sample)
 
 
 # --- what holds the cost that no plan can change, in words ----------------------------------------

@@ -29,12 +29,12 @@ from ..config.budgets import (
     say_lowest,
     warn_near_lowest,
 )
-from ..costs.counting import count_costs
+from ..costs.counting import counted
 from ..errors import BudgetError, DataError, OrderError, StructureError
 from ..running.wrappers import check_parameters
 from ..search.solver import find_plan
 from ..stock.space import find_stock_space
-from ..types import Budget, CostModel, Scores, Structure
+from ..types import Budget, Prunable, Scores, Structure
 from ..verification import find_structure
 from .arguments import named_arguments, probe_arguments, unwrap
 from .gradients import Setup
@@ -60,7 +60,7 @@ class GradientBinarySearcher:
         self.best: dict[str, Any] = {}
         self.config: dict[str, Any] = self.default_search_config
         self.history: dict[str, list[Any]] = {"threshold": [], "constraints": [], "satisfied": []}
-        self.costs: dict[str, CostModel] = {}
+        self.prunable = Prunable(Structure(()), {}, {})
         self.original: dict[str, float] = {}
         self.budgets: tuple[Budget, ...] = ()
 
@@ -230,13 +230,15 @@ class GradientBinarySearcher:
         space = needed_space(self.model)
         inputs = named_arguments(self.model, self.dummy_input)
         structure = space.needed_structure()
-        self.costs = count_costs(self.model, structure, inputs, layout="per_layer")
-        self.original = self._cost_of({})
+        self.prunable = counted(self.model, structure, inputs)
+        self.original = dict(self.prunable.totals)
         self.budgets = parse_budgets(self.constraints, self.original)
         least = self._cost_of({name: h.choices[0] for name, h in searched.items()})
         for budget in self.budgets:
             if least[budget.cost] > budget.limit:
-                held = say_lowest(self.costs[budget.cost], least[budget.cost], budget.total)
+                held = say_lowest(
+                    self.prunable.costs[budget.cost], least[budget.cost], budget.total
+                )
                 raise BudgetError(
                     f"constraint {budget.cost}: {100 * budget.ratio:.4g}% "
                     f"({format_amount(budget.limit)}) cannot be met; the smallest choices "
@@ -248,7 +250,7 @@ class GradientBinarySearcher:
 
     def _cost_of(self, choices: Mapping[str, int]) -> dict[str, float]:
         counts = needed_space(self.model).counts(choices)
-        return {name: cost.of(counts) for name, cost in self.costs.items()}
+        return {name: cost.of(counts) for name, cost in self.prunable.costs.items()}
 
     def _meets(self, choices: Mapping[str, int]) -> bool:
         costs = self._cost_of(choices)
@@ -341,7 +343,7 @@ class GradientBinarySearcher:
         for hparam in searched.values():
             values[hparam.axis.name][list(hparam.order)] = hparam.score_tensor
             choices[hparam.axis.name] = tuple(c // hparam.width for c in hparam.choices)
-        plan = find_plan(axes, Scores(values), self.costs, self.budgets, choices=choices)
+        plan = find_plan(self.prunable, Scores(values), self.budgets, choices=choices)
         return {n: len(plan.kept[h.axis.name]) * h.width for n, h in searched.items()}
 
     def _show(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config.budgets import format_amount, format_share
-from ..types import CostModel, Plan, Refusal, Structure
+from ..types import CostModel, Plan, Prunable, Refusal
 from .markdown import code, plain
 from .quality import with_errors
 
@@ -144,9 +144,8 @@ class Summary:
 
 def summarise(
     plan: Plan,
-    structure: Structure,
+    prunable: Prunable,
     *,
-    costs: Mapping[str, CostModel],
     document: Mapping[str, Any],
     name: str,
     model: str,
@@ -157,8 +156,7 @@ def summarise(
 
     Args:
         plan: What was cut.
-        structure: What could be.
-        costs: Closed forms, for costs that the plan does not state.
+        prunable: What could be, and closed forms for costs that the plan does not state.
         document: Content of ``gradnas.json``: ``totals``, and where there are any ``metrics``,
             ``latency``, ``calibration``, ``repair``, ``recovery``, ``recipe``, ``command`` and
             ``scores``.
@@ -180,10 +178,10 @@ def summarise(
         loss_before=plan.loss_before,
         axes=tuple(
             AxisWidth(a.name, a.module, str(a.kind), a.size, len(plan.kept[a.name]))
-            for a in structure.axes
+            for a in prunable.axes
         ),
-        costs=tuple(_changes(plan, costs, document["totals"])),
-        refusals=structure.refusals,
+        costs=tuple(_changes(plan, prunable.costs, document["totals"])),
+        refusals=prunable.structure.refusals,
         metrics=document.get("metrics", {}),
         latencies=tuple(Latency(**entry) for entry in measured.get("batches", ())),
         machine=measured.get("machine", ""),

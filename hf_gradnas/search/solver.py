@@ -7,7 +7,6 @@ writes the plan down. Whether budgets can be reached is known without scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from ..config.budgets import format_amount, percent_up, say_lowest, warn_near_lowest
 from ..config.rules import Rules
 from ..errors import BudgetError, PlanError, ScoresError
-from ..types import Axis, Budget, CostModel, Plan, Scores, StockSpace
+from ..types import Axis, Budget, CostModel, Plan, Prunable, Scores
 from .binary import search_binary
 from .choices import Choices
 from .coupled import CoupledProblem, make_coupled_problem
@@ -38,58 +37,40 @@ STRATEGIES: dict[str, Callable[..., Solution | None]] = {
 }
 
 
-def find_plan(  # noqa: PLR0913 - one call says all of a search; the pruner and nas mirror it
-    axes: Sequence[Axis],
+def find_plan(
+    prunable: Prunable,
     scores: Scores,
-    costs: Mapping[str, CostModel],
     budgets: Sequence[Budget],
     *,
     search: str = "lagrangian",
-    layout: str = "per_layer",
     rules: Rules | None = None,
-    stock: StockSpace | None = None,
     choices: Choices | None = None,
     fill: bool = True,
 ) -> Plan:
     """Find the units to keep; see `find_plans`, of which this is the case of one plan."""
     return find_plans(
-        axes,
-        scores,
-        costs,
-        [budgets],
-        search=search,
-        layout=layout,
-        rules=rules,
-        stock=stock,
-        choices=choices,
-        fill=fill,
+        prunable, scores, [budgets], search=search, rules=rules, choices=choices, fill=fill
     )[0]
 
 
-def find_plans(  # noqa: PLR0913 - as find_plan
-    axes: Sequence[Axis],
+def find_plans(
+    prunable: Prunable,
     scores: Scores,
-    costs: Mapping[str, CostModel],
     budgets: Sequence[Sequence[Budget]],
     *,
     search: str = "lagrangian",
-    layout: str = "per_layer",
     rules: Rules | None = None,
-    stock: StockSpace | None = None,
     choices: Choices | None = None,
     fill: bool = True,
 ) -> list[Plan]:
     """Find the units to keep for many budgets; the options are evaluated once.
 
     Args:
-        axes: All axes of the model.
+        prunable: Axes, costs and layout of the model.
         scores: ``(size,)`` per axis; those of ``kv_groups`` are joint scores of whole groups.
-        costs: Closed form per cost name.
         budgets: One sequence of simultaneous limits per plan.
         search: A name in `STRATEGIES`.
-        layout: ``"per_layer"`` or ``"stock"``.
         rules: Limits per glob over module paths; later ones win.
-        stock: What the stock class can express, needed by layout ``"stock"``.
         choices: Permitted kept counts per axis name, used for these axes in place of rules and
             default multiples; the full size is always permitted.
         fill: Whether `binary` keeps what still fits beside its threshold's own plan.
@@ -103,19 +84,21 @@ def find_plans(  # noqa: PLR0913 - as find_plan
         ScoresError: Scores are missing, of a wrong shape, negative or not finite.
     """
     _check_search(search)
-    values, exponent = _scaled(axes, scores)
-    names = [_names(limits, costs) for limits in budgets]
-    build = partial(build_space, layout=layout, rules=rules or {}, stock=stock, choices=choices)
-    spaces = {key: build(axes, values, [costs[n] for n in key]) for key in dict.fromkeys(names)}
+    values, exponent = _scaled(prunable.axes, scores)
+    names = [_names(limits, prunable.costs) for limits in budgets]
+    spaces = {
+        key: build_space(prunable, values, key, rules=rules or {}, choices=choices)
+        for key in dict.fromkeys(names)
+    }
     plans = []
     for key, limits in zip(names, budgets, strict=True):
         space = spaces[key]
-        _check(space.lowest(), limits, costs, layout=layout)
+        _check(space.lowest(), limits, prunable)
         picks, loss = _solve(space, limits, search=search, fill=fill)
         plans.append(
             Plan(
-                **_outcome(axes, costs, space.kept(picks)),
-                layout=layout,
+                **_outcome(prunable, space.kept(picks)),
+                layout=prunable.layout,
                 budgets=tuple(limits),
                 loss_increase=float(np.ldexp(loss, exponent)),
                 search=search,
@@ -127,23 +110,17 @@ def find_plans(  # noqa: PLR0913 - as find_plan
 
 
 def lowest_costs(
-    axes: Sequence[Axis],
-    costs: Mapping[str, CostModel],
+    prunable: Prunable,
     *,
-    layout: str = "per_layer",
     rules: Rules | None = None,
-    stock: StockSpace | None = None,
     choices: Choices | None = None,
     budgets: Sequence[Budget] = (),
 ) -> dict[str, float]:
     """Lowest reachable value of each cost, without scores.
 
     Args:
-        axes: All axes of the model.
-        costs: Closed form per cost name.
-        layout: ``"per_layer"`` or ``"stock"``.
+        prunable: Axes, costs and layout of the model.
         rules: Limits per glob over module paths; later ones win.
-        stock: What the stock class can express, needed by layout ``"stock"``.
         choices: Permitted kept counts per axis name; see `find_plans`.
         budgets: Limits whose costs set the default multiples, and which are answered for; without
             any, all costs.
@@ -152,35 +129,25 @@ def lowest_costs(
         BudgetError: A cost is unknown.
         PlanError: The layout is unknown, or does not fit the axes; or choices do not.
     """
-    names = _names(budgets, costs) if budgets else tuple(costs)
-    nothing = {axis.name: np.zeros(axis.size) for axis in axes}
-    chosen = [costs[name] for name in names]
-    space = build_space(
-        axes, nothing, chosen, layout=layout, rules=rules or {}, stock=stock, choices=choices
-    )
-    return space.lowest()
+    names = _names(budgets, prunable.costs) if budgets else tuple(prunable.costs)
+    nothing = {axis.name: np.zeros(axis.size) for axis in prunable.axes}
+    return build_space(prunable, nothing, names, rules=rules or {}, choices=choices).lowest()
 
 
 def check_budgets(
-    axes: Sequence[Axis],
-    costs: Mapping[str, CostModel],
+    prunable: Prunable,
     budgets: Sequence[Budget],
     *,
-    layout: str = "per_layer",
     rules: Rules | None = None,
-    stock: StockSpace | None = None,
     choices: Choices | None = None,
     warns: bool = False,
 ) -> None:
     """Check before any scoring that every budget can be reached on its own.
 
     Args:
-        axes: All axes of the model.
-        costs: Closed form per cost name.
+        prunable: Axes, costs and layout of the model.
         budgets: Simultaneous limits.
-        layout: ``"per_layer"`` or ``"stock"``.
         rules: Limits per glob over module paths; later ones win.
-        stock: What the stock class can express, needed by layout ``"stock"``.
         choices: Permitted kept counts per axis name; see `find_plans`.
         warns: Whether to warn of budgets that leave less than a tenth of what can be pruned.
 
@@ -188,11 +155,9 @@ def check_budgets(
         BudgetError: No limit is given, a cost is unknown, or a limit is below what can be reached.
         PlanError: The layout is unknown, or does not fit the axes; or choices do not.
     """
-    _names(budgets, costs)
-    lowest = lowest_costs(
-        axes, costs, layout=layout, rules=rules, stock=stock, choices=choices, budgets=budgets
-    )
-    _check(lowest, budgets, costs, layout=layout)
+    _names(budgets, prunable.costs)
+    lowest = lowest_costs(prunable, rules=rules, choices=choices, budgets=budgets)
+    _check(lowest, budgets, prunable)
     if warns:
         warn_near_lowest(lowest, budgets)
 
@@ -220,20 +185,15 @@ def _names(budgets: Sequence[Budget], costs: Mapping[str, CostModel]) -> tuple[s
     return tuple(budget.cost for budget in budgets)
 
 
-def _check(
-    lowest: Mapping[str, float],
-    budgets: Sequence[Budget],
-    costs: Mapping[str, CostModel],
-    *,
-    layout: str,
-) -> None:
+def _check(lowest: Mapping[str, float], budgets: Sequence[Budget], prunable: Prunable) -> None:
+    layout = prunable.layout
     for budget in budgets:
         least = lowest[budget.cost]
         if budget.limit < least:
             more = ""
             if layout == "stock":
                 more = "layout='per_layer' reaches further (--layout per_layer), or "
-            cost = costs[budget.cost]
+            cost = prunable.costs[budget.cost]
             held = say_lowest(cost, least, budget.total)
             raise BudgetError(
                 f"budget {budget.cost}: {100 * budget.ratio:.4g}% ({format_amount(budget.limit)}) "
@@ -245,15 +205,13 @@ def _check(
             )
 
 
-def _outcome(
-    axes: Sequence[Axis], costs: Mapping[str, CostModel], kept: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
+def _outcome(prunable: Prunable, kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Fields of a plan that say what stays and what it costs."""
     counts = {name: len(units) for name, units in kept.items()}
     return {
-        "kept": {axis.name: kept[axis.name] for axis in axes},
-        "sizes": {axis.name: axis.size for axis in axes},
-        "costs": {name: cost.of(counts) for name, cost in costs.items()},
+        "kept": {axis.name: kept[axis.name] for axis in prunable.axes},
+        "sizes": {axis.name: axis.size for axis in prunable.axes},
+        "costs": {name: cost.of(counts) for name, cost in prunable.costs.items()},
     }
 
 

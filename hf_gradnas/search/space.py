@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config.rules import Rules
 from ..errors import PlanError
-from ..types import Axis, CostModel, StockGroup, StockSpace
+from ..types import Axis, Prunable, StockGroup
 from .choices import Choices, choose_counts, step_ratios_of
 from .coupling import Coupling, Walk, couple
 from .options import Block, make_block, make_members
@@ -71,40 +71,38 @@ class Space:
 
 
 def build_space(
-    axes: Sequence[Axis],
+    prunable: Prunable,
     scores: Mapping[str, np.ndarray],
-    costs: Sequence[CostModel],
+    names: Sequence[str],
     *,
-    layout: str,
     rules: Rules,
-    stock: StockSpace | None,
     choices: Choices | None = None,
 ) -> Space:
     """Make the blocks of a layout.
 
     Args:
-        axes: All axes of the model.
+        prunable: Axes, costs and layout of the model.
         scores: ``(size,)`` per axis name.
-        costs: Budgeted costs.
-        layout: ``"per_layer"`` or ``"stock"``.
+        names: Budgeted costs.
         rules: Limits per glob over module paths.
-        stock: What the stock class can express; needed by layout ``"stock"``.
         choices: Permitted counts of some axes, in place of rules and default multiples.
 
     Raises:
-        PlanError: The layout is unknown, `stock` is missing, or does not fit the axes; or choices
-            are given for an axis that is unknown or cannot have them.
+        PlanError: The layout is unknown, or the stock space missing or not that of the axes; or
+            choices are given for an axis that is unknown or cannot have them.
     """
+    axes, layout, stock = prunable.axes, prunable.layout, prunable.space
+    costs = [prunable.costs[name] for name in names]
     _check_choices(axes, choices or {})
     if layout == "per_layer":
         groups: list[tuple[list[Axis], StockGroup | None]]
         groups = [(family, None) for family in _families(axes)]
-    elif layout == "stock" and stock is not None:
+    elif layout == "stock" and stock.groups:
         groups = [(_stock_axes(axes, group), group) for group in stock.groups]
     elif layout == "stock":
         raise PlanError(
-            "layout 'stock': found no stock space, needed what the unmodified class can express; "
-            "pass stock=, or use layout='per_layer'."
+            "layout 'stock': found no group in the stock space, needed what the unmodified class "
+            "can express; measure it with find_stock_space, or use layout='per_layer'."
         )
     else:
         raise PlanError(f"layout {layout!r}: unknown; use 'per_layer' or 'stock'.")
@@ -123,7 +121,7 @@ def build_space(
     return Space(
         blocks=tuple(blocks),
         whole=whole,
-        names=tuple(cost.name for cost in costs),
+        names=tuple(names),
         fixed=np.array([cost.of(rest) for cost in costs]),
         coupling=couple(blocks, whole, costs),
     )

@@ -14,6 +14,7 @@ from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
 from .kinds import KINDS, PARENTS, Kind, KindRow, Mask
 from .plan_checks import check_indices, check_values, is_integer
+from .prunable import Prunable
 from .structure import (
     Attribute,
     Axis,
@@ -53,6 +54,7 @@ __all__ = [
     "Plan",
     "Point",
     "Product",
+    "Prunable",
     "Refusal",
     "Removal",
     "Role",

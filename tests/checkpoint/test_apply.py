@@ -50,7 +50,7 @@ def test_a_cut_that_differs_from_its_masks_is_an_error_and_cannot_be_saved(monke
 def test_a_cut_that_does_not_run_is_an_error():
     pruner, plan = scored("bert")
     axes = tuple(without(axis, "intermediate.dense.bias") for axis in pruner.structure.axes)
-    pruner._structure = Structure(axes)
+    pruner._prunable = replace(pruner.prunable, structure=Structure(axes))
     with pytest.raises(CutError, match=r"after the cut it does not run .RuntimeError: .*load it"):
         pruner.apply(plan)
 

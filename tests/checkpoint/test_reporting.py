@@ -77,7 +77,7 @@ def test_a_plan_without_scores_has_a_report_too(pruner, bert, tmp_path):
     other = GradNASPruner(
         tf.AutoModelForSequenceClassification.from_pretrained(bert), layout="per_layer"
     )
-    other.discover(pruner._sample)
+    other.discover(pruner.prunable.sample)
     other.apply(plan)
     folder = other.save_pretrained(tmp_path / "out")
     assert {path.name for path in (folder / "report").iterdir()} == {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -192,12 +193,10 @@ class Budgets:
 
         def use() -> None:
             pruner = GradNASPruner(self.model, rules=rules, **more)
-            pruner._structure, pruner._space = self.pruner._structure, self.pruner._space
+            pruner._prunable = replace(self.pruner.prunable, layout="per_layer")
             from hf_gradnas.config.rules import check_rules
 
             check_rules(pruner.rules, self.pruner.structure)
-            pruner._costs, pruner._totals = self.pruner._costs, self.pruner._totals
-            pruner.layout = "per_layer"
             pruner._scores = self.pruner._scores
             pruner.plan({"params": "95%"})
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import search_spaces as small
+from searching import prunable_of
 
 from hf_gradnas.search import STRATEGIES, exact
 from hf_gradnas.search.lagrangian import fill_up, price_budgets, search_lagrangian
@@ -19,8 +20,8 @@ RATIOS = [{"flops": 0.6}, {"params": 0.4}, {"flops": 0.6, "params": 0.62}]
 def problem_of(axes, scores, seed=None, **ratios):
     costs = small.make_costs(axes, seed)
     limits = small.budgets(axes, costs, **ratios)
-    chosen = [costs[limit.cost] for limit in limits]
-    space = build_space(axes, scores.values, chosen, layout="per_layer", rules={}, stock=None)
+    names = [limit.cost for limit in limits]
+    space = build_space(prunable_of(axes, costs), scores.values, names, rules={})
     return make_problem(space, limits), small.smallest_loss(axes, scores, costs, limits)
 
 
@@ -91,8 +92,8 @@ def test_a_7b_size_space_is_solved_to_optimality(ratios):
     scores = Scores({a.name: rng.lognormal(rng.normal(), 1.5, a.size) for a in axes})
     costs = small.make_costs(axes)
     limits = small.budgets(axes, costs, **ratios)
-    chosen = [costs[limit.cost] for limit in limits]
-    space = build_space(axes, scores.values, chosen, layout="per_layer", rules={}, stock=None)
+    names = [limit.cost for limit in limits]
+    space = build_space(prunable_of(axes, costs), scores.values, names, rules={})
     solution = search_lagrangian(make_problem(space, limits))
     assert solution.is_optimal
 

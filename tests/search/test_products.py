@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import search_spaces as small
+from searching import check_budgets, find_plan, find_plans, lowest_costs
 
 from hf_gradnas.errors import BudgetError
-from hf_gradnas.search import STRATEGIES, check_budgets, find_plan, find_plans, lowest_costs
+from hf_gradnas.search import STRATEGIES
 from hf_gradnas.types import CostModel, Kind, Product, Scores, StockGroup, StockSpace
 
 SEEDS = range(15)

@@ -5,16 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import search_spaces as small
+from searching import check_budgets, find_plan, find_plans, lowest_costs
 
 from hf_gradnas.config.rules import Rule
 from hf_gradnas.errors import BudgetError, PlanError, ScoresError
-from hf_gradnas.search import (
-    STRATEGIES,
-    check_budgets,
-    find_plan,
-    find_plans,
-    lowest_costs,
-)
+from hf_gradnas.search import STRATEGIES
 from hf_gradnas.types import Budget, CostModel, Kind, Scores
 
 AXES = [
@@ -362,7 +357,7 @@ def test_a_budget_on_an_unknown_cost():
     [
         ({"search": "greedy"}, "search 'greedy': unknown strategy, known are binary, lagrangian"),
         ({"layout": "auto"}, "layout 'auto': unknown; use 'per_layer' or 'stock'"),
-        ({"layout": "stock"}, "layout 'stock': found no stock space"),
+        ({"layout": "stock"}, "layout 'stock': found no group in the stock space"),
     ],
 )
 def test_unknown_choices(changed, message):

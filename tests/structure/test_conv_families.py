@@ -121,7 +121,7 @@ def test_the_layout_is_stock_where_the_config_can_say_the_widths(family, layout,
     pruner = GradNASPruner(model)
     pruner.discover(inputs)
     assert pruner.layout == layout
-    found = {group.keys.get("channels") for group in pruner._space.groups} - {None}
+    found = {group.keys.get("channels") for group in pruner.prunable.space.groups} - {None}
     assert found - {"classifier_proj_size"} == keys
 
 

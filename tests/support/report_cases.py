@@ -3,7 +3,18 @@
 import numpy as np
 
 from hf_gradnas.report import summarise
-from hf_gradnas.types import Axis, Budget, CostModel, Kind, Plan, Refusal, Scores, Structure, Tap
+from hf_gradnas.types import (
+    Axis,
+    Budget,
+    CostModel,
+    Kind,
+    Plan,
+    Prunable,
+    Refusal,
+    Scores,
+    Structure,
+    Tap,
+)
 
 LOADING = """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("small")"""
@@ -40,8 +51,7 @@ def make_case(layers: int = 3, layout: str = "per_layer", **document):
     structure = Structure(tuple(axes), (Refusal("lm_head", "neurons", "no reason"),))
     summary = summarise(
         plan,
-        structure,
-        costs=costs,
+        Prunable(structure, costs, {}),
         document={"totals": {"flops": 100.0, "params": full}, **document},
         name="small",
         model="LlamaForCausalLM",
