@@ -64,25 +64,16 @@ def save_with_report(  # noqa: PLR0913 - one call writes all that is known
         )
     content = _document(prunable, scores, repair, document or {})
     companions = companions_of(model, stock_class(model), owner)
-    told: dict[str, str | bytes] = {}
-    try:
-        told = describe(
-            model,
-            Path(directory).resolve().name,
-            prunable,
-            plan,
-            scores,
-            content,
-            pictures=report,
-            sentence_class=companions.sentence_class,
-        )
-    except Exception as error:  # whatever a picture does, a model that took hours is saved
-        warnings.warn(
-            f"report: could not be made ({described(error, whole=True)}), so that the checkpoint "
-            "comes without model card and report; report it with the model's class.",
-            GradNASWarning,
-            stacklevel=2,
-        )
+    told = _told_of(
+        model,
+        Path(directory).resolve().name,
+        prunable,
+        plan,
+        scores,
+        content,
+        pictures=report,
+        sentence_class=companions.sentence_class,
+    )
     return save_pruned(
         model,
         directory,
@@ -101,6 +92,20 @@ def _document(
     metadata = {} if scores is None else dict(scores.metadata)
     mended = {} if repair is None else {"repair": repair.record()}
     return {"totals": dict(prunable.totals), "scores": metadata, **mended, **more}
+
+
+def _told_of(*args: Any, **options: Any) -> dict[str, str | bytes]:
+    """As `describe`; nothing, with a warning, where that fails."""
+    try:
+        return describe(*args, **options)
+    except Exception as error:  # whatever a picture does, a model that took hours is saved
+        warnings.warn(
+            f"report: could not be made ({described(error, whole=True)}), so that the checkpoint "
+            "comes without model card and report; report it with the model's class.",
+            GradNASWarning,
+            stacklevel=3,
+        )
+        return {}
 
 
 def describe(
