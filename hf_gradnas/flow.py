@@ -31,7 +31,7 @@ from .jobs.quickstart import Training, make_quickstart
 from .jobs.records import push_settings, record
 from .jobs.report import Report
 from .repair.choice import say_tried
-from .repair.repairs import mended
+from .repair.repairs import mended, swaps
 from .report import say_repair, say_swap
 from .running.processes import Processes
 
@@ -256,8 +256,8 @@ class Run:
             with self.report.progress("Repairing") as progress:
                 return pruner.repair(plan, batches, progress=progress)
 
-        swaps = swap if self.recipe.repair == "swap" else None
-        chosen, found = mended(plan, by_length(loader), swaps, repair, self.processes)
+        steps = swap if swaps(self.recipe.repair, pruner.scores) else None, repair
+        chosen, found = mended(plan, by_length(loader), *steps, self.processes)
         if found is None:
             return chosen, None
         if chosen.kept != plan.kept:

@@ -25,7 +25,7 @@ from .frontier import Limits, measure_frontier
 from .hub import push
 from .repair.choice import closest
 from .repair.repairs import CHOICES as REPAIRS
-from .repair.repairs import Repair, attempted, check_repair, mended
+from .repair.repairs import Repair, attempted, check_repair, mended, swaps
 from .repair.swaps import swap_neurons
 from .report import say_repair
 from .running.wrappers import check_parameters, gathered, is_sharded
@@ -331,9 +331,10 @@ class GradNASPruner(ExaminedModel):
         Args:
             dataloader: Yields dicts for ``model(**batch)``.
             budget: Such as ``{"flops": "60%"}`` or ``{"params": 66e6}``.
-            repair: ``"auto"``: with new weights by `repair` where they bring its predictions
+            repair: ``"weights"``: with new weights by `repair` where they bring its predictions
                 closer to the original's; a warning says where none can be found. ``"swap"``: with
                 neurons by `swap`, too, where that is closer still; it takes twice the time.
+                ``"auto"``: ``"swap"`` where the loss is one of tokens, else ``"weights"``.
                 ``"none"``.
             **score: Further arguments of `score`.
 
@@ -349,7 +350,7 @@ class GradNASPruner(ExaminedModel):
         self.score(dataloader, **score)
         plan, found = self.plan(budget), None
         if repair != "none":
-            swap = self.swap if repair == "swap" else None
+            swap = self.swap if swaps(repair, self.scores) else None
             more = {"num_examples": limit}
             plan, found = mended(plan, dataloader, swap, self.repair, self._processes, **more)
         if found is not None:
@@ -380,13 +381,13 @@ class GradNASPruner(ExaminedModel):
             PlanError: An unknown score or `repair`, or no seed.
         """
         check_uncut("sweep", is_cut=self._applied)
-        check_choice("repair", repair, ("auto", "none"))
+        check_choice("repair", repair, ("auto", "weights", "none"))
         loaders = dict(dataloader) if isinstance(dataloader, Mapping) else {0: dataloader}
         for seed in list(loaders)[:1]:
             loaders[seed] = self._discovered(loaders[seed], options.get("num_examples"))
         names = CANDIDATES if self.score_method == AUTO else self.score_method
         given = {"score": names, "processes": self._processes, **options}
-        given["repair"] = self._attempt if repair == "auto" else None
+        given["repair"] = self._attempt if repair != "none" else None
         return measure_frontier(self, loaders, budgets=budgets, **given)
 
     def _attempt(self, plan: Plan, dataloader: Iterable[Batch], **options: Any) -> Repair | None:

@@ -160,7 +160,7 @@ def test_a_repair_after_the_cut_says_to_repair_first() -> None:
 def test_bad_input_is_refused() -> None:
     pruner = pruner_of()
     with pytest.raises(
-        PlanError, match="repair='always' is not known; choose one of auto, swap, none"
+        PlanError, match="repair='always' is not known; choose one of auto, weights, swap, none"
     ):
         pruner.prune(BATCHES, BUDGET, repair="always")
     pruner.score(BATCHES[:2])

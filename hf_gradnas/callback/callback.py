@@ -69,7 +69,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         mask: ``"soft"``: units fade during a stage. ``"hard"``: they are gone at its end at once.
         scores_from: ``"private"``: passes in eval mode over `dataloader` or a sample.
             ``"training"``: the training's own backward passes, at no pass more.
-        repair: ``"auto"``, ``"swap"`` or ``"none"`` as of `GradNASPruner.prune`; not if gradual.
+        repair: As of `GradNASPruner.prune`; ``"gradual"`` repairs nothing.
         output_dir: Where the cut model is saved; None: ``pruned`` in the trainer's ``output_dir``.
 
     Raises:

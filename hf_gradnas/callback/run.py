@@ -22,7 +22,7 @@ from ..checkpoint.savable import check_savable
 from ..checkpoint.targets import usable_target
 from ..errors import GradNASWarning, PlanError, ScoresError
 from ..pruner import GradNASPruner
-from ..repair.repairs import Repair, install_repair, mended
+from ..repair.repairs import Repair, install_repair, mended, swaps
 from ..report import say_repair
 from ..running.processes import Processes
 from ..types import Budget, Plan, Scores
@@ -339,26 +339,22 @@ class Run:
             scores = training_scores(self._pruner, self._riding, self._processes)
         else:
             with self._undisturbed():
-                scores = private_scores(
-                    self._pruner,
-                    self._sorted,
-                    num_examples=settings.num_examples,
-                    labels=settings.labels,
-                    seed=self._args.seed,
-                )
+                more = {"num_examples": settings.num_examples, "labels": settings.labels}
+                scores = private_scores(self._pruner, self._sorted, seed=self._args.seed, **more)
         self.scores = without_lost(scores, self._pruner, self.progress.kept)
         self.progress.scores = self.scores.metadata
         self._pruner.use_scores(self.scores)
 
     def _mended(self, plan: Plan) -> tuple[Plan, Repair | None]:
-        """A plan and its repair; as it is where it was masked while it trained."""
+        """A plan and its repair; as it is where it trained masked."""
         if self.settings.repair == "none" or self.settings.when == "gradual":
             return plan, None
         pruner, limit = self._pruner, self.settings.sample_size
         batches = by_length(self._batches, num_examples=limit)
-        steps = pruner.swap if self.settings.repair == "swap" else None, pruner.repair
+        swap = pruner.swap if swaps(self.settings.repair, pruner.scores) else None
+        given = swap, pruner.repair, self._processes
         with self._undisturbed():
-            plan, found = mended(plan, batches, *steps, self._processes, num_examples=limit)
+            plan, found = mended(plan, batches, *given, num_examples=limit)
         if found is not None:
             self.progress.repair = record = found.record()
             logger.info("gradnas: %s", say_repair(record))

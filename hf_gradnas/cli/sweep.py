@@ -284,7 +284,7 @@ def check_sweep(recipe: Recipe, sweep: Sweep, *, given: Set[str]) -> Recipe:
     if recipe.repair == "swap":
         raise RecipeError(
             "--repair swap: a sweep measures its plans as they are, or with new weights alone; "
-            "give auto or none here, and swap to the prune command."
+            "give weights or none here, and swap to the prune command."
         )
     seen = set()
     for cost, limits in sweep.targets.items():

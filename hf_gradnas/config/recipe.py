@@ -220,13 +220,13 @@ class Recipe(Settings):
         "per_layer gives each layer its own, auto is stock where that loses no kind of axis.",
         json_schema_extra=_PLAN,
     )
-    repair: Literal["auto", "swap", "none"] = Field(
+    repair: Literal["auto", "weights", "swap", "none"] = Field(
         default="auto",
-        description="auto fits the layers that read what is pruned, and those after them, anew, by "
-        "least squares on the calibration data and without training, and keeps the new weights "
+        description="weights fits the layers that read what is pruned, and those after them, anew, "
+        "by least squares on the calibration data and without training, and keeps the new weights "
         "where they bring the predictions closer to the original's on held-out batches; swap "
-        "also tries other neurons at the same widths, in twice the time; none leaves all as they "
-        "are.",
+        "also tries other neurons at the same widths, in twice the time; auto is swap for language "
+        "models, else weights; none leaves all as they are.",
         json_schema_extra=_PLAN,
     )
     scores: str | None = Field(

@@ -27,14 +27,16 @@ from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, 
 from ..running.processes import Processes
 from ..running.wrappers import is_sharded, shape_of
 from ..scores.fingerprints import model_fingerprint
+from ..scores.normaliser import TOKEN_COUNTS
 from ..structure.sizes import tensor_at
-from ..types import REPAIR_MARK, Plan, metadata_of, parse_json
+from ..types import REPAIR_MARK, Plan, Scores, metadata_of, parse_json
 
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
-CHOICES = ("auto", "swap", "none")
-"""What can be asked for: a repair where one can be found, a better one after a swap, or none."""
+CHOICES = ("auto", "weights", "swap", "none")
+"""New weights; these also for a plan with swapped neurons; or nothing. ``auto`` swaps where the
+loss is one of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +216,16 @@ def check_unsharded(model: nn.Module, step: str) -> None:
             "and tried with whole weights; find it with the whole model on one process, and give "
             "it to apply(plan, repair), which takes shards, or omit it (repair='none')."
         )
+
+
+def swaps(choice: str, scores: Scores) -> bool:
+    """Whether a plan with other neurons is tried too, by what was asked for and what was scored.
+
+    Measured: a Llama is closer to the original with swapped neurons, and finding them takes less
+    time than scoring; a BERT classifier is not, and its repair would take twice as long.
+    """
+    is_of_tokens = scores.metadata.get("normaliser") in TOKEN_COUNTS
+    return choice == "swap" or (choice == "auto" and is_of_tokens)
 
 
 def mended(

@@ -311,8 +311,18 @@ def test_the_closer_of_both_plans_is_kept(planned: Any, swapped: Any, is_swapped
     assert mended(plan, [], None, repair, Processes())[0] is plan
 
 
-@pytest.mark.parametrize("choice", ["auto", "swap"])
-def test_prune_swaps_where_it_is_asked_to(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "choice", "is_swapped"),
+    [
+        ("bert", "auto", False),
+        ("bert", "swap", True),
+        ("llama", "auto", True),
+        ("llama", "weights", False),
+    ],
+)
+def test_prune_swaps_where_it_is_asked_to_or_the_loss_is_of_tokens(
+    family: str, choice: str, is_swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     real = GradNASPruner.swap
 
@@ -321,10 +331,10 @@ def test_prune_swaps_where_it_is_asked_to(choice: str, monkeypatch: pytest.Monke
         return asked[-1]
 
     monkeypatch.setattr(GradNASPruner, "swap", note)
-    model, _ = zoo.build("bert")
+    model, _ = zoo.build(family)
     pruner = GradNASPruner(model)
-    plan = pruner.prune(batches_of("bert"), {"flops": "70%"}, repair=choice)
-    assert len(asked) == (choice == "swap")
+    plan = pruner.prune(batches_of(family), {"flops": "70%"}, repair=choice)
+    assert len(asked) == is_swapped
     sizes = {name: len(units) for name, units in plan.kept.items()}
     assert all(sizes == other.counts() for other in asked)
 
