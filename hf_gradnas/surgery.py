@@ -127,7 +127,8 @@ def check_plan(axes: Sequence[Axis], plan: Plan) -> Plan:
     """
     check_values(plan)
     kept = by_present_names(plan.kept, axes)
-    plan = replace(plan, kept=kept, sizes=by_present_names(plan.sizes, axes))
+    if kept.keys() != plan.kept.keys():
+        plan = replace(plan, kept=kept, sizes=by_present_names(plan.sizes, axes))
     sizes = {axis.name: axis.size for axis in axes}
     for name in [*sizes, *plan.sizes]:
         if plan.sizes.get(name) != sizes.get(name):
