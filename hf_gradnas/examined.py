@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -91,12 +91,12 @@ class ExaminedModel:
 
     @property
     def costs(self) -> dict[str, CostModel]:
-        """Closed forms of the costs, by name.
+        """Closed forms of the costs, by name; one that is added here and to `totals` counts too.
 
         Raises:
             OrderError: Neither `discover` nor `score` was called.
         """
-        return dict(self.prunable.costs)
+        return cast(dict[str, CostModel], self.prunable.costs)
 
     @property
     def totals(self) -> dict[str, float]:
@@ -105,7 +105,7 @@ class ExaminedModel:
         Raises:
             OrderError: Neither `discover` nor `score` was called.
         """
-        return dict(self.prunable.totals)
+        return cast(dict[str, float], self.prunable.totals)
 
     def discover(self, batch: Batch, *, flops_length: int | None = None) -> Structure:
         """Find and prove the axes, decide the layout, and count the costs.
