@@ -28,7 +28,7 @@ from .running.processes import Processes
 from .running.wrappers import check_parameters, uncompiled
 from .search.solver import check_budgets
 from .stock.space import LAYOUTS
-from .surgery import check_plan
+from .surgery.cut import check_plan
 from .types import Budget, CostModel, Plan, Prunable, Structure
 
 if TYPE_CHECKING:

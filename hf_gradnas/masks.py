@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from .errors import PlanError, StructureError
-from .structure.sizes import Kept, cut_part, lost_units
+from .surgery.rows import Kept, cut_part, lost_units
 from .types import KINDS, Axis, Mask, Tap, is_integer
 
 

@@ -32,7 +32,7 @@ from .running.wrappers import check_parameters, gathered, is_sharded
 from .scores import METHODS, check_scores, collect_scores
 from .scores.methods import with_prediction
 from .search.solver import STRATEGIES, find_plan
-from .surgery import check_plan
+from .surgery.cut import check_plan
 from .types import Budget, Frontier, Plan, Scores
 
 if TYPE_CHECKING:

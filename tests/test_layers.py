@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("_import_path", "_lazy", "_redaction", "errors", "_manifests", "_files", "types", "_compat"),
     ("config", "report", "running", "batches"),
-    ("structure", "costs", "search", "masks", "surgery"),
+    ("surgery", "structure", "costs", "search", "masks"),
     ("verification", "stock", "scores", "repair", "checkpoint"),
     ("hub", "examined", "frontier", "pruner", "nas"),
     ("callback", "data"),
@@ -36,7 +36,7 @@ THIRD_PARTY = {
     "search": {"numpy"},
 }
 # Travels inside checkpoints as one file, so it stands alone and may be longer.
-SELF_CONTAINED = "structure/modeling_gradnas.py"
+SELF_CONTAINED = "surgery/modeling_gradnas.py"
 MAX_FILE_LINES = 400
 MAX_SELF_CONTAINED_LINES = 720
 MAX_FUNCTION_LINES = 60

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from .._files import write_whole
 from ..errors import PlanError, ScoresError
-from ..structure.sizes import Kept
+from ..surgery.rows import Kept
 from ..types import Plan, is_integer
 
 

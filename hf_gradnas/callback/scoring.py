@@ -22,7 +22,7 @@ from ..running.processes import Processes
 from ..running.wrappers import without_autocast
 from ..scores.fingerprints import model_fingerprint
 from ..scores.methods import chosen
-from ..structure.sizes import Kept, lost_units
+from ..surgery.rows import Kept, lost_units
 from ..types import Scores
 from .riding import TrainingScores
 from .settings import Settings, check_sentence_settings

@@ -39,7 +39,7 @@ def _new_of(base: Any) -> Callable[..., Any]:
     def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
         config = args[0] if args else kwargs.get("config")
         if isinstance(config, PreTrainedConfig) and "gradnas" in vars(config):
-            from ..structure import modeling_gradnas  # noqa: PLC0415 - loading may not need it
+            from ..surgery import modeling_gradnas  # noqa: PLC0415 - loading may not need it
 
             if not (modeling_gradnas.under_construction() or modeling_gradnas.is_per_layer(cls)):
                 cls = modeling_gradnas.per_layer_class(cls)

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_labels
 
 from ..errors import CheckpointError, GradNASWarning
-from ..structure.modeling_gradnas import auto_class_name
+from ..surgery.modeling_gradnas import auto_class_name
 from .apply import largest_difference
 from .replay import decode, encode, encode_uniform, run
 

@@ -16,7 +16,7 @@ from .._redaction import shareable, without_secrets
 from ..errors import CheckpointError, GradNASWarning, described
 from ..repair.repairs import Repair
 from ..report import find_origin, in_one_line, report_files, summarise
-from ..structure.modeling_gradnas import auto_class_name
+from ..surgery.modeling_gradnas import auto_class_name
 from ..types import Plan, Prunable, Scores
 from .companions import companions_of
 from .save import loading_snippet, save_pruned, stock_class, versions

@@ -1,7 +1,7 @@
 """Writes a pruned model so that the target folder is never half written, and proves that it loads.
 
 Knows folders and files; the config's values come from `stock.rewrite`, and the classes that
-load a per-layer checkpoint from `structure.modeling_gradnas`. Both layouts are written alike.
+load a per-layer checkpoint from `surgery.modeling_gradnas`. Both layouts are written alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..batches.batch import to_device
 from ..errors import CheckpointError, GradNASError, described
 from ..report import python_string
 from ..running.owners import LIBRARY, save_owner
-from ..structure.modeling_gradnas import auto_class_name
+from ..surgery.modeling_gradnas import auto_class_name
 from ..types import Plan
 from .apply import (
     RELOADED_TOLERANCE,

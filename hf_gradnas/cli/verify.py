@@ -272,7 +272,7 @@ def _auto_class(saved: _Saved, target: str) -> str | None:
 
 def _untrusted_code(route: Route, saved: _Saved) -> str:
     """Code that a route would run, or could, and that is not this hf_gradnas's own, in words."""
-    from ..structure import modeling_gradnas
+    from ..surgery import modeling_gradnas
 
     if not route.trust:
         return ""

@@ -14,8 +14,8 @@ from ..checkpoint.savable import check_savable
 from ..errors import CheckpointError, PlanError, StructureError
 from ..stock.rewrite import write_stock
 from ..stock.space import find_stock_space
-from ..structure.modeling_gradnas import resize
-from ..surgery import merge_records
+from ..surgery.cut import merge_records
+from ..surgery.modeling_gradnas import resize
 from ..types import Plan, Structure
 from .config import GradNASConfig
 from .hparams import check_kernels, close_space, needed_space, open_space

@@ -42,7 +42,7 @@ from ..errors import GradNASWarning, RepairError
 from ..masks import masked
 from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
-from ..structure.sizes import tensor_at
+from ..surgery.rows import tensor_at
 from ..types import Axis, Plan
 from .changes import Change, change_of, fed_values, is_centred, new_values, put, unknowns_of
 from .closeness import divergence_sum, prediction_of, running

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import described
 from ..masks import masked
-from ..structure.sizes import Kept, Rows, kept_rows, shapes_of, tensor_at
+from ..surgery.rows import Kept, Rows, kept_rows, shapes_of, tensor_at
 from ..types import Axis
 from .operands import tensors_of
 from .readers import input_dim

@@ -22,7 +22,7 @@ from greenlet import greenlet
 from torch import Tensor, nn
 
 from ..masks import add_hook, add_pre_hook
-from ..structure.sizes import tensor_at
+from ..surgery.rows import tensor_at
 from .memory import Held, Memory
 from .narrow import Narrow
 from .readers import Feed, Gate, Reader, applied, columns_of, weight_of

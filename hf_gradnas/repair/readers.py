@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from ..structure.sizes import Kept, kept_rows, shapes_of
+from ..surgery.rows import Kept, kept_rows, shapes_of
 from ..types import Axis
 
 _FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, Conv1D.forward)

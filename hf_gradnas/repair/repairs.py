@@ -28,7 +28,7 @@ from ..running.processes import Processes
 from ..running.wrappers import is_sharded, shape_of
 from ..scores.fingerprints import model_fingerprint
 from ..scores.normaliser import TOKEN_COUNTS
-from ..structure.sizes import tensor_at
+from ..surgery.rows import tensor_at
 from ..types import REPAIR_MARK, Plan, Scores, metadata_of, parse_json
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..masks import add_hook, add_pre_hook
-from ..structure.sizes import Kept
+from ..surgery.rows import Kept
 from ..types import Axis
 from .operands import address_of, tensors_of
 from .readers import Feed, Found, Gate, Place, Reader, others_of, readers_of

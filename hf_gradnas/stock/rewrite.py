@@ -2,7 +2,7 @@
 
 Knows upstream's words for per-layer widths (``per_layer_config``), which say what a layer has but
 build nothing by themselves; the record under ``config.gradnas`` does that (see
-`hf_gradnas.structure.modeling_gradnas`).
+`hf_gradnas.surgery.modeling_gradnas`).
 """
 
 from __future__ import annotations

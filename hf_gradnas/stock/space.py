@@ -14,7 +14,7 @@ from dataclasses import replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PlanError
-from ..structure.sizes import Shapes, shapes_of
+from ..surgery.rows import Shapes, shapes_of
 from ..types import KINDS, PARENTS, Axis, Kind, StockGroup, StockSpace, Structure
 from .trials import (
     Counts,

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils import logging
 
-from ..structure.sizes import Shapes, shapes_of
+from ..surgery.rows import Shapes, shapes_of
 from ..types import KINDS, PARENTS, Axis, Kind
 from .values import candidates, dotted, real_key, stored
 

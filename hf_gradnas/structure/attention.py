@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..surgery.modeling_gradnas import table_of
+from ..surgery.rows import below
 from ..types import Attribute, Axis, Kind, Removal, Slice, Tap
 from . import couplings
-from .modeling_gradnas import table_of
-from .trace import Call, below
+from .trace import Call
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 
 from .._compat import attention_implementation
 from ..errors import described
+from ..surgery.modeling_gradnas import table_of
+from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
 from .channels import read_channels
 from .graph import Flow, trace_graph
-from .modeling_gradnas import table_of
 from .reading import Reading
 from .sites import Site, find_sites
-from .trace import Call, above, below, common_path, telling
+from .trace import Call, common_path, telling
 
 
 @dataclass(frozen=True)

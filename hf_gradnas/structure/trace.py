@@ -161,16 +161,6 @@ def common_path(first: str, second: str) -> str:
     return ".".join(shared)
 
 
-def below(path: str, scope: str) -> str:
-    """`path` relative to `scope`."""
-    return path[len(scope) + 1 :] if scope and path != scope else ("" if path == scope else path)
-
-
-def above(path: str, scope: str) -> str:
-    """Inverse of `below`."""
-    return ".".join(part for part in (scope, path) if part)
-
-
 def _macs(function: str, x: Tensor, weight: Tensor, out: Tensor) -> int:
     """Multiply-accumulates of one product.
 

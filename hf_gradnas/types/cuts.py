@@ -34,7 +34,7 @@ class Cut:
         rows: Rows that stay, per full name of a tensor and dimension; tensors of modules that are
             removed among them.
         record: New shapes, attributes and removed modules, in the words of the loader file
-            (`structure.modeling_gradnas`); what a config keeps under ``gradnas``.
+            (`surgery.modeling_gradnas`); what a config keeps under ``gradnas``.
         copied: Tensors that come to be, by their full names.
     """
 

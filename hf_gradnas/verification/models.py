@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..batches.longest import probe_inputs
 from ..errors import DataError, StructureError
 from ..structure.discovery import Discovery, Place, discover, move_axis
-from ..structure.trace import above
+from ..surgery.rows import above
 from ..types import Axis, Kind, Refusal, Structure
 from .proof import prove_channels, prove_places
 from .trial import KERNEL

@@ -18,7 +18,7 @@ from .._compat import attention_implementation, configs_of
 from ..errors import described
 from ..masks import masked
 from ..structure.trace import Call, map_tensors
-from ..surgery import cut
+from ..surgery.cut import cut
 from ..types import Axis
 
 TOLERANCE = 1e-10

@@ -17,7 +17,7 @@ from hf_gradnas.checkpoint.prunable import find_prunable
 from hf_gradnas.checkpoint.rehearsal import trial_plan
 from hf_gradnas.errors import StructureError
 from hf_gradnas.nas.hparams import needed_space
-from hf_gradnas.surgery import check_plan
+from hf_gradnas.surgery.cut import check_plan
 from hf_gradnas.types import Kind
 
 ALL = sorted(zoo.FAMILIES)

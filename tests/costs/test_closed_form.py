@@ -10,7 +10,7 @@ import zoo
 
 from hf_gradnas.batches.longest import flops_inputs
 from hf_gradnas.costs.counting import count_costs, count_flops
-from hf_gradnas.surgery import cut
+from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import CostModel, Kind, Structure
 from hf_gradnas.verification import find_structure
 

@@ -30,7 +30,7 @@ from hf_gradnas.data.feeds import encode
 from hf_gradnas.data.loading import open_source
 from hf_gradnas.errors import CheckpointError
 from hf_gradnas.jobs.early import resolve_paths
-from hf_gradnas.structure.modeling_gradnas import RecordError
+from hf_gradnas.surgery.modeling_gradnas import RecordError
 
 HEADS = {
     "class": "BertForSequenceClassification",

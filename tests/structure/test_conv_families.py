@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_gradnas import GradNASPruner, nas
 from hf_gradnas.masks import masked
-from hf_gradnas.structure.modeling_gradnas import resize
-from hf_gradnas.surgery import cut
+from hf_gradnas.surgery.cut import cut
+from hf_gradnas.surgery.modeling_gradnas import resize
 from hf_gradnas.verification import find_structure
 
 # Axes per kind: a silent loss shows.

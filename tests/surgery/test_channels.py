@@ -15,8 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_gradnas.errors import PlanError
 from hf_gradnas.masks import masked
-from hf_gradnas.structure.modeling_gradnas import RecordError, resize
-from hf_gradnas.surgery import check_kept, cut, merge_records
+from hf_gradnas.surgery.cut import check_kept, cut, merge_records
+from hf_gradnas.surgery.modeling_gradnas import RecordError, resize
 
 NAMES = sorted(CASES)
 

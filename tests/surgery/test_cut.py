@@ -12,9 +12,9 @@ import zoo
 from torch import Tensor
 
 from hf_gradnas.errors import PlanError
-from hf_gradnas.structure.modeling_gradnas import RecordError
-from hf_gradnas.structure.sizes import shapes_of
-from hf_gradnas.surgery import apply_cut, cut, plan_cut
+from hf_gradnas.surgery.cut import apply_cut, cut, plan_cut
+from hf_gradnas.surgery.modeling_gradnas import RecordError
+from hf_gradnas.surgery.rows import shapes_of
 from hf_gradnas.types import Axis, Cut, Structure
 from hf_gradnas.verification import find_structure
 

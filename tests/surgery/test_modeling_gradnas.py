@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, DynamicCache, StaticCache
 from transformers.pytorch_utils import Conv1D
 
-from hf_gradnas.structure import modeling_gradnas
-from hf_gradnas.structure.modeling_gradnas import (
+from hf_gradnas.surgery import modeling_gradnas
+from hf_gradnas.surgery.modeling_gradnas import (
     RecordError,
     RemovedAttention,
     make_per_layer,
@@ -440,7 +440,7 @@ def test_a_per_layer_class_is_made_once_and_behaves_like_the_stock_class():
     assert per_layer_class(stock) is made is modeling_gradnas.LlamaForCausalLM
     assert per_layer_class(made) is made
     assert made.__name__ == made.__qualname__ == "LlamaForCausalLM"
-    assert made.__module__ == "hf_gradnas.structure.modeling_gradnas"
+    assert made.__module__ == "hf_gradnas.surgery.modeling_gradnas"
     assert made._auto_class == "AutoModelForCausalLM"
     assert made.can_generate()
     assert made._can_set_attn_implementation()

@@ -9,7 +9,7 @@ import torch
 import zoo
 
 from hf_gradnas.errors import PlanError
-from hf_gradnas.surgery import check_kept, cut, merge_records
+from hf_gradnas.surgery.cut import check_kept, cut, merge_records
 from hf_gradnas.verification import find_structure
 
 HEADS = "model.layers.0.self_attn:heads"

@@ -14,7 +14,7 @@ from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.callback.resuming import Progress
 from hf_gradnas.errors import PlanError
 from hf_gradnas.masks import masked
-from hf_gradnas.surgery import cut
+from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Budget
 
 NEURONS = "model.layers.0.mlp:neurons"

@@ -18,7 +18,7 @@ from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import masked
 from hf_gradnas.structure.discovery import Discovery, discover, move_axis
 from hf_gradnas.structure.trace import Call
-from hf_gradnas.surgery import cut
+from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Attribute, Axis, Kind, Refusal, Slice
 from hf_gradnas.verification import find_structure, models, proof, prove_channels
 

@@ -1,7 +1,7 @@
 """Cut a model: say what kept indices mean for its tensors (`plan_cut`), and do it (`apply_cut`).
 
 Knows axes and tensors; does not know how the kept indices were chosen, nor how a model is saved.
-What is done to the modules stands in `structure.modeling_gradnas`, which also loads a checkpoint.
+What is done to the modules stands in `surgery.modeling_gradnas`, which also loads a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PlanError
-from .structure import modeling_gradnas
-from .structure.sizes import Kept, Shapes, kept_rows, new_sizes, shapes_of, tensor_at
-from .types import (
+from ..errors import PlanError
+from ..types import (
     KINDS,
     Axis,
     Copied,
@@ -26,6 +24,8 @@ from .types import (
     check_indices,
     check_values,
 )
+from . import modeling_gradnas
+from .rows import Kept, Shapes, kept_rows, new_sizes, shapes_of, tensor_at
 
 Record = Mapping[str, Any]
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..types import Attribute, Axis
 from . import modeling_gradnas
-from .trace import above, below
 
 PART = "part"
 
@@ -154,3 +153,16 @@ def _within(axis: Axis, path: str) -> Axis:
             if f"{a.module}.".startswith(inside)
         ),
     )
+
+
+# --- paths of modules -----------------------------------------------------------------------------
+
+
+def below(path: str, scope: str) -> str:
+    """`path` relative to `scope`."""
+    return path[len(scope) + 1 :] if scope and path != scope else ("" if path == scope else path)
+
+
+def above(path: str, scope: str) -> str:
+    """Inverse of `below`."""
+    return ".".join(part for part in (scope, path) if part)

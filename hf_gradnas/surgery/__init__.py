@@ -1,0 +1,1 @@
+"""Cutting: rows of tensors, a cut as data, applying it, and the file that loads what was cut."""
