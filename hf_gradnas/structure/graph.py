@@ -73,6 +73,7 @@ def trace_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         output = model(*map_tensors(args, _joined), **map_tensors(dict(kwargs), _joined))
+    _let_go(model)
     results = [x for x in _tensors(output) if x.grad_fn is not None]
     if not results:
         raise StructureError(
@@ -84,6 +85,16 @@ def trace_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     runs = tuple(watch.runs.values())
     ends = [f for f, _ in (*outputs, *(run.edge for run in runs))]
     return Forward(_in_order(ends), runs, outputs, watch.calls, watch.moments)
+
+
+def _let_go(model: nn.Module) -> None:
+    """Take the graph off what the forward left in its modules (caches of biases)."""
+    for module in model.modules():
+        own = vars(module)
+        for held in (own, *(value for value in own.values() if type(value) is dict)):
+            for name, value in held.items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    held[name] = value.detach()
 
 
 def _joined(x: Tensor) -> Tensor:

@@ -65,8 +65,11 @@ class Labels:
         """The label in which a label stands."""
         self.tables: dict[str, Tensor] = {}
         """Label of every entry of parameters that are no weight of a product, by name."""
+        self.weights: list[tuple[str, Tensor, Tensor, Tensor, int]] = []
+        """Parameters of several dimensions that products read as matrices: name, labels ``(m, p)``
+        of their entries, labels ``(m,)`` of what is read, ``(p,)`` of what is made, and when."""
         self.later: list[tuple[Tensor, Tensor]] = []
-        """Labels, and those of parameters that meet them along some of their dimensions."""
+        """Labels, and others that meet them along some of their dimensions."""
         self.constants: set[str] = set()
         """Tables whose values count as constants (a row of `couplings` says how they are cut)."""
 
@@ -174,14 +177,51 @@ class Labels:
         for labels, others in self.later:
             dims, own = set(varying(self.settled(labels))), set(varying(others))
             if dims <= own:
-                self.tie(labels, others, "they meet a parameter of another size")
+                self.tie(labels, others, "they meet values of another size")
             elif dims & own:
-                self.refuse(labels, "a parameter has entries for parts of them")
+                self.refuse(labels, "they meet values that have entries for parts of them")
         self.later.clear()
+        for name, entries, lin, made, time in self.weights:
+            for place, vector in enumerate((lin, made)):
+                self._bind_table(
+                    name, entries.select(1 - place, 0), vector, None if place else time
+                )
+        self.weights.clear()
         for name, labels in self.tables.items():
             along = varying(self.settled(labels))
             if len(along) == 1:
                 self.bind(Rows(name, along[0]), core(labels, along))
+
+    def table_of(self, labels: Tensor) -> str | None:
+        """The table whose entries these are, if each is there once and has met no other."""
+        first, last = int(labels.min()), int(labels.max())
+        if first < 0 or last - first + 1 != labels.numel() or strided(labels).shape != labels.shape:
+            return None
+        if len(labels.unique()) != labels.numel():
+            return None
+        tables = ((name, own.flatten()) for name, own in self.tables.items())
+        return next((name for name, own in tables if int(own[0]) == first), None)
+
+    def _bind_table(self, name: str, entries: Tensor, vector: Tensor, time: int | None) -> None:
+        """Bind those dimensions of a table along which the labels of a side of a matrix differ.
+
+        Args:
+            name: Of the parameter.
+            entries: Its entries ``(m,)`` along that side.
+            vector: Labels ``(m,)``.
+            time: When they are read; None if they are made.
+        """
+        if len(vector) != len(entries):
+            return
+        own = self.tables[name]
+        flat = entries - int(own.flatten()[0])
+        roots = self.find(vector)
+        for dim, size in enumerate(own.shape):
+            places = flat // int(torch.tensor(own.shape[dim + 1 :]).prod()) % size
+            by_place = torch.full((size,), NOBODY)
+            by_place[places] = roots
+            if len(places.unique()) == size > 1 and torch.equal(by_place[places], roots):
+                self.bind(Rows(name, dim), by_place, time=time)
 
     def meet(self, rows: Tensor, time: int, why: str, *, record: bool) -> Tensor:
         """Tie the labels that meet in products, and say which stand in which.

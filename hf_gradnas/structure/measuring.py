@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from .labels import NOBODY, Labels, nobody, varying
 
@@ -110,7 +111,8 @@ def _reaching(
             view = [-1 if d == dim else 1 for d in range(len(shape))]
             seed = (noise * places.view(view)).to(seed) * (1 + 1j if seed.is_complex() else 1)
         seeds.append(seed)
-    gradients = function(*seeds)
+    backward = function.apply if isinstance(function, BackwardCFunction) else function
+    gradients = backward(*seeds)
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     return [None if g is None else (g != 0).cpu() for g in gradients]
 
@@ -144,4 +146,9 @@ def _moved(
         first = result[flat]
         result[flat] = torch.where(first == NOBODY, found, first)
         labels.tie(result[flat], found, why)
-    return result.view(size).expand(shape)
+    result = result.view(size)
+    for dim in range(len(shape)):  # constants between labels that do not differ take them on
+        one = result.amax(dim, keepdim=True)
+        if bool(((result == one) | (result == NOBODY)).all()):
+            result = one
+    return result.expand(shape)

@@ -15,13 +15,15 @@ from .labels import (
     Made,
     Meeting,
     Rows,
+    core,
     is_nobody,
+    kept,
     nobody,
     spread,
     strided,
     varying,
 )
-from .steps import MEETS_NOBODY, Parameter, Step, fits, unknown
+from .steps import MEETS_NOBODY, Parameter, Shape, Step, fits, unknown
 
 COMPUTED = "the weight that makes or reads them is computed (a parametrization), no tensor to slice"
 STACKED = "one tensor holds the weights of several experts, which are not cut"
@@ -79,8 +81,8 @@ def product(step: Step) -> list[Tensor]:
     first = 1 if step.kind == "Addmm" else 0
     (x, w), shape = (first, first + 1), step.shapes[0]
     weight, read = step.parameter(step.edges[w]), step.operands[x]
-    if weight is None and step.kind != "Linear":
-        return batched(step)
+    if read is not None and any(dim != read.ndim - 1 for dim in varying(read)):
+        return [_inside(step, read, shape)]
     lin = nobody((1,)) if read is None else step.labels.along(read, -1, step.why)
     made = _make(step, shape[-1], weight, lin)
     if weight is not None:
@@ -90,6 +92,15 @@ def product(step: Step) -> list[Tensor]:
     if step.kind != "Mm":
         _add_bias(step, step.operands[2 if step.kind == "Linear" else 0], made)
     return [spread(made, -1, shape)]
+
+
+def _inside(step: Step, read: Tensor, shape: Shape) -> Tensor:
+    """A weight that works inside of units (within heads, along tokens): all units share it."""
+    last = read.ndim - 1
+    step.labels.fix(read, [last], step.why)
+    read = step.labels.settled(read)
+    dims = [dim for dim in varying(read) if dim != last]
+    return core(read, dims).reshape(kept(shape, dims)).expand(shape)
 
 
 def batched(step: Step) -> list[Tensor]:
@@ -107,13 +118,33 @@ def batched(step: Step) -> list[Tensor]:
     batch, rows, columns = shape if len(shape) == 3 else (1, *shape)  # noqa: PLR2004
     x = nobody((batch, rows, size)) if x is None else x
     y = nobody((batch, size, columns)) if y is None else y
-    result = multiply(step, x, y, products=(step.products[left], step.products[right]))
+    weight = step.labels.table_of(y) if batch == 1 and step.plain[right] else None
+    if weight is not None:
+        result = _read_table(step, x, weight, y)
+    else:
+        result = multiply(step, x, y, products=(step.products[left], step.products[right]))
     result = result if len(shape) == 3 else result[0]  # noqa: PLR2004
     if first and step.operands[0] is not None:
         labelled = fits(tuple(step.operands[0].shape), shape)
         if labelled and varying(result) and varying(step.operands[0]):
             step.labels.tie(result, step.operands[0].expand(shape), MEETS_NOBODY)
     return [result]
+
+
+def _read_table(step: Step, x: Tensor, weight: str, y: Tensor) -> Tensor:
+    """A product with a parameter of several dimensions, of which each factor has some.
+
+    Args:
+        step: The operation.
+        x: Labels ``(1, n, m)`` of what is multiplied.
+        weight: Name of the parameter.
+        y: Labels ``(1, m, p)`` of its entries, none of which has met others.
+    """
+    lin = step.labels.along(x, -1, step.why)  # (m,)
+    made = step.labels.fresh(y.shape[2])
+    step.labels.made.append(Made(weight, made))
+    step.labels.weights.append((weight, y[0], lin, made, step.time))
+    return spread(made, -1, (1, x.shape[1], y.shape[2]))
 
 
 def _stacked(step: Step) -> list[Tensor]:
@@ -185,15 +216,22 @@ def fused_attention(step: Step) -> list[Tensor]:
 def lookup(step: Step) -> list[Tensor]:
     """Rows of a table (Embedding, indexing of a parameter): one label a column of the table."""
     parameter = step.parameter(step.edges[0])
-    if parameter is None or len(parameter[1]) != 2 or step.shapes[0] == ():  # noqa: PLR2004
+    if parameter is None or len(parameter[1]) != 2:  # noqa: PLR2004 - (rows, columns)
         return unknown(step)
-    size = step.shapes[0][-1]
-    if parameter[0] in step.labels.constants:
+    name, dims = parameter
+    if name in step.labels.constants:
         return []
-    made = step.labels.fresh(size)
-    rows = Rows(parameter[0], 1)
-    step.labels.made.append(Made(parameter[0], made))
-    step.labels.bind(rows, made)
+    column = 1
+    if step.kind == "IndexSelect":
+        column = 1 - step.dims()[0]
+    elif step.kind == "Index":
+        free = [dim for dim, index in enumerate(step.saved("indices")) if index is None]
+        column = free[0] if free else 1
+    shape = step.shapes[0]
+    place = len(shape) - 1 if column == 1 else 0
+    made = step.labels.fresh(shape[place])
+    step.labels.made.append(Made(name, made))
+    step.labels.bind(Rows(name, dims[column]), made)
     if step.kind == "Embedding":
         step.labels.refuse(made, EMBEDDED)
-    return [spread(made, -1, step.shapes[0])]
+    return [spread(made, place, shape)]

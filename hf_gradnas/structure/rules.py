@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from .labels import Meeting, core, is_nobody, kept, nobody, strided, varying
 from .products import batched, convolution, fused_attention, lookup, product, tie_groups
@@ -128,9 +129,13 @@ def _meet(step: Step, shape: Shape) -> Tensor:
     operands.sort(key=lambda o: bool(varying(o[2])) and not o[0], reverse=True)
     (_, small, base), *others = operands
     for plain, x, whole in others:
-        if varying(base):
+        present = set(varying(whole))
+        if varying(base) and set(varying(base)) < present and not plain:
+            _join_operand(step, whole, small, base, plain=False)
+            small, base = x, whole
+        elif varying(base):
             _join_operand(step, base, x, whole, plain=plain)
-        elif varying(whole):
+        elif present:
             if is_nobody(base):
                 step.labels.fix(whole, _real(small, whole), MEETS_NOBODY)
             base = whole
@@ -155,12 +160,13 @@ def _join_operand(step: Step, base: Tensor, x: Tensor, whole: Tensor, *, plain: 
     """
     labels, dims, present = step.labels, set(varying(base)), set(varying(whole))
     held = [dim for dim in sorted(dims) if dim in _real(x, whole)]
-    if plain and present and not dims <= present:
-        if dims & present:  # which of its entries belong to one unit is known when all is tied
+    if present and present < dims:  # which entries are of one unit is known when all is tied
+        labels.later.append((core(base, dims), core(whole, dims)))
+    elif present and dims <= present:
+        labels.tie(core(base, present), core(whole, present), MEETS_NOBODY)
+    elif present and plain:
+        if dims & present:
             labels.later.append((core(base, dims | present), core(whole, dims | present)))
-    elif present and (dims <= present or present <= dims):
-        union = dims | present
-        labels.tie(core(base, union), core(whole, union), MEETS_NOBODY)
     elif present:
         labels.refuse(core(base, dims), MEETS_OTHERS)
         labels.refuse(core(whole, present), MEETS_OTHERS)
@@ -261,8 +267,18 @@ UNKNOWN = tuple(
 """Operations that move values in ways that shapes do not tell."""
 
 
+def _foreign(step: Step) -> list[Tensor]:
+    """A function with a backward of its own: measured; of a product, it may be a softmax."""
+    found = unknown(step)
+    if any(step.products) and found[0].ndim >= 3:  # noqa: PLR2004 - (heads, queries, keys)
+        step.labels.softmaxes.append(Meeting(strided(found[0]).flatten(), step.time))
+    return found
+
+
 def rule_of(step: Step) -> Rule:
     """The rule of an operation."""
+    if isinstance(step.function, BackwardCFunction):
+        return _foreign
     if step.kind in ("Mm", "Addmm") and step.parameter(step.edges[-1]) is None:
         return batched
     return RULES.get(step.kind, unknown if step.kind.startswith(UNKNOWN) else elementwise)
