@@ -50,7 +50,7 @@ def rehearsed(
     decision = decide(structure)
     if not _fault(model, structure, sample, decision, removals=True):
         return structure, *decision
-    kept = Structure(tuple(map(_without_removal, structure.axes)), structure.refusals)
+    kept = replace(structure, axes=tuple(map(_without_removal, structure.axes)))
     if not _fault(model, kept, sample, decision, removals=False):
         return kept, *decision
     good: list[Axis] = []
@@ -72,7 +72,9 @@ def rehearsed(
         )
     order = {axis.name: number for number, axis in enumerate(structure.axes)}
     good.sort(key=lambda axis: order[axis.name])
-    structure = Structure(tuple(good), tuple(refusals))
+    lost = [axis for axis in structure.axes if axis.name not in {kept.name for kept in good}]
+    whole = {part.tensor: f"{axis.name} cannot be cut" for axis in lost for part in axis.slices}
+    structure = Structure(tuple(good), tuple(refusals), {**structure.unpruned, **whole})
     return structure, *decide(structure)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -247,6 +248,10 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
         hidden = len(refusals) - len(told)
         told += [(f"and {hidden} more (all with --json)", "", "")] if hidden else []
         screen.table("Seen but not pruned", ("module", "kind", "reason"), told)
+    whole = Counter(prunable.structure.unpruned.values())
+    if whole:
+        rows = [(why, str(number)) for why, number in whole.most_common(_REFUSALS_SHOWN)]
+        screen.table("Not prunable by design", ("why", "parameters"), rows, right=1)
     screen.line(prunable.layout_reason or f"Layout {prunable.layout}, as asked.")
     if "stock" not in found.lowest:
         screen.line(f"Layout stock is not possible: {_first_reason(found)}.")
@@ -308,6 +313,7 @@ def to_dict(found: Inspection, recipe: Recipe) -> dict[str, Any]:
         },
         "totals": dict(prunable.totals),
         "units": {name: cost.unit for name, cost in prunable.costs.items()},
+        "not_prunable_by_design": dict(prunable.structure.unpruned),
         "cannot_be_pruned": {name: dict(cost.parts) for name, cost in prunable.costs.items()},
         "lowest": {layout: lowest.get(layout) for layout in LAYOUTS},
         "axes": axes,

@@ -7,7 +7,7 @@ Knows labels and modules; knows no architecture. What it returns is optimistic:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -71,6 +71,7 @@ class Discovery:
         refusals: What was seen but cannot be cut, of heads and neurons.
         channel_refusals: The same of channels.
         call: Arguments of the whole model.
+        reasons: Why each parameter stays whole if no axis holds it, by name.
     """
 
     places: tuple[Place, ...]
@@ -78,6 +79,7 @@ class Discovery:
     refusals: tuple[Refusal, ...]
     channel_refusals: tuple[Refusal, ...]
     call: Call
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
@@ -154,7 +156,8 @@ class _Finding:
             move_axis(axis, place.scope) for place in places for axis in place.template.versions[0]
         ]
         channels, others = read_channels(self.reading, taken, {r for s in sites for r in s.roots})
-        return Discovery(tuple(places), channels, tuple(refusals), others, call)
+        reasons = {n: self.reading.reason_of(n) for n, _ in self.model.named_parameters()}
+        return Discovery(tuple(places), channels, tuple(refusals), others, call, reasons)
 
     def _scope(self, site: Site) -> str:
         """The nearest called module around all that a site names."""

@@ -172,16 +172,15 @@ def multiply(step: Step, x: Tensor, y: Tensor, *, products: tuple[bool, bool]) -
     """
     by_row, by_column = 1 in varying(x), 2 in varying(y)  # noqa: PLR2004 - n and p
     lonely = is_nobody(x) or is_nobody(y)
-    by_row, by_column = (
-        by_row and not by_column and (lonely or not (products[1] and not products[0])),
-        by_column and not by_row and (lonely or not (products[0] and not products[1])),
-    )
+    if not lonely and products[0] != products[1]:
+        by_row, by_column = by_row and products[0], by_column and products[1]
+    if by_row and by_column:
+        by_row = by_column = False
     batch, n, p = *x.shape[:2], y.shape[2]
     x, y = strided(x), strided(y).transpose(1, 2)  # (batch, n, m), (batch, p, m), or 1 for each
     if by_row or by_column:
-        free, other = (x, y[:, :1]) if by_row else (y, x[:, :1])
-        count = n if by_row else p
-        width = free.shape[2]
+        free, other = (x, y) if by_row else (y, x)
+        count, width, other = n if by_row else p, free.shape[2], other.flatten(1).unsqueeze(1)
         free = free.expand(batch, count, width).reshape(batch * count, width)
         other = other.expand(batch, count, other.shape[2]).reshape(batch * count, -1)
     else:

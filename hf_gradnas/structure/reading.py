@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..types import Attribute, Role, Slice, Tap
 from .graph import Flow, Forward, Run
 from .labels import ATTRIBUTE, NOBODY, OUTPUT, Rows, core, nobody, varying
+from .products import EMBEDDED
 
 CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
 """Modules whose features stand in dimension 1, also where that is the last."""
@@ -270,6 +271,21 @@ class Reading:
         module = self.modules[path]
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         return isinstance(module, NORMS) and not tensors
+
+    def reason_of(self, name: str) -> str:
+        """Why a parameter is not pruned, if no axis holds it."""
+        rows = [entries for rows, entries in self.rows.items() if rows.tensor == name]
+        roots = {root for entries in rows for root in entries.present}
+        reasons = [why for root in sorted(roots) for why in self.reasons.get(root, ())]
+        if EMBEDDED in reasons:
+            return "it belongs to the embeddings, or to the residual stream that starts there"
+        if OUTPUT in reasons:
+            return "it makes the model's output, or belongs to the residual stream that ends there"
+        if reasons:
+            return reasons[0]
+        if not roots:
+            return "no unit of a layer has rows of it, or the sample does not reach it"
+        return "what it makes or follows is no sub-layer: it goes where all units share it"
 
     def opaque_owner(self, names: Iterable[str]) -> str | None:
         """The module that owns a tensor, if its tensors cannot be sliced one by one."""

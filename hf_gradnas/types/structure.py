@@ -243,7 +243,13 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """Everything prunable in one model, and what was seen but refused.
+    """Everything prunable in one model, and all else.
+
+    Attributes:
+        axes: What can be pruned, proved.
+        refusals: What was seen but cannot be pruned.
+        unpruned: Why, by name, of every parameter that is in no axis and in no refused module: not
+            prunable by design.
 
     Raises:
         StructureError: Two axes have the same name.
@@ -251,6 +257,7 @@ class Structure:
 
     axes: tuple[Axis, ...]
     refusals: tuple[Refusal, ...] = ()
+    unpruned: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = Counter(axis.name for axis in self.axes)

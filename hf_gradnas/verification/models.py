@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,7 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
     inside = _owned_once(model, proved(model, discovery))
     convolutions = {p: module for p, module in model.named_modules() if isinstance(module, _ConvNd)}
     if is_known and not convolutions:
-        return _some_axes(model, inside)
+        return _accounted(_some_axes(model, inside), discovery.reasons)
     channels, refusals = prove_channels(model, discovery.channels, (), inputs)
     refusals = (*discovery.channel_refusals, *refusals)
     if is_known and inside.axes:  # nobody expects the streams of linear layers to be pruned
@@ -54,7 +55,20 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
             r for r in refusals if not r.module or (paths and r.module in convolutions)
         )
     structure = Structure(inside.axes + channels, inside.refusals + refusals)
-    return _some_axes(model, _owned_once(model, structure))
+    structure = _some_axes(model, _owned_once(model, structure))
+    return _accounted(structure, discovery.reasons)
+
+
+def _accounted(structure: Structure, reasons: Mapping[str, str]) -> Structure:
+    """The structure with a word on every parameter that no axis and no refusal holds."""
+    held = {part.tensor for axis in structure.axes for part in axis.slices}
+    refused = tuple(f"{refusal.module}." for refusal in structure.refusals if refusal.module)
+    unpruned = {
+        name: reason
+        for name, reason in reasons.items()
+        if name not in held and not name.startswith(refused)
+    }
+    return replace(structure, unpruned=unpruned)
 
 
 def proved(model: nn.Module, discovery: Discovery) -> Structure:

@@ -364,7 +364,6 @@ REFUSED = {
             head=nn.Linear(5, 2),
         ),
         (2, 4),
-        ("left", "meet other channels along another dimension"),
         ("right", "meet other channels along another dimension"),
     ),
     "weight norm": (
