@@ -5,7 +5,7 @@ Knows readers, feeds and their weights; knows nothing of how a solution was foun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .paused import Forward
-from .readers import Feed, Reader, applied, input_dim, weight_of
+from .readers import Feed, Gate, Reader, applied, input_dim, weight_of
 
 _BLOCK = 4096  # outputs at a time: those of a head may be hundreds of thousands
 
@@ -47,16 +47,35 @@ def unknowns_of(reader: Reader | Feed) -> tuple[int, int, Tensor]:
     return columns, outputs if reader.outputs is None else len(reader.outputs), weight
 
 
+def present_weights(reader: Reader, outputs: range) -> Tensor:
+    """Present weights of the inputs that stay, of some outputs ``(kept, outputs)``."""
+    weight = cast(Tensor, reader.module.weight).detach()
+    across = weight if reader.input_dim == 0 else weight.t()  # (inputs, outputs)
+    index = torch.tensor(reader.kept, dtype=torch.long, device=weight.device)
+    return across[:, outputs.start : outputs.stop : outputs.step].index_select(0, index)
+
+
 def is_centred(reader: Reader | Feed) -> bool:
     """Whether an intercept is fitted."""
     return reader.has_bias if isinstance(reader, Feed) else reader.bias is not None
 
 
-def change_of(reader: Reader | Feed, solution: Tensor, intercept: Tensor) -> Change:
-    """What a solution adds to a reader's weights, rounded to their type, or the map of a feed."""
+def change_of(
+    reader: Reader | Feed, solution: Tensor, intercept: Tensor, *, is_whole: bool = False
+) -> Change:
+    """What a solution adds to a reader's weights, rounded to their type, or the map of a feed.
+
+    Args:
+        reader: What was fitted.
+        solution: ``(columns, outputs)``; a whole one is overwritten.
+        intercept: ``(outputs,)``.
+        is_whole: Whether the solution is all weights, not what is added to them; of all outputs.
+    """
     if isinstance(reader, Feed):
         return Change(solution, intercept if reader.has_bias else None)
     weight = weight_of(reader, reader.kept)
+    if is_whole:
+        solution -= _matrix(reader, weight).to(solution)
     added = torch.zeros_like(_matrix(reader, weight), dtype=solution.dtype)  # (columns, outputs)
     outputs = slice(None) if reader.outputs is None else list(reader.outputs)
     added[:, outputs] = solution.to(added)
@@ -122,16 +141,68 @@ def _mapped(path: str, module: nn.Module, change: Change) -> dict[str, Tensor]:
     return values
 
 
-def put(forward: Forward, reader: Reader, change: Change, scale: Tensor | float) -> None:
-    """Change the tensor that a pruned forward waits at as the new weights would."""
-    if reader.path not in forward.inputs:
-        return
-    forward.took.add(reader)
-    x, tensor = forward.inputs[reader.path], cast(Tensor, forward.tensor)
-    bias = None if change.bias is None else change.bias.to(x)
-    added = applied(reader, x, change.weight.to(x), bias)
-    if isinstance(scale, Tensor) and reader.is_conv:
-        scale = scale.view(-1, *[1] * (added.dim() - 2))  # (channels, 1, …)
-    if isinstance(scale, Tensor) or scale != 1:
-        added = added * scale
-    tensor += added.view_as(tensor).to(tensor)
+def unchanged(
+    present: Callable[[range], Tensor] | None, outputs: int, every: int = 1
+) -> tuple[Tensor, Tensor] | None:
+    """The solution that changes nothing, of every so many outputs: present weights, or None: 0."""
+    if present is None:
+        return None
+    weight = present(range(outputs)[::every])  # (columns, outputs)
+    return weight, weight.new_zeros(weight.shape[1])
+
+
+class Outputs:
+    """Gives pruned forwards that wait at a gate the outputs of the new weights of its readers.
+
+    Args:
+        gates: All gates.
+        late: Paths of readers whose own outputs are left out until then (`Conductor.late`).
+
+    Attributes:
+        seen: Readers that were fitted, with success or without.
+        changes: What was found of them.
+    """
+
+    def __init__(self, gates: Sequence[Gate], late: Collection[str]) -> None:
+        self.seen: set[Reader | Feed] = set()
+        self.changes: dict[Reader | Feed, Change] = {}
+        self._gates, self._late = gates, late
+        self._latest: tuple[Reader, Tensor] | None = None
+
+    def settle(self, forward: Forward) -> None:
+        """Change the tensor that a pruned forward waits at as the new weights so far would."""
+        if not forward.is_pruned or forward.tensor is None:
+            return
+        gate = self._gates[forward.gate]
+        for reader, scale in list(zip(gate.readers, gate.scales, strict=True))[forward.settled :]:
+            if reader not in self.seen:
+                return
+            forward.settled += 1
+            if isinstance(reader, Reader) and reader.path in forward.inputs:
+                self._put(forward, reader, scale)
+
+    def _put(self, forward: Forward, reader: Reader, scale: Tensor | float) -> None:
+        change, is_late = self.changes.get(reader), reader.path in self._late
+        if change is not None:
+            forward.took.add(reader)
+        elif not is_late:
+            return
+        x, tensor = forward.inputs[reader.path], cast(Tensor, forward.tensor)
+        weight = self._whole(reader) if is_late else cast(Change, change).weight.to(x)
+        bias = None if change is None or change.bias is None else change.bias.to(x)
+        added = applied(reader, x, weight, bias)
+        if isinstance(scale, Tensor) and reader.is_conv:
+            scale = scale.view(-1, *[1] * (added.dim() - 2))  # (channels, 1, …)
+        if isinstance(scale, Tensor) or scale != 1:
+            added = added * scale
+        tensor += added.view_as(tensor).to(tensor)
+
+    def _whole(self, reader: Reader) -> Tensor:
+        """New weight of the inputs that stay, or the present one; of one reader it is kept."""
+        if self._latest is None or self._latest[0] is not reader:
+            self._latest = None  # before there is another
+            weight, change = weight_of(reader, reader.kept), self.changes.get(reader)
+            if change is not None:
+                weight = (weight.to(change.weight) + change.weight).to(weight)
+            self._latest = reader, weight
+        return self._latest[1]

@@ -17,8 +17,14 @@ from torch import Tensor
 from ..running.processes import Processes
 from .pieces import Rows, some_outputs, squares
 
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
+START = RIDGES.index(0.1)
+"""Where the search for α begins; in later layers of a kind where it ended in the one before."""
 HELD_BYTES = 1 << 28
 """Held-out rows of one layer that are kept in memory while α is sought."""
+
+Solved = tuple[Tensor, Tensor]
+"""A solution ``(columns, outputs)`` and its intercept ``(outputs,)``."""
 
 
 class HeldOutRows:
@@ -41,10 +47,10 @@ class HeldOutRows:
         self._is_small = True
         self.count = 0
 
-    def error(self, solved: tuple[Tensor, Tensor] | None) -> float:
-        """‖R − XΔW − b‖² over all rows of all processes, relative to that of the original.
+    def error(self, solved: Solved | None) -> float:
+        """‖R − XW − b‖² over all rows of all processes, relative to that of the original.
 
-        ΔW ``(columns, outputs)`` and b are those of the outputs that are looked at. It is not a
+        W ``(columns, outputs)`` and b are those of the outputs that are looked at. It is not a
         number where there are no rows.
         """
         sums = np.zeros(3)
@@ -74,8 +80,38 @@ class HeldOutRows:
         return ((rows, squares(cast(Tensor, rows.wanted))) for rows in seen)
 
 
-def _left(rows: Rows, solved: tuple[Tensor, Tensor] | None) -> float:
-    """‖(r − XΔW − b)·s‖² of some rows."""
+def best_ridge(
+    find: Callable[[float], Solved | None], held: HeldOutRows, start: int, *, many: bool
+) -> tuple[int, float]:
+    """Which of `RIDGES` has the lowest held-out error, and that error.
+
+    It is moved as long as the error falls, so that a lowest one among its neighbours is found.
+
+    Args:
+        find: Solves with a ridge; None where the equations are singular.
+        held: Held-out rows.
+        start: Which ridge is tried first.
+        many: Try others; without inputs all are the same.
+    """
+
+    def tried(index: int) -> float:
+        solved = find(RIDGES[index])
+        return math.inf if solved is None else held.error(solved)
+
+    best, lowest = start, tried(start)
+    for step in (1, -1) if many else ():
+        while 0 <= best + step < len(RIDGES):
+            found = tried(best + step)
+            if not found < lowest:
+                break
+            best, lowest = best + step, found
+        if best != start:
+            break
+    return best, lowest
+
+
+def _left(rows: Rows, solved: Solved | None) -> float:
+    """‖(r − XW − b)·s‖² of some rows."""
     left = rows.residual
     if solved is not None:
         weight, bias = (part.to(left) for part in solved)

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,10 +45,19 @@ from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
 from ..surgery.rows import tensor_at
 from ..types import Axis, Plan
-from .changes import Change, change_of, fed_values, is_centred, new_values, put, unknowns_of
+from .changes import (
+    Outputs,
+    change_of,
+    fed_values,
+    is_centred,
+    new_values,
+    present_weights,
+    unchanged,
+    unknowns_of,
+)
 from .closeness import divergence_sum, prediction_of, running
 from .first import default_bound, first_narrow, first_readers
-from .held_out import HeldOutRows
+from .held_out import RIDGES, START, HeldOutRows, best_ridge
 from .narrow import Narrow, pruned
 from .normal_equations import NormalEquations
 from .paused import Conductor, Forward
@@ -57,13 +67,11 @@ from .repairs import Repair, Site, exchange, plan_digest
 
 Progress = Callable[[int, int | None], None]
 
-RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
 TRIED = 64
 """Outputs that α is sought with, evenly spaced; of layers of less than twice as many, all."""
 FED = 12
 """Positions per feature that the map of a feed is fitted on, at least, where there are so many."""
-START = RIDGES.index(0.1)
-"""Where the search for α begins; in later layers of a kind where it ended in the one before."""
+_ROUNDED = 16.0  # squares of so many roundings are no difference
 
 
 def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
@@ -107,12 +115,23 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
         found = first_readers(model, axes, plan, own, processes)
         narrow = first_narrow(model, axes, plan, found, own, processes)
         bound = default_bound(model) if memory_bytes is None else memory_bytes
-        conductor = Conductor(model, found.gates, memory_bytes=bound, folder=spill, narrow=narrow)
-        with conductor.before_masks(), _masks(model, axes, plan, conductor), conductor.attached():
-            pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
-            fit = _Fit(conductor, pieces, processes)
-            fit.run(progress)
-            tensors, before, after = fit.judge(partial(pruned, model, axes, plan.kept))
+        for may_wait in (True, False):
+            conductor = Conductor(
+                model,
+                found.gates,
+                memory_bytes=bound,
+                folder=spill,
+                narrow=narrow,
+                may_wait=may_wait,
+            )
+            masks = _masks(model, axes, plan, conductor)
+            with conductor.before_masks(), masks, conductor.attached():
+                pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
+                fit = _Fit(conductor, pieces, processes)
+                fit.run(progress)
+                tensors, before, after = fit.judge(partial(pruned, model, axes, plan.kept))
+            if not processes.sum(np.array([float(conductor.has_missed)]))[0]:
+                break
     _warn_if_few(fit.reading, processes)
     unread = [Site(path, 0, 0, reason=reason) for path, reason in found.reasons.items()]
     (examples,) = processes.sum(np.array([float(sum(batch.examples for batch in own))]))
@@ -147,8 +166,8 @@ class _Fit:
     def __init__(self, conductor: Conductor, pieces: Sequence[Piece], processes: Processes) -> None:
         self.sites: list[Site] = []
         self.reading: list[Site] = []
-        self.changes: dict[Reader | Feed, Change] = {}
-        self._seen: set[Reader | Feed] = set()
+        self._outputs = Outputs(conductor.gates, conductor.late)
+        self.changes = self._outputs.changes
         self._starts: dict[str, int] = {}  # by path without numbers: the best α of the layer before
         self._conductor, self._pieces, self._processes = conductor, pieces, processes
         self._decoder = decoder_path(cast(PreTrainedModel, conductor.model))
@@ -170,7 +189,7 @@ class _Fit:
                 self.sites.append(self._fit(number, reader, scale))
                 if isinstance(reader, Reader):
                     self.reading.append(self.sites[-1])
-                self._seen.add(reader)
+                self._outputs.seen.add(reader)
             if progress is not None and self._processes.is_main:
                 progress(number + 1, len(gates))
 
@@ -229,8 +248,16 @@ class _Fit:
         columns, outputs, like = unknowns_of(reader)
         read = partial(self._rows, number, reader, scale, held_out=True)
         every = max(outputs // TRIED, 1)
+        towards = self._present(reader)
         held = HeldOutRows(read, self._processes, every=every)
-        before = held.error(None) or HeldOutRows(read, self._processes).error(None)
+        before = held.error(unchanged(towards, outputs, every))
+        if not before:
+            before = HeldOutRows(read, self._processes).error(unchanged(towards, outputs))
+        if towards is not None:  # an output that was left out and put in again is rounded
+            before *= (
+                before
+                >= _ROUNDED * torch.finfo(torch.promote_types(like.dtype, torch.float32)).eps ** 2
+            )
         site = Site(reader.path, 0, columns, 0.0, before, before)
         if not before:
             return replace(site, reason="it is what it is in the original")
@@ -241,7 +268,11 @@ class _Fit:
         self._add(sums, number, reader, scale, held_out=False, thin=thin)
         sums.reduce(self._processes)
         site = replace(site, rows=sums.rows)
-        ridge, best = self._search(sums, held, reader, every)
+        find = partial(sums.solve, centred=is_centred(reader), towards=towards)
+        kind = re.sub(r"\d+", "", reader.path)
+        start = self._starts.get(kind, START)
+        step, best = best_ridge(partial(find, every=every), held, start, many=columns > 0)
+        self._starts[kind], ridge = step, RIDGES[step]
         if not best < before:
             return replace(site, reason="no new weights are closer on the held-out rows")
         if not self._processes.is_main:
@@ -249,37 +280,14 @@ class _Fit:
         self._add(sums, number, reader, scale, held_out=True, thin=thin)
         sums.reduce(self._processes)
         site = replace(site, rows=sums.rows)
-        solved = sums.solve(ridge, centred=is_centred(reader))
-        del sums  # the largest tensors there are
+        solved = find(ridge)
+        del sums, find  # the largest tensors there are
         if solved is None:
             return replace(site, reason="its equations are singular")
-        change = self.changes[reader] = change_of(reader, *solved)
+        change = self.changes[reader] = change_of(reader, *solved, is_whole=towards is not None)
         if isinstance(reader, Feed):
             self._conductor.feed(reader, fed_values(reader, change))
         return replace(site, ridge=ridge, error_after=best)
-
-    def _search(
-        self, sums: NormalEquations, held: HeldOutRows, reader: Reader | Feed, every: int
-    ) -> tuple[float, float]:
-        """The α of the lowest held-out error, and that error."""
-
-        def tried(index: int) -> float:
-            solved = sums.solve(RIDGES[index], centred=is_centred(reader), every=every)
-            return math.inf if solved is None else held.error(solved)
-
-        kind = re.sub(r"\d+", "", reader.path)
-        start = best = self._starts.get(kind, START)
-        lowest = tried(start)
-        for step in (1, -1) if len(sums.inputs) else ():
-            while 0 <= best + step < len(RIDGES):
-                found = tried(best + step)
-                if not found < lowest:
-                    break
-                best, lowest = best + step, found
-            if best != start:
-                break
-        self._starts[kind] = best
-        return RIDGES[best], lowest
 
     def _thinned(self, reader: Reader | Feed, held: int) -> int:
         """Of how many positions one is fitted: as few of a feed as are enough for its features.
@@ -350,23 +358,16 @@ class _Fit:
     def _advance(self, forward: Forward, number: int) -> None:
         """Run a forward as far as a gate, or a later one if it does not come there."""
         self._conductor.load(forward)
-        self._settle(forward)
+        self._outputs.settle(forward)
         while forward.gate < number and not forward.is_done:
             self._conductor.go_on(forward)
-            self._settle(forward)
+            self._outputs.settle(forward)
 
-    def _settle(self, forward: Forward) -> None:
-        """Let a pruned forward that waits have the outputs of the new weights so far."""
-        if not forward.is_pruned or forward.tensor is None:
-            return
-        gate = self._conductor.gates[forward.gate]
-        for reader, factor in list(zip(gate.readers, gate.scales, strict=True))[forward.settled :]:
-            if reader not in self._seen:
-                return
-            forward.settled += 1
-            change = self.changes.get(reader)
-            if change is not None and isinstance(reader, Reader):
-                put(forward, reader, change, factor)
+    def _present(self, reader: Reader | Feed) -> Callable[[range], Tensor] | None:
+        """Gives present weights of a reader whose outputs are left out; None: they are not."""
+        if isinstance(reader, Feed) or reader.path not in self._conductor.late:
+            return None
+        return partial(present_weights, reader)
 
 
 def _warn_if_few(sites: Sequence[Site], processes: Processes) -> None:

@@ -107,18 +107,28 @@ class NormalEquations:
             sums.zero_()
         self.rows = 0
 
-    def solve(self, ridge: float, *, centred: bool, every: int = 1) -> tuple[Tensor, Tensor] | None:
-        """Least squares with a pull of relative strength `ridge` towards 0.
+    def solve(
+        self,
+        ridge: float,
+        *,
+        centred: bool,
+        every: int = 1,
+        towards: Callable[[range], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Least squares with a pull of relative strength `ridge`.
 
         Args:
             ridge: α, in units of the mean diagonal of the centred ``X̃ᵀX̃``.
             centred: Fit an intercept beside.
             every: Solve for every so many outputs only.
+            towards: Gives what the solution of some outputs is pulled towards
+                ``(columns, outputs)``; None: towards 0.
 
         Returns:
-            ΔW ``(columns, outputs)`` and the intercept ``(outputs,)`` (zeros without one); None
+            W ``(columns, outputs)`` and the intercept ``(outputs,)`` (zeros without one); None
             where the matrix is singular in float64.
         """
+        chosen = range(self.cross.shape[1])[::every]
         cross, residuals = self.cross[:, ::every], self.residuals[::every]
         columns, outputs = cross.shape
         share = float(centred) / max(self.rows, 1)
@@ -133,6 +143,8 @@ class NormalEquations:
             for start in range(0, outputs, _BLOCK):
                 part = slice(start, start + _BLOCK)
                 target = cross[:, part] - share * torch.outer(self.inputs, residuals[part])
+                if towards is not None:
+                    target += strength * towards(chosen[part]).to(target)
                 found = solve(target)
                 intercept[part] -= share * (self.inputs @ found)
                 solution[:, part] = found

@@ -15,7 +15,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from greenlet import greenlet
@@ -25,7 +25,7 @@ from ..masks import add_hook, add_pre_hook
 from ..surgery.rows import tensor_at
 from .memory import Held, Memory
 from .narrow import Narrow
-from .readers import Feed, Gate, Reader, applied, columns_of, weight_of
+from .readers import Feed, Gate, Reader, applied, columns_of, late_readers, weight_of
 from .repairs import exchange
 
 BEGIN = -1
@@ -108,6 +108,13 @@ class Conductor:
         memory_bytes: What waiting forwards may hold in memory; more is spilled.
         folder: Where it is spilled to; None: the system's folder for temporary files.
         narrow: Copies of weights that pruned forwards run with; None: there are none.
+        may_wait: Whether the outputs of readers may be left out in pruned forwards, until they wait
+            at the gate and the new weights are known: one product less for each.
+
+    Attributes:
+        late: Readers whose outputs are left out, with the number of their gate, by path.
+        has_missed: Whether a forward went on without an output that was left out, since its layers
+            do not run as those of the sample: then it must be run again, without `may_wait`.
     """
 
     def __init__(
@@ -118,8 +125,11 @@ class Conductor:
         memory_bytes: float,
         folder: str | Path | None = None,
         narrow: Narrow | None = None,
+        may_wait: bool = True,
     ) -> None:
         self.model, self.gates = model, gates
+        self.late = late_readers(gates) if may_wait else {}
+        self.has_missed = False
         self.narrow = narrow or Narrow()
         self._copies = self.narrow.pairs(model)
         self._current: Forward | None = None
@@ -150,7 +160,10 @@ class Conductor:
         with ExitStack() as stack:
             stack.callback(self._stop_all)
             for reader in self._readers():
-                add_hook(stack, reader.module, partial(self._note_inputs, reader))
+                if reader.path in self.late:
+                    add_pre_hook(stack, reader.module, partial(self._leave_out, reader))
+                else:
+                    add_hook(stack, reader.module, partial(self._note_inputs, reader))
             for path in {gate.place.path for gate in self.gates}:
                 self._hook_places(stack, path)
             for gate in self.gates:
@@ -199,12 +212,16 @@ class Conductor:
                 if forward.is_pruned:
                     for parameter, tensor in self._copies:
                         exchange(parameter, tensor, undo)
+                    for path in self.late:
+                        _take_inputs(self.model.get_submodule(path), undo)
                 for feed in forward.fed:
                     for name, tensor in self._weights[feed].items():
                         exchange(tensor_at(self.model, name), tensor, undo)
                 forward.go_on()
         finally:
             self._current = None
+        for path in forward.inputs.keys() & self.late.keys():
+            self.has_missed |= forward.is_done or self.late[path] < forward.gate
 
     def feed(self, feed: Feed, weights: Mapping[str, Tensor]) -> None:
         """Give new weights to the layers of a feed, in all pruned forwards that wait at its input.
@@ -248,7 +265,7 @@ class Conductor:
             self._current.unmasked[reader.path] = args[0]
 
     def _note_inputs(
-        self, reader: Reader, module: nn.Module, args: tuple[Any, ...], output: Tensor
+        self, reader: Reader, module: nn.Module, args: tuple[Any, ...], output: Tensor | None
     ) -> None:
         forward = self._current
         if forward is None or not forward.is_pruned:
@@ -261,6 +278,17 @@ class Conductor:
             forward.losses[reader.path] = applied(
                 reader, columns_of(given, reader.lost, reader), weight_of(reader, reader.lost), None
             )
+
+    def _leave_out(
+        self, reader: Reader, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Keep the inputs of a reader, and give it none, so that it puts out its bias alone."""
+        forward = self._current
+        if forward is None or not forward.is_pruned:
+            return None
+        self.has_missed |= reader.path in forward.inputs
+        self._note_inputs(reader, module, args, None)
+        return (args[0][..., :0], *args[1:])
 
     def _end_feed(self, feed: Feed, module: nn.Module, args: Any, output: Any) -> None:
         """Note that a forward has come past one more layer of a feed, or the last."""
@@ -320,6 +348,12 @@ class Conductor:
             forward.stop()
         self._forwards.clear()
         self._memory.close()
+
+
+def _take_inputs(module: nn.Module, undo: ExitStack) -> None:
+    """Let a linear layer read no inputs."""
+    weight = cast(Tensor, module.weight)
+    exchange(weight, weight.detach()[:, :0], undo)
 
 
 def _seed() -> None:

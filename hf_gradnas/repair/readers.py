@@ -166,6 +166,19 @@ def readers_of(
     return readers, reasons
 
 
+def late_readers(gates: Sequence[Gate]) -> dict[str, int]:
+    """Linear layers that alone enter their gate, all outputs as they are; with its number."""
+    late = {}
+    for number, gate in enumerate(gates):
+        reader, scale = gate.readers[0], gate.scales[0]
+        if len(gate.readers) > 1 or isinstance(reader, Feed) or isinstance(scale, Tensor):
+            continue
+        is_whole = scale == 1 and reader.outputs is None and not reader.alone
+        if is_whole and isinstance(reader.module, nn.Linear):
+            late[reader.path] = number
+    return late
+
+
 def others_of(model: nn.Module, readers: Sequence[Reader]) -> dict[nn.Module, str]:
     """Path of every linear layer that loses no input, and has its weight for itself."""
     reading, owners = {reader.module for reader in readers}, _owners(model)
