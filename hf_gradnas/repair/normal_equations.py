@@ -9,7 +9,7 @@ Knows numbers only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..running.processes import Processes
 
 _BLOCK = 512  # rows or columns of a product at a time: less memory
+_WAITING = 1 << 24  # bytes of rows that are added at once
 _SYRK = {torch.float32: blas.ssyrk, torch.float64: blas.dsyrk}
 
 
@@ -72,6 +73,7 @@ class NormalEquations:
     residuals: Tensor
     dtype: torch.dtype
     rows: int = 0
+    _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, columns: int, outputs: int, like: Tensor) -> NormalEquations:
@@ -83,6 +85,22 @@ class NormalEquations:
 
     def add(self, x: Tensor, residual: Tensor) -> None:
         """Add rows: x ``(rows, columns)`` and residual ``(rows, outputs)``, of one real type."""
+        self.rows += len(x)
+        if sum(row.nbytes for pair in (*self._waiting, (x, residual)) for row in pair) > _WAITING:
+            self._add_waiting()
+        if x.nbytes + residual.nbytes > _WAITING:
+            self._add_now(x, residual)
+        else:  # copies, as what is given may be written to
+            self._waiting.append((x.clone(), residual.clone()))
+
+    def _add_waiting(self) -> None:
+        """Add the rows of some calls at once: products of many rows are quicker."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            xs, residuals = zip(*waiting, strict=True)
+            self._add_now(torch.cat(xs), torch.cat(residuals))
+
+    def _add_now(self, x: Tensor, residual: Tensor) -> None:
         x, residual = x.to(self.gram.device), residual.to(self.gram.device)
         add_gram(self.gram, x)
         for start in range(0, x.shape[1], _BLOCK):
@@ -91,10 +109,10 @@ class NormalEquations:
         ones = x.new_ones(len(x))
         self.inputs += ones @ x
         self.residuals += ones @ residual
-        self.rows += len(x)
 
     def reduce(self, processes: Processes) -> None:
         """Replace the sums of each process by those of all."""
+        self._add_waiting()
         if processes.count == 1:
             return
         for sums in (self.gram, self.cross, self.inputs, self.residuals):
@@ -103,6 +121,7 @@ class NormalEquations:
 
     def clear(self) -> None:
         """No rows again."""
+        self._waiting = []
         for sums in (self.gram, self.cross, self.inputs, self.residuals):
             sums.zero_()
         self.rows = 0
@@ -128,6 +147,7 @@ class NormalEquations:
             W ``(columns, outputs)`` and the intercept ``(outputs,)`` (zeros without one); None
             where the matrix is singular in float64.
         """
+        self._add_waiting()
         chosen = range(self.cross.shape[1])[::every]
         cross, residuals = self.cross[:, ::every], self.residuals[::every]
         columns, outputs = cross.shape
@@ -171,9 +191,8 @@ class NormalEquations:
             rows = self.gram[start:end, :end]  # the lower triangle, up to the diagonal's block
             wanted = rows - share * torch.outer(self.inputs[start:end], self.inputs[:end])
             self.gram[:start, start:end] = wanted[:, :start].t()
-            upper = torch.ones(end - start, end - start, dtype=torch.bool).triu()
-            block = self.gram[start:end, start:end]
-            block[upper] = wanted[:, start:].t()[upper]
+            own = wanted[:, start:].t().triu()
+            self.gram[start:end, start:end].tril_(-1).add_(own)
         self.gram.diagonal().copy_(diagonal)
         # Transposed, rows are columns: LAPACK reads and writes its lower triangle, our upper one.
         matrix = self.gram.numpy().T

@@ -17,7 +17,7 @@ from torch import nn
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import GradNASWarning, RepairError
 from hf_gradnas.masks import masked
-from hf_gradnas.repair import first, held_out, least_squares
+from hf_gradnas.repair import first, held_out, least_squares, paused
 from hf_gradnas.repair.closeness import divergence_sum, divergences
 from hf_gradnas.repair.first import TRACED
 from hf_gradnas.repair.least_squares import find_repair
@@ -119,6 +119,76 @@ def test_ridges_are_sought_with_some_outputs_and_all_are_changed(monkeypatch):
     for path in reading:
         weight = dict(model.named_parameters())[f"{path}.weight"]
         assert (repair.tensors[f"{path}.weight"] != weight).any(1).all(), path
+
+
+def same_repairs(found, wanted):
+    assert found.kl_after == pytest.approx(wanted.kl_after, rel=1e-7)
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for name, tensor in wanted.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit"])
+def test_outputs_that_are_left_out_until_the_weights_are_known_change_nothing(family, monkeypatch):
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned(family)
+        runs, late = [], paused.late_readers
+        for may_wait in (True, False):
+            found = late if may_wait else lambda gates: {}
+            monkeypatch.setattr(paused, "late_readers", lambda gates, found=found: found(gates))
+            runs.append(find_repair(model, pruner.structure.axes, plan, [batch] * 5))
+    same_repairs(*runs)
+    assert [site.reason for site in runs[0].sites] == [site.reason for site in runs[1].sites]
+    before = [[site.error_before for site in repair.sites] for repair in runs]
+    assert before[0] == pytest.approx(before[1], rel=1e-7, abs=1e-20, nan_ok=True)
+
+
+def test_an_output_that_was_left_out_for_good_is_said_and_the_repair_found_without(monkeypatch):
+    """As where the layers of a batch run in another order than those of the sample."""
+    late, given, missed = paused.late_readers, [], []
+    with zoo.float64_throughout():
+        model, batch, pruner, plan = planned("llama")
+        axes = pruner.structure.axes
+        monkeypatch.setattr(paused, "late_readers", lambda gates: {})
+        wanted = find_repair(model, axes, plan, [batch] * 5)
+
+        def too_early(gates):
+            given.append({path: number - 1 for path, number in late(gates).items()})
+            return given[-1]
+
+        attached = paused.Conductor.attached
+
+        @contextmanager
+        def noted(conductor):
+            with attached(conductor):
+                yield
+            missed.append(conductor.has_missed)
+
+        monkeypatch.setattr(paused, "late_readers", too_early)
+        monkeypatch.setattr(paused.Conductor, "attached", noted)
+        found = find_repair(model, axes, plan, [batch] * 5)
+    assert given[0]
+    assert missed == [True, False]
+    same_repairs(found, wanted)
+
+
+def test_maps_of_feeds_are_fitted_on_as_many_positions_as_they_need(monkeypatch):
+    model, batch, pruner, plan = planned("llama")
+    axes = pruner.structure.axes
+    whole = find_repair(model, axes, plan, [batch] * 10)
+    monkeypatch.setattr(least_squares, "FED", 1)
+    thin = find_repair(model, axes, plan, [batch] * 10)
+    reading = {a.taps[0].module for a in axes if len(plan.kept[a.name]) < a.size}
+    assert thin.is_accepted
+    parts = set()
+    for found, wanted in zip(thin.sites, whole.sites, strict=True):
+        if found.reason or wanted.reason:
+            continue
+        fitted = wanted.rows * 4 // 5  # two of ten batches are held out
+        part = 1 if found.module in reading else fitted // found.columns
+        assert found.rows == 10 * -(-wanted.rows // 10 // part), found.module
+        parts.add(part)
+    assert len(parts) > 1
 
 
 @pytest.mark.parametrize("family", ["cohere", "gpt_neox", "phi"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_gradnas.repair import normal_equations
 from hf_gradnas.repair.normal_equations import NormalEquations
 
 
@@ -66,6 +67,36 @@ def test_some_outputs_are_solved_for_as_all_are(centred):
     found, own = sums.solve(0.1, centred=centred, every=3)
     torch.testing.assert_close(found, whole[:, ::3])
     torch.testing.assert_close(own, intercept[::3])
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_pull_towards_weights_is_the_fit_of_what_they_leave(centred, every):
+    x, wanted = rows(400, 30, 11)
+    present = torch.randn(30, 11, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    change, shift = summed(x, wanted - x @ present).solve(0.1, centred=centred, every=every)
+    found, intercept = summed(x, wanted).solve(
+        0.1,
+        centred=centred,
+        every=every,
+        towards=lambda part: present[:, part.start : part.stop : part.step],
+    )
+    torch.testing.assert_close(found, present[:, ::every] + change)
+    torch.testing.assert_close(intercept, shift)
+
+
+@pytest.mark.parametrize("room", [0, 5000, 1 << 24])  # rows of none, some and all calls at once
+def test_rows_may_be_written_to_once_they_were_added(room, monkeypatch):
+    monkeypatch.setattr(normal_equations, "_WAITING", room)
+    x, residual = rows(400, 30, 5)
+    sums = NormalEquations.empty(30, 5, x)
+    for part, right in zip(x.clone().chunk(9), residual.clone().chunk(9), strict=True):
+        sums.add(part, right)
+        part.zero_(), right.zero_()
+    assert sums.rows == 400
+    torch.testing.assert_close(
+        sums.solve(0.1, centred=True), summed(x, residual, 1).solve(0.1, centred=True)
+    )
 
 
 def test_without_inputs_only_the_intercept_is_left():
