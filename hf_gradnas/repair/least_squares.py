@@ -280,7 +280,7 @@ class _Fit:
         self._add(sums, number, reader, scale, held_out=True, thin=thin)
         sums.reduce(self._processes)
         site = replace(site, rows=sums.rows)
-        solved = find(ridge)
+        solved = find(ridge, is_last=True)
         del sums, find  # the largest tensors there are
         if solved is None:
             return replace(site, reason="its equations are singular")

@@ -133,6 +133,7 @@ class NormalEquations:
         centred: bool,
         every: int = 1,
         towards: Callable[[range], Tensor] | None = None,
+        is_last: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """Least squares with a pull of relative strength `ridge`.
 
@@ -142,6 +143,7 @@ class NormalEquations:
             every: Solve for every so many outputs only.
             towards: Gives what the solution of some outputs is pulled towards
                 ``(columns, outputs)``; None: towards 0.
+            is_last: Write the solution where `cross` was: the sums are used no more.
 
         Returns:
             W ``(columns, outputs)`` and the intercept ``(outputs,)`` (zeros without one); None
@@ -152,7 +154,7 @@ class NormalEquations:
         cross, residuals = self.cross[:, ::every], self.residuals[::every]
         columns, outputs = cross.shape
         share = float(centred) / max(self.rows, 1)
-        solution = torch.zeros(columns, outputs, dtype=self.dtype, device=self.gram.device)
+        solution = cross if is_last else torch.zeros_like(cross, dtype=self.dtype)
         intercept = share * residuals
         if columns:
             diagonal = self.gram.diagonal() - share * self.inputs.square()
@@ -168,7 +170,10 @@ class NormalEquations:
                 found = solve(target)
                 intercept[part] -= share * (self.inputs @ found)
                 solution[:, part] = found
-        return solution, intercept.to(self.dtype)
+        solve = None  # holds the factor, which is where `gram` is
+        if is_last:
+            self.gram = self.gram.new_zeros(0, 0)  # its memory is free before there is a copy
+        return solution.to(self.dtype), intercept.to(self.dtype)
 
     def _factored(self, share: float, diagonal: Tensor) -> Callable[[Tensor], Tensor] | None:
         """What solves with ``Σxxᵀ − share·Σx Σxᵀ`` that has another diagonal; None: singular."""

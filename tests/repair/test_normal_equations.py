@@ -69,6 +69,16 @@ def test_some_outputs_are_solved_for_as_all_are(centred):
     torch.testing.assert_close(own, intercept[::3])
 
 
+@pytest.mark.parametrize("columns", [0, 30])
+def test_the_last_solution_takes_the_place_of_its_sums(columns):
+    x, residual = rows(400, 30, 1100)  # more than one block of outputs
+    sums = summed(x[:, :columns], residual)
+    wanted = sums.solve(0.1, centred=True)
+    found = sums.solve(0.1, centred=True, is_last=True)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert found[0].data_ptr() == sums.cross.data_ptr()  # in float64 there is no copy
+
+
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_pull_towards_weights_is_the_fit_of_what_they_leave(centred, every):
