@@ -34,9 +34,6 @@ class HeldOutRows:
         read: Reads this process's rows.
         processes: All that fit together.
         every: Look at every so many outputs only.
-
-    Attributes:
-        count: Rows of all processes, once there was an error.
     """
 
     def __init__(
@@ -45,7 +42,6 @@ class HeldOutRows:
         self._read, self._processes, self._every = read, processes, every
         self._kept: list[tuple[Rows, float]] | None = None
         self._is_small = True
-        self.count = 0
 
     def error(self, solved: Solved | None) -> float:
         """‖R − XW − b‖² over all rows of all processes, relative to that of the original.
@@ -67,7 +63,6 @@ class HeldOutRows:
             if self._is_small:
                 self._kept = self._kept or kept
         left, total, count = self._processes.sum(sums)
-        self.count = int(count)
         if not count:
             return math.nan
         return float(left / total) if total else 0.0

@@ -69,8 +69,6 @@ Progress = Callable[[int, int | None], None]
 
 TRIED = 64
 """Outputs that α is sought with, evenly spaced; of layers of less than twice as many, all."""
-FED = 12
-"""Positions per feature that the map of a feed is fitted on, at least, where there are so many."""
 _ROUNDED = 16.0  # squares of so many roundings are no difference
 
 
@@ -171,11 +169,6 @@ class _Fit:
         self._starts: dict[str, int] = {}  # by path without numbers: the best α of the layer before
         self._conductor, self._pieces, self._processes = conductor, pieces, processes
         self._decoder = decoder_path(cast(PreTrainedModel, conductor.model))
-        sizes = np.zeros(2)
-        for piece in pieces:
-            sizes[int(piece.is_held_out)] += piece.batch.examples
-        fitted, held = processes.sum(sizes)
-        self._fitted_share = float(fitted / held)  # examples that are fitted for one held out
 
     def run(self, progress: Progress | None) -> None:
         """Fit all readers in running order.
@@ -264,8 +257,7 @@ class _Fit:
         if math.isnan(before):
             return replace(site, reason="the held-out batches do not come to it in both models")
         sums = NormalEquations.empty(columns, outputs, like)
-        thin = self._thinned(reader, held.count)
-        self._add(sums, number, reader, scale, held_out=False, thin=thin)
+        self._add(sums, number, reader, scale, held_out=False)
         sums.reduce(self._processes)
         site = replace(site, rows=sums.rows)
         find = partial(sums.solve, centred=is_centred(reader), towards=towards)
@@ -277,7 +269,7 @@ class _Fit:
             return replace(site, reason="no new weights are closer on the held-out rows")
         if not self._processes.is_main:
             sums.clear()
-        self._add(sums, number, reader, scale, held_out=True, thin=thin)
+        self._add(sums, number, reader, scale, held_out=True)
         sums.reduce(self._processes)
         site = replace(site, rows=sums.rows)
         solved = find(ridge, is_last=True)
@@ -289,20 +281,6 @@ class _Fit:
             self._conductor.feed(reader, fed_values(reader, change))
         return replace(site, ridge=ridge, error_after=best)
 
-    def _thinned(self, reader: Reader | Feed, held: int) -> int:
-        """Of how many positions one is fitted: as few of a feed as are enough for its features.
-
-        Its map is what the weights of the layers are multiplied by, and changes little. So it costs
-        the same however much is calibrated with.
-
-        Args:
-            reader: What is fitted.
-            held: Held-out positions, over all processes.
-        """
-        if not isinstance(reader, Feed):
-            return 1
-        return max(int(self._fitted_share * held) // (FED * reader.features), 1)
-
     def _add(
         self,
         sums: NormalEquations,
@@ -311,15 +289,14 @@ class _Fit:
         scale: Tensor | float,
         *,
         held_out: bool,
-        thin: int,
     ) -> None:
-        """Add this process's rows to the sums, of a feed every so many.
+        """Add this process's rows to the sums.
 
         Raises:
             RepairError: Activations are not finite.
         """
         with self._processes.joint():
-            for rows in self._rows(number, reader, scale, held_out=held_out, thin=thin):
+            for rows in self._rows(number, reader, scale, held_out=held_out):
                 sums.add(rows.x, rows.residual)
 
     def _rows(
@@ -329,9 +306,8 @@ class _Fit:
         scale: Tensor | float,
         *,
         held_out: bool,
-        thin: int = 1,
     ) -> Iterator[Rows]:
-        """Rows of a reader of all pieces that come to its gate; of a feed every so many of each."""
+        """Rows of a reader of all pieces that come to its gate."""
         gate = self._conductor.gates[number]
         for piece in self._pieces:
             if piece.is_held_out != held_out:
@@ -340,7 +316,7 @@ class _Fit:
                 self._advance(forward, number)
             if piece.is_at(number, reader):
                 if isinstance(reader, Feed):
-                    rows = piece.fed_rows(gate, self._decoder, thin)
+                    rows = piece.fed_rows(gate, self._decoder)
                 else:
                     rows = piece.rows(gate, reader, scale, self._decoder)
                 if not math.isfinite(float(rows.x.sum() + rows.residual.sum())):

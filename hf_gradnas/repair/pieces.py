@@ -84,24 +84,18 @@ class Piece:
             return len(shapes) == 1
         return reader.path in self.pruned.inputs and (reader.alone or len(shapes) == 1)
 
-    def fed_rows(self, gate: Gate, decoder: str | None, thin: int = 1) -> Rows:
-        """What the map of a feed is fitted on: its inputs, and what the original's are beside.
-
-        Args:
-            gate: The gate.
-            decoder: Path of an encoder-decoder's decoder.
-            thin: Take every so many of the real positions.
-        """
+    def fed_rows(self, gate: Gate, decoder: str | None) -> Rows:
+        """What the map of a feed is fitted on: its inputs, and what the original's are beside."""
         wanted, found = cast(Tensor, self.original.tensor), cast(Tensor, self.pruned.tensor)
         feed = cast(Feed, gate.readers[0])  # a decoder reads states that the encoder made
         real = real_positions(wanted, feed.maker or feed.path, masks=self.masks, decoder=decoder)
-        wanted, found = wanted.flatten(0, -2), found.flatten(0, -2)  # (rows, features)
+        wanted, found = (
+            at_least_float32(wanted.flatten(0, -2)),
+            at_least_float32(found.flatten(0, -2)),
+        )
         if real is not None:
-            places = real.nonzero().flatten()[::thin].to(found.device)
+            places = real.to(found.device)
             wanted, found = wanted[places], found[places]
-        elif thin > 1:
-            wanted, found = wanted[::thin].contiguous(), found[::thin].contiguous()
-        wanted, found = at_least_float32(wanted), at_least_float32(found)
         return Rows(found, wanted - found, wanted)
 
     def rows(self, gate: Gate, reader: Reader, scale: Tensor | float, decoder: str | None) -> Rows:

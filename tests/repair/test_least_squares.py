@@ -172,25 +172,6 @@ def test_an_output_that_was_left_out_for_good_is_said_and_the_repair_found_witho
     same_repairs(found, wanted)
 
 
-def test_maps_of_feeds_are_fitted_on_as_many_positions_as_they_need(monkeypatch):
-    model, batch, pruner, plan = planned("llama")
-    axes = pruner.structure.axes
-    whole = find_repair(model, axes, plan, [batch] * 10)
-    monkeypatch.setattr(least_squares, "FED", 1)
-    thin = find_repair(model, axes, plan, [batch] * 10)
-    reading = {a.taps[0].module for a in axes if len(plan.kept[a.name]) < a.size}
-    assert thin.is_accepted
-    parts = set()
-    for found, wanted in zip(thin.sites, whole.sites, strict=True):
-        if found.reason or wanted.reason:
-            continue
-        fitted = wanted.rows * 4 // 5  # two of ten batches are held out
-        part = 1 if found.module in reading else fitted // found.columns
-        assert found.rows == 10 * -(-wanted.rows // 10 // part), found.module
-        parts.add(part)
-    assert len(parts) > 1
-
-
 @pytest.mark.parametrize("family", ["cohere", "gpt_neox", "phi"])
 def test_both_halves_of_a_parallel_block_are_fitted(family):
     """What the attention puts out is seen after the FFN has read its own input."""
