@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..batches.batch import Batch
 from ..errors import GradNASWarning, RepairError
 from ..masks import masked
 from ..running.processes import Processes
@@ -113,35 +114,41 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
         found = first_readers(model, axes, plan, own, processes)
         narrow = first_narrow(model, axes, plan, found, own, processes)
         bound = default_bound(model) if memory_bytes is None else memory_bytes
+        alone = partial(pruned, model, axes, plan.kept)
+        options: Any = {"memory_bytes": bound, "folder": spill, "narrow": narrow}
         for may_wait in (True, False):
-            conductor = Conductor(
-                model,
-                found.gates,
-                memory_bytes=bound,
-                folder=spill,
-                narrow=narrow,
-                may_wait=may_wait,
-            )
+            conductor = Conductor(model, found.gates, may_wait=may_wait, **options)
             masks = _masks(model, axes, plan, conductor)
-            with conductor.before_masks(), masks, conductor.attached():
-                pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
-                fit = _Fit(conductor, pieces, processes)
-                fit.run(progress)
-                tensors, before, after = fit.judge(partial(pruned, model, axes, plan.kept))
+            fit, judged = _fitted(conductor, parts, processes, progress, masks, alone)
             if not processes.sum(np.array([float(conductor.has_missed)]))[0]:
                 break
     _warn_if_few(fit.reading, processes)
-    unread = [Site(path, 0, 0, reason=reason) for path, reason in found.reasons.items()]
     (examples,) = processes.sum(np.array([float(sum(batch.examples for batch in own))]))
     return Repair(
-        tensors=tensors,
-        sites=(*fit.sites, *unread),
+        tensors=judged[0],
+        sites=(*fit.sites, *(Site(path, 0, 0, reason=why) for path, why in found.reasons.items())),
         plan=plan_digest(plan),
         model=model_fingerprint(model),
-        kl_before=before,
-        kl_after=after,
+        kl_before=judged[1],
+        kl_after=judged[2],
         examples=int(examples),
     )
+
+
+def _fitted(
+    conductor: Conductor,
+    parts: Iterable[tuple[Batch, bool]],
+    processes: Processes,
+    progress: Progress | None,
+    masks: AbstractContextManager[None],
+    alone: Callable[[Narrow], AbstractContextManager[None]],
+) -> tuple[_Fit, tuple[dict[str, Tensor], float, float]]:
+    """One attempt: what became of the readers, and what is said of it in the end."""
+    with conductor.before_masks(), masks, conductor.attached():
+        pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
+        fit = _Fit(conductor, pieces, processes)
+        fit.run(progress)
+        return fit, fit.judge(alone)
 
 
 def _masks(
