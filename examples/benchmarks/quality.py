@@ -103,7 +103,7 @@ def run(bench: Bench, name: str, method: Method) -> None:
     repaired: bool | str = args.repair != "none"
     if name in PEERS:
         repaired = repaired and method.repair is not None
-    elif args.repair == "swap":
+    elif args.repair == "swap" or (args.repair == "auto" and args.task == "language"):
         repaired = "swap"
     told = {"method": name, "search": method.search, "layout": args.layout}
     told |= {"repair": repaired, "cut": args.cut}
