@@ -1,1 +1,1 @@
-"""Where the prunable axes of a model stand: found by running it, not by looking up its name."""
+"""Where the prunable axes of a model are: found by running it, not by looking up its name."""
