@@ -52,8 +52,9 @@ class Labels:
     """Labels of entries, which of them are the same, and why some cannot be cut."""
 
     def __init__(self) -> None:
-        # One entry more than there are labels: the last, at index `NOBODY`, is `NOBODY` itself.
-        self._parents = torch.full((1,), NOBODY)
+        # Longer than there are labels: the last entry, at index `NOBODY`, is `NOBODY` itself.
+        self._parents = torch.full((1 << 16,), NOBODY)
+        self._count = 0
         self._reasons: dict[int, list[str]] = {}
         self.rows: dict[Rows, Tensor] = {}
         self.readers: dict[Rows, int] = {}
@@ -75,9 +76,11 @@ class Labels:
 
     def fresh(self, size: int) -> Tensor:
         """New labels ``(size,)``."""
-        first = len(self._parents) - 1
-        new = torch.arange(first, first + size)
-        self._parents = torch.cat([self._parents[:-1], new, self._parents[-1:]])
+        first, self._count = self._count, self._count + size
+        while self._count >= len(self._parents):
+            self._parents = torch.cat([self._parents, torch.full_like(self._parents, NOBODY)])
+        new = torch.arange(first, self._count)
+        self._parents[first : self._count] = new
         return new
 
     def find(self, labels: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Entries:
         Raises:
             IrregularRows: The entries are not evenly spaced, or differ in number.
         """
-        if self.present.isdisjoint(units):
+        if not any(root in units for root in self.present):
             return []
         owned: list[list[int]] = [[] for _ in range(max(units.values()) + 1)]
         for entry, root in enumerate(self.roots):
@@ -133,6 +133,13 @@ class Reading:
         bound = [rows for rows in self.labels.rows if rows.dim != ATTRIBUTE]
         bound.sort(key=lambda rows: (order[rows.tensor], rows.dim))
         self.rows = {rows: entries(rows.tensor, self.labels.rows[rows]) for rows in bound}
+        self._rows_of: dict[int, list[Rows]] = {}
+        self._rows_in: dict[str, list[Rows]] = {}
+        for rows, held in self.rows.items():
+            self._rows_in.setdefault(rows.tensor, []).append(rows)
+            for root in held.present:
+                self._rows_of.setdefault(root, []).append(rows)
+        self._order = {rows: number for number, rows in enumerate(self.rows)}
         self.readers = dict(sorted(self.labels.readers.items(), key=lambda item: item[1]))
         self.reasons = self.labels.reasons()
         self.untapped = {
@@ -141,6 +148,7 @@ class Reading:
         self.collapsed: dict[int, str] = {}
         for path, label in self._uniform:
             self.collapsed.setdefault(self.labels.roots(label)[0], path)
+        self._made = {made.weight for made in self.labels.made}
         self.makers: dict[int, set[str]] = {}
         for made in self.labels.made:
             for root in self.labels.roots(made.labels):
@@ -212,7 +220,13 @@ class Reading:
 
     def touched(self, roots: Iterable[int]) -> list[Rows]:
         """Dimensions of tensors that hold any of the roots."""
-        return [rows for rows, held in self.rows.items() if not held.present.isdisjoint(roots)]
+        found = {rows for root in roots for rows in self._rows_of.get(root, ())}
+        return sorted(found, key=self._order.__getitem__)
+
+    def made_by(self, weight: str) -> set[int]:
+        """Labels that a weight makes, by their roots."""
+        held = [made.labels for made in self.labels.made if made.weight == weight]
+        return {root for labels in held for root in self.labels.roots(labels)}
 
     def slices(self, units: Units) -> tuple[Slice, ...]:
         """Rows that belong to the units.
@@ -222,8 +236,8 @@ class Reading:
         """
         return tuple(
             Slice(rows.tensor, rows.dim, *pattern, self._role(rows))
-            for rows, entries in self.rows.items()
-            for pattern in entries.patterns(units)
+            for rows in self.touched(units)
+            for pattern in self.rows[rows].patterns(units)
         )
 
     def taps(
@@ -258,24 +272,23 @@ class Reading:
         """What the rows do; a depthwise kernel, which reads no sum over channels, follows."""
         if rows in self.readers:
             return "reads"
-        makes = any(made.weight == rows.tensor for made in self.labels.made)
-        reads = any(other.tensor == rows.tensor for other in self.readers)
-        return "makes" if makes and reads else "follows"
+        reads = any(other in self.readers for other in self._rows_in[rows.tensor])
+        return "makes" if reads and rows.tensor in self._made else "follows"
 
     def mixes(self, path: str, entries: Entries) -> bool:
         """Whether a norm runs across the units: its own values, if it has any, belong to them."""
-        inside = f"{path}." if path else ""
-        own = [rows for rows in self.rows if rows.tensor.startswith(inside)]
-        if any(not self.rows[rows].present.isdisjoint(entries.present) for rows in own):
-            return True
         module = self.modules[path]
+        named = [*module.named_parameters(), *module.named_buffers()]
+        own = [rows for n, _ in named for rows in self._rows_in.get(f"{path}.{n}".lstrip("."), ())]
+        if any(self.rows[rows].present & entries.present for rows in own):
+            return True
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         return isinstance(module, NORMS) and not tensors
 
     def reason_of(self, name: str) -> str:
         """Why a parameter is not pruned, if no axis holds it."""
-        rows = [entries for rows, entries in self.rows.items() if rows.tensor == name]
-        roots = {root for entries in rows for root in entries.present}
+        held = [self.rows[rows] for rows in self._rows_in.get(name, ())]
+        roots = {root for entries in held for root in entries.present}
         reasons = [why for root in sorted(roots) for why in self.reasons.get(root, ())]
         if EMBEDDED in reasons:
             return "it belongs to the embeddings, or to the residual stream that starts there"

@@ -108,7 +108,8 @@ def _attention(reading: Reading, roots: set[int], time: int) -> Site:
     except IrregularRows as error:
         return _told(site, reasons, str(error))
     units = {root: number for number, root in enumerate(sorted(roots))}
-    places = [place for place in reading.norms if reading.mixes(place[0], place[2])]
+    met = [place for place in reading.norms if not roots.isdisjoint(place[2].present)]
+    places = [place for place in met if reading.mixes(place[0], place[2])]
     found = replace(
         site,
         layout=layout,
@@ -182,9 +183,12 @@ def _whole(entries: Entries, units: Units) -> tuple[int, int, int]:
 
 def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
     """Linear weights that alone read what linear weights make."""
+    kept = {OUTPUT, EMBEDDED, MEETS_NOBODY}
+    streams = {root for root, reasons in reading.reasons.items() if not kept.isdisjoint(reasons)}
     read_by: dict[int, list[str]] = {}
     for rows in reading.readers:
-        for root in reading.rows[rows].present:
+        present = reading.rows[rows].present
+        for root in present if present.isdisjoint(streams) else ():
             read_by.setdefault(root, []).append(rows.tensor)
     normed = {
         root
@@ -195,13 +199,14 @@ def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
     for reader, time in reading.readers.items():
         entries = reading.rows[reader]
         roots = entries.present
-        if len(roots) < MATRIX or roots & inside or NOBODY in entries.roots or roots & normed:
+        if not roots.isdisjoint(streams) or len(roots) < MATRIX:
+            continue
+        if NOBODY in entries.roots or roots & inside or roots & normed:
             continue
         makers = {weight for root in roots for weight in reading.makers.get(root, ())}
         tensors = [rows.tensor for rows in reading.touched(roots)]
         reasons = _reasons(reading, roots)
-        is_stream = any(why in (OUTPUT, EMBEDDED, MEETS_NOBODY) for why in reasons)
-        if is_stream or not makers or any(_convolves(reading, name) for name in tensors):
+        if not makers or any(_convolves(reading, name) for name in tensors):
             continue
         paths = tuple(_owner(reading, name) for name in (reader.tensor, *sorted(makers)))
         site = Site(Kind.NEURONS, time, reader.tensor, None, paths, roots)
@@ -231,12 +236,7 @@ def _convolves(reading: Reading, name: str) -> bool:
 
 def _joins(reading: Reading, reader: str, heads: frozenset[int]) -> bool:
     """Whether what a weight makes meets what others make, and is no head of an attention."""
-    made = {
-        root
-        for m in reading.labels.made
-        if m.weight == reader
-        for root in reading.labels.roots(m.labels)
-    }
+    made = reading.made_by(reader)
     if made & heads:
         return False
     return any(
