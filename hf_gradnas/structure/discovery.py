@@ -12,6 +12,7 @@ from functools import reduce
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from .._compat import attention_implementation
@@ -22,9 +23,13 @@ from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
 from .channels import read_channels
 from .graph import Flow, trace_graph
+from .products import STACKED
 from .reading import Reading
 from .sites import Site, find_sites
 from .trace import Call, common_path, telling
+
+EXPERT_DIMS = 3
+"""Dimensions of a tensor that holds one matrix per expert."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,24 @@ class _Finding:
             move_axis(axis, place.scope) for place in places for axis in place.template.versions[0]
         ]
         channels, others = read_channels(self.reading, taken, {r for s in sites for r in s.roots})
+        axes = [*taken, *channels]
+        refusals += self._stacked({part.tensor for axis in axes for part in axis.slices})
         reasons = {n: self.reading.reason_of(n) for n, _ in self.model.named_parameters()}
         return Discovery(tuple(places), channels, tuple(refusals), others, call, reasons)
+
+    def _stacked(self, held: set[str]) -> list[Refusal]:
+        """Modules whose tensors hold the weights of several experts, which are not cut."""
+        paths = dict.fromkeys(
+            name.rpartition(".")[0]
+            for name, parameter in self.model.named_parameters()
+            if name not in held and sum(size > 1 for size in parameter.shape) == EXPERT_DIMS
+            if self.reading.opaque_owner([name]) is None
+        )
+        return [
+            Refusal(path, str(Kind.NEURONS), STACKED)
+            for path in paths
+            if path in self.forward.calls and not isinstance(self.modules[path], _ConvNd)
+        ]
 
     def _scope(self, site: Site) -> str:
         """The nearest called module around all that a site names."""

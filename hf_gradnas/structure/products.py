@@ -26,7 +26,7 @@ from .labels import (
 from .steps import MEETS_NOBODY, Parameter, Shape, Step, fits, unknown
 
 COMPUTED = "the weight that makes or reads them is computed (a parametrization), no tensor to slice"
-STACKED = "one tensor holds the weights of several experts, which are not cut"
+STACKED = "one tensor holds several matrices, such as those of all experts, which is not cut"
 EMBEDDED = "an embedding table makes them"
 
 

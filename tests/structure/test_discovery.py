@@ -217,3 +217,31 @@ def test_a_model_without_provable_axes_is_refused() -> None:
             layer.output.dense.weight.zero_()
     with pytest.raises(StructureError, match="none can be pruned with proof"):
         find_structure(model, inputs)
+
+
+class _Experts(nn.Module):
+    """Two experts whose matrices are in one tensor, beside an FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 8, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("btd,edi->bti", x, self.up)
+
+
+def test_a_tensor_of_several_matrices_is_named() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 16)
+            self.outer = nn.Linear(16, 8)
+            self.experts = _Experts()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.experts(x + self.outer(torch.tanh(self.inner(x))))
+
+    structure = find_structure(Model().eval(), {"x": torch.randn(2, 3, 8)})
+    assert [axis.name for axis in structure.axes] == ["outer:neurons"]
+    reasons = {refusal.module: refusal.reason for refusal in structure.refusals}
+    assert "one tensor holds several matrices" in reasons["experts"]

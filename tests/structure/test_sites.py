@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas.masks import masked
-from hf_gradnas.surgery import cut
+from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Axis, Kind, Structure
 from hf_gradnas.verification import find_structure
 
