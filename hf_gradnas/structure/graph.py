@@ -167,7 +167,7 @@ def _in_order(functions: Iterable[Function]) -> tuple[Function, ...]:
 
 WHOLE = frozenset("T Mm Addmm Linear Convolution Embedding Index IndexSelect".split())
 """Operations that take a matrix of parameters as it is: its rows are known by them."""
-MAX_TABLE = 1 << 20
+MAX_TABLE = 1 << 16
 """Parameters with more entries are not labelled entry by entry."""
 
 
