@@ -22,6 +22,7 @@ from .gradients import producer_of
 from .rules import ConvRule
 
 ATTENTION = "hf.Attention"
+MATRIX = 2
 TYPES: Mapping[str, type[nn.Module] | tuple[type[nn.Module], ...]] = {
     "nn.Linear": (nn.Linear, Conv1D),
     **{
@@ -274,14 +275,20 @@ def _touched(model: nn.Module, axis: Axis) -> Iterator[tuple[str, str, bool]]:
     if KINDS[axis.kind].reference_name:
         yield axis.module, ATTENTION, True
         return
-    if axis.taps[0].side == "input" and _key_of(model.get_submodule(producer_of(axis))) is None:
-        yield producer_of(axis), "nn.Linear", True  # experts whose weights stand in one tensor
+    if axis.taps[0].side == "input" and _are_stacked(model, axis):
+        yield producer_of(axis), "nn.Linear", True
     outputs = [tap.module for tap in (*axis.taps, *axis.norms) if tap.side == "output"]
     reading = {part.module for part in axis.readers}
     for path in dict.fromkeys([*outputs, *(part.module for part in axis.slices)]):
         key = _key_of(model.get_submodule(path))
         if key is not None:
             yield path, key, path in outputs or path not in reading
+
+
+def _are_stacked(model: nn.Module, axis: Axis) -> bool:
+    """Whether weights of several experts, which no layer's type names, make the units."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return any(part.tensor in named and named[part.tensor].ndim > MATRIX for part in axis.makers)
 
 
 def _key_of(module: nn.Module) -> str | None:

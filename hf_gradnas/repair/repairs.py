@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -224,7 +225,8 @@ def swaps(choice: str, scores: Scores) -> bool:
     Measured: a Llama is closer to the original with swapped neurons at every budget, a BERT
     classifier at none; the repair takes half as long again, or twice as long.
     """
-    is_of_tokens = scores.metadata.get("normaliser") in TOKEN_COUNTS
+    counted = re.findall(r"\w+", scores.metadata.get("normaliser", ""))
+    is_of_tokens = not TOKEN_COUNTS.keys().isdisjoint(counted)
     return choice == "swap" or (choice == "auto" and is_of_tokens)
 
 

@@ -58,7 +58,7 @@ def find_sites(reading: Reading, *, is_known: bool) -> list[Site]:
         reading: What the labels say.
         is_known: The model is one of Transformers: only pairs count whose result joins a stream of
             values (or a gate) that other layers make too. Its heads, poolers and projectors are no
-            sub-layers.
+            sub-layers. In any other, what makes no regular pair may still be channels.
     """
     attentions = list(_attentions(reading))
     inside = frozenset(root for site in attentions for root in site.roots)
@@ -66,7 +66,7 @@ def find_sites(reading: Reading, *, is_known: bool) -> list[Site]:
     pairs = [
         site
         for site in _pairs(reading, inside)
-        if not is_known or _joins(reading, site.reader, heads)
+        if (_joins(reading, site.reader, heads) if is_known else site.layout is not NO_LAYOUT)
     ]
     return sorted([*attentions, *pairs], key=lambda site: site.time)
 

@@ -162,6 +162,9 @@ def test_experts_in_one_tensor_follow_the_rule_of_linear():
         for axis in structure.axes
         if axis.kind is Kind.NEURONS
     )
+    for axis in axes:
+        stacked = torch.nn.Parameter(torch.zeros(2, axis.size, 4))  # (experts, units, inputs)
+        model.get_submodule(axis.module).experts = stacked
     for rule, choices in (({"feature_divisor": 32}, (32, 64, 96)), (None, (96,))):
         config = nas.GradNASConfig(**{"nn.Linear": rule})
         for hparam in make_hparams(model, Structure(axes), config).values():
