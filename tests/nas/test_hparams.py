@@ -156,7 +156,7 @@ def test_experts_in_one_tensor_follow_the_rule_of_linear():
             axis.module,
             axis.kind,
             axis.size,
-            (Slice(f"{axis.module}.experts", 0),),
+            (Slice(f"{axis.module}.experts", 1, role="makes"),),
             axis.taps,
         )
         for axis in structure.axes
