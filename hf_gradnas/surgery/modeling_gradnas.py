@@ -25,10 +25,10 @@ Scores, plans and the choice of rows are not known here.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -46,19 +46,14 @@ FORMAT_VERSION = 1
 Record = Mapping[str, Any]
 Rows = Mapping[str, Mapping[int, list[int]]]
 Modules = Mapping[str, Any]  # what a path leads to: modules with attributes of any kind
+Wanted = Mapping[tuple[str, str], tuple[int, ...]]  # shape per module's path and tensor's name
 
-
-class SharedTable(NamedTuple):
-    """A table ``(buckets, heads)`` of one attention, whose bias others take by an argument."""
-
-    flag: str  # attribute that says whether an attention computes the bias itself
-    table: str  # name of the embedding in the one that has it
-    argument: str  # keyword by which the bias travels from module to module
-
-
-SHARED_TABLES = (  # T5 and its kin: layer 0 computes the position bias for all of its stack
-    SharedTable("has_relative_attention_bias", "relative_attention_bias", "position_bias"),
-)
+# A table (buckets, heads) of one attention, whose bias others take: the attribute that says whether
+# an attention computes it itself, the embedding's name, and the argument by which it travels.
+SharedTable = namedtuple("SharedTable", "flag table argument")
+# T5 and its kin: layer 0 computes the position bias for all of its stack.
+T5 = SharedTable("has_relative_attention_bias", "relative_attention_bias", "position_bias")
+SHARED_TABLES = (T5,)
 
 # Attributes in which a generic module repeats a dimension of its weight (convolutions: `_sync`).
 SIZES: tuple[tuple[type[nn.Module], Mapping[str, int]], ...] = (
@@ -292,8 +287,7 @@ def translated(record: Record, model: nn.Module) -> Record:
     paths = [path for section in sections for path in record[section]]
     rename = max(renames, key=lambda rename: sum(rename(path) in known for path in paths))
     found = {
-        section: {rename(k): v for k, v in record[section].items() if rename(k) in known}
-        for section in sections
+        s: {rename(k): v for k, v in record[s].items() if rename(k) in known} for s in sections
     }
     if paths and not any(found.values()):
         raise RecordError(
@@ -328,8 +322,7 @@ def _wanted_shapes(
             )
         wanted |= {(path, name): tuple(v) for name, v in values.items() if isinstance(v, list)}
     for path, size in record["own_position_bias"].items():
-        module = _module(modules, path)
-        row = table_of(module)
+        module, row = _module(modules, path), table_of(modules[path])
         table = "" if row is None else row.table
         given, has = f"{path}.{table}.weight" in new_tensors, table in module._modules
         if row is None or (size and not has and rows is not None and not given):
@@ -349,12 +342,7 @@ def _fits(there: Any, value: Any) -> bool:
     return type(value) is type(there) if isinstance(there, int) else True
 
 
-def _check_shapes(
-    wanted: Mapping[tuple[str, str], tuple[int, ...]],
-    modules: Modules,
-    record: Record,
-    rows: Rows | None,
-) -> None:
+def _check_shapes(wanted: Wanted, modules: Modules, record: Record, rows: Rows | None) -> None:
     """Check that every wanted shape can be had, and that all rows are used."""
     shape_of: dict[int, tuple[int, ...]] = {}
     for (path, name), shape in wanted.items():
@@ -406,12 +394,7 @@ def _check_removals(modules: Modules, record: Record) -> None:
             )
 
 
-def _slice(
-    model: nn.Module,
-    modules: Modules,
-    wanted: Mapping[tuple[str, str], tuple[int, ...]],
-    rows: Rows | None,
-) -> None:
+def _slice(model: nn.Module, modules: Modules, wanted: Wanted, rows: Rows | None) -> None:
     """Slice every tensor once and put the result wherever the old one stood."""
     places: dict[int, list[tuple[dict[str, Any], str, nn.Module]]] = defaultdict(list)
     for module in model.modules():
@@ -474,9 +457,8 @@ def _without_input(projection: Any) -> Any:
     """Narrow a projection to its bias."""
     dim = 0 if isinstance(projection, Conv1D) else 1
     weight = projection.weight
-    projection.weight = nn.Parameter(
-        weight.detach().narrow(dim, 0, 0).clone(), weight.requires_grad
-    )
+    empty = weight.detach().narrow(dim, 0, 0).clone()
+    projection.weight = nn.Parameter(empty, weight.requires_grad)
     _sync(projection)
     return projection
 
@@ -603,10 +585,8 @@ def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "_gradnas_stock_class": stock,
         }
         if _is_exported(stock):
-            namespace |= {
-                "__module__": __name__,
-                "_auto_class": auto_class_name(stock) or "AutoModel",
-            }
+            namespace["__module__"] = __name__
+            namespace["_auto_class"] = auto_class_name(stock) or "AutoModel"
         _CLASSES[stock] = created = type(stock.__name__, bases, namespace)
         # Keyed by the class's name; filled by a constructor, which `make_per_layer` does not run.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(created), stock._can_record_outputs)
@@ -632,11 +612,8 @@ def _finish(model: PreTrainedModel) -> None:
             for name, classes in _auto_classes(type(model.config))
         }
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    model.all_tied_weights_keys = {
-        target: source
-        for target, source in model.all_tied_weights_keys.items()
-        if {target, source} <= names
-    }
+    ties = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {target: of for target, of in ties if {target, of} <= names}
 
 
 def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
@@ -654,9 +631,8 @@ def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
 def auto_class_name(stock: type[PreTrainedModel]) -> str | None:
     """Name of the Auto class that builds a stock class; the most telling one if there are more."""
     names = [name for name, built in _auto_classes(stock.config_class) if stock in built]
-    return min(
-        names, default=None, key=lambda n: (n != "AutoModel", n == "AutoModelForPreTraining")
-    )
+    names.sort(key=lambda name: (name != "AutoModel", name == "AutoModelForPreTraining"))
+    return names[0] if names else None
 
 
 def _is_exported(stock: type) -> bool:

@@ -123,7 +123,8 @@ def test_a_repair_that_fails_does_not_cost_the_training(tmp_path: Path, monkeypa
 
 
 def test_the_option_is_checked_and_comes_from_recipes(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="repair='always' is not known; choose one of auto"):
+    known = "auto, weights, swap, none"
+    with pytest.raises(PlanError, match=f"repair='always' is not known; choose one of {known}"):
         pruning(repair="always")
     recipe = tmp_path / "own.yaml"
     recipe.write_text("model: x\nrepair: none\ntarget: {flops: 50%}\n", encoding="utf-8")
