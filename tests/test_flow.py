@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_gradnas import GradNASPruner
 from hf_gradnas.config.recipe import Recipe
 from hf_gradnas.data import calibration_batches
-from hf_gradnas.errors import BudgetError, DataError
+from hf_gradnas.errors import BudgetError, DataError, RecipeError
 from hf_gradnas.flow import run
 from hf_gradnas.jobs.report import Report
 
@@ -111,3 +111,20 @@ def test_a_data_set_that_is_not_there_is_named(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     with pytest.raises(DataError, match="there is no such file"):
         calibration_batches(model, AutoTokenizer.from_pretrained(folder), "./no.tsv")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_example": 8}, "did you mean 'num_examples'"),
+        ({"batch_size": 0}, "--batch-size: .* greater than or equal to 1"),
+        ({"score": "fisher"}, "score is no option about data"),
+        ({"eval_dataset": "x.tsv"}, "eval_dataset is no option about data"),
+    ],
+)
+def test_an_option_that_batches_do_not_take_is_refused(options, said, tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(RecipeError, match=said):
+        calibration_batches(model, tokenizer, str(write_tsv(tmp_path / "t.tsv")), **options)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Recipe
-from ..errors import DataError
+from ..config.recipe_building import build_recipe
+from ..errors import DataError, RecipeError
 from .columns import Columns, choose_columns
 from .datasets import BUNDLED, open_bundled, open_dataset
 from .encoding import ENCODERS
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 
 # A file of running text has no rows; so many tokens a row at least are assumed of a Hub data set.
 _TOKENS_PER_ROW = 8
+# Fields of `Recipe` that are about the data of a model in memory.
+_OPTIONS = (
+    *("task", "split", "text_column", "label_column", "target_column", "image_column"),
+    *("audio_column", "num_examples", "shuffle", "batch_size", "max_length", "labels"),
+    *("label_map", "seed"),
+)
 
 
 def calibration_batches(
@@ -54,7 +62,13 @@ def calibration_batches(
         >>> GradNASPruner(model).prune(loader, {"flops": "60%"})        # doctest: +SKIP
     """
     name = model.name_or_path or type(model).__name__
-    recipe = Recipe(model=name, dataset=dataset, **options)
+    for option in sorted(options.keys() - set(_OPTIONS)):
+        (close,) = get_close_matches(option, _OPTIONS, n=1, cutoff=0.0)
+        raise RecipeError(
+            f"calibration_batches: {option} is no option about data (did you mean {close!r}?); "
+            f"known are {', '.join(_OPTIONS)}."
+        )
+    recipe = build_recipe({"model": name, "dataset": dataset, **options})
     source = _source_of(model, processing_class, recipe.task)
     prepare_tokenizer(source)
     known = {"max_length": resolve_max_length(recipe, source)}

@@ -16,6 +16,7 @@ from ..data.labels import IGNORED
 from ..data.tasks import Head
 from ..errors import DataError
 from ..report.quality import what_was_lost
+from ..running.wrappers import evaluating
 from ..types import Budget
 from .report import Progress, Report
 
@@ -37,19 +38,14 @@ def evaluation_batches(
 
 
 def own_labels(model: PreTrainedModel, batches: Batches) -> list[dict[str, Any]]:
-    """The batches with the model's predictions as labels; its ``training`` flag is restored."""
+    """The batches with the model's predictions as labels; its ``training`` flags are restored."""
     labelled = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                inputs = {name: value for name, value in batch.items() if name != "labels"}
-                logits = model(**to_device(inputs, model)).logits
-                labels = _predicted(logits, inputs.get("attention_mask"), model)
-                labelled.append({**inputs, "labels": labels.cpu()})
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            logits = model(**to_device(inputs, model)).logits
+            labels = _predicted(logits, inputs.get("attention_mask"), model)
+            labelled.append({**inputs, "labels": labels.cpu()})
     return labelled
 
 
@@ -151,7 +147,7 @@ def evaluate(
     """Run the model over all batches in eval mode, without gradients.
 
     Args:
-        model: The model; its ``training`` flag is restored.
+        model: The model; its ``training`` flags are restored.
         batches: Dicts for ``model(**batch)`` with labels.
         head: Decides the metric.
         total: Number of examples, for `progress`.
@@ -161,16 +157,11 @@ def evaluate(
         DataError: There is no label, or the loss is not finite; the message names the batch.
     """
     sums = _Sums()
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for index, batch in enumerate(batches):
-                _add_batch(sums, model, batch, head, index)
-                if progress is not None:
-                    progress(sums.examples, total)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        for index, batch in enumerate(batches):
+            _add_batch(sums, model, batch, head, index)
+            if progress is not None:
+                progress(sums.examples, total)
     if not sums.labels:
         raise DataError("evaluation: found no label to predict; give more or longer examples.")
     loss = sums.loss / sums.labels

@@ -262,7 +262,12 @@ def mended(
         found = repair(plan, batches, **options)
         if swap is None:
             return plan, found
-        chosen = swap(plan, batches, **options)
+        try:
+            chosen = swap(plan, batches, **options)
+        except (RepairError, StructureError) as error:
+            said = f"No other neurons are tried. {error}"
+            warnings.warn(said, GradNASWarning, stacklevel=3)
+            return plan, found
         if chosen.kept == plan.kept:
             return plan, found
         other = repair(chosen, batches, **options)

@@ -63,6 +63,14 @@ def test_losses_of_tokens_are_weighted_by_labels(cls, head, shift):
         assert one.perplexity == pytest.approx(math.exp(one.loss))
 
 
+def test_every_module_gets_its_own_training_flag_back():
+    model = _bert().train()
+    model.bert.embeddings.eval()  # as where a part is frozen
+    before = {name: module.training for name, module in model.named_modules()}
+    evaluate(model, [{"input_ids": _ids(2, 4), "labels": torch.tensor([0, 1])}], Head.CLASS)
+    assert before == {name: module.training for name, module in model.named_modules()}
+
+
 def test_several_labels_and_regressions():
     multi = _bert(num_labels=3, problem_type="multi_label_classification").eval()
     labels = torch.ones(2, 3, dtype=torch.float64)

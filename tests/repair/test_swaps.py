@@ -352,6 +352,16 @@ def test_what_swaps_nothing_is_repaired_once() -> None:
 
 
 @pytest.mark.filterwarnings("default:The model is pruned without")
+def test_where_the_swap_alone_fails_the_repair_is_kept() -> None:
+    def fail(plan: Plan, batches: Any) -> Plan:
+        raise RepairError("a.layer: not finite.")
+
+    plan = plan_of(0, 1)
+    made = Repair({"w": torch.ones(1)}, (), plan_digest(plan), "", kl_before=3.0, kl_after=1.0)
+    with pytest.warns(UserWarning, match=r"No other neurons are tried\. a\.layer: not finite"):
+        assert mended(plan, [], fail, lambda *_: made, Processes()) == (plan, made)
+
+
 def test_where_it_fails_the_plan_is_as_it_was() -> None:
     def fail(plan: Plan, batches: Any) -> Any:
         raise RepairError("a.layer: not finite.")
