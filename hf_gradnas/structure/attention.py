@@ -49,6 +49,7 @@ def attention_versions(
     projection: str,
     call: Call,
     norms: tuple[Tap, ...] = (),
+    group_norms: tuple[Tap, ...] = (),
     sizes: tuple[Attribute, ...] = (),
 ) -> tuple[tuple[Axis, ...], ...]:
     """Axes of one attention, with every choice of attributes and replacement to be tried.
@@ -60,6 +61,7 @@ def attention_versions(
         projection: Name of the out-projection's weight.
         call: How `core` was called, and what it returned.
         norms: Norms across heads.
+        group_norms: Norms across KV groups.
         sizes: Attributes that no tensor repeats and no table of names knows.
     """
     removals = _removals(module, core=core, projection=projection, call=call)
@@ -83,6 +85,7 @@ def attention_versions(
         size=layout.groups,
         slices=layout.group_slices,
         taps=(Tap(read_at, "input", -1, in_group, 0, in_group),),
+        norms=group_norms,
     )
     widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
     extras = dict.fromkeys([(), widths, config, widths + config])

@@ -22,7 +22,8 @@ from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
 from .channels import read_channels
-from .graph import Flow, trace_graph
+from .graph import Flow, Forward, trace_graph
+from .labels import NOBODY, Labels
 from .products import STACKED
 from .reading import Reading
 from .sites import Site, find_sites
@@ -113,17 +114,39 @@ def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         with telling(model, args, kwargs):
             forward = trace_graph(model, args, kwargs)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        flow = Flow(forward.functions, names, constants=_shared_tables(model))
+        tables = _shared_tables(model, forward)
+        flow = Flow(forward.functions, names, constants=tables)
+        outside = _made_outside(forward, flow.labels)
+        if outside:
+            flow = Flow(forward.functions, names, constants=[*tables, *outside])
         return Reading(model, forward, flow)
 
 
-def _shared_tables(model: nn.Module) -> list[str]:
-    """Tables from which all attentions of a stack take a bias."""
+def _made_outside(forward: Forward, labels: Labels) -> list[str]:
+    """Weights outside of the attentions that make one value a head for several of them."""
+    cores: dict[int, set[str]] = {}
+    for softmax in labels.softmaxes:
+        for root in set(labels.roots(softmax.labels)) - {NOBODY}:
+            cores.setdefault(root, set()).add(forward.running(softmax.time))
+    shared = {root: paths for root, paths in cores.items() if len(paths) > 1}
+    found = []
+    for made in labels.made if shared else ():
+        roots = labels.roots(made.labels)
+        if len(set(roots)) == len(roots) > 1 and shared.keys() >= set(roots):
+            place = f"{forward.running(made.time)}."
+            inside = (place.startswith(f"{path}.") for path in shared[roots[0]])
+            found += [] if any(inside) else [made.weight]
+    return list(dict.fromkeys(found))
+
+
+def _shared_tables(model: nn.Module, forward: Forward) -> list[str]:
+    """Tables from which all attentions of a stack take a bias in this forward."""
     rows = {path: (module, table_of(module)) for path, module in model.named_modules()}
     return [
         f"{path}.{row.table}.weight".lstrip(".")
         for path, (module, row) in rows.items()
         if row is not None and getattr(module, row.flag) and row.table in module._modules
+        if path in forward.calls and forward.calls[path].kwargs.get(row.argument) is None
     ]
 
 
@@ -132,7 +155,7 @@ class _Finding:
 
     def __init__(self, model: nn.Module, reading: Reading) -> None:
         self.model, self.forward, self.reading = model, reading.forward, reading
-        self.tables = _shared_tables(model)
+        self.tables = _shared_tables(model, self.forward)
         self.modules = dict(model.named_modules())
         self.templates: dict[Any, Template] = {}
 
@@ -149,7 +172,7 @@ class _Finding:
                 continue
             table = self._shared_table(site, table)
             try:
-                template = self._template(site, scope)
+                template = self._template(site, scope, shares=bool(table))
             except Exception as error:  # a config's own code may raise anything
                 refusals.append(Refusal(scope, str(site.kind), described(error)))
                 continue
@@ -195,9 +218,12 @@ class _Finding:
         row = table_of(core)
         if row is None:
             return ""
-        return f"{site.core}.{row.table}.weight" if getattr(core, row.flag) else current
+        own = f"{site.core}.{row.table}.weight"
+        if getattr(core, row.flag) and own not in self.tables:
+            return ""
+        return own if getattr(core, row.flag) else current
 
-    def _template(self, site: Site, scope: str) -> Template:
+    def _template(self, site: Site, scope: str, *, shares: bool) -> Template:
         """The template of a site's kind: modules of one class and shapes with the same axes."""
         module = self.modules[scope]
         own = [Slice(name, 1) for name in self.tables if name.startswith(f"{site.core}.")]
@@ -223,10 +249,13 @@ class _Finding:
                 projection=projection,
                 call=call,
                 norms=tuple(replace(n, module=below(n.module, scope)) for n in site.norms),
+                group_norms=tuple(
+                    replace(n, module=below(n.module, scope)) for n in site.group_norms
+                ),
                 sizes=tuple(replace(a, module=below(a.module, scope)) for a in site.sizes),
             )
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-        key = (type(module), shapes, versions)
+        key = (type(module), shapes, versions, shares)
         return self.templates.setdefault(key, Template(versions))
 
 

@@ -34,10 +34,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Made:
-    """Labels of the entries that an operation makes with the weight `weight`."""
+    """Labels of the entries that an operation makes with the weight `weight`, and when it ran."""
 
     weight: str
     labels: Tensor
+    time: int
 
 
 @dataclass(frozen=True)

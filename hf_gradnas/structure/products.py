@@ -37,7 +37,7 @@ def _make(step: Step, size: int, weight: Parameter | None, read: Tensor) -> Tens
         for labels in (made, read):
             step.labels.refuse(labels, COMPUTED)
     else:
-        step.labels.made.append(Made(weight[0], made))
+        step.labels.made.append(Made(weight[0], made, step.time))
     return made
 
 
@@ -81,6 +81,8 @@ def product(step: Step) -> list[Tensor]:
     first = 1 if step.kind == "Addmm" else 0
     (x, w), shape = (first, first + 1), step.shapes[0]
     weight, read = step.parameter(step.edges[w]), step.operands[x]
+    if weight is not None and weight[0] in step.labels.constants:
+        return []
     if read is not None and any(dim != read.ndim - 1 for dim in varying(read)):
         return [_inside(step, read, shape)]
     lin = nobody((1,)) if read is None else step.labels.along(read, -1, step.why)
@@ -142,7 +144,7 @@ def _read_table(step: Step, x: Tensor, weight: str, y: Tensor) -> Tensor:
     """
     lin = step.labels.along(x, -1, step.why)  # (m,)
     made = step.labels.fresh(y.shape[2])
-    step.labels.made.append(Made(weight, made))
+    step.labels.made.append(Made(weight, made, step.time))
     step.labels.weights.append((weight, y[0], lin, made, step.time))
     return spread(made, -1, (1, x.shape[1], y.shape[2]))
 
@@ -229,7 +231,7 @@ def lookup(step: Step) -> list[Tensor]:
     shape = step.shapes[0]
     place = len(shape) - 1 if column == 1 else 0
     made = step.labels.fresh(shape[place])
-    step.labels.made.append(Made(name, made))
+    step.labels.made.append(Made(name, made, step.time))
     step.labels.bind(Rows(name, dims[column]), made)
     if step.kind == "Embedding":
         step.labels.refuse(made, EMBEDDED)

@@ -35,6 +35,7 @@ class Site:
         roots: Labels of the units and of the groups that they stand in.
         layout: The rows of the units, and of their groups.
         norms: Norms across the units.
+        group_norms: Norms across the groups that they stand in.
         sizes: Sizes that no tensor repeats.
         reason: Why they cannot be cut; "" if they can, as far as is known.
     """
@@ -47,6 +48,7 @@ class Site:
     roots: frozenset[int]
     layout: HeadLayout = NO_LAYOUT
     norms: tuple[Tap, ...] = ()
+    group_norms: tuple[Tap, ...] = ()
     sizes: tuple[Attribute, ...] = ()
     reason: str = ""
 
@@ -92,7 +94,7 @@ def _attention(reading: Reading, roots: set[int], time: int) -> Site:
     groups = {reading.standing[root] for root in roots if root in reading.standing}
     every = frozenset(roots | groups)
     held = roots | groups if len(groups) > 1 else roots
-    reasons = _reasons(reading, held, apart=(OUTPUT,))
+    reasons = _reasons(reading, held, apart=(OUTPUT, EMBEDDED))
     readers = [r for r in reading.readers if not reading.rows[r].present.isdisjoint(roots)]
     site = Site(Kind.HEADS, time, "", core, (core,), every)
     if not readers:
@@ -104,16 +106,16 @@ def _attention(reading: Reading, roots: set[int], time: int) -> Site:
         if len(readers) > 1:
             raise IrregularRows(f"{readers[1].tensor} reads its heads too")
         _check_reader(reading, reader)
-        layout = _head_layout(reading, reading.rows[reader], roots, groups)
+        layout, units, numbers = _head_layout(reading, reading.rows[reader], roots, groups)
     except IrregularRows as error:
         return _told(site, reasons, str(error))
-    units = {root: number for number, root in enumerate(sorted(roots))}
-    met = [place for place in reading.norms if not roots.isdisjoint(place[2].present)]
+    met = [place for place in reading.norms if not every.isdisjoint(place[2].present)]
     places = [place for place in met if reading.mixes(place[0], place[2])]
     found = replace(
         site,
         layout=layout,
         norms=reading.taps(places, units),
+        group_norms=reading.taps(places, numbers) if numbers else (),
         sizes=reading.sizes_of(units, ":heads"),
     )
     return _told(found, reasons, "")
@@ -149,8 +151,8 @@ def _check_reader(reading: Reading, reader: Rows) -> None:
 
 def _head_layout(
     reading: Reading, entries: Entries, roots: set[int], groups: set[int]
-) -> HeadLayout:
-    """Rows of the heads, in the order in which the out-projection reads them."""
+) -> tuple[HeadLayout, Units, Units]:
+    """Rows of the heads as the out-projection reads them, and the numbers of heads and groups."""
     heads = [root for root in dict.fromkeys(entries.roots) if root in roots]
     if set(heads) != roots:
         raise IrregularRows(f"{entries.where} reads {len(heads)} of {len(roots)} heads")
@@ -159,7 +161,8 @@ def _head_layout(
     slices = reading.slices(units)
     in_group = dict.fromkeys(reading.standing.get(root) for root in heads)
     if len(in_group) <= 1:
-        return HeadLayout(len(heads), 1 if groups else len(heads), width, slices, ())
+        alone = HeadLayout(len(heads), 1 if groups else len(heads), width, slices, ())
+        return alone, units, {}
     if None in in_group or len(heads) % len(in_group):
         raise IrregularRows(f"{len(heads)} heads do not fall into {len(in_group)} even groups")
     order = [reading.standing[root] for root in heads]
@@ -167,7 +170,8 @@ def _head_layout(
     if order != [group for group in in_group for _ in range(size)]:
         raise IrregularRows("the heads of a group do not stand side by side")
     numbers = {group: number for number, group in enumerate(g for g in in_group if g is not None)}
-    return HeadLayout(len(heads), len(in_group), width, slices, reading.slices(numbers))
+    layout = HeadLayout(len(heads), len(in_group), width, slices, reading.slices(numbers))
+    return layout, units, numbers
 
 
 def _whole(entries: Entries, units: Units) -> tuple[int, int, int]:

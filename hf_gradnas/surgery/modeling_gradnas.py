@@ -24,6 +24,7 @@ Scores, plans and the choice of rows are not known here.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterator, Mapping
@@ -190,8 +191,10 @@ def _forget_position_bias(module: nn.Module, args: Any, kwargs: dict[str, Any]) 
 
 
 def table_of(module: Any) -> SharedTable | None:
-    """The row of `SHARED_TABLES` that an attention is of; None where it shares no table."""
-    return next((row for row in SHARED_TABLES if row.flag in vars(module)), None)
+    """The row of `SHARED_TABLES` whose bias an attention takes as an argument; None otherwise."""
+    given = inspect.signature(type(module).forward).parameters
+    rows = (row for row in SHARED_TABLES if row.flag in vars(module) and row.argument in given)
+    return next(rows, None)
 
 
 # --- resizing -------------------------------------------------------------------------------------
