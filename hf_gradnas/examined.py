@@ -203,11 +203,11 @@ class ExaminedModel:
             StructureError: The weights are sharded, and there is a repair.
         """
         check_uncut("masked", is_cut=self._applied)
-        plan = check_plan(self.structure.axes, plan)
+        given, plan = plan, check_plan(self.structure.axes, plan)
         context = masked(self.model, self.structure.axes, plan.kept)
         if repair is not None:
             check_unsharded(self.model, "masked")
-            check_repair(repair, self.model, plan)
+            check_repair(repair, self.model, plan, given)
             context = repaired(self.model, repair, context)
         return uncompiled(context)
 

@@ -231,9 +231,9 @@ class GradNASPruner(ExaminedModel):
             RepairError: The repair is that of another plan or model.
         """
         check_uncut("apply", is_cut=self._applied)
-        plan = check_plan(self.structure.axes, plan)
+        given, plan = plan, check_plan(self.structure.axes, plan)
         if repair is not None:
-            check_repair(repair, self.model, plan)
+            check_repair(repair, self.model, plan, given)
         check_parameters(self.model, "apply", shards=True)
         found = self.prunable
         if is_sharded(self.model):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from places import TESTS
 from safetensors.torch import load_file
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.errors import ScoresError
+from hf_gradnas.repair.repairs import plan_digest
 from hf_gradnas.types import Plan, Scores
 
 FOLDER = TESTS / "data" / "format_0_1"
@@ -42,7 +45,7 @@ def example_of(name):
 
 def original(name):
     """The model before it was cut."""
-    build, layout = make.CASES[name]
+    build, layout = {**make.CASES, **make.RENAMED}[name]
     return type(build()).from_pretrained(FOLDER / name / "model").eval(), layout
 
 
@@ -72,7 +75,7 @@ def test_checkpoints_load_with_the_file_inside_them(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", make.CASES)
+@pytest.mark.parametrize("name", [*make.CASES, "mobilebert", "xmod"])
 def test_scores_give_the_plan_they_gave(name):
     model, layout = original(name)
     pruner = GradNASPruner(model, layout=layout, score="fisher")
@@ -83,15 +86,43 @@ def test_scores_give_the_plan_they_gave(name):
     assert sorted(plan.kept.values()) == sorted(written.kept.values())
 
 
-@pytest.mark.parametrize("name", [name for name in make.CASES if name != "bert"])  # repaired
+def test_scores_that_lack_an_axis_found_since_are_refused():
+    model, layout = original("timesformer")
+    pruner = GradNASPruner(model, layout=layout)
+    pruner.discover(make.batches("timesformer")[0])
+    with pytest.raises(ScoresError, match=r"temporal_dense:neurons: the scores hold none"):
+        pruner.use_scores(Scores.load(FOLDER / "timesformer" / "scores.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in (*make.CASES, *make.RENAMED) if n != "bert"]
+)  # repaired
 def test_a_plan_cuts_the_model_as_it_did(name):
     model, layout = original(name)
     batch, logits = example_of(name)
     pruner = GradNASPruner(model, layout=layout)
     pruner.discover(batch)
-    pruner.apply(Plan.load(FOLDER / name / "plan.json"))
+    plan = Plan.load(FOLDER / name / "plan.json")
+    assert plan.format_version == 1
+    pruner.apply(plan)
     with torch.no_grad():
         torch.testing.assert_close(pruner.model(**batch).logits, logits)
+
+
+def test_a_repair_of_a_plan_by_former_names_is_taken():
+    model, layout = original("mobilebert")
+    batches = make.batches("mobilebert")
+    pruner = GradNASPruner(model, layout=layout)
+    plan = Plan.load(FOLDER / "mobilebert" / "plan.json")
+    repair = pruner.repair(plan, batches)
+    assert repair.is_accepted
+    written = replace(repair, plan=plan_digest(plan))  # as version 0.1 made it
+    with pruner.masked(plan, written), torch.no_grad():
+        expected = model(**batches[0]).logits
+    assert not torch.equal(expected, example_of("mobilebert")[1])
+    pruner.apply(plan, written)
+    with torch.no_grad():
+        torch.testing.assert_close(pruner.model(**batches[0]).logits, expected)
 
 
 def test_a_checkpoint_is_verified():

@@ -25,6 +25,7 @@ from ..pruner import GradNASPruner
 from ..repair.repairs import Repair, install_repair, mended, swaps
 from ..report import say_repair
 from ..running.processes import Processes
+from ..surgery.cut import check_plan
 from ..types import Budget, Plan, Scores
 from .resuming import Progress, load_tensors, save_tensors
 from .riding import SEEN, TrainingScores
@@ -183,13 +184,12 @@ class Run:
         self.progress.scores, self.progress.repair = progress.scores, progress.repair
         if progress.is_final:
             self._stages = ()  # also if this training is longer
-        for plan in (progress.plan, progress.coming):
-            if plan is not None:
-                self._pruner.masked(plan)  # checks that it fits, before anything is changed
-        if progress.plan is not None:
-            self._set(progress.plan, is_final=progress.is_final)
-        if progress.coming is not None:
-            self._prepare(progress.coming)
+        axes = self._pruner.structure.axes  # plans are checked before anything is changed
+        plan, coming = (p and check_plan(axes, p) for p in (progress.plan, progress.coming))
+        if plan is not None:
+            self._set(plan, is_final=progress.is_final)
+        if coming is not None:
+            self._prepare(coming)
         if self._riding is None or not self._processes.is_main:  # it goes on with all sums
             return
         tensors = load_tensors(checkpoint, run_id=progress.run_id)

@@ -169,10 +169,16 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
-def check_repair(repair: Repair, model: nn.Module, plan: Plan) -> None:
+def check_repair(repair: Repair, model: nn.Module, plan: Plan, *also: Plan) -> None:
     """Check that a repair was made for this plan, and from this very model.
 
     One that was not accepted changes nothing, so it may be that of another model.
+
+    Args:
+        repair: The repair.
+        model: The whole model.
+        plan: The plan.
+        *also: The same plan by other names of its axes.
 
     Raises:
         RepairError: It was made for another plan or model, or is no repair.
@@ -182,7 +188,7 @@ def check_repair(repair: Repair, model: nn.Module, plan: Plan) -> None:
             f"repair: found a {type(repair).__name__}, needed what pruner.repair(plan, dataloader) "
             "or Repair.load(file) gives; pass that, or None for the weights as they are."
         )
-    if repair.plan != plan_digest(plan):
+    if repair.plan not in map(plan_digest, (plan, *also)):
         raise RepairError(
             f"repair: it was made for the plan {repair.plan[:12]}, but the plan here is "
             f"{plan_digest(plan)[:12]}; new weights fit one plan only: repair this one."

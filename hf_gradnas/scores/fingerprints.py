@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 import numpy as np
 from torch import nn
@@ -14,7 +14,7 @@ from ..batches.batch import tensor_bytes
 from ..errors import ScoresError
 from ..running.processes import Processes
 from ..running.wrappers import whole
-from ..types import Axis, Scores, Tap, by_present_names
+from ..types import Axis, Scores, Tap, present_scores
 from .methods import METHODS
 
 SAMPLED_VALUES = 1024  # per parameter: cheap for 7B, and no training step leaves them all alone
@@ -92,8 +92,7 @@ def check_scores(scores: Scores, model: nn.Module, axes: Sequence[Axis]) -> Scor
                 f"Scores: their method is {method!r:.40}, known are {', '.join(METHODS)}; score "
                 "the model again."
             )
-    also = {name: by_present_names(values, axes) for name, values in scores.also.items()}
-    scores = replace(scores, values=by_present_names(scores.values, axes), also=also)
+    scores = present_scores(scores, axes)
     check_values(scores, axes)
     return scores
 

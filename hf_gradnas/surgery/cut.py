@@ -7,7 +7,6 @@ What is done to the modules stands in `surgery.modeling_gradnas`, which also loa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from ..types import (
     Copied,
     Cut,
     Plan,
-    by_present_names,
     check_indices,
     check_values,
+    present_plan,
 )
 from . import modeling_gradnas
 from .rows import Kept, Shapes, kept_rows, new_sizes, shapes_of, tensor_at
@@ -126,9 +125,7 @@ def check_plan(axes: Sequence[Axis], plan: Plan) -> Plan:
         PlanError: It holds nonsense, counts other units, or keeps what cannot be kept.
     """
     check_values(plan)
-    kept = by_present_names(plan.kept, axes)
-    if kept.keys() != plan.kept.keys():
-        plan = replace(plan, kept=kept, sizes=by_present_names(plan.sizes, axes))
+    plan = present_plan(plan, axes)
     sizes = {axis.name: axis.size for axis in axes}
     for name in [*sizes, *plan.sizes]:
         if plan.sizes.get(name) != sizes.get(name):

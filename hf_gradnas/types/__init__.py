@@ -27,10 +27,10 @@ from .structure import (
     StockSpace,
     Structure,
     Tap,
-    by_present_names,
 )
 
 if TYPE_CHECKING:
+    from .former_names import present_plan, present_scores
     from .plans import Plan, Scores
 
 __all__ = [
@@ -65,14 +65,23 @@ __all__ = [
     "StockSpace",
     "Structure",
     "Tap",
-    "by_present_names",
     "check_indices",
     "check_values",
     "is_frontier",
     "is_integer",
     "metadata_of",
     "parse_json",
+    "present_plan",
+    "present_scores",
     "read_object",
 ]
 
-__getattr__ = getter(__name__, {"Plan": "plans", "Scores": "plans"})
+__getattr__ = getter(
+    __name__,
+    {
+        "Plan": "plans",
+        "Scores": "plans",
+        "present_plan": "former_names",
+        "present_scores": "former_names",
+    },
+)

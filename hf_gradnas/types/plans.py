@@ -20,6 +20,9 @@ from .costs import Budget
 from .documents import metadata_of, parse_json, read_object
 from .plan_checks import check_values
 
+FORMAT_VERSION = 2
+"""Of files of plans and of scores. In 1, by version 0.1, some axes had other names."""
+READ_VERSIONS = tuple(str(version) for version in range(1, FORMAT_VERSION + 1))
 DIGEST = "sha256"
 """Key of a scores file's metadata: of its values and of the rest of its metadata."""
 SUMS = "sums"
@@ -56,6 +59,7 @@ class Plan:
         loss_before: Loss of the whole model on what was scored, in `loss_unit`.
         tried: KL to the original on held-out rows, in nats per label, of the plans of all scores
             that were tried for this budget; empty where one score was asked for.
+        format_version: Of its file; `former_names` reads the names of format 1.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -70,8 +74,7 @@ class Plan:
     loss_unit: str = ""
     loss_before: float | None = None
     tried: Mapping[str, float] = field(default_factory=dict)
-
-    FORMAT_VERSION = 1
+    format_version: int = FORMAT_VERSION
 
     def counts(self) -> dict[str, int]:
         """Number of kept units per axis name."""
@@ -82,7 +85,6 @@ class Plan:
         data = asdict(self)
         data["kept"] = {name: [int(unit) for unit in units] for name, units in self.kept.items()}
         data["sizes"] = {name: int(size) for name, size in self.sizes.items()}
-        data["format_version"] = self.FORMAT_VERSION
         return data
 
     @classmethod
@@ -95,11 +97,11 @@ class Plan:
         if not isinstance(data, Mapping):
             raise PlanError("Plan: the file holds no object; make the plan again.")
         values = dict(data)
-        version = values.pop("format_version", None)
-        if type(version) is not int or version != cls.FORMAT_VERSION:
+        version = values.get("format_version")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise PlanError(
-                f"Plan: format_version is {version!r}, this hf_gradnas reads "
-                f"{cls.FORMAT_VERSION}; upgrade hf_gradnas or make the plan again."
+                f"Plan: format_version is {version!r}, this hf_gradnas reads 1 to "
+                f"{FORMAT_VERSION}; upgrade hf_gradnas or make the plan again."
             )
         try:
             values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
@@ -164,14 +166,14 @@ class Scores:
         also: Values of further methods from the same pass, per method; `of` gives their scores.
         sums: Of methods that choose between several formulas, all their sums, as `scores.methods`
             lays them out, by method: what a pass that broke off goes on from.
+        format_version: Of their file; `former_names` reads the names of format 1.
     """
 
     values: Mapping[str, np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
     also: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    FORMAT_VERSION = 1
+    format_version: int = FORMAT_VERSION
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -198,7 +200,8 @@ class Scores:
         sums = {method: self.sums[method]} if method in self.sums else {}
         if not sums:
             metadata = {key: text for key, text in metadata.items() if key not in CHOICE_KEYS}
-        return Scores(self.also.get(method, self.values), metadata, sums=sums)
+        values = self.also.get(method, self.values)
+        return Scores(values, metadata, sums=sums, format_version=self.format_version)
 
     def save(self, file: str | Path) -> None:
         """Write the scores as safetensors, one tensor per axis; the file is there whole or not.
@@ -217,7 +220,7 @@ class Scores:
             name: np.ascontiguousarray(v, dtype=np.float64)
             for name, v in {**self.values, **further}.items()
         }
-        metadata = {**self.metadata, "format_version": str(self.FORMAT_VERSION)}
+        metadata = {**self.metadata, "format_version": str(self.format_version)}
         if self.also:
             metadata[ALSO] = ",".join(self.also)
         if self.sums:
@@ -251,11 +254,11 @@ class Scores:
             with safe_open(file, framework="numpy") as opened:
                 metadata = opened.metadata() or {}
                 version = metadata.get("format_version")
-                if version != str(cls.FORMAT_VERSION):
+                if version not in READ_VERSIONS:
                     raise ScoresError(
                         f"Scores: {file} has the format_version {version!r}, needed "
-                        f"'{cls.FORMAT_VERSION}': it is no scores file, or of a newer version; "
-                        "give another file, upgrade hf_gradnas, or score again."
+                        f"{' or '.join(map(repr, READ_VERSIONS))}: it is no scores file, or of a "
+                        "newer version; give another file, upgrade hf_gradnas, or score again."
                     )
                 values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -274,7 +277,7 @@ class Scores:
         sums = {method: values.pop(f"{method}/") for method in summed}
         methods = [name for name in metadata.pop(ALSO, "").split(",") if name]
         also = {method: _part(values, f"{method}/") for method in methods}
-        return cls(values, metadata, also, sums)
+        return cls(values, metadata, also, sums, int(version))
 
 
 def _settings_of(text: str) -> dict[str, Any]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 from ..errors import StructureError
 from .kinds import KINDS, Kind
 
 Role = Literal["makes", "reads", "follows"]
 """What rows do for a unit: make its values, read them, or follow (biases, norms, statistics)."""
-
-
-Value = TypeVar("Value")
 
 
 class Pattern:
@@ -215,21 +212,6 @@ class Axis:
     def is_columns(self) -> bool:
         """Whether the units are the columns of one layer, in order."""
         return self.taps == (Tap(self.taps[0].module, "input", -1),) and not self.norms
-
-
-def by_present_names(values: Mapping[str, Value], axes: Iterable[Axis]) -> dict[str, Value]:
-    """Values by name of their axis, whose names may be those of format 0.1.
-
-    There the neurons of an FFN that stands in no list were channels of the layer that makes them.
-    """
-    found = dict(values)
-    for axis in axes:
-        former = [f"{part.module}:{Kind.CHANNELS}" for part in axis.makers]
-        for name in former if axis.kind is Kind.NEURONS and axis.name not in found else ():
-            if name in found:
-                found[axis.name] = found.pop(name)
-                break
-    return found
 
 
 @dataclass(frozen=True, slots=True)

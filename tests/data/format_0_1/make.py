@@ -1,7 +1,8 @@
 """Wrote the files of this folder with hf_gradnas 0.1: `python make.py FOLDER`.
 
 They are read by tests/test_format_0_1.py and are never written again: a later version must read
-what this one wrote. To run this file again, check out the commit that added it.
+what this one wrote. To run this file again, check out the commit that added it; the cases of
+RENAMED came later, and were written with the package of that commit too.
 """
 
 import shutil
@@ -15,12 +16,18 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MobileBertConfig,
+    MobileBertForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
+    TimesformerConfig,
+    TimesformerForVideoClassification,
+    XmodConfig,
+    XmodForSequenceClassification,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -94,8 +101,56 @@ def attribute():
     return FfnAsAttribute(AttributeConfig(num_labels=2))
 
 
+def mobilebert():
+    """Its last FFN was named after its out-projection, a refused pair of its layer having none."""
+    config = MobileBertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        embedding_size=16,
+        intra_bottleneck_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_feedforward_networks=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+    )
+    return MobileBertForSequenceClassification(config)
+
+
+def xmod():
+    """Its adapters were named after the module around them, since a weight before fitted too."""
+    config = XmodConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        languages=["en_XX"],
+        default_language="en_XX",
+    )
+    return XmodForSequenceClassification(config)
+
+
+def timesformer():
+    """It has further axes now, in the layers that its FFNs were named after."""
+    config = TimesformerConfig(
+        image_size=8,
+        patch_size=4,
+        num_frames=2,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
+    return TimesformerForVideoClassification(config)
+
+
 def batches(name):
     torch.manual_seed(1)
+    if name == "timesformer":
+        videos = [torch.randn(4, 2, 3, 8, 8) for _ in range(2)]
+        return [{"pixel_values": video, "labels": torch.randint(0, 2, (4,))} for video in videos]
     if name == "resnet":
         images = [torch.randn(4, 3, 32, 32) for _ in range(2)]
         return [{"pixel_values": image, "labels": torch.randint(0, 3, (4,))} for image in images]
@@ -103,7 +158,7 @@ def batches(name):
         rows = [torch.randn(4, 3, 4, 4) for _ in range(2)]
         return [{"pixel_values": row, "labels": torch.randint(0, 2, (4,))} for row in rows]
     tokens = [torch.randint(3, 32, (4, 8)) for _ in range(2)]
-    if name == "bert":
+    if name in ("bert", "mobilebert", "xmod"):
         return [{"input_ids": ids, "labels": torch.randint(0, 2, (4,))} for ids in tokens]
     return [{"input_ids": ids, "labels": ids} for ids in tokens]
 
@@ -117,10 +172,16 @@ CASES = {
     "resnet": (resnet, "per_layer"),
     "attribute": (attribute, "per_layer"),
 }
+# Types whose axes have other names, or companions, since.
+RENAMED = {
+    "mobilebert": (mobilebert, "per_layer"),
+    "xmod": (xmod, "per_layer"),
+    "timesformer": (timesformer, "per_layer"),
+}
 
 
 def write(name, folder):
-    build, layout = CASES[name]
+    build, layout = {**CASES, **RENAMED}[name]
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     model = build().eval()
@@ -134,7 +195,7 @@ def write(name, folder):
     plan = pruner.plan({"params": "80%"})
     plan.save(folder / "plan.json")
     pruner.apply(plan, pruner.repair(plan, data) if name == "bert" else None)
-    if name != "attribute":
+    if name in CASES and name != "attribute":
         pruner.save_pretrained(folder / "pruned", report=False)
     with torch.no_grad():
         outputs = {"logits": pruner.model(**data[0]).logits.contiguous()}
@@ -143,5 +204,5 @@ def write(name, folder):
 
 
 if __name__ == "__main__":
-    for case in CASES:
+    for case in {**CASES, **RENAMED}:
         write(case, Path(sys.argv[1]) / case)
