@@ -25,8 +25,8 @@ from ..repair.repairs import Repair, exchange_weights
 from ..running.wrappers import evaluating, without_autocast
 from ..stock.rewrite import write_per_layer, write_stock
 from ..stock.values import locate_axes
-from ..surgery.cut import Record, check_kept, cut, merge_records
-from ..surgery.modeling_gradnas import make_per_layer, translated
+from ..surgery.cut import Record, check_kept, cut, make_per_layer, merge_records
+from ..surgery.modeling_gradnas import translated
 from ..types import Axis, Plan, StockSpace, Structure
 from .head_indices import renumber_heads
 

@@ -5,7 +5,7 @@ Knows shapes and measured row counts; does not run models (`costs.counting` does
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -14,7 +14,9 @@ from ..types import Axis, CostModel, Product, Shared, Slice
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def params_cost(axes: Sequence[Axis], shapes: Shapes, *, layout: str = "stock") -> CostModel:
+def params_cost(
+    axes: Sequence[Axis], shapes: Shapes, *, layout: str = "stock", tied: Collection[str] = ()
+) -> CostModel:
     """Number of parameters, tied ones once.
 
     Args:
@@ -23,14 +25,16 @@ def params_cost(axes: Sequence[Axis], shapes: Shapes, *, layout: str = "stock") 
             not among them (buffers) cost nothing.
         layout: In ``"per_layer"`` an attention that took its bias from a shared table gets its own
             columns of it, which adds to what its heads cost (T5).
+        tied: Names of parameters that another module has too, and keeps when one of them goes.
     """
     products = _products(axes, shapes, dict.fromkeys(shapes, 1.0))
+    alone = {name: shape for name, shape in shapes.items() if name not in tied}
     per_unit = {
         axis.name: float(sum(_share(s, shapes) for s in _linear(axis, shapes, products)))
         for axis in axes
     }
     while_kept = {
-        axis.name: float(sum(_rest(axis, axes, shapes).values()))
+        axis.name: float(sum(_rest(axis, axes, alone).values()))
         for axis in axes
         if axis.removal is not None
     }

@@ -5,7 +5,7 @@ Knows how to run a model and read its trace; the formulas are in `costs.closed_f
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -61,7 +61,7 @@ def count_costs(
         macs_per_head={a.name: _macs_per_head(a, trace) for a in axes if KINDS[a.kind].attends},
         total_flops=total_flops,
     )
-    params = params_cost(axes, shapes, layout=layout)
+    params = params_cost(axes, shapes, layout=layout, tied=_tied(model))
     elements = {name: float(prod(shape)) for name, shape in shapes.items()}
     flops_of = {name: 2.0 * rows.get(name, 0) * size for name, size in elements.items()}
     rest = partial(parts_of_rest, model, axes, structure.refusals)
@@ -95,7 +95,8 @@ def count_params(
         layout: ``"stock"`` or ``"per_layer"``; see `params_cost`.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return round(params_cost(_with_counted_names(model, axes), shapes, layout=layout).of(kept))
+    named = _with_counted_names(model, axes)
+    return round(params_cost(named, shapes, layout=layout, tied=_tied(model)).of(kept))
 
 
 def count_flops(
@@ -106,6 +107,12 @@ def count_flops(
     with evaluating(model), attention_implementation(model, "eager"), frozen(model), counter:
         trace = trace_forward(model, inputs, args=args)
     return float(counter.get_total_flops()), trace
+
+
+def _tied(model: nn.Module) -> list[str]:
+    """The one name of every parameter that several modules have."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return [name for name, parameter in model.named_parameters() if owners[id(parameter)] > 1]
 
 
 def _with_counted_names(model: nn.Module, axes: Sequence[Axis]) -> tuple[Axis, ...]:

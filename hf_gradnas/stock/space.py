@@ -305,6 +305,12 @@ def _differing(structure: Structure, base: Shapes, actual: Shapes) -> dict[str, 
     """Axes with a tensor that is not the one which the class builds from the config."""
     refused: dict[str, str] = {}
     for axis in structure.axes:
+        if axis.adaptation is not None:
+            refused[axis.name] = (
+                f"{axis.adaptation.module} computes with sizes of all {KINDS[axis.kind].plural}, "
+                "which are made outside of it"
+            )
+            continue
         for part in axis.slices:
             if base.get(part.tensor) != actual.get(part.tensor):
                 refused[axis.name] = (

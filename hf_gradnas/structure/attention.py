@@ -6,15 +6,19 @@ offered, since only the proof (`hf_gradnas.verification`) can tell which is righ
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..surgery.modeling_gradnas import table_of
+from ..surgery.modeling_gradnas import adapters_of, table_of
 from ..surgery.rows import below
-from ..types import Attribute, Axis, Kind, Removal, Slice, Tap
+from ..types import Adaptation, Attribute, Axis, Kind, Removal, Slice, Tap
 from . import couplings
 from .trace import Call
+
+STACK = 3
+"""Dimensions of one matrix of queries and keys for each head."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class HeadLayout:
         width: Values per head at the input of the out-projection.
         head_slices: Rows that belong to one head.
         group_slices: Rows that belong to one KV group and to no single head.
+        norms: Norms across heads.
+        group_norms: Norms across KV groups.
     """
 
     heads: int
@@ -34,6 +40,8 @@ class HeadLayout:
     width: int
     head_slices: tuple[Slice, ...]
     group_slices: tuple[Slice, ...]
+    norms: tuple[Tap, ...] = ()
+    group_norms: tuple[Tap, ...] = ()
 
     @property
     def is_grouped(self) -> bool:
@@ -48,8 +56,7 @@ def attention_versions(
     core: str,
     projection: str,
     call: Call,
-    norms: tuple[Tap, ...] = (),
-    group_norms: tuple[Tap, ...] = (),
+    shares: bool = False,
     sizes: tuple[Attribute, ...] = (),
 ) -> tuple[tuple[Axis, ...], ...]:
     """Axes of one attention, with every choice of attributes and replacement to be tried.
@@ -60,11 +67,10 @@ def attention_versions(
         core: Path of the module that runs the softmax.
         projection: Name of the out-projection's weight.
         call: How `core` was called, and what it returned.
-        norms: Norms across heads.
-        group_norms: Norms across KV groups.
+        shares: Whether it takes a bias from a table of another attention, or gives it one.
         sizes: Attributes that no tensor repeats and no table of names knows.
     """
-    removals = _removals(module, core=core, projection=projection, call=call)
+    removals = _removals(module, core=core, projection=projection, call=call, shares=shares)
     read_at = projection.rpartition(".")[0]
     grouped, in_group = layout.is_grouped, layout.width * layout.heads // layout.groups
     heads = Axis(
@@ -76,7 +82,7 @@ def attention_versions(
         taps=(Tap(read_at, "input", -1, layout.width, 0, layout.width),),
         attributes=_attributes(module, layout, couplings.WIDTHS) + sizes,
         parent=":kv_groups" if grouped else None,
-        norms=norms,
+        norms=layout.norms,
     )
     groups = Axis(
         name=":kv_groups",
@@ -85,19 +91,46 @@ def attention_versions(
         size=layout.groups,
         slices=layout.group_slices,
         taps=(Tap(read_at, "input", -1, in_group, 0, in_group),),
-        norms=group_norms,
+        norms=layout.group_norms,
     )
     widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
     extras = dict.fromkeys([(), widths, config, widths + config])
+    needs = _adaptations(module.get_submodule(core), layout, core_path=core, call=call)
     versions = [
-        replace(heads, attributes=heads.attributes + extra, removal=removal)
+        replace(heads, attributes=heads.attributes + extra, removal=removal, adaptation=need)
+        for need in needs
         for extra in extras
         for removal in removals
     ]
     return tuple((groups, version) if grouped else (version,) for version in versions)
 
 
-def _removals(module: nn.Module, *, core: str, projection: str, call: Call) -> tuple[Removal, ...]:
+def _adaptations(
+    core: nn.Module, layout: HeadLayout, *, core_path: str, call: Call
+) -> list[Adaptation | None]:
+    """What calls of the attention may need once heads are gone, nothing first."""
+    before = adapters_of(core)
+    size = before[0].units[0] if before else layout.heads
+    names = list(inspect.signature(type(core).forward).parameters)[1:]
+    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    per_head = tuple(
+        name
+        for name, x in given.items()
+        if isinstance(x, Tensor) and x.ndim >= STACK and x.shape[-STACK] > 1
+        if x.shape[-STACK] % size == 0
+    )
+    width = next((a.width[0] for a in before if a.width), layout.heads * layout.width)
+    choices = [((), 0), *(((name,), 0) for name in per_head), (per_head, 0)]
+    choices += [((), width), (per_head, width)]
+    return [
+        Adaptation(core_path, names, width) if names or width else None
+        for names, width in dict.fromkeys(choices)
+    ]
+
+
+def _removals(
+    module: nn.Module, *, core: str, projection: str, call: Call, shares: bool
+) -> tuple[Removal, ...]:
     """How the attention may be replaced when it keeps nothing: plainly, or with its own norm."""
     owner = projection.rpartition(".")[0]
     inside = not core or owner.startswith(core + ".")
@@ -111,7 +144,10 @@ def _removals(module: nn.Module, *, core: str, projection: str, call: Call) -> t
         module=core,
         projection=below(owner, core) if inside else None,
         features=features,
-        returns=tuple("output" if i == 0 else None for i, _ in enumerate(call.returns)),
+        returns=tuple(
+            "output" if place == 0 else value if isinstance(value, str) and not shares else None
+            for place, value in enumerate(call.returns)
+        ),
         cross=any(call.kwargs.get(name) is not None for name in couplings.CROSS_ARGUMENTS),
         table="" if shared is None else shared.table,
     )

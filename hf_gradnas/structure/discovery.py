@@ -132,9 +132,10 @@ def _made_outside(forward: Forward, labels: Labels) -> list[str]:
     found = []
     for made in labels.made if shared else ():
         roots = labels.roots(made.labels)
-        if len(set(roots)) == len(roots) > 1 and shared.keys() >= set(roots):
+        paths = {path for root in roots for path in shared.get(root, ())}
+        if len(set(roots)) == len(roots) > 1 and paths:
             place = f"{forward.running(made.time)}."
-            inside = (place.startswith(f"{path}.") for path in shared[roots[0]])
+            inside = (place.startswith(f"{path}.") for path in paths)
             found += [] if any(inside) else [made.weight]
     return list(dict.fromkeys(found))
 
@@ -231,6 +232,8 @@ class _Finding:
             site.layout,
             head_slices=tuple(_below(s, scope) for s in (*site.layout.head_slices, *own)),
             group_slices=tuple(_below(s, scope) for s in site.layout.group_slices),
+            norms=tuple(_at(norm, scope) for norm in site.layout.norms),
+            group_norms=tuple(_at(norm, scope) for norm in site.layout.group_norms),
         )
         projection = below(site.reader, scope)
         if site.core is None:
@@ -248,11 +251,8 @@ class _Finding:
                 core=core,
                 projection=projection,
                 call=call,
-                norms=tuple(replace(n, module=below(n.module, scope)) for n in site.norms),
-                group_norms=tuple(
-                    replace(n, module=below(n.module, scope)) for n in site.group_norms
-                ),
-                sizes=tuple(replace(a, module=below(a.module, scope)) for a in site.sizes),
+                shares=shares,
+                sizes=tuple(_at(size, scope) for size in site.sizes),
             )
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
         key = (type(module), shapes, versions, shares)
@@ -261,6 +261,10 @@ class _Finding:
 
 def _below(rows: Any, scope: str) -> Any:
     return replace(rows, tensor=below(rows.tensor, scope))
+
+
+def _at(place: Any, scope: str) -> Any:
+    return replace(place, module=below(place.module, scope))
 
 
 def move_axis(axis: Axis, scope: str, *, tied: str = "", name: str | None = None) -> Axis:
@@ -272,7 +276,8 @@ def move_axis(axis: Axis, scope: str, *, tied: str = "", name: str | None = None
         tied: Key of `Axis.tied`.
         name: Path that the axis is named after; None: the module.
     """
-    removal, prefix = axis.removal, scope if name is None else name
+    removal, need = axis.removal, axis.adaptation
+    prefix = scope if name is None else name
 
     def moved(path: str) -> str:
         return above(path, scope)
@@ -296,4 +301,5 @@ def move_axis(axis: Axis, scope: str, *, tied: str = "", name: str | None = None
         ),
         parent=None if axis.parent is None else prefix + axis.parent,
         removal=None if removal is None else replace(removal, module=moved(removal.module)),
+        adaptation=None if need is None else replace(need, module=moved(need.module)),
     )

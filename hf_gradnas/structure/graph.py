@@ -70,7 +70,8 @@ def trace_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         stack.enter_context(torch.enable_grad())
         for path, module in model.named_modules():
             enter, leave = watch.hooks(path)
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            before = module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+            stack.callback(before.remove)  # first: what came, not what other hooks make of it
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         output = model(*map_tensors(args, _joined), **map_tensors(dict(kwargs), _joined))
     _let_go(model)
@@ -125,8 +126,10 @@ class _Watch:
             self._note()
             call = self.calls[path]
             if not call.returns and isinstance(output, tuple):
-                shapes = tuple(tuple(o.shape) if isinstance(o, Tensor) else None for o in output)
-                self.calls[path] = replace(call, returns=shapes)
+                shapes = [tuple(o.shape) if isinstance(o, Tensor) else None for o in output]
+                names = {id(x): name for name, x in call.kwargs.items() if isinstance(x, Tensor)}
+                returns = (names.get(id(o), s) for o, s in zip(output, shapes, strict=True))
+                self.calls[path] = replace(call, returns=tuple(returns))
             first = next(iter(_tensors(output)), None)
             if path not in self.runs and first is not None and first.grad_fn is not None:
                 self.runs[path] = Run(path, module, (first.grad_fn, first.output_nr))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch.nn.modules.conv import _ConvNd
 
-from ..types import Attribute, Kind, Tap
+from ..types import Attribute, Kind
 from .attention import HeadLayout
 from .labels import NOBODY, OUTPUT, Rows
 from .products import EMBEDDED
@@ -34,8 +34,6 @@ class Site:
         paths: Paths of all modules that take part.
         roots: Labels of the units and of the groups that they stand in.
         layout: The rows of the units, and of their groups.
-        norms: Norms across the units.
-        group_norms: Norms across the groups that they stand in.
         sizes: Sizes that no tensor repeats.
         reason: Why they cannot be cut; "" if they can, as far as is known.
     """
@@ -47,8 +45,6 @@ class Site:
     paths: tuple[str, ...]
     roots: frozenset[int]
     layout: HeadLayout = NO_LAYOUT
-    norms: tuple[Tap, ...] = ()
-    group_norms: tuple[Tap, ...] = ()
     sizes: tuple[Attribute, ...] = ()
     reason: str = ""
 
@@ -111,14 +107,13 @@ def _attention(reading: Reading, roots: set[int], time: int) -> Site:
         return _told(site, reasons, str(error))
     met = [place for place in reading.norms if not every.isdisjoint(place[2].present)]
     places = [place for place in met if reading.mixes(place[0], place[2])]
-    found = replace(
-        site,
-        layout=layout,
+    layout = replace(
+        layout,
         norms=reading.taps(places, units),
         group_norms=reading.taps(places, numbers) if numbers else (),
-        sizes=reading.sizes_of(units, ":heads"),
     )
-    return _told(found, reasons, "")
+    sizes = reading.sizes_of(units, ":heads")
+    return _told(replace(site, layout=layout, sizes=sizes), reasons, "")
 
 
 def _told(site: Site, reasons: Sequence[str], reason: str) -> Site:

@@ -38,13 +38,13 @@ class Matmul:
 class Call:
     """Arguments of a module's first call and the shape of what it returned.
 
-    `returns` names each element of a tuple by the shape of its tensor; None stands for anything
-    else. Empty when the module returned a bare tensor.
+    `returns` names each element of a tuple by the shape of its tensor, or by the argument that is
+    handed on; None stands for anything else. Empty when the module returned a bare tensor.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    returns: tuple[tuple[int, ...] | None, ...]
+    returns: tuple[tuple[int, ...] | str | None, ...]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import PlanError
 from ..types import (
@@ -63,6 +64,9 @@ def plan_cut(
         **_sizes_and_removals(shapes, axes, changed, counts, rows),
         "own_position_bias": own,
     }
+    adapted = _adaptations(changed, kept, record["removed"])
+    if adapted:
+        record["adapted"] = adapted
     stay = {name: {dim: tuple(left) for dim, left in dims.items()} for name, dims in rows.items()}
     return Cut(stay, record, copied)
 
@@ -246,11 +250,51 @@ def _own_tables(
     return own, copied
 
 
+def _adaptations(
+    changed: Sequence[Axis], kept: Kept, removed: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What calls of modules need besides, by path."""
+    found: dict[str, dict[str, Any]] = {}
+    for axis in changed:
+        need, units = axis.adaptation, list(kept.get(axis.name, range(axis.size)))
+        if need is not None and units and need.module not in removed:
+            found[need.module] = {
+                "arguments": list(need.arguments),
+                "units": [axis.size, units],
+                "width": [need.width, axis.width * len(units)] if need.width else [],
+            }
+    return found
+
+
+def _composed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What the calls of a module need that was cut twice."""
+    width = [*old["width"][:1], *new["width"][1:]] if old["width"] else new["width"]
+    return {
+        "arguments": sorted({*old["arguments"], *new["arguments"]}),
+        "units": [old["units"][0], [old["units"][1][unit] for unit in new["units"][1]]],
+        "width": width,
+    }
+
+
+def make_per_layer(model: PreTrainedModel, record: Record) -> PreTrainedModel:
+    """Turn a model that has the record's shapes into its per-layer class, and note the record.
+
+    From then on the model's own ``save_pretrained`` writes a checkpoint that loads everywhere.
+    """
+    model.config.gradnas = dict(modeling_gradnas.checked(record))
+    model.__class__ = modeling_gradnas.per_layer_class(type(model))
+    modeling_gradnas.name_files(model)
+    return model
+
+
 def merge_records(old: Record, new: Record) -> Record:
     """Record of a model that was cut before and is cut again: `new` wins where both speak."""
     removed = {**old.get("removed", {}), **new["removed"]}
     own = {**old.get("own_position_bias", {}), **new.get("own_position_bias", {})}
     modules = {path: dict(entry) for path, entry in old.get("modules", {}).items()}
+    adapted = {**old.get("adapted", {}), **new.get("adapted", {})}
+    for path in old.get("adapted", {}).keys() & new.get("adapted", {}).keys():
+        adapted[path] = _composed(old["adapted"][path], new["adapted"][path])
     for path, entry in new["modules"].items():
         parent, _, leaf = path.rpartition(".")
         if leaf in {row.table for row in modeling_gradnas.SHARED_TABLES} and own.get(parent):
@@ -263,8 +307,10 @@ def merge_records(old: Record, new: Record) -> Record:
     def gone(path: str) -> bool:
         return any(path == r or path.startswith(r + ".") for r in removed)
 
+    left = {path: entry for path, entry in adapted.items() if not gone(path)}
     return {
         **new,
+        **({"adapted": left} if left else {}),
         "modules": {path: entry for path, entry in modules.items() if not gone(path)},
         "removed": removed,
         "own_position_bias": {path: size for path, size in own.items() if not gone(path)},

@@ -6,8 +6,7 @@ library, torch and transformers only, and stays one file however long it gets.
 
 All it knows of a model is the *record* under the key ``gradnas`` of its config::
 
-    {"format_version": 1,
-     "architecture": "LlamaForCausalLM",         # the class whose module paths are used below
+    {"format_version": 1, "architecture": "LlamaForCausalLM",  # the class of all module paths
      "modules": {                                # tensor shapes, integer attributes, and values
        "model.layers.0.self_attn.q_proj": {"weight": [192, 256]},      # read from `config` at
        "model.layers.0.self_attn": {"num_key_value_groups": 2,         # run time
@@ -17,7 +16,10 @@ All it knows of a model is the *record* under the key ``gradnas`` of its config:
                                     "returns": ["output", null], "cross": false}},
      "own_position_bias": {                      # T5: layers that do not take the bias of the
        "decoder.block.1.layer.0.SelfAttention": [32, 5],      # layer before, with their table
-       "decoder.block.1.layer.1.EncDecAttention": []}}        # [buckets, heads] if they have one
+       "decoder.block.1.layer.1.EncDecAttention": []},        # [buckets, heads] if they have one
+     "adapted": {                                # calls with sizes of all heads: in arguments, or
+       "transformer.h.0.self_attention": {"arguments": ["alibi"],      # written into shapes
+                                          "units": [4, [0, 2, 3]], "width": [64, 48]}}}
 
 Scores, plans and the choice of rows are not known here.
 """
@@ -25,6 +27,7 @@ Scores, plans and the choice of rows are not known here.
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +39,7 @@ import transformers
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
@@ -43,9 +47,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 FORMAT_VERSION = 1
+SECTIONS = ("modules", "removed", "own_position_bias", "adapted")
 
 Record = Mapping[str, Any]
 Rows = Mapping[str, Mapping[int, list[int]]]
+Tensors = Mapping[str, torch.Tensor]
 Modules = Mapping[str, Any]  # what a path leads to: modules with attributes of any kind
 Wanted = Mapping[tuple[str, str], tuple[int, ...]]  # shape per module's path and tensor's name
 
@@ -79,10 +85,10 @@ class RemovedAttention(nn.Module):
 
     Args:
         replaced: The attention; its numbers, strings and flags (`layer_idx` among them) are kept.
-        projection: Name of the out-projection in `replaced`, whose bias stays a parameter under its
-            name in the state dict; None when the out-projection stands outside.
+        projection: Out-projection in `replaced`, whose bias stays a parameter; None: it is outside.
         features: Width of the output; 0 for an empty context that an outer projection reads.
-        returns: ``"output"`` or None for each element of the output tuple; empty: a bare tensor.
+        returns: For each element of the output tuple ``"output"``, the name of an argument that is
+            handed on, or None; empty: a bare tensor.
         cross: Whether it is a cross-attention, which keeps no length in the cache.
         norm: Name of a norm in `replaced` that takes the sum of input and output (ALBERT).
     """
@@ -108,12 +114,11 @@ class RemovedAttention(nn.Module):
             self.add_module(norm, replaced.get_submodule(norm))
         if projection is not None and replaced.get_submodule(projection).bias is not None:
             self._projection = projection
-            *parents, leaf = projection.split(".")
-            parent: nn.Module = self
-            for name in parents:
-                parent.add_module(name, nn.Module())
-                parent = parent.get_submodule(name)
-            parent.add_module(leaf, _without_input(replaced.get_submodule(projection)))
+            part: nn.Module = _without_input(replaced.get_submodule(projection))
+            first, *inner = projection.split(".")
+            for name in reversed(inner):
+                part = nn.ModuleDict({name: part})
+            self.add_module(first, part)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the bias, as wide as the out-projection, in the structure of the original."""
@@ -127,9 +132,8 @@ class RemovedAttention(nn.Module):
             output = output + bias.to(output.dtype)
         if self._norm is not None:
             output = self.get_submodule(self._norm)(hidden_states + output)
-        if not self._returns:
-            return output
-        return tuple(output if entry else None for entry in self._returns)
+        outputs = tuple({**kwargs, "output": output}.get(str(entry)) for entry in self._returns)
+        return outputs if self._returns else output
 
     def _grow(self, cache: Cache, hidden_states: torch.Tensor) -> None:
         """Write keys and values of width 1: masks and positions ask this layer for its length."""
@@ -138,12 +142,9 @@ class RemovedAttention(nn.Module):
         index = cast(int, self.layer_idx)
         batch, length = hidden_states.shape[:2]
         layer = cache.layers[index] if index < len(cache.layers) else None
-        stubs = []
-        for states in (layer.keys, layer.values) if layer is not None else (None, None):
-            heads = width = 1
-            if states is not None and states.ndim > 1:  # allocated ahead of time
-                heads, width = states.shape[1], states.shape[3]
-            stubs.append(hidden_states.new_zeros(batch, heads, length, width))
+        held = [] if layer is None else [x for x in (layer.keys, layer.values) if x is not None]
+        sizes = [(x.shape[1], x.shape[3]) for x in held if x.ndim > 1]  # allocated ahead of time
+        stubs = [hidden_states.new_zeros(batch, h, length, w) for h, w in sizes or [(1, 1)] * 2]
         cache.update(*stubs, index)
 
 
@@ -197,6 +198,58 @@ def table_of(module: Any) -> SharedTable | None:
     return next(rows, None)
 
 
+class _Adapter(TorchFunctionMode):
+    """Hooks that bring the calls of a module from sizes of all units to those of the `units` left.
+
+    These are in arguments ``(…, units, queries, keys)`` that are made outside, and where the
+    forward writes the `width` of all units into shapes.
+    """
+
+    def __init__(self, arguments: list[str], units: list[Any], width: list[int]) -> None:
+        super().__init__()
+        self.arguments, self.units, self.width = arguments, units, width
+        self._given: dict[int, torch.Tensor] = {}
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        size, kept = self.units
+        for name in self.arguments:
+            x = call.arguments.get(name)
+            if isinstance(x, torch.Tensor) and x.shape[-3:-2].numel() % size == 0:
+                index = torch.tensor(kept, device=x.device)
+                folded = x.unflatten(-3, (-1, size))  # units alone, or those of every example
+                call.arguments[name] = left = folded.index_select(-3, index).flatten(-4, -3)
+                self._given[id(left)] = x
+        if self.width:
+            self.__enter__()
+        return call.args[1:], call.kwargs
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if _get_current_function_mode() is self:
+            self.__exit__(None, None, None)
+        given, self._given = self._given, {}  # what is handed on to other modules stays whole
+        return tuple(given.get(id(x), x) for x in output) if type(output) is tuple else output
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Reshape to as many entries as there are; one size of all units is reduced."""
+        if func in (torch.Tensor.view, torch.Tensor.reshape, torch.reshape) and len(args) > 1:
+            x, sizes = args[0], list(args[1] if isinstance(args[1], tuple | list) else args[1:])
+            entries = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else 0
+            if entries and [*sizes[-1:], *x.shape[-1:]] == self.width:
+                args = (x, [*sizes[:-1], self.width[1]])
+            elif entries > x.numel():  # it is negative where one size is free
+                place = max(range(len(sizes)), key=lambda p: (sizes[p] == self.width[0], p))
+                sizes[place] = sizes[place] * x.numel() // entries
+                args = (x, sizes)
+        return func(*args, **(kwargs or {}))
+
+
+def adapters_of(module: nn.Module) -> list[Any]:
+    """What brings the calls of a module to fewer units."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return [owner for owner in owners if _is_like(owner, _Adapter)]
+
+
 # --- resizing -------------------------------------------------------------------------------------
 
 
@@ -205,13 +258,12 @@ def resize(
     record: Record,
     *,
     rows: Rows | None = None,
-    new_tensors: Mapping[str, torch.Tensor] | None = None,
+    new_tensors: Tensors | None = None,
 ) -> None:
     """Bring a model to the record's shapes, in place, after checking everything.
 
-    Tensors are parameters and buffers. They keep dtype, device and ``requires_grad``; tied ones are
-    sliced once and stay tied. Parameters that end up empty become buffers outside the state dict. A
-    tensor that already has its shape is left alone, so a second call changes nothing.
+    Tensors (parameters and buffers) keep dtype, device, ``requires_grad`` and ties. Parameters that
+    end up empty become buffers outside the state dict. A second call changes nothing.
 
     Args:
         model: The model; of another class than the record's architecture, paths are translated.
@@ -223,7 +275,7 @@ def resize(
     Raises:
         RecordError: The record is of a newer format or does not fit; the model is unchanged.
     """
-    record = translated(_checked(record), model)
+    record = translated(checked(record), model)
     modules: Modules = dict(model.named_modules(remove_duplicate=False))
     wanted = _wanted_shapes(modules, record, rows, new_tensors or {})
     _check_shapes(wanted, modules, record, rows)
@@ -231,12 +283,17 @@ def resize(
     _set_attributes(modules, record)  # first: the channels of a convolution follow its groups
     _slice(model, modules, wanted, rows)
     _own_position_biases(modules, record, new_tensors or {})
+    for path, spec in record["adapted"].items():
+        if rows is not None or not adapters_of(modules[path]):
+            adapter = _Adapter(**spec)
+            modules[path].register_forward_pre_hook(adapter.enter, with_kwargs=True)
+            modules[path].register_forward_hook(adapter.leave, always_call=True, prepend=True)
     for path, spec in record["removed"].items():
-        if not _is_removed(modules[path]):
+        if not _is_like(modules[path], RemovedAttention):
             _replace(model, modules[path], RemovedAttention(modules[path], **spec))
 
 
-def _checked(record: Record) -> Record:
+def checked(record: Record) -> Record:
     """The record with every section present; refuse one of a newer format."""
     version = record.get("format_version")
     if version != FORMAT_VERSION:
@@ -244,19 +301,17 @@ def _checked(record: Record) -> Record:
             f"config.gradnas: format_version is {version!r}, but this file reads {FORMAT_VERSION}; "
             "upgrade hf_gradnas, or load with the modeling_gradnas.py that came with the weights."
         )
-    full = {"modules": {}, "removed": {}, "own_position_bias": {}, **record}
-    sections = [full[name] for name in ("modules", "removed", "own_position_bias")]
-    is_whole = isinstance(full.get("architecture"), str) and all(map(_is_mapping, sections))
-    if not is_whole or not all(_is_mapping(e) for part in sections[:2] for e in part.values()):
+    full = {**{name: {} for name in SECTIONS}, **record}
+    parts = [full[name] for name in SECTIONS]
+    is_whole = isinstance(full.get("architecture"), str)
+    if not is_whole or not all(isinstance(part, Mapping) for part in parts):
         raise _changed("the record", full)
-    for path, size in full["own_position_bias"].items():
-        if not _is_shape(size):
-            raise _changed(path, size)
+    for name, part in zip(SECTIONS, parts, strict=True):
+        for path, entry in part.items():
+            is_table = name == "own_position_bias"
+            if not (_is_shape(entry) if is_table else isinstance(entry, Mapping)):
+                raise _changed(path if is_table else "the record", entry if is_table else full)
     return full
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _is_shape(value: Any) -> bool:
@@ -279,19 +334,13 @@ def translated(record: Record, model: nn.Module) -> Record:
             f"{type(model).__name__}: config.gradnas holds sizes of {record['architecture']}, and "
             "only classes of Transformers have paths that translate; build that class instead."
         )
-    sections = ("modules", "removed", "own_position_bias")
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     prefix = f"{model.base_model_prefix}."
-    renames: tuple[Callable[[str], str], ...] = (
-        lambda path: path,
-        lambda path: path.removeprefix(prefix),
-        lambda path: prefix + path,
-    )
-    paths = [path for section in sections for path in record[section]]
+    renames: list[Callable[[str], str]] = [str, lambda p: p.removeprefix(prefix), prefix.__add__]
+    paths = [path for section in SECTIONS for path in record[section]]
     rename = max(renames, key=lambda rename: sum(rename(path) in known for path in paths))
-    found = {
-        s: {rename(k): v for k, v in record[s].items() if rename(k) in known} for s in sections
-    }
+    translate = [(s, {rename(k): v for k, v in record[s].items()}) for s in SECTIONS]
+    found = {s: {k: v for k, v in part.items() if k in known} for s, part in translate}
     if paths and not any(found.values()):
         raise RecordError(
             f"{type(model).__name__}: none of the {len(paths)} module paths that config.gradnas "
@@ -301,10 +350,7 @@ def translated(record: Record, model: nn.Module) -> Record:
 
 
 def _wanted_shapes(
-    modules: Modules,
-    record: Record,
-    rows: Rows | None,
-    new_tensors: Mapping[str, torch.Tensor],
+    modules: Modules, record: Record, rows: Rows | None, new_tensors: Tensors
 ) -> dict[tuple[str, str], tuple[int, ...]]:
     """Shape wanted of each tensor, by module path and name; check paths and attributes."""
     wanted: dict[tuple[str, str], tuple[int, ...]] = {}
@@ -316,8 +362,10 @@ def _wanted_shapes(
         if "config" in values and "config" not in absent:
             absent += [f"config.{n}" for n in values["config"] if not hasattr(module.config, n)]
         for name in values.keys() - set(absent):
-            if not _fits(getattr(module, name, None), values[name]):
-                raise _changed(f"{path}.{name}", values[name])
+            there, value = getattr(module, name), values[name]
+            fits = type(value) is type(there) or not isinstance(there, int)
+            if not (_is_shape(value) if isinstance(there, torch.Tensor) else fits):
+                raise _changed(f"{path}.{name}", value)
         if absent:
             raise RecordError(
                 f"{path}: {type(module).__name__} has no {absent[0]!r}, which config.gradnas sets; "
@@ -338,13 +386,6 @@ def _wanted_shapes(
     return wanted
 
 
-def _fits(there: Any, value: Any) -> bool:
-    """Whether a value is of the kind of what it is to replace."""
-    if isinstance(there, torch.Tensor):
-        return _is_shape(value)
-    return type(value) is type(there) if isinstance(there, int) else True
-
-
 def _check_shapes(wanted: Wanted, modules: Modules, record: Record, rows: Rows | None) -> None:
     """Check that every wanted shape can be had, and that all rows are used."""
     shape_of: dict[int, tuple[int, ...]] = {}
@@ -359,35 +400,32 @@ def _check_shapes(wanted: Wanted, modules: Modules, record: Record, rows: Rows |
                 f"{list(shape)}{'' if kept is None else f' from rows {counts}'}; the record "
                 "belongs to another model, or a tied tensor is wanted in two shapes."
             )
-    names = {_join(*key) for key in wanted}
-    for name in rows or {}:
-        if name not in names and not _inside(name, record["removed"]):
-            raise RecordError(
-                f"{name}: rows are given, but the record wants no shape of it; add the shape to "
-                "the record, or drop the rows."
-            )
+    unknown = (rows or {}).keys() - {_join(*key) for key in wanted}
+    for name in [name for name in unknown if not _inside(name, record["removed"])]:
+        raise RecordError(
+            f"{name}: rows are given, but the record wants no shape of it; add the shape to the "
+            "record, or drop the rows."
+        )
 
 
 def _can_slice(
     size: tuple[int, ...], shape: tuple[int, ...], kept: Mapping[int, list[int]] | None
 ) -> bool:
     """Whether a tensor of `size` gives `shape`: by its first rows (None), or by the kept ones."""
-    if len(size) != len(shape):
-        return False
+    sides = enumerate(zip(size, shape, strict=False))
     if kept is None:
-        return all(has >= wants for has, wants in zip(size, shape, strict=True))
-    return all(
-        len(kept[dim]) == wants and all(0 <= row < has for row in kept[dim])
-        if dim in kept
-        else has == wants
-        for dim, (has, wants) in enumerate(zip(size, shape, strict=True))
-    )
+        return len(size) == len(shape) and all(has >= wants for _, (has, wants) in sides)
+    held = {
+        dim: len(rows) if all(0 <= r < size[dim] for r in rows) else -1
+        for dim, rows in kept.items()
+    }
+    return len(size) == len(shape) and all(held.get(d, has) == wants for d, (has, wants) in sides)
 
 
 def _check_removals(modules: Modules, record: Record) -> None:
     for path, spec in record["removed"].items():
         module, projection = _module(modules, path), spec["projection"]
-        if projection is None or _is_removed(module):
+        if projection is None or _is_like(module, RemovedAttention):
             continue
         found = _module(modules, f"{path}.{projection}")
         if not isinstance(found, nn.Linear | Conv1D):
@@ -404,8 +442,8 @@ def _slice(model: nn.Module, modules: Modules, wanted: Wanted, rows: Rows | None
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 places[id(tensor)].append((store, name, module))
-    tensors = {key: getattr(modules[key[0]], key[1]) for key in wanted}  # each tied one once
-    unique = {id(tensor): (tensor, key) for key, tensor in tensors.items()}
+    tensors = [(getattr(modules[key[0]], key[1]), key) for key in wanted]
+    unique = {id(tensor): (tensor, key) for tensor, key in tensors}  # each tied one once
     for old, (path, name) in unique.values():
         shape, kept = wanted[path, name], (rows or {}).get(_join(path, name), {})
         if old.shape == shape and not kept:
@@ -438,9 +476,7 @@ def _set_attributes(modules: Modules, record: Record) -> None:
                 setattr(modules[path], name, whole)
 
 
-def _own_position_biases(
-    modules: Modules, record: Record, new_tensors: Mapping[str, torch.Tensor]
-) -> None:
+def _own_position_biases(modules: Modules, record: Record, new_tensors: Tensors) -> None:
     """Let layers compute their own position bias, from a table of their own if they have one."""
     for path, size in record["own_position_bias"].items():
         module, row = modules[path], cast(SharedTable, table_of(modules[path]))
@@ -458,16 +494,15 @@ def _own_position_biases(
 
 def _without_input(projection: Any) -> Any:
     """Narrow a projection to its bias."""
-    dim = 0 if isinstance(projection, Conv1D) else 1
     weight = projection.weight
-    empty = weight.detach().narrow(dim, 0, 0).clone()
+    empty = weight.detach().narrow(0 if isinstance(projection, Conv1D) else 1, 0, 0).clone()
     projection.weight = nn.Parameter(empty, weight.requires_grad)
     _sync(projection)
     return projection
 
 
-def _repeat_sizes(module: Any) -> None:
-    """Repeat the weight's sizes in a generic module's attributes."""
+def _sync(module: Any) -> None:
+    """Bring a module's attributes in line with its tensors, and hide empty ones."""
     for kind, sizes in SIZES:
         if isinstance(module, kind):
             weight: Any = module.weight if module.weight is not None else module.running_mean
@@ -478,20 +513,14 @@ def _repeat_sizes(module: Any) -> None:
         module.in_channels, module.out_channels = sides if module.transposed else sides[::-1]
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(module.weight.shape)
-
-
-def _sync(module: Any) -> None:
-    """Bring a module's attributes in line with its tensors, and hide empty ones."""
-    _repeat_sizes(module)
     if isinstance(module, Conv1D) and module.nx == 0:
         module.__class__ = _EmptyConv1D
-    for name, parameter in list(module._parameters.items()):
-        if parameter is not None and parameter.numel() == 0:
+    for name, parameter in list(module.named_parameters("", False, False)):
+        if parameter.numel() == 0:
             del module._parameters[name]
             module.register_buffer(name, parameter.detach(), persistent=False)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.numel() == 0:
-            module._non_persistent_buffers_set.add(name)
+    hidden = {name for name, b in module.named_buffers(recurse=False) if b.numel() == 0}
+    module._non_persistent_buffers_set |= hidden
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -510,9 +539,8 @@ def _module(modules: Modules, path: str) -> Any:
     return modules[path]
 
 
-def _is_removed(module: nn.Module) -> bool:
-    # By name: a copy of this file in a checkpoint defines another class.
-    return type(module).__name__ == RemovedAttention.__name__
+def _is_like(value: object, kind: type) -> bool:
+    return type(value).__name__ == kind.__name__  # a copy of this file defines another class
 
 
 def _inside(path: str, outer: Mapping[str, Any]) -> bool:
@@ -537,7 +565,7 @@ class _PerLayer:
         if outermost and "gradnas" in vars(config):
             model = cast(PreTrainedModel, self)
             resize(model, config.gradnas)
-            _finish(model)
+            name_files(model)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         stock = self._gradnas_stock_class
@@ -546,20 +574,8 @@ class _PerLayer:
             function, arguments = _blank, (stock,)
         return (function, arguments, *state)
 
-    # Upstream decides these by reading the file of the class: it has to read the stock class's.
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        return cls._gradnas_stock_class.is_custom_code()
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return cls._gradnas_stock_class._can_set_attn_implementation()
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return cls._gradnas_stock_class._can_set_experts_implementation()
-
-
+FROM_FILES = "is_custom_code _can_set_attn_implementation _can_set_experts_implementation".split()
 _CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
@@ -586,8 +602,10 @@ def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__qualname__": stock.__qualname__,
             "__doc__": stock.__doc__,
             "_gradnas_stock_class": stock,
+            # Upstream decides these by reading the file of the class: it has to read the stock one.
+            **{name: getattr(stock, name) for name in FROM_FILES},
         }
-        if _is_exported(stock):
+        if getattr(transformers, stock.__name__, None) is stock:
             namespace["__module__"] = __name__
             namespace["_auto_class"] = auto_class_name(stock) or "AutoModel"
         _CLASSES[stock] = created = type(stock.__name__, bases, namespace)
@@ -596,27 +614,17 @@ def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return _CLASSES[stock]
 
 
-def make_per_layer(model: PreTrainedModel, record: Record) -> PreTrainedModel:
-    """Turn a model that has the record's shapes into its per-layer class, and note the record.
-
-    From then on the model's own ``save_pretrained`` writes a checkpoint that loads everywhere.
-    """
-    model.config.gradnas = dict(_checked(record))
-    model.__class__ = per_layer_class(type(model))
-    _finish(model)
-    return model
-
-
-def _finish(model: PreTrainedModel) -> None:
+def name_files(model: PreTrainedModel) -> None:
     """Name the code file in the config, and forget ties of parameters that are gone."""
-    if _is_exported(cast(Any, model)._gradnas_stock_class):
+    if "_auto_class" in vars(type(model)):  # Transformers exports its class
         model.config.auto_map = {
             name: f"{__name__.rsplit('.', 1)[-1]}.{classes[0].__name__}"
             for name, classes in _auto_classes(type(model.config))
         }
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    ties = model.all_tied_weights_keys.items()
-    model.all_tied_weights_keys = {target: of for target, of in ties if {target, of} <= names}
+    ties = [tie for tie in model.all_tied_weights_keys.items() if tie[0] in names]
+    heirs = {of: of if of in names else target for target, of in reversed(ties)}
+    model.all_tied_weights_keys = {t: heirs[of] for t, of in ties if t != heirs[of]}
 
 
 def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
@@ -624,11 +632,10 @@ def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
     from transformers.models.auto import modeling_auto  # noqa: PLC0415 (stock loading needs it not)
 
     for name, auto_class in vars(modeling_auto).items():
-        if name.startswith("Auto") and isinstance(auto_class, type):
-            mapping = getattr(auto_class, "_model_mapping", None)  # AutoConfig has none
-            if mapping is not None and config_class in mapping:
-                found = mapping[config_class]
-                yield name, found if isinstance(found, tuple) else (found,)
+        mapping = getattr(auto_class, "_model_mapping", {}) if name.startswith("Auto") else {}
+        if config_class in mapping:
+            found = mapping[config_class]
+            yield name, found if isinstance(found, tuple) else (found,)
 
 
 def auto_class_name(stock: type[PreTrainedModel]) -> str | None:
@@ -636,10 +643,6 @@ def auto_class_name(stock: type[PreTrainedModel]) -> str | None:
     names = [name for name, built in _auto_classes(stock.config_class) if stock in built]
     names.sort(key=lambda name: (name != "AutoModel", name == "AutoModelForPreTraining"))
     return names[0] if names else None
-
-
-def _is_exported(stock: type) -> bool:
-    return getattr(transformers, stock.__name__, None) is stock
 
 
 def _blank(stock: type[PreTrainedModel]) -> PreTrainedModel:

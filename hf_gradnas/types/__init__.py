@@ -16,6 +16,7 @@ from .kinds import KINDS, PARENTS, Kind, KindRow, Mask
 from .plan_checks import check_indices, check_values, is_integer
 from .prunable import Prunable
 from .structure import (
+    Adaptation,
     Attribute,
     Axis,
     Pattern,
@@ -40,6 +41,7 @@ __all__ = [
     "REPAIRED",
     "REPAIR_MARK",
     "STATES",
+    "Adaptation",
     "Attribute",
     "Axis",
     "Budget",

@@ -113,6 +113,22 @@ class Attribute:
 
 
 @dataclass(frozen=True, slots=True)
+class Adaptation:
+    """How the calls of a module are brought to fewer units, where its tensors do not say it all.
+
+    Attributes:
+        module: Path of the module.
+        arguments: Names of its arguments that are made outside and have an entry for each unit, in
+            the third dimension from the last ``(…, units, queries, keys)``: biases and masks.
+        width: Width of all units, which its forward writes into shapes; 0 where it does not.
+    """
+
+    module: str
+    arguments: tuple[str, ...] = ()
+    width: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Removal:
     """How a module that lost all its units is replaced, so that the rest still runs.
 
@@ -120,8 +136,8 @@ class Removal:
         module: Path of the module to replace (the one that runs the attention).
         projection: Name of the out-projection inside `module`, or None when it stands outside.
         features: Width of the replacement's output: the out-projection's, or 0 when it is outside.
-        returns: One entry per element of the module's tuple output: ``"output"`` or None;
-            empty when the module returns a bare tensor.
+        returns: One entry per element of the module's tuple output: ``"output"``, the name of an
+            argument that is handed on, or None; empty when the module returns a bare tensor.
         cross: Whether the module is a cross-attention, which keeps no length in the cache.
         norm: Name of a norm inside `module` that takes the sum of input and output (ALBERT: the
             attention adds the residual itself).
@@ -165,6 +181,7 @@ class Axis:
         norms: Outputs of layers between producers and consumers whose result for one unit depends
             on other units or on parameters of its own (norms), in running order; a mask on the
             units covers them too.
+        adaptation: What calls need besides, once units are gone; None: nothing.
     """
 
     name: str
@@ -179,6 +196,7 @@ class Axis:
     minimum: int = 0
     tied: str = ""
     norms: tuple[Tap, ...] = ()
+    adaptation: Adaptation | None = None
 
     def __post_init__(self) -> None:
         if not self.taps:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from hf_gradnas.checkpoint import install as installing
 from hf_gradnas.checkpoint.install import install, install_when_imported
-from hf_gradnas.surgery.modeling_gradnas import is_per_layer, make_per_layer, resize
+from hf_gradnas.surgery.cut import make_per_layer
+from hf_gradnas.surgery.modeling_gradnas import is_per_layer, resize
 
 SCRIPT = SUPPORT / "loading_process.py"
 FORKED = SUPPORT / "forked.py"

@@ -23,7 +23,8 @@ from hf_gradnas.checkpoint.reference import (
 )
 from hf_gradnas.checkpoint.save import save_pruned
 from hf_gradnas.errors import CheckpointError, GradNASWarning
-from hf_gradnas.surgery.modeling_gradnas import make_per_layer, resize
+from hf_gradnas.surgery.cut import make_per_layer
+from hf_gradnas.surgery.modeling_gradnas import resize
 from hf_gradnas.types import Plan
 
 PLAN = Plan(kept={"a:heads": (0, 2)}, sizes={"a:heads": 4}, layout="stock")

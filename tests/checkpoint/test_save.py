@@ -17,7 +17,8 @@ from hf_gradnas.checkpoint import save
 from hf_gradnas.checkpoint.save import loading_snippet, save_pruned
 from hf_gradnas.checkpoint.targets import check_target
 from hf_gradnas.errors import CheckpointError
-from hf_gradnas.surgery.modeling_gradnas import make_per_layer, resize
+from hf_gradnas.surgery.cut import make_per_layer
+from hf_gradnas.surgery.modeling_gradnas import resize
 from hf_gradnas.types import Plan
 
 PLAN = Plan(kept={"a:heads": (0, 2)}, sizes={"a:heads": 4}, layout="per_layer")

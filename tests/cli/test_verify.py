@@ -16,7 +16,8 @@ from hf_gradnas.checkpoint.replay import encode
 from hf_gradnas.checkpoint.save import save_pruned
 from hf_gradnas.cli import verify as command
 from hf_gradnas.cli.app import main
-from hf_gradnas.surgery.modeling_gradnas import make_per_layer, resize
+from hf_gradnas.surgery.cut import make_per_layer
+from hf_gradnas.surgery.modeling_gradnas import resize
 from hf_gradnas.types import Plan
 
 ROUTES = ["trust_remote_code=True, without hf_gradnas", "import hf_gradnas"]

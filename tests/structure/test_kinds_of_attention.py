@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
+from hf_gradnas.costs.counting import count_costs
 from hf_gradnas.masks import masked
-from hf_gradnas.surgery.cut import cut
+from hf_gradnas.stock.space import find_stock_space
+from hf_gradnas.surgery.cut import cut, merge_records
+from hf_gradnas.surgery.modeling_gradnas import resize
 from hf_gradnas.types import Axis, Kind, Structure
 from hf_gradnas.verification import find_structure
 
@@ -30,6 +33,10 @@ def built(name: str, **values: object) -> transformers.PreTrainedModel:
     return model
 
 
+def first_of(output: object) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def heads_of(structure: Structure) -> list[Axis]:
     return [axis for axis in structure.axes if axis.kind is Kind.HEADS]
 
@@ -37,12 +44,12 @@ def heads_of(structure: Structure) -> list[Axis]:
 def check_a_cut(model: nn.Module, inputs: dict, structure: Structure, kept: dict) -> nn.Module:
     """Masked equals cut on the whole model, which the mask changes; returns the cut model."""
     with torch.no_grad():
-        whole = model(**inputs)[0]
+        whole = first_of(model(**inputs))
         with masked(model, structure.axes, kept):
-            wanted = model(**inputs)[0]
+            wanted = first_of(model(**inputs))
         smaller = copy.deepcopy(model)
         cut(smaller, structure.axes, kept)
-        result = smaller(**inputs)[0]
+        result = first_of(smaller(**inputs))
     assert (wanted - whole).abs().max() > 1e-4 * whole.abs().max()
     assert torch.allclose(result, wanted, rtol=0, atol=1e-10 * float(whole.abs().max()))
     return smaller
@@ -65,3 +72,121 @@ def test_norms_across_kv_groups_are_cut_with_them(groups: int) -> None:
     assert not structure.refusals
     kept = {heads.name: [2, 3], kv: [1]} if groups == 2 else {heads.name: [0, 3]}
     check_a_cut(model, IDS, structure, kept)
+
+
+class Heads(nn.Module):
+    """An attention of four heads over 16 features, whose forward writes its shapes in some way."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.style, self.num_heads, self.embed_dim = style, 4, 16
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        b, t, width = x.shape
+        if self.style == "width over heads":
+            shape = (b, t, 3, self.num_heads, width // self.num_heads)
+            q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, 4).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2)).flatten(0, 1) if self.style == "folded" else None
+        if weights is None:
+            context = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+        else:
+            context = ((weights + bias).softmax(-1) @ v.flatten(0, 1)).view(b, self.num_heads, t, 4)
+        merged = context.transpose(1, 2)
+        if self.style == "width of the input":
+            merged = merged.reshape(b, t, width)
+        elif self.style == "a free size":
+            merged = merged.flatten(2).view(b, -1, width)
+        else:
+            merged = merged.flatten(2)
+        return self.out(merged), bias
+
+
+class Biased(nn.Module):
+    """Layers that take a bias or a slope for each head from outside, and hand it on."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.style = style
+        self.embeddings, self.score = nn.Embedding(19, 16), nn.Linear(16, 3)
+        self.layers = nn.ModuleList([Heads(style) for _ in range(2)])
+        self.places = nn.Embedding(5, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embeddings(input_ids)
+        b, t, _ = x.shape
+        bias = x.new_zeros(1, 1, t, t)
+        if self.style == "a table outside":
+            place = torch.arange(t)
+            bias = self.places((place[:, None] - place).clamp(-2, 2) + 2).permute(2, 0, 1)[None]
+        elif self.style in ("slopes", "folded"):
+            bias = -torch.arange(1, 5).to(x)[:, None, None] * torch.arange(t).to(x)
+            bias = bias.repeat(b, 1, 1) if self.style == "folded" else bias
+        for layer in self.layers:
+            out, bias = layer(x, bias=bias)
+            x = x + out
+        return self.score(x)
+
+
+OUTSIDE = ["a table outside", "slopes", "folded"]
+WRITTEN = ["width of the input", "width over heads", "a free size"]
+
+
+@pytest.mark.parametrize("style", OUTSIDE + WRITTEN)
+def test_sizes_of_all_heads_that_come_from_outside_are_brought_to_fewer(style: str) -> None:
+    torch.manual_seed(0)
+    model = Biased(style).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    structure = find_structure(model, IDS)
+    first, second = heads_of(structure)
+    need = first.adaptation
+    assert need.module == "layers.0"
+    assert (need.arguments, bool(need.width)) == (
+        (("bias",), False) if style in OUTSIDE else ((), True)
+    )
+    kept = {first.name: [0, 3], second.name: [1, 2, 3]}
+    check_a_cut(model, IDS, structure, kept)
+    check_a_cut(model, IDS, structure, {first.name: [], second.name: [0, 2]})
+
+    once = copy.deepcopy(model)
+    old = cut(once, structure.axes, {first.name: [0, 1, 3], second.name: [1, 2, 3]})
+    fresh = Biased(style).double().eval()  # built anew, and filled from a checkpoint
+    for _ in range(2):
+        resize(fresh, old)
+    fresh.load_state_dict(once.state_dict())
+    assert torch.equal(fresh(**IDS), once(**IDS))
+    again = find_structure(once, IDS)  # cut once more
+    assert {axis.size for axis in heads_of(again)} == {3}
+    new = cut(once, again.axes, {first.name: [0, 2], second.name: [0, 1]})
+    direct = copy.deepcopy(model)
+    cut(direct, structure.axes, {first.name: [0, 3], second.name: [1, 2]})
+    merged = Biased(style).double().eval()
+    resize(merged, merge_records(old, new))
+    merged.load_state_dict(once.state_dict())
+    for result in (once(**IDS), merged(**IDS)):
+        assert torch.allclose(result, direct(**IDS), rtol=0, atol=1e-12)
+
+
+def test_a_bias_that_layers_hand_on_stays_whole_where_an_attention_goes() -> None:
+    values = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    model = built("UdopEncoderModel", **values, vocab_size=19, image_size=16, patch_size=8)
+    inputs = {**IDS, "bbox": torch.rand(2, 6, 4).double()}
+    structure = find_structure(model, inputs)
+    first, second = heads_of(structure)
+    assert first.removal.returns[1] == "position_bias"
+    check_a_cut(model, inputs, structure, {first.name: [1, 3], second.name: [0, 1, 3]})
+    check_a_cut(model, inputs, structure, {first.name: [], second.name: [0, 3]})
+    costs = count_costs(model, structure, inputs, layout="per_layer")
+    smaller = check_a_cut(model, inputs, structure, {first.name: [], second.name: [0, 3]})
+    counts = {axis.name: axis.size for axis in structure.axes} | {first.name: 0, second.name: 2}
+    assert costs["params"].of(counts) == sum(p.numel() for p in smaller.parameters())
+
+
+def test_the_stock_class_cannot_say_what_comes_from_outside() -> None:
+    model = built("BloomModel", hidden_size=16, n_layer=2, n_head=4, vocab_size=19)
+    space = find_stock_space(model, find_structure(model, IDS))
+    heads = heads_of(find_structure(model, IDS))
+    assert all("made outside of it" in space.refused[axis.name] for axis in heads)

@@ -18,10 +18,10 @@ from transformers import AutoModel, DynamicCache, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from hf_gradnas.surgery import modeling_gradnas
+from hf_gradnas.surgery.cut import make_per_layer
 from hf_gradnas.surgery.modeling_gradnas import (
     RecordError,
     RemovedAttention,
-    make_per_layer,
     per_layer_class,
     resize,
 )
