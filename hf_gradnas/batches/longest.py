@@ -126,8 +126,8 @@ def check_inputs(batch: Batch, model: PreTrainedModel, flops_length: int | None)
             f"flops_length={flops_length!r}: found no number of tokens; give 1 or more, or None "
             "for the batch's own."
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if "input_ids" in columns and flops_length and positions and flops_length > positions:
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    if "input_ids" in columns and flops_length and flops_length > positions > 0:
         raise DataError(
             f"flops_length={flops_length}: the model has {positions} positions, so that longer "
             f"sequences cannot run; give {positions} or less (--flops-length {positions})."
@@ -137,7 +137,7 @@ def check_inputs(batch: Batch, model: PreTrainedModel, flops_length: int | None)
 def _check_positions(batch: Batch, config: PreTrainedConfig) -> None:
     """Refuse sequences that the position table cannot hold, before torch fails inside it."""
     tokens, positions = batch.get("input_ids"), getattr(config, "max_position_embeddings", None)
-    if tokens is not None and positions is not None and tokens.shape[1] > positions:
+    if tokens is not None and positions and tokens.shape[1] > positions > 0:  # XLNet: -1 is none
         raise DataError(
             f"dataloader: sequences of {tokens.shape[1]} tokens, but {type(config).__name__} has "
             f"max_position_embeddings={positions}; truncate them to {positions}."
@@ -184,19 +184,29 @@ def _sample(
 ) -> dict[str, Any]:
     tokens = _token_tensors(inputs, decoder=decoder)
     ends = _last_tokens(inputs)
+    batched = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
+    ids = batched.get("input_ids")
+    count = min((len(v) for v in batched.values()), default=0) if ids is None else len(ids)
     sample: dict[str, Any] = {}
     for name, value in inputs.items():
         if name == "labels":
             continue
-        is_batched = isinstance(value, Tensor) and value.ndim > 0
-        sample[name] = value[:examples] if is_batched and name not in tokens else value
+        alone = name not in batched or name in tokens
+        sample[name] = value if alone else _first(value, examples, count)
     for name, value in tokens.items():
         wanted = length or min(max(value.shape[1], MIN_PROBE_TOKENS), PROBE_TOKENS)
-        own = ends if ends is not None and value.shape[1] == inputs["input_ids"].shape[1] else None
-        rows = _varied(value) if name.endswith("input_ids") else value
-        resized = _resize(rows[:examples], wanted, None if own is None else own[:examples])
-        sample[name] = torch.ones_like(resized) if "mask" in name else resized
+        own = ends if ids is not None and value.shape[:2] == ids.shape[:2] else None
+        rows = _first(_varied(value) if name.endswith("input_ids") else value, examples, count)
+        resized = _resize(rows, wanted, None if own is None else own[:examples])
+        is_whole = name.endswith("attention_mask")
+        sample[name] = torch.ones_like(resized) if is_whole else resized
     return sample
+
+
+def _first(value: Tensor, examples: int, count: int) -> Tensor:
+    """The rows of the first of `count` examples, which may have several; all where they do not."""
+    rows, rest = divmod(len(value), max(count, 1))
+    return value if rest else value[: rows * examples]
 
 
 def _token_tensors(inputs: Mapping[str, Any], *, decoder: bool) -> dict[str, Tensor]:

@@ -205,8 +205,10 @@ class _Finding:
         ]
 
     def _scope(self, site: Site) -> str:
-        """The nearest called module around all that a site names."""
-        path = reduce(common_path, site.paths)
+        """The nearest called module around all that a site names, or owns."""
+        layout = site.layout
+        owned = [part.module for part in (*layout.head_slices, *layout.group_slices)]
+        path = reduce(common_path, (*site.paths, *owned))
         while path and path not in self.forward.calls:
             path = path.rpartition(".")[0]
         return path

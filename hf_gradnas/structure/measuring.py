@@ -43,6 +43,9 @@ def measured(
         return None
     results = []
     for number, shape in enumerate(shapes):
+        if not _size(shape):
+            results.append(nobody(shape))
+            continue
         try:
             reached = [
                 _reached(function, shapes, number, dim, operands) for dim in range(len(shape))

@@ -190,6 +190,8 @@ class Reading:
             elif dims:
                 why = f"{run.path} returns them in the dimensions {dims} of {labels.ndim}"
                 self._tapless.append((core(labels, dims), why))
+            elif not labels.numel():
+                continue
             elif run.path in made_by and labels.shape[_features_dim(run.module, last)] > 1:
                 self._uniform.append((run.path, labels.flatten()[:1]))
         return found

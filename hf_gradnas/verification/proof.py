@@ -57,26 +57,33 @@ def _first_proved(
     """The first version of the axes that is proved, or the reason why there is none.
 
     Where everything but the removal of the whole module is proved, one unit has to stay. A module
-    on which no mask has an effect proves nothing; then the next one of its kind is tried.
+    on which no mask has an effect proves nothing; then the next one of its kind is tried, and the
+    first with drawn values.
     """
     reasons: list[str] = []
-    for place in places[:MAX_TRIES]:
-        trial = _trial_of(model, place, kernels)
-        for minimum in (0, 1):
-            for version in place.template.versions:
-                axes = tuple(replace(a, tied=place.tied, minimum=minimum) for a in version)
-                held = [move_axis(axis, HOLDER, tied=axis.tied) for axis in axes]
-                plans = trial_plans(held)
-                reason = next(filter(None, (trial.disproof(held, plan) for plan in plans)), "")
+    tried = [(place, False) for place in places[:MAX_TRIES]] + [(places[0], True)]
+    for place, is_drawn in tried:
+        trial = _trial_of(model, place, kernels, is_drawn=is_drawn)
+        staying: tuple[Axis, ...] | None = None
+        for version in place.template.versions:
+            axes = tuple(replace(axis, tied=place.tied) for axis in version)
+            held = [move_axis(axis, HOLDER, tied=axis.tied) for axis in axes]
+            *some, nothing = trial_plans(held)
+            reason = next(filter(None, (trial.disproof(held, plan) for plan in some)), "")
+            if not reason:
+                reason = trial.disproof(held, nothing)
                 if not reason:
                     return axes
-                reasons.append(reason)
+                staying = (staying or axes) if some else None
+            reasons.append(reason)
+        if staying is not None:
+            return tuple(replace(axis, minimum=1) for axis in staying)
         if not any(NO_EFFECT in reason for reason in reasons):
             break
     return next((r for r in reasons if NOT_RUNNING not in r), reasons[0])
 
 
-def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str]) -> Trial:
+def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str], *, is_drawn: bool) -> Trial:
     """One module, held by another since it may itself be replaced."""
     holder = nn.ModuleDict({HOLDER: model.get_submodule(place.scope)})
     tables = {place.tied: model.get_parameter(place.tied)} if place.tied else None
@@ -87,7 +94,8 @@ def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str]) -> Trial:
         HOLDER,
         kernels if is_attention else kernels[:1],
         tables,
-        every=False,
+        every=not is_attention,  # the weights of an attention have one entry a head
+        is_drawn=is_drawn,
     )
 
 
@@ -158,14 +166,26 @@ def prove_channels(
     if not axes:
         return (), ()
     trial = Trial(model, Call(args, kwargs, ()), tables=tables)
+    reasons = _disproved(trial, axes)
+    lacking = {name for name, reason in reasons.items() if NO_EFFECT in reason}
+    if lacking:
+        tried = [axis for axis in axes if axis.name not in reasons.keys() - lacking]
+        again = _disproved(replace(trial, is_drawn=True), tried)
+        if again.keys() <= lacking:
+            reasons = {name: why for name, why in reasons.items() if name not in lacking} | again
+    good = tuple(axis for axis in axes if axis.name not in reasons)
+    bad = [axis for axis in axes if axis.name in reasons]
+    return good, tuple(Refusal(a.module, str(a.kind), reasons[a.name]) for a in bad)
+
+
+def _disproved(trial: Trial, axes: Sequence[Axis]) -> dict[str, str]:
+    """Reason for each axis that is not proved, all of them being cut at once if they can be."""
     kept = _irregular(axes)
     reasons = _without_effect(trial, axes, kept)
     live = [axis for axis in axes if axis.name not in reasons]
     if live and trial.disproof(live, _of(live, kept)):
         reasons |= _guilty(trial, live, kept)
-    good = tuple(axis for axis in axes if axis.name not in reasons)
-    bad = [axis for axis in axes if axis.name in reasons]
-    return good, tuple(Refusal(a.module, str(a.kind), reasons[a.name]) for a in bad)
+    return reasons
 
 
 def _irregular(axes: Sequence[Axis]) -> dict[str, list[int]]:

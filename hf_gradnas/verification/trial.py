@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
 from .._compat import attention_implementation, configs_of
@@ -45,8 +47,9 @@ class Trial:
         path: Module of `model` that is called with them.
         kernels: Attention kernels.
         tables: Shared tables by name (see `surgery.cut`).
-        every: Compare all tensors that it returns; otherwise the first, since others may have one
-            entry a head.
+        every: Compare all tensors that it returns; otherwise the first.
+        is_drawn: Parameters have drawn values, so that all units have an effect: those of a module
+            may be 0 or next to nothing before training, or by the design of a gate.
     """
 
     model: nn.Module
@@ -55,8 +58,9 @@ class Trial:
     kernels: Sequence[str] = (KERNEL,)
     tables: Mapping[str, Tensor] | None = None
     every: bool = True
-    _twin: nn.Module | None = None
-    _whole: dict[tuple[str, float], list[Tensor]] = field(default_factory=dict)
+    is_drawn: bool = False
+    _twin: nn.Module | None = field(default=None, init=False)
+    _whole: dict[tuple[str, float], list[Tensor]] = field(default_factory=dict, init=False)
 
     @torch.no_grad()
     def disproof(self, axes: Sequence[Axis], kept: Mapping[str, Sequence[int]]) -> str:
@@ -94,7 +98,7 @@ class Trial:
         """Difference between masked and cut, and effect of the mask, by the largest value."""
         whole = self.whole(kernel, scale)
         reference = self.masked(axes, kept, kernel=kernel, scale=scale)
-        part = _copy(self.model)
+        part = self._copied()
         cut(part, axes, kept, tables=self.tables)
         result = self._run(part.double(), kernel, scale)
         return largest_difference(result, reference, whole), largest_difference(
@@ -123,12 +127,18 @@ class Trial:
 
     def _double(self) -> nn.Module:
         if self._twin is None:
-            self._twin = _copy(self.model).double()
+            self._twin = self._copied().double()
         return self._twin
+
+    def _copied(self) -> nn.Module:
+        part = _copy(self.model)
+        if self.is_drawn:
+            _draw(part)
+        return part
 
     def _run(self, model: nn.Module, kernel: str, scale: float) -> list[Tensor]:
         call = double_call(self.call, scale=scale)
-        with attention_implementation(model, kernel):
+        with attention_implementation(model, kernel), float64_throughout():
             output = model.get_submodule(self.path)(*call.args, **call.kwargs)
         found = list(_floating(output))
         if not found and not self.every:
@@ -143,6 +153,45 @@ def _copy(module: nn.Module) -> nn.Module:
     """
     memo = {id(config): config for config in configs_of(module)}
     return copy.deepcopy(module, memo).eval().requires_grad_(False)
+
+
+def _draw(module: nn.Module) -> None:
+    """Draw all parameters: vectors around 1, matrices so that they keep the size of values."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = max(parameter.numel() // max(len(parameter), 1), 1) if parameter.ndim else 1
+            is_vector = parameter.numel() == max(parameter.shape, default=1)
+            parameter.copy_(1 + noise / 4 if is_vector else noise * fan_in**-0.5)
+
+
+class _Doubling(TorchFunctionMode):
+    """Gives float64 to a forward that asks for fewer bits: equal results then are equal exactly."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        func = Tensor.double if func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
+        given = {name: _doubled(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_doubled, args), **given)
+
+
+def _doubled(value: Any) -> Any:
+    is_type = isinstance(value, torch.dtype) and value.is_floating_point
+    return torch.float64 if is_type else value
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Run forwards in float64 also where they cast to fewer bits, or make numbers anew."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with _Doubling():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def double_call(call: Call, *, scale: float = 1.0) -> Call:

@@ -12,6 +12,7 @@ import zoo
 from torch.utils.data import DataLoader
 
 from hf_gradnas import GradNASPruner, Scores
+from hf_gradnas.batches.longest import check_inputs
 from hf_gradnas.errors import DataError, PlanError, ScoresError, StructureError
 from hf_gradnas.scores import check_scores
 from hf_gradnas.structure.trace import trace_forward
@@ -142,6 +143,12 @@ def test_a_length_of_flops_beyond_the_positions_is_refused():
     limit = model.config.max_position_embeddings
     with pytest.raises(DataError, match=rf"^flops_length={limit + 1}: the model has {limit} pos"):
         GradNASPruner(model).discover(inputs, flops_length=limit + 1)
+
+
+def test_a_limit_of_minus_one_is_none():
+    model, inputs = zoo.build("bert")
+    model.config.max_position_embeddings = -1  # XLNet
+    check_inputs(inputs, model, 99)
 
 
 def test_what_is_no_model_or_choice_is_refused():

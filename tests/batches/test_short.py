@@ -44,3 +44,22 @@ def test_flops_are_counted_for_one_full_sequence() -> None:
     assert one["decoder_input_ids"].shape == (1, 7)
     assert one["pixel_values"].shape == (1, 3, 4, 4)
     assert flops_inputs(batch_of(4), None)["input_ids"].shape == (1, 4)
+
+
+def test_examples_of_several_rows_stay_together() -> None:
+    packed = {"pixels": torch.arange(24).view(24, 1), "grid": torch.tensor([[1, 4, 3]] * 2)}
+    assert flops_inputs(packed, None)["pixels"].flatten().tolist() == list(range(12))
+    assert probe_inputs(packed)["pixels"].shape == (24, 1)
+    one_image = {"pixels": torch.arange(16).view(16, 1), "grid": torch.tensor([[1, 4, 4]])}
+    assert flops_inputs(one_image, None)["pixels"].shape == (16, 1)
+    odd = {**packed, "pixels": torch.zeros(25, 1)}
+    assert flops_inputs(odd, None)["pixels"].shape == (25, 1)
+    codebooks = {"input_ids": torch.ones(2, 6), "decoder_input_ids": torch.ones(8, 6)}
+    assert flops_inputs(codebooks, None, decoder=True)["decoder_input_ids"].shape == (4, 6)
+
+
+def test_only_attention_masks_are_filled_with_ones() -> None:
+    places = torch.tensor([[0, 1, 1, 0]] * 5)
+    one = flops_inputs({**batch_of(4), "image_position_mask": places}, None)
+    assert one["image_position_mask"].tolist() == [[0, 1, 1, 1]]
+    assert one["attention_mask"].tolist() == [[1] * 4]
