@@ -10,7 +10,7 @@ from torch import nn
 from hf_gradnas.errors import DataError, StructureError
 from hf_gradnas.structure.discovery import discover
 from hf_gradnas.types import Kind, Slice
-from hf_gradnas.verification import find_structure
+from hf_gradnas.verification import Trial, find_structure
 
 ALL = sorted(zoo.FAMILIES)
 GROUPED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"}
@@ -209,14 +209,22 @@ def test_a_batch_that_the_model_cannot_run_is_named() -> None:
         find_structure(model, inputs)
 
 
-def test_a_model_without_provable_axes_is_refused() -> None:
+def test_layers_that_are_all_degenerate_are_proved_with_drawn_values() -> None:
     model, inputs = zoo.build("bert")
     with torch.no_grad():
         for layer in model.bert.encoder.layer:
             layer.attention.output.dense.weight.zero_()
             layer.output.dense.weight.zero_()
-    with pytest.raises(StructureError, match="none can be pruned with proof"):
-        find_structure(model, inputs)
+    assert len(find_structure(model, inputs).axes) == 6
+    assert not any(layer.output.dense.weight.any() for layer in model.bert.encoder.layer)
+
+
+def test_a_model_without_provable_axes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = zoo.build("bert")
+    for outcome, reason in (((0.5, 1.0), "differs from masked"), ((0.0, 0.0), "has no effect")):
+        monkeypatch.setattr(Trial, "compared", lambda *_, found=outcome, **__: found)
+        with pytest.raises(StructureError, match=f"none can be pruned with proof.*{reason}"):
+            find_structure(model, inputs)
 
 
 class _Experts(nn.Module):
