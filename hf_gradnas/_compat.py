@@ -26,18 +26,26 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 @contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Run the modules of `model` with the attention kernel `name`.
+def implementations(
+    model: nn.Module, *, attention: str | None = None, experts: str | None = None
+) -> Iterator[None]:
+    """Run the modules of `model` with other kernels; None: with the one that they have.
 
-    Cause: ``set_attn_implementation`` needs a whole ``PreTrainedModel`` and cannot be asked for
-    the value to go back to, config by config; modules read ``config._attn_implementation`` at every
-    forward. Remove when Transformers offers this as a context manager.
+    Cause: ``set_attn_implementation`` and ``set_experts_implementation`` need a whole
+    ``PreTrainedModel`` and cannot be asked for the value to go back to, config by config; modules
+    read it from their config at every forward. Remove when Transformers offers this as a context
+    manager.
     """
+    values = {
+        "_attn_implementation_internal": attention,
+        "_experts_implementation_internal": experts,
+    }
     with ExitStack() as stack:
         for config in configs_of(model):
-            previous = config._attn_implementation_internal
-            stack.callback(setattr, config, "_attn_implementation_internal", previous)
-            config._attn_implementation_internal = name
+            for name, value in values.items():
+                if value is not None and hasattr(config, name):
+                    stack.callback(setattr, config, name, getattr(config, name))
+                    setattr(config, name, value)
         yield
 
 

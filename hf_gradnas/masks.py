@@ -1,8 +1,9 @@
 """Masks on the units of a model: multiply the values of every unit by zeros and ones.
 
 Knows where a unit stands among the activations (`Axis.taps`), and how its kind is masked
-(`KindRow.mask`). Knows nothing of scores and plans. A mask at 1 changes no bit, and its gradient is
-``∂L/∂m_i = Σ_tokens Σ_{d in unit i} x·∂L/∂x`` over all these places.
+(`KindRow.mask`): experts are excluded before the router chooses (`routing`). Knows nothing of
+scores and plans. A mask at 1 changes no bit, and its gradient is ``∂L/∂m_i = Σ_tokens Σ_{d in unit
+i} x·∂L/∂x`` over all these places.
 
 Norms between the producers and consumers of channels add a bias to zeros, and their statistics may
 span channels. So `masked` gives them the result that the norm has once it is cut.
@@ -10,7 +11,7 @@ span channels. So `masked` gives them the result that the norm has once it is cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.hooks import RemovableHandle
 
 from .errors import PlanError, StructureError
+from .routing import MultiplyStack, chosen_in, excluded, with_weights
+from .running.hooks import When, add_hook, add_pre_hook, module_at, only_when
 from .surgery.rows import Kept, cut_part, lost_units
 from .types import KINDS, Axis, Mask, Tap, is_integer
 
@@ -31,22 +33,7 @@ def out_projection(model: nn.Module, axis: Axis) -> nn.Module:
     Raises:
         StructureError: The model has no module of that path.
     """
-    return module_at(model, axis, axis.taps[0].module)
-
-
-def module_at(model: nn.Module, axis: Axis, path: str) -> nn.Module:
-    """Return the module of a path that an axis names.
-
-    Raises:
-        StructureError: The model has no module of that path.
-    """
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise StructureError(
-            f"{axis.name}: {type(model).__name__} has no module {path!r}; use the axes "
-            "that were discovered in this very model."
-        ) from error
+    return module_at(model, axis, axis.taps[0].owner)
 
 
 def check_place(axis: Axis, tap: Tap, shape: Sequence[int]) -> None:
@@ -66,9 +53,6 @@ def check_place(axis: Axis, tap: Tap, shape: Sequence[int]) -> None:
             f"{tap.dim}, but the axis has {axis.size} units of {tap.width} that reach to {needed}; "
             "discover the structure of this model again."
         )
-
-
-When = Callable[[], bool]
 
 
 @contextmanager
@@ -92,8 +76,12 @@ def masked(
     by_name = {axis.name: axis for axis in axes}
     masks = {name: _mask_of(by_name, name, units) for name, units in kept.items()}
     masking = [by_name[name] for name in masks]
+    by_mask: dict[Mask, list[Axis]] = {"multiply": [], "exclude": []}
+    for axis in masking:
+        by_mask[KINDS[axis.kind].mask].append(axis)
     with (
-        multiplied(model, masking, masks, when=when),
+        multiplied(model, by_mask["multiply"], masks, when=when),
+        excluded(model, by_mask["exclude"], masks, when=when),
         _normed(model, masking, masks, kept, when=when),
     ):
         yield
@@ -166,20 +154,18 @@ def multiplied(
     with ExitStack() as stack:
         for axis in axes:
             for (path, side, _), taps in _by_place(axis.taps).items():
-                module = module_at(model, axis, path)
-                operation = OPERATIONS[KINDS[axis.kind].mask](axis, taps, masks[axis.name])
-                if side == "input":
-                    add_pre_hook(stack, module, _only(operation.on_input, when))
+                module = module_at(model, axis, taps[0].owner)
+                operation = _Multiply(axis, taps, masks[axis.name])
+                if side == "stack":
+                    MultiplyStack(axis, path, masks[axis.name]).attach(stack, module, when)
+                elif side == "choice":
+                    hook = only_when(operation.on_choice, when)
+                    add_pre_hook(stack, module, hook, with_kwargs=True)
+                elif side == "input":
+                    add_pre_hook(stack, module, only_when(operation.on_input, when))
                 else:
-                    add_hook(stack, module, _only(operation.on_output, when))
+                    add_hook(stack, module, only_when(operation.on_output, when))
         yield
-
-
-def _only(hook: Any, when: When | None) -> Any:
-    """A hook that acts when it is asked to; None: always."""
-    if when is None:
-        return hook
-    return lambda *args: hook(*args) if when() else None
 
 
 def _by_place(taps: Iterable[Tap]) -> dict[tuple[str, str, int], list[Tap]]:
@@ -211,32 +197,11 @@ def _normed(
             if isinstance(norm, _NormBase):  # each channel has statistics of its own
                 for axis, taps in owners:
                     entries = _Multiply(axis, taps, masks[axis.name])
-                    add_hook(stack, norm, _only(entries.on_output, when))
+                    add_hook(stack, norm, only_when(entries.on_output, when))
             else:
                 part = _CutNorm(model, path, dim, owners, kept)
-                add_hook(stack, norm, _only(part, when), with_kwargs=True)
+                add_hook(stack, norm, only_when(part, when), with_kwargs=True)
         yield
-
-
-def add_pre_hook(
-    stack: ExitStack, module: nn.Module, hook: Any, *, with_kwargs: bool = False
-) -> None:
-    """Register a forward pre-hook that goes when `stack` closes, the undo being pushed first."""
-    handles: list[RemovableHandle] = []
-    stack.callback(_remove, handles)
-    handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
-
-
-def add_hook(stack: ExitStack, module: nn.Module, hook: Any, *, with_kwargs: bool = False) -> None:
-    """Register a forward hook that goes when `stack` closes, the undo being pushed first."""
-    handles: list[RemovableHandle] = []
-    stack.callback(_remove, handles)
-    handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))
-
-
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 class _Multiply:
@@ -257,6 +222,15 @@ class _Multiply:
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self._times_mask(output)
+
+    def on_choice(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        chosen = chosen_in(self.axis, args, kwargs)
+        mask = self.mask.to(device=chosen.weights.device, dtype=chosen.weights.dtype)
+        # One entry more: Transformers gives the index `size` to experts of other processes.
+        factors = torch.cat([mask, mask.new_ones(1)])[chosen.indices.long()]
+        return with_weights(chosen, chosen.weights * factors, args, kwargs)
 
     def _times_mask(self, x: Tensor) -> Tensor:
         for tap in self.taps:
@@ -285,10 +259,6 @@ class _Multiply:
                 owners[tap.rows(range(self.axis.size))] = units
             self._owners = owners.to(device)
         return self._owners
-
-
-OPERATIONS: dict[Mask, type[_Multiply]] = {"multiply": _Multiply}
-"""How the units of a kind are masked, by `KindRow.mask`."""
 
 
 class _CutNorm:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import conv_families
 import pytest
 import torch
@@ -9,15 +11,15 @@ import zoo
 from torch import nn
 
 from hf_gradnas.errors import StructureError
-from hf_gradnas.masks import OPERATIONS, masked
-from hf_gradnas.types import KINDS, PARENTS, Axis, Kind, Slice, Tap
+from hf_gradnas.masks import masked
+from hf_gradnas.types import KINDS, PARENTS, Axis, Kind, Mask, Slice, Tap
 from hf_gradnas.verification import find_structure
 
 
 def test_every_kind_has_a_row_and_every_row_a_mask() -> None:
     assert set(KINDS) == set(Kind)
-    assert {row.mask for row in KINDS.values()} <= set(OPERATIONS)
-    assert {Kind.KV_GROUPS} == PARENTS
+    assert {row.mask for row in KINDS.values()} == set(get_args(Mask))
+    assert {Kind.KV_GROUPS, Kind.EXPERTS} == PARENTS
     for row in KINDS.values():
         assert row.singular
         assert row.plural

@@ -3,7 +3,7 @@ import torch
 import zoo
 
 
-@pytest.mark.parametrize("name", zoo.FAMILIES)
+@pytest.mark.parametrize("name", [*zoo.FAMILIES, *zoo.MIXTURES])
 def test_every_family_builds_and_has_a_finite_loss(name):
     model, inputs = zoo.build(name)
     with torch.no_grad(), zoo.float64_throughout():

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.rules import Rules, rule_for
 from ..errors import StructureError
-from ..surgery.rows import Kept, lost_units, tensor_at
+from ..running.hooks import tensor_at
+from ..surgery.rows import Kept, lost_units
 from ..types import Axis
 
 # Dimension of a weight that counts its inputs; first match wins.

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import StructureError, described
-from ..types import Axis, Plan, Refusal, StockSpace, Structure
+from ..types import KINDS, Axis, Plan, Refusal, StockSpace, Structure
 from .apply import apply_plan, calls_of, difference, outputs_of
 from .twin import build_twin, entries, fill_twin
 
@@ -213,7 +213,15 @@ def _stock_counts(axes: Sequence[Axis], space: StockSpace) -> dict[str, int]:
     for group in space.groups:
         members = [by_name[name] for name in group.axes]
         whole = {str(axis.kind): axis.size for axis in members}
-        chosen = {kind: max(1, size // 2) for kind, size in whole.items()}
+        fewest = {str(axis.kind): max(axis.minimum, 1) for axis in members}
+        chosen = {kind: max(fewest[kind], size // 2) for kind, size in whole.items()}
+        for axis in members:
+            if axis.parent is not None and KINDS[axis.kind].counts_each:
+                kind, outer = str(axis.kind), str(by_name[axis.parent].kind)
+                inside = axis.size // by_name[axis.parent].size
+                chosen[outer] = chosen.get(outer, by_name[axis.parent].size)
+                half = max(inside // 2 // axis.multiple * axis.multiple, 1)
+                chosen[kind] = chosen[outer] * half
         if group.allowed is not None:
             ways = [{str(kind): count for kind, count in way.items()} for way in group.allowed]
             less = [way for way in ways if any(way[kind] < whole[kind] for kind in way)]

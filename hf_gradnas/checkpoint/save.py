@@ -140,6 +140,7 @@ def _check_reload(
         folder,
         dtype=model.dtype,
         attn_implementation=kernels_of(model.config),
+        experts_implementation=kernels_of(model.config, "experts"),
         output_loading_info=True,
     )
     wrong = {kind: sorted(info[kind])[:4] for kind in info if info[kind]}

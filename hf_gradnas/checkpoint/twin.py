@@ -135,13 +135,18 @@ def _unfilled(like: Tensor, device: torch.device | None) -> Tensor:
     return torch.full_like(like, value, device=device)
 
 
-def kernels_of(config: PreTrainedConfig) -> Any:
-    """Attention kernels of a config and the configs in it, as ``from_pretrained`` takes them."""
+def kernels_of(config: PreTrainedConfig, of: str = "attn") -> Any:
+    """Kernels of a config and the configs in it, as ``from_pretrained`` takes them.
+
+    Args:
+        config: The config.
+        of: ``"attn"``, or ``"experts"``.
+    """
     parts = {name: vars(config).get(name) for name in config.sub_configs}
     inside = {
-        n: kernels_of(part) for n, part in parts.items() if isinstance(part, PreTrainedConfig)
+        n: kernels_of(part, of) for n, part in parts.items() if isinstance(part, PreTrainedConfig)
     }
-    own = config._attn_implementation
+    own = getattr(config, f"_{of}_implementation", None)
     return {"": own, **inside} if any(kernel != own for kernel in inside.values()) else own
 
 
@@ -181,6 +186,7 @@ def _saved_config(model: PreTrainedModel) -> PreTrainedConfig:
         if isinstance(each, PreTrainedConfig):
             each.dtype = model.dtype
     loaded._attn_implementation = cast(Any, kernels_of(model.config))
+    loaded._experts_implementation = cast(Any, kernels_of(model.config, "experts"))
     return cast(PreTrainedConfig, loaded)
 
 

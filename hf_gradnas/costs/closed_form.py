@@ -5,11 +5,11 @@ Knows shapes and measured row counts; does not run models (`costs.counting` does
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from math import prod
 
-from ..types import Axis, CostModel, Product, Shared, Slice
+from ..types import KINDS, Axis, CostModel, Product, Rate, Shared, Slice
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,10 +27,10 @@ def params_cost(
             columns of it, which adds to what its heads cost (T5).
         tied: Names of parameters that another module has too, and keeps when one of them goes.
     """
-    products = _products(axes, shapes, dict.fromkeys(shapes, 1.0))
+    products, stacks = _products(axes, shapes, dict.fromkeys(shapes, 1.0)), _stacks(axes)
     alone = {name: shape for name, shape in shapes.items() if name not in tied}
     per_unit = {
-        axis.name: float(sum(_share(s, shapes) for s in _linear(axis, shapes, products)))
+        axis.name: float(sum(_share(s, shapes) for s in _linear(axis, shapes, products, stacks)))
         for axis in axes
     }
     while_kept = {
@@ -68,7 +68,7 @@ def flops_cost(
     axes: Sequence[Axis],
     shapes: Shapes,
     *,
-    rows: Mapping[str, int],
+    rows: Mapping[str, float],
     macs_per_head: Mapping[str, float],
     total_flops: float,
 ) -> CostModel:
@@ -83,11 +83,21 @@ def flops_cost(
         total_flops: FLOPs of the whole forward.
     """
     products = _products(axes, shapes, {name: 2.0 * rows.get(name, 0) for name in shapes})
+    stacks, sizes = _stacks(axes), {axis.name: axis.size for axis in axes}
     per_unit = {
         axis.name: 2.0
-        * sum(_share(s, shapes) * rows.get(s.tensor, 0) for s in _linear(axis, shapes, products))
+        * sum(
+            _share(s, shapes) * rows.get(s.tensor, 0)
+            for s in _linear(axis, shapes, products, stacks)
+            if s.role == "makes" or not KINDS[axis.kind].is_routed
+        )
         + 2.0 * macs_per_head.get(axis.name, 0.0)
         for axis in axes
+    }
+    rates = {
+        axis.name: Rate(axis.parent, per_unit.pop(axis.name) * sizes[axis.parent])
+        for axis in axes
+        if axis.parent is not None and any(part.each for part in axis.slices)
     }
     while_kept = {
         axis.name: 2.0
@@ -95,7 +105,7 @@ def flops_cost(
         for axis in axes
         if axis.removal is not None
     }
-    return _close("flops", total_flops, axes, per_unit, while_kept, products)
+    return _close("flops", total_flops, axes, per_unit, while_kept, products, rates)
 
 
 def _products(
@@ -106,10 +116,10 @@ def _products(
     A convolution between two channels axes has ``out · in/groups · kernel`` elements: no sum over
     axes, whose units would each cost the same whatever the others keep.
     """
-    sizes = {axis.name: axis.size for axis in axes}
+    sizes, stacks = {axis.name: axis.size for axis in axes}, _stacks(axes)
     products = {}
     for tensor, cut in _rows_per_unit(axes, shapes).items():
-        if len(cut) > 1:
+        if len(cut) > 1 and tensor not in stacks:
             dims = []
             for dim, length in enumerate(shapes[tensor]):
                 weights = cut.get(dim, {})
@@ -131,9 +141,21 @@ def _rows_per_unit(axes: Sequence[Axis], shapes: Shapes) -> dict[str, dict[int, 
     return found
 
 
-def _linear(axis: Axis, shapes: Shapes, products: Mapping[str, Product]) -> Iterator[Slice]:
+def _stacks(axes: Sequence[Axis]) -> frozenset[str]:
+    """Tensors of which nested units own rows in one matrix each: all their cost is those units'."""
+    return frozenset(part.tensor for axis in axes for part in axis.slices if part.each)
+
+
+def _linear(
+    axis: Axis, shapes: Shapes, products: Mapping[str, Product], stacks: Set[str]
+) -> Iterator[Slice]:
     """Slices of parameters whose cost is linear in what the axis keeps."""
-    return (s for s in axis.slices if s.tensor in shapes and s.tensor not in products)
+    return (
+        part
+        for part in axis.slices
+        if part.tensor in shapes and part.tensor not in products
+        if part.each or part.tensor not in stacks
+    )
 
 
 def _close(
@@ -143,21 +165,25 @@ def _close(
     per_unit: dict[str, float],
     while_kept: dict[str, float],
     products: Mapping[str, Product],
+    rates: Mapping[str, Rate] | None = None,
 ) -> CostModel:
     """The closed form whose value for the whole model is `total`."""
     sizes = {axis.name: axis.size for axis in axes}
     costly = tuple(product for product in products.values() if product.factor)
     variable = sum(value * sizes[axis] for axis, value in per_unit.items())
     variable += sum(product.of(sizes) for product in costly)
+    rates = {axis: rate for axis, rate in (rates or {}).items() if rate.amount}
+    variable += sum(rate.amount * sizes[axis] / sizes[rate.of] for axis, rate in rates.items())
     while_kept = {axis: value for axis, value in while_kept.items() if value}
     constant = total - variable - sum(while_kept.values())
-    return CostModel(name, constant, per_unit, while_kept, costly)
+    return CostModel(name, constant, per_unit, while_kept, costly, rates=rates)
 
 
 def _share(s: Slice, shapes: Shapes) -> int:
     """Elements of a tensor that one unit owns."""
     shape = shapes[s.tensor]
-    return s.width * prod(shape) // shape[s.dim]
+    matrices = shape[0] if s.each else 1
+    return s.width * prod(shape) // shape[s.dim] // matrices
 
 
 def _rest(axis: Axis, axes: Sequence[Axis], shapes: Shapes) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from .._compat import attention_implementation
+from .._compat import implementations
 from ..running.wrappers import evaluating, frozen
 from ..structure.trace import Matmul, Trace, rows_of, trace_forward
 from ..types import KINDS, Axis, CostModel, Prunable, Refusal, StockSpace, Structure
@@ -50,9 +50,9 @@ def count_costs(
     axes = _with_counted_names(model, structure.axes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     total_flops, trace = count_flops(model, inputs, args=args)
-    rows: dict[str, int] = defaultdict(int)
+    rows: dict[str, float] = defaultdict(float)
     for event in trace.events:
-        if event.parameter is not None:
+        if event.parameter is not None:  # of a stack of experts, one matrix
             rows[event.parameter] += rows_of(event, model.get_parameter(event.parameter))
     flops = flops_cost(
         axes,
@@ -104,7 +104,12 @@ def count_flops(
 ) -> tuple[float, Trace]:
     """FLOPs of one forward under eager attention, and its trace."""
     counter = FlopCounterMode(display=False)
-    with evaluating(model), attention_implementation(model, "eager"), frozen(model), counter:
+    with (
+        evaluating(model),
+        implementations(model, attention="eager", experts="eager"),
+        frozen(model),
+        counter,
+    ):
         trace = trace_forward(model, inputs, args=args)
     return float(counter.get_total_flops()), trace
 

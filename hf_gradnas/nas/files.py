@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._files import write_whole
 from ..errors import CheckpointError
-from ..surgery.rows import tensor_at
+from ..running.hooks import tensor_at
 from ..types import parse_json
 from .arguments import unwrap
 from .config import GradNASConfig

@@ -42,9 +42,9 @@ from transformers import PreTrainedModel
 from ..batches.batch import Batch
 from ..errors import GradNASWarning, RepairError
 from ..masks import masked
+from ..running.hooks import tensor_at
 from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
-from ..surgery.rows import tensor_at
 from ..types import Axis, Plan
 from .changes import (
     Outputs,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import described
 from ..masks import masked
-from ..surgery.rows import Kept, Rows, kept_rows, shapes_of, tensor_at
+from ..running.hooks import tensor_at
+from ..surgery.rows import Kept, Rows, kept_rows, shapes_of
 from ..types import Axis
 from .operands import tensors_of
 from .readers import input_dim

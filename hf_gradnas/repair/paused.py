@@ -21,8 +21,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from ..masks import add_hook, add_pre_hook
-from ..surgery.rows import tensor_at
+from ..running.hooks import add_hook, add_pre_hook, tensor_at
 from .memory import Held, Memory
 from .narrow import Narrow
 from .readers import Feed, Gate, Reader, applied, columns_of, late_readers, weight_of

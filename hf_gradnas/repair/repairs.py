@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from .._files import write_whole
 from ..batches.batch import tensor_bytes
 from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, described
+from ..running.hooks import tensor_at
 from ..running.processes import Processes
 from ..running.wrappers import is_sharded, shape_of
 from ..scores.fingerprints import model_fingerprint
 from ..scores.normaliser import TOKEN_COUNTS
-from ..surgery.rows import tensor_at
 from ..types import REPAIR_MARK, Plan, Scores, metadata_of, parse_json
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..masks import add_hook, add_pre_hook
+from ..running.hooks import add_hook, add_pre_hook
 from ..surgery.rows import Kept
 from ..types import Axis
 from .operands import address_of, tensors_of

@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from ..batches.batch import Batch, run_model
 from ..batches.steps import read_steps
 from ..errors import RepairError
-from ..masks import add_pre_hook
+from ..running.hooks import add_pre_hook
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
 from ..scores.methods import with_prediction

@@ -264,7 +264,12 @@ def _finish(record: Record, state: State) -> Scores:
 
 
 LABELS = ("data", "model")
-MASK_PLACES = {"input": "out_projection_input", "output": "producer_output"}
+MASK_PLACES = {
+    "input": "out_projection_input",
+    "output": "producer_output",
+    "choice": "weights_of_chosen_experts",
+    "stack": "out_projection_input_of_experts",
+}
 
 
 def check_arguments(seed: object, file: object, progress: object) -> None:

@@ -6,7 +6,7 @@ Knows where units stand and how to sum ``x·∂L/∂x`` over them; knows nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,38 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
 
 from ..errors import StructureError
-from ..masks import add_hook, add_pre_hook, check_place, module_at
+from ..masks import check_place
+from ..routing import Chosen, Routed, chosen_in, per_expert, reading_neurons, with_weights
+from ..running.hooks import add_hook, add_pre_hook, module_at
 from ..types import Axis, Tap
+from .products import Product, multiply, product_with
 from .rows import Positions, added, wide
-
-# Replays of the operation that made an out-projection's input, from what autograd keeps of it
-# anyway. Keeping the input itself as well would cost up to a third of a pass's memory, since
-# frozen weights do not ask for it.
-Replay = Callable[[Any, Tensor], Any]
-# Writes x·∂L/∂x into its second argument, given ∂L/∂x.
-Product = Callable[[Tensor, Tensor], None]
-
-
-def _replay_gelu(node: Any, out: Tensor) -> None:
-    torch.ops.aten.gelu.out(node._saved_self, approximate=node._saved_approximate, out=out)
-
-
-def _replay_silu(node: Any, out: Tensor) -> None:
-    torch.ops.aten.silu.out(node._saved_self, out=out)
-
-
-def _replay_mul(node: Any, out: Tensor) -> None:
-    torch.mul(node._saved_self, node._saved_other, out=out)
-
-
-REPLAYS: dict[str, Replay] = {
-    "GeluBackward0": _replay_gelu,
-    "SiluBackward0": _replay_silu,
-    "MulBackward0": _replay_mul,
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +33,11 @@ class _Site:
     side: str
     dim: int
     places: tuple[tuple[Axis, Tap], ...]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is what stacked experts read: one row per token and chosen expert."""
+        return self.side == "stack"
 
     @property
     def width(self) -> int:
@@ -97,7 +78,7 @@ class GradientRecorder:
     """
 
     def __init__(self, model: nn.Module, axes: Iterable[Axis]) -> None:
-        self._axes = tuple(axes)
+        self._model, self._axes = model, tuple(axes)
         self._sites = _sites(model, self._axes)
         self._sums: dict[_Site, Tensor] = {}
         self._inputs: dict[int, Product] = {}
@@ -115,8 +96,15 @@ class GradientRecorder:
         """Hook into the model within the block."""
         with ExitStack() as stack:
             stack.callback(self._forget)
+            stacks = {s.module: partial(self._watch_stack, s) for s in self._sites if s.is_stack}
+            stack.enter_context(reading_neurons(self._model, stacks))
             for site in self._sites:
-                if site.side == "input":
+                if site.is_stack:
+                    continue
+                if site.side == "choice":
+                    hook = partial(self._watch_choice, site)
+                    add_pre_hook(stack, site.module, hook, with_kwargs=True)
+                elif site.side == "input":
                     add_pre_hook(stack, site.module, partial(self._watch, site))
                 else:
                     add_hook(stack, site.module, partial(self._watch_output, site))
@@ -182,11 +170,71 @@ class GradientRecorder:
         if not x.requires_grad:
             x = x.detach().requires_grad_()
         self._calls += 1
-        self._inputs[self._calls] = _product_with(x)
+        self._inputs[self._calls] = product_with(x)
         # A view of its own, since x may have other readers, whose gradients are not the mask's.
         own = x.view_as(x)
         own.register_hook(partial(self._add, site, self._calls))
         return (own, *args[1:])
+
+    def _watch_choice(
+        self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Forward pre-hook: have the gradient of the experts' weights reported.
+
+        A token's output is ``y = Σ_e w_e·f_e(x)``, so that ``w_e·∂L/∂w_e = ⟨w_e·f_e(x), ∂L/∂y⟩`` is
+        the gradient of a mask on what expert e adds; it is 0 where e was not chosen.
+        """
+        if not torch.is_grad_enabled():
+            return None
+        (axis, _), *_ = site.places
+        chosen = chosen_in(axis, args, kwargs)
+        tokens = chosen.weights[..., 0].numel()
+        self._check_rows(site, tokens)
+        w = chosen.weights
+        if not w.requires_grad:
+            w = w.detach().requires_grad_()
+        own = w.view_as(w)
+        own.register_hook(partial(self._add_choice, site, chosen, w.detach()))
+        return with_weights(chosen, own, args, kwargs)
+
+    def _add_choice(self, site: _Site, chosen: Chosen, weights: Tensor, gradient: Tensor) -> None:
+        """Tensor hook: add ``w·gradient`` of each chosen expert to the site's sums."""
+        (axis, _), *_ = site.places
+        values = per_expert(chosen, weights.float() * gradient.float(), axis.size)  # (tokens, E)
+        self._add_features(site, values.view(self._num_examples, -1, axis.size))
+
+    def _watch_stack(self, site: _Site, x: Tensor, routed: Routed) -> Tensor:
+        """Have the gradient of the neurons of chosen experts ``(rows, neurons)`` reported."""
+        if not torch.is_grad_enabled():
+            return x
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
+        self._check_rows(site, routed.count)
+        own = x.view_as(x)
+        own.register_hook(partial(self._add_stack, site, product_with(x), routed))
+        return own
+
+    def _add_stack(self, site: _Site, product: Product, routed: Routed, gradient: Tensor) -> None:
+        """Tensor hook: add ``x·gradient`` to the sums of each row's expert and observation."""
+        values = self._buffer(gradient)  # (rows, neurons)
+        product(gradient, values)
+        (axis, _), *_ = site.places
+        number = axis.size // values.shape[1]  # experts
+        places, count = self._observations(site, routed.count)
+        rows = places.to(values.device)[routed.tokens] * number + routed.experts
+        sums = values.new_zeros(self._num_examples * count * number, values.shape[1])
+        sums.index_add_(0, rows, values)
+        self._add_sums(site, sums.view(self._num_examples, count, axis.size))
+
+    def _observations(self, site: _Site, tokens: int) -> tuple[Tensor, int]:
+        """Which observation each token belongs to ``(tokens,)``, and how many an example has."""
+        examples = self._num_examples
+        if self._positions is not None:
+            found = self._positions.rows_of(site.module, tokens, examples)
+            self._is_folded |= found is None
+            if found is not None:
+                return found
+        return torch.arange(examples).repeat_interleave(tokens // examples), 1
 
     def _watch_output(
         self, site: _Site, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -209,7 +257,7 @@ class GradientRecorder:
         self._check(site, output)
         x = output if output.requires_grad else output.detach().requires_grad_()
         self._calls += 1
-        self._inputs[self._calls] = partial(_multiply, x.detach())
+        self._inputs[self._calls] = partial(multiply, x.detach())
         is_copied = x is not output or site in self._overwritten
         own = x.clone() if is_copied else x
         if not is_copied:
@@ -226,10 +274,13 @@ class GradientRecorder:
         for axis, tap in site.places:
             _check_examples(axis, tap, x.shape)
             check_place(axis, tap, x.shape)
-        if x.shape[0] % self._num_examples:
+        self._check_rows(site, x.shape[0])
+
+    def _check_rows(self, site: _Site, rows: int) -> None:
+        if rows % self._num_examples:
             axis = site.places[0][0]
             raise StructureError(
-                f"{axis.name}: the {site.side} of {site.path} has {x.shape[0]} rows, which is no "
+                f"{axis.name}: the {site.side} of {site.path} has {rows} rows, which is no "
                 f"multiple of the {self._num_examples} examples of the batch, so that no gradient "
                 f'belongs to one example; exclude it with rules={{"{axis.module}": None}}.'
             )
@@ -247,6 +298,14 @@ class GradientRecorder:
         if rows is None:
             features = product.view(self._num_examples, -1, gradient.shape[dim]).sum(1)
             rows = wide(features)[:, None]
+        self._add_sums(site, rows)
+
+    def _add_features(self, site: _Site, values: Tensor) -> None:
+        """Add values ``(examples, positions, units)`` to the site's sums."""
+        rows = self._row_sums(site, values, is_last=True)
+        self._add_sums(site, wide(values.sum(1))[:, None] if rows is None else rows)
+
+    def _add_sums(self, site: _Site, rows: Tensor) -> None:
         sums = rows.unflatten(-1, (-1, site.width)).sum(-1)
         earlier = self._sums.get(site)
         self._sums[site] = sums if earlier is None else added(earlier, sums)
@@ -287,7 +346,7 @@ def _sites(model: nn.Module, axes: Iterable[Axis]) -> list[_Site]:
     found: dict[tuple[nn.Module, str, int], list[tuple[Axis, Tap]]] = {}
     for axis in axes:
         for tap in axis.taps:
-            key = (module_at(model, axis, tap.module), tap.side, tap.dim)
+            key = (module_at(model, axis, tap.owner), tap.side, tap.dim)
             found.setdefault(key, []).append((axis, tap))
     return [
         _Site(key[0], places[0][1].module, *key[1:], tuple(places)) for key, places in found.items()
@@ -306,45 +365,3 @@ def _check_examples(axis: Axis, tap: Tap, shape: torch.Size) -> None:
             f"a dimension {tap.dim} after one that counts examples; discover the structure of this "
             "model again."
         )
-
-
-def _product_with(x: Tensor) -> Product:
-    """Function that multiplies a gradient by `x`, without keeping `x` where possible."""
-    node = x.grad_fn
-    if node is not None and node.name() in REPLAYS and _saves_inputs(node):
-        return partial(_replay, REPLAYS[node.name()], node, x.dtype)
-    return partial(_multiply, x.detach())
-
-
-def _multiply(values: Tensor, gradient: Tensor, out: Tensor) -> None:
-    """Write ``values·gradient`` in the precision of `out`."""
-    if out.dtype == values.dtype:
-        torch.mul(values, gradient, out=out)
-    else:
-        out.copy_(values).mul_(gradient)
-
-
-def _replay(replay: Replay, node: Any, dtype: torch.dtype, gradient: Tensor, out: Tensor) -> None:
-    """Run an operation again, in the dtype in which it ran, and multiply the gradient by it."""
-    if out.dtype == dtype:
-        replay(node, out)
-        out.mul_(gradient)
-    else:
-        values = torch.empty_like(out, dtype=dtype)
-        replay(node, values)
-        _multiply(values, gradient, out)
-
-
-def _saves_inputs(node: Any) -> bool:
-    """Whether autograd itself keeps every input of an operation.
-
-    It keeps both factors of a product if both need a gradient. Under saved-tensor hooks, such as
-    those of checkpointing, a kept tensor may be read only once, which is for autograd to do.
-    """
-    if any(function is None for function, _ in node.next_functions):
-        return False
-    try:
-        with disable_saved_tensors_hooks("asked by hf_gradnas"):
-            return True
-    except RuntimeError:
-        return False

@@ -89,6 +89,11 @@ def _norms(axis: Axis, parameters: dict[str, Tensor]) -> np.ndarray:
         if part.tensor not in parameters:
             continue  # a buffer: running statistics say nothing of a unit's weight
         tensor = whole(parameters[part.tensor]).movedim(part.dim, 0)
+        if part.each:  # (matrices, rows, …): one matrix per unit of the parent
+            tensor = whole(parameters[part.tensor]).movedim(part.dim, 1)
+            squares = tensor.flatten(2).double().square().sum(2)[:, part.rows(range(part.each))]
+            total += squares.unflatten(1, (-1, part.width)).sum(2).flatten().cpu().numpy()
+            continue
         rows = tensor.reshape(tensor.shape[0], -1)  # a bias has one dimension
         squares = rows.double().square().sum(1)[part.rows(range(axis.size))]
         total += squares.reshape(axis.size, part.width).sum(1).cpu().numpy()

@@ -71,7 +71,24 @@ class Positions:
     def rows(self) -> int:
         """Rows per example at most, as far as the columns tell."""
         lengths = [found.length or 0 for found in (self.own, self.encoder) if found is not None]
-        return -(-max(lengths) // ROW_POSITIONS)
+        return _blocks(max(lengths))
+
+    def rows_of(self, module: nn.Module, tokens: int, examples: int) -> tuple[Tensor, int] | None:
+        """Row of each token ``(tokens,)`` among those of all examples, and rows per example.
+
+        None as for `sums`.
+        """
+        sequences = self._at(module)
+        length = sequences.positions_in((tokens, 1), examples)
+        if length is None:
+            return None
+        starts = torch.tensor(sequences.starts or [0] * examples)[:, None]
+        rows = (torch.arange(length) - starts).clamp(min=0) // ROW_POSITIONS  # (examples, length)
+        return (rows + torch.arange(examples)[:, None] * _blocks(length)).flatten(), _blocks(length)
+
+    def _at(self, module: nn.Module) -> Sequences:
+        is_encoders = self.encoder is not None and module in self.encoder_modules
+        return self.encoder if is_encoders and self.encoder is not None else self.own
 
     def sums(self, module: nn.Module, values: Tensor, examples: int) -> Tensor | None:
         """Sums over blocks of positions ``(examples, rows, units)`` at a module.
@@ -84,12 +101,16 @@ class Positions:
         Returns:
             None where the positions there are no sequence of the batch.
         """
-        is_encoders = self.encoder is not None and module in self.encoder_modules
-        sequences = self.encoder if is_encoders and self.encoder is not None else self.own
+        sequences = self._at(module)
         length = sequences.positions_in(values.shape, examples)
         if length is None:
             return None
         return block_sums(values.view(examples, length, -1), sequences.starts)
+
+
+def _blocks(length: int) -> int:
+    """Rows of a sequence."""
+    return -(-length // ROW_POSITIONS)
 
 
 def block_sums(values: Tensor, starts: Sequence[int] = ()) -> Tensor:
@@ -101,7 +122,7 @@ def block_sums(values: Tensor, starts: Sequence[int] = ()) -> Tensor:
             the first block. Empty: at 0.
     """
     examples, length, units = values.shape
-    blocks = -(-length // ROW_POSITIONS)
+    blocks = _blocks(length)
     if any(starts):
         sums = values.new_zeros(examples, blocks, units)
         for row, start in enumerate(starts):

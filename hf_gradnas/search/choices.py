@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,9 +47,15 @@ def choose_counts(
     """
     limits = _limits(members, group, rules=rules, choices=choices or {})
     allowed = None if group is None or not members else group.allowed
+    sizes = {axis.name: axis.size for axis in members}
     multiples = {
         kind: max(
-            default_multiple(axis, step_ratio=step_ratios[kind])
+            math.lcm(
+                axis.multiple,
+                default_multiple(
+                    axis, step_ratio=step_ratios[kind], size=axis.size // _parents(axis, sizes)
+                ),
+            )
             for axis in members
             if axis.kind == kind
         )
@@ -80,7 +86,8 @@ def step_ratios_of(axes: Sequence[Axis], costs: Sequence[CostModel]) -> dict[Kin
         last = _last_unit_costs(cost, sizes)
         steps = dict.fromkeys(ratios, 0.0)
         for axis in stepped:
-            steps[axis.kind] += last.get(axis.name, 0.0) / axis.per_unit
+            together = _parents(axis, sizes) / axis.per_unit
+            steps[axis.kind] += last.get(axis.name, 0.0) * together
         for kind, step in steps.items():
             ratios[kind] = max(ratios[kind], step / (cost.of(sizes) or 1.0))
     return ratios
@@ -89,6 +96,8 @@ def step_ratios_of(axes: Sequence[Axis], costs: Sequence[CostModel]) -> dict[Kin
 def _last_unit_costs(cost: CostModel, sizes: Mapping[str, int]) -> dict[str, float]:
     """Slope of the cost at the whole model, per axis name."""
     slopes = dict(cost.per_unit)
+    for name, rate in cost.rates.items():
+        slopes[name] = slopes.get(name, 0.0) + rate.amount / sizes[rate.of]
     for product in cost.products:
         values = [constant + sum(w * sizes[a] for a, w in axes) for constant, axes in product.dims]
         for dim, (_, axes) in enumerate(product.dims):
@@ -98,7 +107,12 @@ def _last_unit_costs(cost: CostModel, sizes: Mapping[str, int]) -> dict[str, flo
     return slopes
 
 
-def default_multiple(axis: Axis, *, step_ratio: float) -> int:
+def _parents(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """Units of the parent axis in each of which this one is counted, or 1."""
+    return sizes[axis.parent] if axis.parent and KINDS[axis.kind].counts_each else 1
+
+
+def default_multiple(axis: Axis, *, step_ratio: float, size: int | None = None) -> int:
     """Step of an axis in units: the best multiple of its kind that costs at most one point.
 
     It must leave at least eight steps, so that an axis below 64 neurons (tests, toys) goes by
@@ -109,10 +123,12 @@ def default_multiple(axis: Axis, *, step_ratio: float) -> int:
         axis: An axis whose kind has multiples, of neurons or channels as people count them.
         step_ratio: Cost of one neuron (one channel) in every axis of the kind, of the original
             total; the largest over the budgeted costs.
+        size: Number of units that are counted together; None: all of the axis.
     """
+    size = axis.size if size is None else size
     row = KINDS[axis.kind]
     steps = [(width, width // math.gcd(width, axis.per_unit)) for width in row.multiples]
-    fitting = [(width, units) for width, units in steps if MIN_STEPS * units <= axis.size]
+    fitting = [(width, units) for width, units in steps if MIN_STEPS * units <= size]
     for width, units in fitting:
         if width * step_ratio <= STEP_RATIO:
             return units
@@ -166,7 +182,7 @@ def _limits(
             size=size,
             fixed=outside or len(binding) < len(found),
             least=min(max(least, 0 if group is None else 1), size),
-            multiple=_common_multiple(binding),
+            multiple=_common_multiple(binding, same),
             chosen=frozenset.intersection(*chosen) if chosen else None,
         )
     return limits
@@ -189,9 +205,9 @@ def _chosen(axis: Axis, choices: Choices) -> frozenset[int]:
     return counts
 
 
-def _common_multiple(rules: Iterable[Rule]) -> int | None:
+def _common_multiple(rules: Iterable[Rule], axes: Iterable[Axis]) -> int | None:
     multiples = [rule.multiple for rule in rules if rule.multiple is not None]
-    return math.lcm(*multiples) if multiples else None
+    return math.lcm(*multiples, *(axis.multiple for axis in axes)) if multiples else None
 
 
 def _counts(
@@ -211,29 +227,43 @@ def _counts(
     ]
     for kind, parent in pairs:
         if parent is not None:
-            inside, groups = _nested_counts(limits[kind], limits[parent])
+            each = multiples.get(kind, 1) if KINDS[kind].counts_each else None
+            inside, groups = _nested_counts(limits[kind], limits[parent], multiple=each)
             tables.append({parent: groups, kind: inside})
     counts = _product(tables)
     return counts if allowed is None else _only(counts, allowed, limits)
 
 
-def _nested_counts(heads: _Limits, groups: _Limits) -> tuple[np.ndarray, np.ndarray]:
+def _nested_counts(
+    heads: _Limits, groups: _Limits, *, multiple: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Every pair of kept heads and groups with the same number of heads in each kept group.
 
     Groups with explicit choices keep all their heads.
+
+    Args:
+        heads: Limits of what is nested.
+        groups: Limits of what it is nested in.
+        multiple: Default step of the number in each group; None: steps are of all of them.
     """
     per_group = heads.size // groups.size
     if groups.chosen is not None:
         kept_groups = groups.counts()
         return kept_groups * per_group, kept_groups
+    step = 1 if multiple is None else heads.multiple or multiple
     pairs = [
         (kept * each, kept)
         for kept in groups.counts().tolist()
-        for each in range(1 if kept else 0, per_group + 1 if kept else 1)
+        for each in (_steps(per_group, step) if kept else [0])
     ]
-    permitted = set(heads.counts().tolist())
+    permitted = set((heads if multiple is None else replace(heads, multiple=1)).counts().tolist())
     table = np.array([pair for pair in pairs if pair[0] in permitted])
     return table[:, 0], table[:, 1]
+
+
+def _steps(size: int, multiple: int) -> list[int]:
+    """The multiples of a step up to a size, and the size."""
+    return sorted({*range(multiple, size + 1, multiple), size})
 
 
 def _product(tables: Sequence[dict[Kind, np.ndarray]]) -> dict[Kind, np.ndarray]:

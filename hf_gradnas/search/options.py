@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..types import Axis, CostModel, Kind
+from ..types import KINDS, Axis, CostModel, Kind
 
 Counts = Mapping[Kind, np.ndarray]
 
@@ -91,7 +91,7 @@ class NestedMember:
         num_groups, num_heads = self.head_scores.shape
         ascending = np.sort(self.head_scores, axis=1)
         # Column r of each table is about keeping r heads of a group, r = 0 … heads per group.
-        thinned = np.pad(np.cumsum(ascending, axis=1), ((0, 0), (1, 0)))[:, ::-1]
+        thinned = self._bounded(np.pad(np.cumsum(ascending, axis=1), ((0, 0), (1, 0)))[:, ::-1])
         order = self._group_order(thinned)
         best_first = np.take_along_axis(thinned, order, axis=0)
         removed = self.group_scores[order]
@@ -111,10 +111,20 @@ class NestedMember:
         pruned = np.sort(self.head_scores, axis=1)[:, : num_heads - heads_each]
         # A running sum, so that ties fall here as they do in the table of losses.
         thinned = np.cumsum(pruned, axis=1)[:, -1:] if pruned.size else np.zeros((len(pruned), 1))
-        groups = sorted(self._group_order(thinned)[:num_kept, 0].tolist())
+        groups = sorted(self._group_order(self._bounded(thinned))[:num_kept, 0].tolist())
         best = np.argsort(-self.head_scores, axis=1, kind="stable")[:, :heads_each]
         heads = sorted(int(j * num_heads + h) for j in groups for h in best[j])
         return dict.fromkeys(self.groups, tuple(groups)) | dict.fromkeys(self.heads, tuple(heads))
+
+    def _bounded(self, thinned: np.ndarray) -> np.ndarray:
+        """``P_j(r)``, at most ``S_j`` where a thinner group costs less time, and one less does not.
+
+        Signs of gradients cancel in the joint score: without the bound a budget of FLOPs would
+        remove experts, which saves none, rather than keep a part of them.
+        """
+        if not KINDS[self.parent].is_routed:
+            return thinned
+        return np.minimum(thinned, self.group_scores[:, None])
 
     def _group_order(self, thinned: np.ndarray) -> np.ndarray:
         """Groups in the order in which they stay, per column of ``P_j(r)``."""
@@ -230,4 +240,7 @@ def _block_cost(axes: Sequence[Axis], counts: Counts, cost: CostModel) -> np.nda
         kept = counts[axis.kind]
         total += cost.per_unit.get(axis.name, 0.0) * kept
         total += cost.while_kept.get(axis.name, 0.0) * (kept > 0)
+        if axis.name in cost.rates and axis.parent is not None:
+            parents = counts[KINDS[axis.kind].parent or axis.kind]
+            total += cost.rates[axis.name].amount * kept / np.maximum(parents, 1)
     return total

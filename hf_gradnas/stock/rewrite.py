@@ -15,8 +15,8 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from ..errors import PlanError
-from ..types import KINDS, Axis, Plan, StockGroup, StockSpace, Structure
-from .trials import silence
+from ..types import KINDS, Axis, Kind, Plan, StockGroup, StockSpace, Structure
+from .trials import config_value, silence
 from .values import (
     AxisKey,
     real_key,
@@ -155,7 +155,7 @@ def _told(group: StockGroup) -> str:
 
 def _values(group: StockGroup, counts: Mapping[str, int]) -> dict[str, int]:
     """Config values that set the group's widths."""
-    values = {key: counts[kind] for kind, key in group.keys.items()}
+    values = {key: config_value(kind, counts) for kind, key in group.keys.items()}
     values.update({key: counts[kind] for key, kind in group.copies.items()})
     return {**values, **group.constants}
 
@@ -168,6 +168,10 @@ def _global_values(
         kind: max(1, *(counts[axis.name] for axis in axes))
         for kind, axes in _members(group, structure).items()
     }
+    for kind, axes in _members(group, structure).items():  # the largest width, in the most experts
+        outer = str(KINDS[Kind(kind)].parent)
+        if KINDS[Kind(kind)].counts_each and outer in largest:
+            largest[kind] = largest[outer] * max(1, *(_written(axis, counts) for axis in axes))
     return _values(group, largest) if _accepts(group, largest) else {}
 
 
@@ -183,12 +187,19 @@ def _overrides(
             continue
         for layer in key.layers:
             for name in (key.key, *key.copies):
-                said[layer, name].add(counts[axis.name])
+                said[layer, name].add(_written(axis, counts))
     overrides: Overrides = defaultdict(dict)
     for (layer, name), values in said.items():
         if len(values) == 1:
             overrides[layer][name] = min(values)
     return overrides
+
+
+def _written(axis: Axis, counts: Mapping[str, int]) -> int:
+    """What a config writes for an axis: its units, or those in one unit of its parent."""
+    if axis.parent is not None and KINDS[axis.kind].counts_each:
+        return counts[axis.name] // max(counts[axis.parent], 1)
+    return counts[axis.name]
 
 
 def _differing(overrides: Overrides, scope: PreTrainedConfig) -> Overrides:

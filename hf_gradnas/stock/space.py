@@ -8,14 +8,14 @@ as their slices say, and no other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PlanError
 from ..surgery.rows import Shapes, shapes_of
-from ..types import KINDS, PARENTS, Axis, Kind, StockGroup, StockSpace, Structure
+from ..types import KINDS, Axis, Kind, StockGroup, StockSpace, Structure
 from .trials import (
     Counts,
     Trial,
@@ -113,8 +113,9 @@ class _Search:
     def _concerned(self, trial: Trial) -> list[Axis]:
         """Axes left whose sizes fit the trial; groups of heads before the heads."""
         found: dict[str, Axis] = {}
+        parents = {axis.parent for axis in self.pending.values()}
         for axis in self.pending.values():
-            if trial.sizes.get(axis.kind) != axis.size or axis.kind in PARENTS:
+            if trial.sizes.get(axis.kind) != axis.size or axis.name in parents:
                 continue
             if axis.per_unit > 1:
                 continue
@@ -131,7 +132,9 @@ class _Search:
     def _measure(self, trial: Trial, concerned: list[Axis]) -> StockGroup:
         """The group that the trial's values set, with the counts that the class accepts."""
         kind = _single_kind(trial)
-        if kind is not None:
+        if kind is not None and len(trial.sizes) > 1:
+            probes = _inner_counts(trial)
+        elif kind is not None:
             probes = [{kind: count} for count in probe_counts(trial.sizes[kind])]
         else:
             probes = trial.combinations()
@@ -185,7 +188,11 @@ class _Search:
 
     def _changed(self, axis: Axis, shapes: Shapes) -> bool:
         return all(
-            s.tensor in shapes and shapes[s.tensor][s.dim] != self.base[s.tensor][s.dim]
+            s.tensor in shapes
+            and any(
+                shapes[s.tensor][dim] != self.base[s.tensor][dim]
+                for dim in ((0, s.dim) if s.each else (s.dim,))
+            )
             for s in axis.slices
         )
 
@@ -208,6 +215,12 @@ class _Search:
         """Counts that the class accepts, ascending, the present one included; None: any."""
         full = dict(trial.sizes)
         kind = _single_kind(trial)
+        if kind is not None and len(full) > 1:
+            tried = _inner_counts(trial)
+            accepted = [counts for counts in tried if self._accepts(trial, axes, counts)]
+            if len(accepted) < len(tried):
+                return (*accepted, full)
+            return None if len(trial.keys) > 1 else (*_inner_counts(trial, every=True), full)
         if kind is not None:
             return self._allowed_counts(trial, axes, kind)
         tried = trial.combinations()
@@ -232,6 +245,30 @@ class _Search:
                 return None if step == 1 else counts
         good = [c for c in probe_counts(size) if self._accepts(trial, axes, {kind: c})]
         return tuple({kind: count} for count in sorted({*good, size}))
+
+
+def _inner_counts(trial: Trial, *, every: bool = False) -> list[dict[str, int]]:
+    """Smaller counts of neurons in experts, and of the experts, as far as values set them.
+
+    Args:
+        trial: Sets one of the two numbers, or both.
+        every: All of them, in place of a few.
+    """
+
+    def fewer(size: int) -> Sequence[int]:
+        return range(1, size) if every else probe_counts(size)
+
+    inner, outer = trial.sizes
+    experts = trial.sizes[outer]
+    each = trial.sizes[inner] // experts
+    widths = [*fewer(each), each] if inner in trial.keys else [each]
+    numbers = [*fewer(experts), experts] if outer in trial.keys else [experts]
+    return [
+        {inner: number * width, outer: number}
+        for number in numbers
+        for width in widths
+        if (number, width) != (experts, each)
+    ]
 
 
 def _single_kind(trial: Trial) -> str | None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,7 +17,7 @@ from transformers.initialization import meta_device_safe_creation_ops, no_init_w
 from transformers.utils import logging
 
 from ..surgery.rows import Shapes, shapes_of
-from ..types import KINDS, PARENTS, Axis, Kind
+from ..types import KINDS, PARENTS, Axis, Kind, Slice
 from .values import candidates, dotted, real_key, stored
 
 Counts = Mapping[str, int]
@@ -41,7 +41,7 @@ class Trial:
 
     def values(self, counts: Counts) -> dict[str, int]:
         """Config values for the given counts."""
-        written = {key: counts[kind] for kind, key in self.keys.items()}
+        written = {key: config_value(kind, counts) for kind, key in self.keys.items()}
         repeated = {key: counts[kind] for key, kind in self.copies.items()}
         return {**written, **repeated, **self.constants}
 
@@ -67,6 +67,13 @@ class Trial:
         )
 
 
+def config_value(kind: str, counts: Counts) -> int:
+    """What a config writes for a count: all units, or those in one unit of the parent."""
+    row = KINDS[Kind(kind)]
+    parents = counts.get(str(row.parent)) if row.counts_each and row.parent else None
+    return counts[kind] // max(parents, 1) if parents is not None else counts[kind]
+
+
 def trials_of(path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]) -> Iterator[Trial]:
     """Trials for every kind of unit whose values one (sub-)config may hold, in the order of kinds.
 
@@ -78,9 +85,12 @@ def trials_of(path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]) -> 
     for kind, row in KINDS.items():
         if row.any_number:
             yield from _number_trials(kind, path, config, axes)
+        elif row.counts_each and row.parent is not None:
+            yield from _plain_trials(kind, path, config)
+            yield from _inner_trials(kind, row.parent, path, config, axes)
         elif row.parent is not None:
             yield from _nested_trials(kind, row.parent, path, config, axes)
-        elif kind not in PARENTS:
+        elif kind not in PARENTS or any(KINDS[k].counts_each for k in _inside(kind)):
             yield from _plain_trials(kind, path, config)
 
 
@@ -108,6 +118,34 @@ def _nested_trials(
         for trial in (*plain, *grouped):
             yield trial
             yield from _explicit_width(trial, kind, path, config, axes)
+
+
+def _inside(kind: Kind) -> list[Kind]:
+    """Kinds that may be nested in a kind."""
+    return [other for other, row in KINDS.items() if row.parent == kind]
+
+
+def _inner_trials(
+    kind: Kind, parent: Kind, path: str, config: PreTrainedConfig, axes: Mapping[str, Axis]
+) -> Iterator[Trial]:
+    """Trials for neurons in experts: with the number of both, or of one of the two."""
+    name, outer = str(kind), str(parent)
+    found = {axis.name: axis for axis in axes.values()}
+    sizes = {
+        (axis.size, found[axis.parent].size)
+        for axis in axes.values()
+        if axis.kind == kind and axis.parent in found
+    }
+    for size, parents in sorted(sizes, reverse=True):
+        whole = {name: size, outer: parents}
+        inner = [k for k, v in candidates(config, kind).items() if v == size // parents]
+        outers = [k for k, v in candidates(config, parent).items() if v == parents]
+        for key, other in product(inner, outers):
+            yield Trial(whole, {name: dotted(path, key), outer: dotted(path, other)})
+        for key in inner:
+            yield Trial(whole, {name: dotted(path, key)})
+        for key in outers:
+            yield Trial(whole, {outer: dotted(path, key)})
 
 
 def _explicit_width(
@@ -178,11 +216,21 @@ def expected_shapes(
     Slices of one tensor add up (fused projections); one that several axes list counts once (T5's
     shared position bias).
     """
-    lost = {(part, axis.size - counts[axis.kind]) for axis in axes for part in axis.slices}
+    lost = {
+        (part, (axis.size if not part.each else part.each) - _kept(axis, part, counts))
+        for axis in axes
+        for part in axis.slices
+    }
     shapes = {name: list(shape) for name, shape in base.items()}
     for part, units in lost:
         shapes[part.tensor][part.dim] -= part.width * units
     return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _kept(axis: Axis, part: Slice, counts: Counts) -> int:
+    """Units that own rows of a tensor along its dimension: in each matrix, if it is a stack."""
+    kind = str(axis.kind)
+    return config_value(kind, counts) if part.each else counts[kind]
 
 
 @contextmanager

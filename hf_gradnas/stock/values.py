@@ -95,7 +95,7 @@ def candidates(config: PreTrainedConfig, kind: Kind) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     values = stored(config)
     # Whisper has no count of KV groups of its own: there the name is an alias of the heads'.
-    nested = [other for other in KINDS if KINDS[other].parent == kind]
+    nested = [k for k, row in KINDS.items() if row.parent == kind and not row.counts_each]
     taken = {key for other in nested for key in candidates(config, other)}
     for name in row.config_names:
         key = real_key(config, name)
@@ -181,9 +181,10 @@ def _enclosing(path: str) -> Iterator[str]:
 def _named_key(config: PreTrainedConfig, axis: Axis) -> tuple[str, tuple[str, ...]] | None:
     """The value that counts the axis's units by name and number, and values that repeat it."""
     values = candidates(config, axis.kind)
-    exact = [key for key, value in values.items() if value == axis.size]
+    size = next((part.each for part in axis.slices if part.each), axis.size)
+    exact = [key for key, value in values.items() if value == size]
     # After a cut the config keeps a maximum; a default (None) may stand for any number.
-    loose = [key for key, value in values.items() if value is None or value > axis.size]
+    loose = [key for key, value in values.items() if value is None or value > size]
     words = set(axis.module.split("."))
     keys = exact or loose
     keys.sort(key=lambda key: key.partition("_")[0] not in words)  # stable: encoder_, decoder_
@@ -191,7 +192,7 @@ def _named_key(config: PreTrainedConfig, axis: Axis) -> tuple[str, tuple[str, ..
         return None
     copies: tuple[str, ...] = ()
     parent = KINDS[axis.kind].parent
-    if parent is not None and axis.parent is None:
+    if parent is not None and axis.parent is None and not KINDS[axis.kind].counts_each:
         groups = candidates(config, parent)
         copies = tuple(key for key, value in groups.items() if value == values[keys[0]])
     return keys[0], copies

@@ -10,6 +10,10 @@ HEAD_COUNTS = frozenset(
     "num_heads num_attention_heads n_heads n_head nhead num_q_heads num_query_heads".split()
 )
 KV_COUNTS = frozenset("num_key_value_heads num_kv_heads n_kv_heads kv_heads".split())
+EXPERT_COUNTS = tuple(
+    "num_experts num_local_experts n_routed_experts num_routed_experts moe_num_experts "
+    "total_experts n_experts out_features".split()
+)
 HEADS_PER_GROUP = frozenset("num_key_value_groups n_rep".split())
 WIDTHS = frozenset("all_head_size inner_dim attn_dim split_size q_dim attention_dim".split())
 """Attributes that hold heads x head size."""

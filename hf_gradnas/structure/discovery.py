@@ -15,13 +15,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
-from .._compat import attention_implementation
-from ..errors import described
+from .._compat import implementations
+from ..errors import StructureError, described
 from ..surgery.modeling_gradnas import table_of
 from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
 from .channels import read_channels
+from .experts import Routing, expert_versions, find_routings
 from .graph import Flow, Forward, trace_graph
 from .labels import NOBODY, Labels
 from .products import STACKED
@@ -110,7 +111,7 @@ def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         DataError: The model cannot run the inputs.
         StructureError: Its outputs do not depend on its parameters through autograd.
     """
-    with attention_implementation(model, "eager"):
+    with implementations(model, attention="eager"):
         with telling(model, args, kwargs):
             forward = trace_graph(model, args, kwargs)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -159,10 +160,11 @@ class _Finding:
         self.tables = _shared_tables(model, self.forward)
         self.modules = dict(model.named_modules())
         self.templates: dict[Any, Template] = {}
+        self.experts: dict[Any, tuple[tuple[Axis, ...], ...]] = {}
 
     def found(self, call: Call) -> Discovery:
         """Everything, heads and neurons before the channels that they leave."""
-        places: list[Place] = []
+        found: list[tuple[int, Place]] = []
         refusals: list[Refusal] = []
         sites = find_sites(self.reading, is_known=isinstance(self.model, PreTrainedModel))
         table = ""
@@ -180,7 +182,17 @@ class _Finding:
             removal = template.versions[0][-1].removal
             is_free = site.core is None or (removal is not None and removal.cross)
             own = self.forward.calls[scope]
-            places.append(Place(scope, template, own, "" if is_free else table))
+            found.append((site.time, Place(scope, template, own, "" if is_free else table)))
+        for routing in find_routings(self.reading):
+            try:
+                versions = self._expert_versions(routing)
+            except StructureError as error:
+                refusals.append(Refusal(routing.block, str(Kind.EXPERTS), str(error)))
+                continue
+            template = self._template_of(routing.block, versions)
+            place = Place(routing.block, template, self.forward.calls[routing.block])
+            found.append((routing.time, place))
+        places = [place for _, place in sorted(found, key=lambda item: item[0])]
         taken = [
             move_axis(axis, place.scope) for place in places for axis in place.template.versions[0]
         ]
@@ -189,6 +201,17 @@ class _Finding:
         refusals += self._stacked({part.tensor for axis in axes for part in axis.slices})
         reasons = {n: self.reading.reason_of(n) for n, _ in self.model.named_parameters()}
         return Discovery(tuple(places), channels, tuple(refusals), others, call, reasons)
+
+    def _expert_versions(self, routing: Routing) -> tuple[tuple[Axis, ...], ...]:
+        """The versions of a router's experts, measured once for each kind of block."""
+        block = self.modules[routing.block]
+        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+        router = replace(routing.router, tensor=below(routing.router.tensor, routing.block))
+        key = (type(block), shapes, router, below(routing.experts, routing.block), routing.chosen)
+        if key not in self.experts:
+            call = self.forward.calls.get(routing.experts, Call((), {}, ()))
+            self.experts[key] = expert_versions(self.model, routing, call)
+        return self.experts[key]
 
     def _stacked(self, held: set[str]) -> list[Refusal]:
         """Modules whose tensors hold the weights of several experts, which are not cut."""
@@ -256,6 +279,13 @@ class _Finding:
                 shares=shares,
                 sizes=tuple(_at(size, scope) for size in site.sizes),
             )
+        return self._template_of(scope, versions, shares=shares)
+
+    def _template_of(
+        self, scope: str, versions: tuple[tuple[Axis, ...], ...], *, shares: bool = False
+    ) -> Template:
+        """The one template of all modules of a class and shapes that have the same versions."""
+        module = self.modules[scope]
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
         key = (type(module), shapes, versions, shares)
         return self.templates.setdefault(key, Template(versions))

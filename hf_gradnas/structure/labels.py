@@ -49,6 +49,15 @@ class Meeting:
     time: int
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Labels of what an operation chooses the largest of, in order, and how many it chooses."""
+
+    labels: Tensor
+    chosen: int
+    time: int
+
+
 class Labels:
     """Labels of entries, which of them are the same, and why some cannot be cut."""
 
@@ -63,6 +72,7 @@ class Labels:
         self.made: list[Made] = []
         self.meetings: list[Meeting] = []
         self.softmaxes: list[Meeting] = []
+        self.choices: list[Choice] = []
         self.stands: dict[int, int] = {}
         """The label in which a label stands."""
         self.tables: dict[str, Tensor] = {}

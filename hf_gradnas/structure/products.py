@@ -113,7 +113,7 @@ def batched(step: Step) -> list[Tensor]:
     for place in (left, right):
         edge, labels = step.edges[place], step.operands[place]
         if step.parameter(edge) is not None and labels is not None and is_nobody(labels):
-            return _stacked(step)  # too large to be labelled entry by entry
+            return stacked(step)  # too large to be labelled entry by entry
         operands.append(None if labels is None or labels.ndim > len(shape) else labels)
     x, y = (None if z is None else z.unsqueeze(0) if z.ndim == 2 else z for z in operands)  # noqa: PLR2004
     size = x.shape[2] if x is not None else y.shape[1] if y is not None else 1
@@ -149,7 +149,7 @@ def _read_table(step: Step, x: Tensor, weight: str, y: Tensor) -> Tensor:
     return spread(made, -1, (1, x.shape[1], y.shape[2]))
 
 
-def _stacked(step: Step) -> list[Tensor]:
+def stacked(step: Step) -> list[Tensor]:
     """A product with a weight of three dimensions, whose first are experts or groups."""
     for labels in step.operands:
         if labels is not None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from .labels import Meeting, core, is_nobody, kept, nobody, strided, varying
-from .products import batched, convolution, fused_attention, lookup, product, tie_groups
+from .labels import Choice, Meeting, core, is_nobody, kept, nobody, strided, varying
+from .products import batched, convolution, fused_attention, lookup, product, stacked, tie_groups
 from .steps import MEETS_NOBODY, Shape, Step, fits, signed, unknown
 
 MEETS_OTHERS = "they meet other channels along another dimension"
@@ -211,6 +211,16 @@ def _softmax(step: Step) -> list[Tensor]:
     return [x]
 
 
+def _choose(step: Step) -> list[Tensor]:
+    """The largest entries along a dimension, or those of given indices: a router's choice."""
+    dims, x, shape = step.dims(), step.x, step.shapes[0]
+    if len(dims) != 1 or varying(x) != tuple(dims):
+        return _reduce(step) if step.kind == "Max" else unknown(step)
+    chosen = shape[dims[0]] if len(shape) == x.ndim else 1
+    step.labels.choices.append(Choice(core(x, dims), chosen, step.time))
+    return [nobody(shape) for shape in step.shapes]
+
+
 Rule = Callable[[Step], list[Tensor]]
 RULES: dict[str, Rule] = {
     **dict.fromkeys("View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias".split(), _reshape),
@@ -221,7 +231,7 @@ RULES: dict[str, Rule] = {
         "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeGroupNorm".split(), _batch_norm
     ),
     **dict.fromkeys(
-        "Mean Sum Prod Amax Amin Max Min Var Std VarMean StdMean LinalgVectorNorm Norm "
+        "Mean Sum Prod Amax Amin Min Var Std VarMean StdMean LinalgVectorNorm Norm "
         "Logsumexp".split(),
         _reduce,
     ),
@@ -243,6 +253,8 @@ RULES: dict[str, Rule] = {
         torch.channel_shuffle(step.x.contiguous(), step.saved("groups"))
     ],
     "Glu": _glu,
+    **dict.fromkeys("Topk Gather Max".split(), _choose),
+    "GroupedMm": stacked,
     "NativeLayerNorm": _layer_norm,
     "Convolution": convolution,
     **dict.fromkeys("Embedding Index IndexSelect".split(), lookup),
@@ -261,7 +273,7 @@ RULES: dict[str, Rule] = {
 MAKING = frozenset([product, convolution, lookup])
 """Rules whose results are made anew by a weight."""
 UNKNOWN = tuple(
-    "ScaledDotProduct GroupedMm Cumsum Cumprod Flip Roll Index Gather Sort Topk Scatter Take "
+    "ScaledDotProduct Cumsum Cumprod Flip Roll Index Sort Scatter Take "
     "CopySlices AsStrided Fft Im2Col Col2Im Unfold Thnn Mkldnn Cudnn Kthvalue Median".split()
 )
 """Operations that move values in ways that shapes do not tell."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ CONVS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_t
 MATMULS = CONVS | frozenset(
     "linear addmm matmul bmm baddbmm mm einsum __matmul__ __rmatmul__".split()
 )
+CASTS = frozenset("to type type_as float double half bfloat16".split())
+"""Functions whose result is still known as the parameter that they take."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.trace = Trace()
         self.running: list[str] = []
+        self._casts: list[Tensor] = []
         self.parameter_names = {
             id(p): name
             for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))
@@ -90,6 +93,9 @@ class Recorder(TorchFunctionMode):
             return out
         if name in MATMULS:
             self._record_matmul(name, out, args, kwargs)
+        elif name in CASTS and args and self._name_of(args[0]) is not None:
+            self._casts.append(out)  # held: the id of a tensor that is gone may come again
+            self.parameter_names[id(out)] = cast(str, self._name_of(args[0]))
         return out
 
     def _record_matmul(
@@ -174,13 +180,13 @@ def _macs(function: str, x: Tensor, weight: Tensor, out: Tensor) -> int:
     return channels.numel() * weight[0].numel()
 
 
-def rows_of(event: Matmul, weight: Tensor) -> int:
+def rows_of(event: Matmul, weight: Tensor) -> float:
     """Number of row vectors that a recorded product multiplied with `weight`.
 
     For a convolution its output positions, for a transposed one its input positions: whatever the
-    groups, they do not depend on the channels.
+    groups, they do not depend on the channels. For one matrix of a stack, their share in all of it.
     """
-    return event.macs // weight.numel() if weight.numel() else 0
+    return event.macs / weight.numel() if weight.numel() else 0.0
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import PlanError
+from ..running.hooks import tensor_at
 from ..types import (
     KINDS,
     Axis,
@@ -25,9 +26,11 @@ from ..types import (
     present_plan,
 )
 from . import modeling_gradnas
-from .rows import Kept, Shapes, kept_rows, new_sizes, shapes_of, tensor_at
+from .rows import Kept, Shapes, kept_rows, new_sizes, shapes_of
 
 Record = Mapping[str, Any]
+EXPERTS_KERNEL = "_experts_implementation"
+"""Config value by which a module of experts chooses its kernel."""
 
 
 def plan_cut(
@@ -54,20 +57,30 @@ def plan_cut(
     counts = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in axes}
     changed = [a for a in axes if _is_changed(a, axes, counts)]
     rows = kept_rows(shapes, changed, kept)
+    sizes = _sizes_and_removals(shapes, axes, changed, counts, rows)
     own: dict[str, list[int]] = {}
     copied: dict[str, Copied] = {}
     if layout == "per_layer":
         own, copied = _own_tables(shapes, axes, changed, kept)
+    kernels = _slower_kernels(changed, counts, {axis.name: axis for axis in axes})
+    for path, config in kernels.items():
+        sizes["modules"].setdefault(path, {}).setdefault("config", {}).update(config)
     record = {
         "format_version": modeling_gradnas.FORMAT_VERSION,
         "architecture": architecture,
-        **_sizes_and_removals(shapes, axes, changed, counts, rows),
+        **sizes,
         "own_position_bias": own,
     }
     adapted = _adaptations(changed, kept, record["removed"])
     if adapted:
         record["adapted"] = adapted
-    stay = {name: {dim: tuple(left) for dim, left in dims.items()} for name, dims in rows.items()}
+    stay: dict[str, dict[int, tuple[Any, ...]]] = {
+        name: {
+            dim: tuple(row if isinstance(row, int) else tuple(row) for row in left)
+            for dim, left in dims.items()
+        }
+        for name, dims in rows.items()
+    }
     return Cut(stay, record, copied)
 
 
@@ -90,8 +103,12 @@ def apply_cut(
         whole = tensor_at(model, part.source) if source is None else source
         index = torch.tensor(part.rows, device=whole.device)
         new_tensors[name] = whole.detach().index_select(part.dim, index).clone()
-    rows = {
-        name: {d: list(stay) for d, stay in dims.items()} for name, dims in planned.rows.items()
+    rows: dict[str, dict[int, list[Any]]] = {
+        name: {
+            dim: [row if isinstance(row, int) else list(row) for row in stay]
+            for dim, stay in dims.items()
+        }
+        for name, dims in planned.rows.items()
     }
     modeling_gradnas.resize(model, planned.record, rows=rows, new_tensors=new_tensors)
 
@@ -169,19 +186,21 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
 
 
 def _check_groups(heads: Axis, groups: Axis, kept: Kept) -> None:
+    inner, outer = KINDS[heads.kind], KINDS[groups.kind]
     per_group = heads.size // groups.size
     in_groups: dict[int, int] = dict.fromkeys(kept.get(groups.name, range(groups.size)), 0)
     for head in kept.get(heads.name, range(heads.size)):
         if head // per_group not in in_groups:
             raise PlanError(
-                f"{heads.name}: head {head} stands in KV group {head // per_group}, which the plan "
-                f"removes; keep it in {groups.name} or drop the head."
+                f"{heads.name}: {inner.singular} {head} is in {outer.singular} "
+                f"{head // per_group}, which the plan removes; keep it in {groups.name} or drop "
+                f"the {inner.singular}."
             )
         in_groups[head // per_group] += 1
     if len(set(in_groups.values())) > 1 or 0 in in_groups.values():
         raise PlanError(
-            f"{heads.name}: every KV group must keep the same number of heads, found {in_groups}; "
-            "make the plan again."
+            f"{heads.name}: every {outer.singular} must keep the same number of {inner.plural}, "
+            f"found {in_groups}; make the plan again."
         )
 
 
@@ -197,7 +216,7 @@ def _sizes_and_removals(
     axes: Sequence[Axis],
     changed: Sequence[Axis],
     counts: Mapping[str, int],
-    rows: Mapping[str, Mapping[int, Sequence[int]]],
+    rows: Mapping[str, Mapping[int, Sequence[Any]]],
 ) -> Record:
     """New sizes, attributes and removals; what stands in a removed module is left out."""
     removed = {
@@ -224,6 +243,19 @@ def _sizes_and_removals(
     ]
     left = {name: dims for name, dims in rows.items() if not gone(name.rpartition(".")[0])}
     return {"modules": new_sizes(shapes, attributes, counts, left), "removed": removed}
+
+
+def _slower_kernels(
+    changed: Sequence[Axis], counts: Mapping[str, int], axes: Mapping[str, Axis]
+) -> dict[str, dict[str, str]]:
+    """Config values of modules of experts whose width the grouped kernel cannot run."""
+    found = {}
+    for axis in changed:
+        if axis.multiple > 1 and axis.parent is not None:
+            each = counts[axis.name] // max(counts[axis.parent], 1)
+            if each % axis.multiple and each < axis.size // axes[axis.parent].size:
+                found[axis.taps[0].owner] = {EXPERTS_KERNEL: "eager"}
+    return found
 
 
 def _own_tables(

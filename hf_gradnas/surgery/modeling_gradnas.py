@@ -53,7 +53,8 @@ Record = Mapping[str, Any]
 Rows = Mapping[str, Mapping[int, list[int]]]
 Tensors = Mapping[str, torch.Tensor]
 Modules = Mapping[str, Any]  # what a path leads to: modules with attributes of any kind
-Wanted = Mapping[tuple[str, str], tuple[int, ...]]  # shape per module's path and tensor's name
+Shape = tuple[int, ...]
+Wanted = Mapping[tuple[str, str], Shape]  # shape per module's path and tensor's name
 
 # A table (buckets, heads) of one attention, whose bias others take: the attribute that says whether
 # an attention computes it itself, the embedding's name, and the argument by which it travels.
@@ -351,9 +352,9 @@ def translated(record: Record, model: nn.Module) -> Record:
 
 def _wanted_shapes(
     modules: Modules, record: Record, rows: Rows | None, new_tensors: Tensors
-) -> dict[tuple[str, str], tuple[int, ...]]:
+) -> dict[tuple[str, str], Shape]:
     """Shape wanted of each tensor, by module path and name; check paths and attributes."""
-    wanted: dict[tuple[str, str], tuple[int, ...]] = {}
+    wanted: dict[tuple[str, str], Shape] = {}
     for path, values in record["modules"].items():
         if _inside(path, record["removed"]):
             continue
@@ -388,7 +389,7 @@ def _wanted_shapes(
 
 def _check_shapes(wanted: Wanted, modules: Modules, record: Record, rows: Rows | None) -> None:
     """Check that every wanted shape can be had, and that all rows are used."""
-    shape_of: dict[int, tuple[int, ...]] = {}
+    shape_of: dict[int, Shape] = {}
     for (path, name), shape in wanted.items():
         tensor = getattr(modules[path], name)
         kept = None if rows is None else rows.get(_join(path, name), {})
@@ -408,18 +409,14 @@ def _check_shapes(wanted: Wanted, modules: Modules, record: Record, rows: Rows |
         )
 
 
-def _can_slice(
-    size: tuple[int, ...], shape: tuple[int, ...], kept: Mapping[int, list[int]] | None
-) -> bool:
+def _can_slice(size: Shape, shape: Shape, kept: Mapping[int, Any] | None) -> bool:
     """Whether a tensor of `size` gives `shape`: by its first rows (None), or by the kept ones."""
-    sides = enumerate(zip(size, shape, strict=False))
-    if kept is None:
-        return len(size) == len(shape) and all(has >= wants for _, (has, wants) in sides)
-    held = {
-        dim: len(rows) if all(0 <= r < size[dim] for r in rows) else -1
-        for dim, rows in kept.items()
-    }
-    return len(size) == len(shape) and all(held.get(d, has) == wants for d, (has, wants) in sides)
+    rows = {d: r if r and isinstance(r[0], list) else [r] for d, r in (kept or {}).items()}
+    return len(size) == len(shape) and all(
+        len(own) == wants and all(0 <= row < has for row in own)
+        for d, (has, wants) in enumerate(zip(size, shape, strict=True))
+        for own in rows.get(d, [range(has if kept is not None or has < wants else wants)])
+    )
 
 
 def _check_removals(modules: Modules, record: Record) -> None:
@@ -442,24 +439,28 @@ def _slice(model: nn.Module, modules: Modules, wanted: Wanted, rows: Rows | None
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 places[id(tensor)].append((store, name, module))
-    tensors = [(getattr(modules[key[0]], key[1]), key) for key in wanted]
-    unique = {id(tensor): (tensor, key) for tensor, key in tensors}  # each tied one once
-    for old, (path, name) in unique.values():
-        shape, kept = wanted[path, name], (rows or {}).get(_join(path, name), {})
+    unique = {id(t := getattr(modules[key[0]], key[1])): (t, key) for key in wanted}  # tied: once
+    for old, key in unique.values():
+        shape, kept = wanted[key], (rows or {}).get(_join(*key), {})
         if old.shape == shape and not kept:
             continue
-        new = old.detach()
-        for dim, size in enumerate(shape):
-            if dim in kept:
-                new = new.index_select(dim, torch.tensor(kept[dim], device=old.device).long())
-            else:
-                new = new.narrow(dim, 0, size)
-        new = new.clone(memory_format=torch.contiguous_format)
+        new: Any = _kept(old.detach(), shape, kept).clone(memory_format=torch.contiguous_format)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for store, attribute, module in places[id(old)]:
             store[attribute] = new
             _sync(module)
+
+
+def _kept(x: torch.Tensor, shape: Shape, kept: Mapping[int, Any]) -> torch.Tensor:
+    """The kept rows in each dimension, or the first ones."""
+    for dim, size in enumerate(shape):
+        index = torch.tensor(kept.get(dim, range(size)), device=x.device).long()
+        if index.ndim > 1:  # each matrix of a stack keeps rows of its own
+            x = x.take_along_dim(index[(..., *[None] * (x.ndim - 2))].movedim(1, dim), dim)
+        elif dim in kept or size < x.shape[dim]:
+            x = x.index_select(dim, index)
+    return x
 
 
 def _set_attributes(modules: Modules, record: Record) -> None:

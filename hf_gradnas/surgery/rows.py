@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..types import Attribute, Axis
 from . import modeling_gradnas
@@ -19,7 +19,8 @@ from . import modeling_gradnas
 PART = "part"
 
 Kept = Mapping[str, Sequence[int]]
-Rows = dict[str, dict[int, list[int]]]
+Rows = dict[str, dict[int, Any]]
+"""Rows that stay by tensor and dimension: indices, or a list of them per matrix of a stack."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every parameter and buffer by full name, tied ones under each of their names."""
 
@@ -33,12 +34,6 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in named}
 
 
-def tensor_at(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of that full name."""
-    path, _, leaf = name.rpartition(".")
-    return cast(Tensor, getattr(model.get_submodule(path), leaf))
-
-
 def lost_units(axis: Axis, kept: Kept) -> list[int]:
     """Units of an axis that go; an axis that `kept` does not name stays whole."""
     stay = set(kept.get(axis.name, range(axis.size)))
@@ -48,24 +43,37 @@ def lost_units(axis: Axis, kept: Kept) -> list[int]:
 def kept_rows(shapes: Shapes, axes: Iterable[Axis], kept: Kept) -> Rows:
     """Rows that stay, per tensor and dim; several axes may take rows of one dim."""
     lost: dict[str, dict[int, set[int]]] = {}
+    within: dict[str, dict[int, set[tuple[int, int]]]] = {}  # (matrix of a stack, row)
     for axis in axes:
         gone = lost_units(axis, kept)
         for s in axis.slices:
-            lost.setdefault(s.tensor, {}).setdefault(s.dim, set()).update(s.rows(gone))
-    return {
+            if s.each:
+                pairs = {(u // s.each, row) for u in gone for row in s.rows([u % s.each])}
+                within.setdefault(s.tensor, {}).setdefault(s.dim, set()).update(pairs)
+            else:
+                lost.setdefault(s.tensor, {}).setdefault(s.dim, set()).update(s.rows(gone))
+    found: Rows = {
         name: {
             dim: [row for row in range(shapes[name][dim]) if row not in rows]
             for dim, rows in dims.items()
         }
         for name, dims in lost.items()
     }
+    for name, stacks in within.items():
+        matrices = found.setdefault(name, {}).get(0, range(shapes[name][0]))
+        for dim, rows in stacks.items():
+            found[name][dim] = [
+                [row for row in range(shapes[name][dim]) if (matrix, row) not in rows]
+                for matrix in matrices
+            ]
+    return found
 
 
 def new_sizes(
     shapes: Shapes,
     attributes: Iterable[tuple[Attribute, Axis]],
     counts: Mapping[str, int],
-    rows: Mapping[str, Mapping[int, Sequence[int]]],
+    rows: Mapping[str, Mapping[int, Sequence[Any]]],
 ) -> dict[str, dict[str, Any]]:
     """Per module path the shapes of its tensors and the values of its attributes.
 
@@ -80,7 +88,8 @@ def new_sizes(
         path, _, leaf = name.rpartition(".")
         shape = list(shapes[name])
         for dim, stay in dims.items():
-            shape[dim] = len(stay)
+            is_nested = len(stay) > 0 and not isinstance(stay[0], int)
+            shape[dim] = len(stay[0]) if is_nested else len(stay)
         modules.setdefault(path, {})[leaf] = shape
     for attribute, axis in attributes:
         entry = modules.setdefault(attribute.module, {})

@@ -8,7 +8,7 @@ so that the command line can refuse a slip without it.
 from typing import TYPE_CHECKING
 
 from .._lazy import getter
-from .costs import Budget, CostModel, Product, Shared
+from .costs import Budget, CostModel, Product, Rate, Shared
 from .cuts import Copied, Cut
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
@@ -57,6 +57,7 @@ __all__ = [
     "Point",
     "Product",
     "Prunable",
+    "Rate",
     "Refusal",
     "Removal",
     "Role",

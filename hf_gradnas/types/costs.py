@@ -48,11 +48,27 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """Cost of the units of an axis that are in one unit of another: ``amount · kept / kept[of]``.
+
+    A token runs through as many experts however many there are, so that it costs what the neurons
+    in one of them cost.
+
+    Attributes:
+        of: Name of the other axis.
+        amount: Cost of one unit in every unit of the other axis.
+    """
+
+    of: str
+    amount: float
+
+
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """A cost as a closed form of how many units each axis keeps.
 
-    ``cost(kept) = constant + Σ_axes (per_unit·kept + while_kept·[kept > 0]) + Σ products - Σ
-    shared``. Exact for nested axes too, since the kept heads are counted over all kept groups. A
+    ``cost(kept) = constant + Σ_axes (per_unit·kept + while_kept·[kept > 0]) + Σ rates + Σ products
+    - Σ shared``. Exact for nested axes, since the kept heads are counted over all kept groups. A
     search may leave `shared` out: it is an upper bound then, and exact as soon as a unit goes.
 
     Attributes:
@@ -60,6 +76,7 @@ class CostModel:
         constant: What no plan can change.
         per_unit: Cost of one unit, per axis name.
         while_kept: Cost that goes only when the axis loses its last unit (q/k norms of a head).
+        rates: Cost of units that share the cost with those of another axis, per axis name.
         products: Costs of tensors that two axes cut (a convolution between two others), or one axis
             in two dimensions.
         shared: What is counted too much as long as some axes are whole.
@@ -74,6 +91,7 @@ class CostModel:
     while_kept: Mapping[str, float] = field(default_factory=dict)
     products: tuple[Product, ...] = ()
     shared: tuple[Shared, ...] = ()
+    rates: Mapping[str, Rate] = field(default_factory=dict)
     parts: Mapping[str, float] = field(default_factory=dict)
     unit: str = ""
 
@@ -84,6 +102,8 @@ class CostModel:
             total += per_unit * kept[axis]
             if kept[axis]:
                 total += self.while_kept.get(axis, 0.0)
+        for axis, rate in self.rates.items():
+            total += rate.amount * kept[axis] / max(kept[rate.of], 1)
         total += sum(product.of(kept) for product in self.products)
         return total - sum(shared.of(kept) for shared in self.shared)
 

@@ -6,7 +6,7 @@ as to the tensors of a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +32,14 @@ class Cut:
 
     Attributes:
         rows: Rows that stay, per full name of a tensor and dimension; tensors of modules that are
-            removed among them.
+            removed among them. Where each matrix along dimension 0 keeps rows of its own (stacked
+            experts), one tuple for each of those that stay.
         record: New shapes, attributes and removed modules, in the words of the loader file
             (`surgery.modeling_gradnas`); what a config keeps under ``gradnas``.
         copied: Tensors that come to be, by their full names.
     """
 
-    rows: Mapping[str, Mapping[int, tuple[int, ...]]]
+    rows: Mapping[str, Mapping[int, tuple[int, ...] | tuple[tuple[int, ...], ...]]]
     record: Mapping[str, Any]
     copied: Mapping[str, Copied] = field(default_factory=dict)
 
@@ -58,7 +59,7 @@ class Cut:
     def from_dict(cls, data: Mapping[str, Any]) -> Cut:
         """The cut that `to_dict` wrote."""
         rows = {
-            name: {int(dim): tuple(stay) for dim, stay in dims.items()}
+            name: {int(dim): _frozen(stay) for dim, stay in dims.items()}
             for name, dims in data["rows"].items()
         }
         copied = {
@@ -66,3 +67,7 @@ class Cut:
             for name, part in data["copied"].items()
         }
         return cls(rows, dict(data["record"]), copied)
+
+
+def _frozen(stay: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(row) if isinstance(row, list) else row for row in stay)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-Mask = Literal["multiply"]
-"""How a unit is masked: its values are multiplied."""
+Mask = Literal["multiply", "exclude"]
+"""How a unit is masked: its values are multiplied, or it is excluded before a router chooses."""
 
 
 class Kind(str, Enum):
@@ -22,6 +22,7 @@ class Kind(str, Enum):
     KV_GROUPS = "kv_groups"
     NEURONS = "neurons"
     CHANNELS = "channels"
+    EXPERTS = "experts"
 
     __str__ = str.__str__
 
@@ -41,8 +42,12 @@ class KindRow:
             than the units.
         parent: Kind of the axes that units of this kind may be nested in.
         attends: Whether a unit runs products between activations, of which no weight knows.
+        is_routed: Whether a unit runs for the tokens that a router sends to it: fewer units have
+            the same tokens among them, and cost as much time.
         is_few: Whether there are so few units that every count can be tried.
         mask: How a unit is masked.
+        counts_each: Whether a config counts nested units of this kind in one unit of their parent,
+            rather than all of them.
         config_names: Names of config values that may count the units, in the order of trial.
         any_number: Whether any number of a config may count them, since they have no name there.
         width_key: Config value that holds the width of a unit, which otherwise follows from others.
@@ -59,8 +64,10 @@ class KindRow:
     counts_values: bool = False
     parent: Kind | None = None
     attends: bool = False
+    is_routed: bool = False
     is_few: bool = False
     mask: Mask = "multiply"
+    counts_each: bool = False
     config_names: tuple[str, ...] = ()
     any_number: bool = False
     width_key: str = ""
@@ -112,7 +119,10 @@ KINDS: Mapping[Kind, KindRow] = {
         "neurons",
         multiples=(64, 32, 16, 8),
         holds_smallest=True,
+        parent=Kind.EXPERTS,
+        counts_each=True,
         config_names=(
+            "moe_intermediate_size",
             "intermediate_size",
             "ffn_dim",
             "encoder_ffn_dim",
@@ -131,6 +141,10 @@ KINDS: Mapping[Kind, KindRow] = {
             "encoder_intermediate_size",
             "decoder_intermediate_size",
             "shared_expert_intermediate_size",
+            "expert_ffn_hidden_size",
+            "moe_ffn_hidden_size",
+            "expert_intermediate_size",
+            "moe_intermediate_dim",
         ),
     ),
     Kind.CHANNELS: KindRow(
@@ -141,6 +155,23 @@ KINDS: Mapping[Kind, KindRow] = {
         multiples=(32, 16, 8),
         counts_values=True,
         any_number=True,
+    ),
+    Kind.EXPERTS: KindRow(
+        "expert",
+        "experts",
+        "experts",
+        minimum=1,
+        is_routed=True,
+        mask="exclude",
+        config_names=(
+            "num_local_experts",
+            "num_experts",
+            "n_routed_experts",
+            "num_routed_experts",
+            "moe_num_experts",
+            "moe_num_primary_experts",
+            "num_moe_experts",
+        ),
     ),
 }
 """Names of config values that are aliases of one value do no harm."""

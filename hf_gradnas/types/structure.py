@@ -50,6 +50,9 @@ class Slice(Pattern):
             take them in (out-projections, consuming convolutions). ``"follows"``: all else that
             goes with the unit (biases, norms, statistics, depthwise kernels, position tables).
             Slices are equal when they are the same rows.
+        each: Units in each unit of the parent axis, where the tensor holds a matrix per such unit
+            along dimension 0 (stacked experts): unit ``i`` then owns rows of matrix ``i // each``
+            only, those of ``i % each``. 0: rows of the whole tensor.
     """
 
     tensor: str
@@ -58,6 +61,7 @@ class Slice(Pattern):
     offset: int = 0
     stride: int = 1
     role: Role = field(default="follows", compare=False)
+    each: int = 0
 
     @property
     def module(self) -> str:
@@ -73,8 +77,12 @@ class Tap(Pattern):
 
     Attributes:
         module: Path of the module.
-        side: ``"input"`` (the module's first) or ``"output"``.
-        dim: 1 for channels ``(batch, channels, …)``, -1 for features ``(batch, …, features)``.
+        side: ``"input"`` (the module's first), ``"output"``, or one of a module of experts.
+            ``"choice"``: among its arguments are the indices of the units that were chosen for each
+            token, and their weights, both ``(tokens, chosen)``. ``"stack"``: `module` is the path
+            of the parameter that holds one matrix per expert, and what these read is meant.
+        dim: 1 for channels ``(batch, channels, …)``, -1 for features ``(batch, …, features)`` and
+            for a choice.
     """
 
     module: str
@@ -83,6 +91,11 @@ class Tap(Pattern):
     width: int = 1
     offset: int = 0
     stride: int = 1
+
+    @property
+    def owner(self) -> str:
+        """Path of the module that is called there."""
+        return self.module.rpartition(".")[0] if self.side == "stack" else self.module
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +184,13 @@ class Axis:
             they are what they would be without its keys and values, and the sum of their
             gradients is the group's. Never empty.
         attributes: Sizes repeated outside the tensors.
-        parent: Name of the ``kv_groups`` axis whose groups hold the heads, if there is one; every
-            kept group keeps the same number of heads, and head ``h`` stands in group
-            ``h // (size // parent size)``.
+        parent: Name of the axis in whose units these are, if there is one (heads in KV groups,
+            neurons in experts); every kept unit of it keeps the same number of them, and unit ``i``
+            is in unit ``i // (size // parent size)``.
         removal: What is done when nothing is kept (None: zero-width projections suffice).
         minimum: Fewest units that can stay, as far as it is proved (0: it can go altogether).
+        multiple: What the number of kept units in each unit of the parent is a multiple of, where a
+            kernel needs it; with others the module runs its slower kernel.
         tied: Axes with the same non-empty key must keep the same units in a stock checkpoint
             (T5: all layers share one position bias table).
         norms: Outputs of layers between producers and consumers whose result for one unit depends
@@ -194,6 +209,7 @@ class Axis:
     parent: str | None = None
     removal: Removal | None = None
     minimum: int = 0
+    multiple: int = 1
     tied: str = ""
     norms: tuple[Tap, ...] = ()
     adaptation: Adaptation | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import described
 from ..structure.discovery import Discovery, Place, move_axis
 from ..structure.trace import Call
-from ..types import Axis, Kind, Refusal
+from ..types import KINDS, Axis, Kind, Refusal
 from .trial import EFFECT, NO_EFFECT, NOT_RUNNING, Trial, largest_difference, not_running
 
 MAX_TRIES = 3
@@ -68,13 +68,14 @@ def _first_proved(
         for version in place.template.versions:
             axes = tuple(replace(axis, tied=place.tied) for axis in version)
             held = [move_axis(axis, HOLDER, tied=axis.tied) for axis in axes]
-            *some, nothing = trial_plans(held)
-            reason = next(filter(None, (trial.disproof(held, plan) for plan in some)), "")
-            if not reason:
+            plans = list(trial_plans(held))
+            nothing = None if held[-1].minimum else plans.pop()
+            reason = next(filter(None, (trial.disproof(held, plan) for plan in plans)), "")
+            if not reason and nothing is not None:
                 reason = trial.disproof(held, nothing)
-                if not reason:
-                    return axes
-                staying = (staying or axes) if some else None
+                staying = (staying or axes) if plans else None
+            if not reason:
+                return axes
             reasons.append(reason)
         if staying is not None:
             return tuple(replace(axis, minimum=1) for axis in staying)
@@ -94,9 +95,15 @@ def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str], *, is_draw
         HOLDER,
         kernels if is_attention else kernels[:1],
         tables,
-        every=not is_attention,  # the weights of an attention have one entry a head
+        every=not _returns_units(place),
         is_drawn=is_drawn,
     )
+
+
+def _returns_units(place: Place) -> bool:
+    """Whether what a module returns may have one entry per unit: attention weights, logits."""
+    axes = place.template.versions[0]
+    return any(KINDS[axis.kind].attends or KINDS[axis.kind].is_routed for axis in axes)
 
 
 def trial_plans(axes: Sequence[Axis]) -> Iterator[dict[str, list[int]]]:
@@ -114,7 +121,7 @@ def trial_plans(axes: Sequence[Axis]) -> Iterator[dict[str, list[int]]]:
 def _subsets(axis: Axis) -> Iterator[list[int]]:
     if axis.kind is Kind.HEADS and axis.size > 1:
         yield [unit for unit in range(axis.size) if unit != 1]
-    half = _drawn(axis.size, axis.size // 2, seed=axis.size)
+    half = _drawn(axis.size, max(axis.size // 2, axis.minimum), seed=axis.size)
     if half:
         yield half
 
@@ -126,12 +133,14 @@ def _drawn(size: int, count: int, *, seed: int) -> list[int]:
 
 def _grouped_plans(groups: Axis, heads: Axis) -> Iterator[dict[str, list[int]]]:
     per_group = heads.size // groups.size
-    fewer_groups = list(range(1, groups.size))
-    irregular = [  # one head less in each group, at another place each time
+    fewer_groups = list(range(1 if groups.minimum < groups.size else 0, groups.size))
+    # One head less in each group, at another place each time; half of many neurons.
+    lost = 1 if KINDS[heads.kind].is_few else per_group - per_group // 2
+    irregular = [
         g * per_group + h
         for g in range(groups.size)
         for h in range(per_group)
-        if h != g % per_group
+        if (h - g) % per_group >= lost
     ]
     for kept_groups, kept_heads in (
         (fewer_groups, list(range(heads.size))),
@@ -139,7 +148,7 @@ def _grouped_plans(groups: Axis, heads: Axis) -> Iterator[dict[str, list[int]]]:
         (fewer_groups, irregular),
     ):
         inside = [h for h in kept_heads if h // per_group in kept_groups]
-        if inside:
+        if inside and len(inside) < heads.size:
             yield {groups.name: kept_groups, heads.name: inside}
 
 

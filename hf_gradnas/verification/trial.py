@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
-from .._compat import attention_implementation, configs_of
+from .._compat import configs_of, implementations
 from ..errors import described
 from ..masks import masked
 from ..structure.trace import Call, map_tensors
@@ -138,7 +138,8 @@ class Trial:
 
     def _run(self, model: nn.Module, kernel: str, scale: float) -> list[Tensor]:
         call = double_call(self.call, scale=scale)
-        with attention_implementation(model, kernel), float64_throughout():
+        kernels = implementations(model, attention=kernel, experts=KERNEL)
+        with kernels, float64_throughout():
             output = model.get_submodule(self.path)(*call.args, **call.kwargs)
         found = list(_floating(output))
         if not found and not self.every:

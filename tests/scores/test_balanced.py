@@ -14,7 +14,8 @@ from torch import nn
 
 from hf_gradnas.batches.batch import Batch
 from hf_gradnas.errors import DataError
-from hf_gradnas.masks import add_pre_hook, out_projection
+from hf_gradnas.masks import out_projection
+from hf_gradnas.running.hooks import add_pre_hook
 from hf_gradnas.scores import collect_scores, measure, methods
 from hf_gradnas.scores.rows import (
     Positions,

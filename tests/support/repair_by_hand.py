@@ -7,8 +7,8 @@ import torch
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.repair import Repair, Site
 from hf_gradnas.repair.repairs import plan_digest
+from hf_gradnas.running.hooks import tensor_at
 from hf_gradnas.scores import model_fingerprint
-from hf_gradnas.surgery.rows import tensor_at
 
 
 def repair_by_hand(pruner: GradNASPruner, plan: Plan, *, seed: int = 0) -> Repair:

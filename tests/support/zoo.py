@@ -332,6 +332,45 @@ CONV_FAMILIES: dict[str, Family] = {
 }
 
 
+MIXTURE = {**GROUPED, "num_hidden_layers": 2, "num_experts_per_tok": 2, "head_dim": 16}
+SHARED = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+}
+
+# Families with mixtures of experts: 6 experts of 24 neurons, of which 2 run for a token.
+MIXTURES: dict[str, Family] = {
+    "mixtral": Family(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        "causal",
+        {**MIXTURE, "intermediate_size": 24, "num_local_experts": 6, "sliding_window": None},
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        "causal",
+        {
+            **MIXTURE,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 32,
+            "num_experts": 6,
+            "norm_topk_prob": False,
+        },
+    ),
+    "gpt_oss": Family(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        "causal",
+        {**MIXTURE, "intermediate_size": 24, "num_local_experts": 6},
+        kernels=("eager",),
+    ),
+    "dots1": Family("Dots1Config", "Dots1ForCausalLM", "causal", {**MIXTURE, **SHARED}),
+}
+
+
 @dataclass(frozen=True)
 class Built:
     """A model that `build` made, and the parameters that its class freezes."""
@@ -354,15 +393,17 @@ def build(
     """Make the family's tiny model, in eval mode, and one labelled batch for ``model(**inputs)``.
 
     Args:
-        name: Key of `FAMILIES` or `CONV_FAMILIES`.
+        name: Key of `FAMILIES`, `CONV_FAMILIES` or `MIXTURES`.
         dtype: Type of the parameters and of floating-point inputs.
         seed: Decides parameters and batch.
         attn: Attention kernel: ``"eager"`` or ``"sdpa"``.
         **overrides: Replace arguments of the config.
     """
-    family = FAMILIES.get(name) or CONV_FAMILIES[name]
+    family = {**FAMILIES, **CONV_FAMILIES, **MIXTURES}[name]
     config = getattr(transformers, family.config)(**{**family.kwargs, **overrides})
     config._attn_implementation = attn
+    if name in MIXTURES:
+        config._experts_implementation = "eager" if dtype is torch.float64 else "grouped_mm"
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

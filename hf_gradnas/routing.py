@@ -1,0 +1,343 @@
+"""What a router chooses for each token, and how experts are excluded from the choice.
+
+Knows how routers and experts of Transformers speak to each other: the experts are given, for each
+token, the indices of those that were chosen and their weights. Knows nothing of scores and plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ._compat import implementations
+from .errors import StructureError
+from .running.hooks import When, add_hook, add_pre_hook, module_at, only_when, tensor_at
+from .types import Axis
+
+PRODUCTS = frozenset("linear matmul mm addmm __matmul__ __rmatmul__".split())
+SUMS = frozenset("add __add__ __radd__ sub __sub__".split())
+EXCLUDED = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The experts that were chosen for each token.
+
+    Attributes:
+        indices: ``(tokens, chosen)``, whole numbers.
+        weights: ``(tokens, chosen)``, what the experts' outputs are multiplied by.
+        place: Position or name of the weights among the arguments.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    place: int | str
+
+
+def find_chosen(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Chosen | None:
+    """Find the choice among the arguments of a module: indices beside weights of their shape."""
+    tensors = _tensors(args, kwargs)
+    for indices in tensors.values():
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            continue
+        for place, weights in tensors.items():
+            if weights.is_floating_point() and weights.shape == indices.shape:
+                return Chosen(indices, weights, place)
+    return None
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int | str, Tensor]:
+    """Tensors among the arguments of a call, by position or name."""
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {place: value for place, value in given if isinstance(value, Tensor)}
+
+
+def chosen_in(axis: Axis, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Chosen:
+    """Find the choice among the arguments of the module that runs the experts of an axis.
+
+    Raises:
+        StructureError: There is none.
+    """
+    found = find_chosen(args, kwargs)
+    if found is not None:
+        return found
+    shapes = {place: tuple(x.shape) for place, x in _tensors(args, kwargs).items()}
+    raise StructureError(
+        f"{axis.name}: {axis.taps[0].module} is called with {shapes}, needed are the indices of "
+        "the chosen experts and their weights, in one shape; exclude it with "
+        f'rules={{"{axis.module}": None}}.'
+    )
+
+
+def with_weights(
+    chosen: Chosen, weights: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with other weights in their place."""
+    if isinstance(chosen.place, str):
+        return args, {**kwargs, chosen.place: weights}
+    return (*args[: chosen.place], weights, *args[chosen.place + 1 :]), dict(kwargs)
+
+
+def per_expert(chosen: Chosen, values: Tensor, size: int) -> Tensor:
+    """Values ``(tokens, chosen)`` by expert: ``(tokens, size)``, 0 where one was not chosen."""
+    flat = chosen.indices.reshape(-1, chosen.indices.shape[-1])
+    rows = values.reshape(flat.shape)
+    # One entry more: Transformers gives the index `size` to experts of other processes.
+    found = rows.new_zeros(len(flat), size + 1)
+    return found.scatter_add_(1, flat.long().clamp(max=size), rows)[:, :size]
+
+
+def follows_interface(module: nn.Module) -> bool:
+    """Whether a module's experts run through Transformers' `ExpertsInterface`.
+
+    Its decorator says of each how its stacks are laid out.
+    """
+    return {"has_gate", "has_bias", "is_transposed", "is_concatenated"} <= vars(module).keys()
+
+
+class Excluding(TorchFunctionMode):
+    """While a block runs, gives excluded experts no chance to be chosen.
+
+    The logits of the router are −∞ at them, and so are sums with a correction that has one entry
+    per expert: the tokens go where they would go if those experts were not there.
+
+    Args:
+        weight: The router's weight; products with it, or with a view or copy of it, are logits.
+        logits: Place of each expert among the logits ``(experts,)``.
+        corrections: Vectors ``(experts,)`` beside it.
+        keep: ``(experts,)``, false where an expert is excluded.
+    """
+
+    def __init__(
+        self, weight: Tensor, logits: Sequence[int], corrections: Sequence[Tensor], keep: Tensor
+    ) -> None:
+        super().__init__()
+        self._keep, self._logits = keep, torch.tensor(logits)
+        self._weights = [weight]  # held: the id of a tensor that is gone may come again
+        self._corrections = list(corrections)
+        self._size = weight.numel()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not isinstance(out, Tensor):
+            return out
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
+        name = getattr(func, "__name__", "")
+        if any(x is held for x in given for held in self._weights):
+            if name in PRODUCTS:
+                kept = torch.ones(out.shape[-1], dtype=torch.bool)
+                kept[self._logits] = self._keep
+                return self._without(out, kept)
+            if out.numel() == self._size and len(given) == 1:
+                self._weights.append(out)
+        elif any(x is held for x in given for held in self._corrections):
+            if name in SUMS:
+                return self._without(out, self._keep)
+            if out.numel() == self._keep.numel() and len(given) == 1:
+                self._corrections.append(out)
+        return out
+
+    def _without(self, out: Tensor, kept: Tensor) -> Tensor:
+        if out.shape[-1:] != kept.shape:
+            return out
+        return out.masked_fill(~kept.to(out.device), EXCLUDED)
+
+
+@contextmanager
+def excluded(
+    model: nn.Module,
+    axes: Iterable[Axis],
+    masks: Mapping[str, Tensor],
+    *,
+    when: When | None = None,
+) -> Iterator[None]:
+    """Keep units out of the choice of their router within the block, wherever their mask is 0.
+
+    Args:
+        model: The model.
+        axes: Axes whose units are chosen by a router.
+        masks: ``(size,)`` per axis name.
+        when: As in `masked`.
+
+    Raises:
+        StructureError: An axis does not fit the model.
+    """
+    with ExitStack() as stack:
+        for axis in axes:
+            if bool(masks[axis.name].all()):
+                continue
+            _Exclude(model, axis, masks[axis.name]).attach(stack, when)
+        yield
+
+
+class _Exclude:
+    """Hooks of the block that holds a router, which watch the router while the block runs."""
+
+    def __init__(self, model: nn.Module, axis: Axis, mask: Tensor) -> None:
+        self.model, self.axis, self.keep = model, axis, mask.bool()
+        self.block = module_at(model, axis, axis.module)
+        self._running: list[Excluding] = []
+
+    def attach(self, stack: ExitStack, when: When | None) -> None:
+        """Hook into the block until `stack` closes."""
+        add_pre_hook(stack, self.block, only_when(self._begin, when))
+        add_hook(stack, self.block, self._end, always_call=True)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        (router,) = self.axis.makers
+        others = [
+            tensor_at(self.model, part.tensor)
+            for part in self.axis.slices
+            if part.role == "follows" and part.tensor not in self._stacks()
+        ]
+        weight, logits = tensor_at(self.model, router.tensor), router.rows(range(self.axis.size))
+        mode = Excluding(weight, logits, others, self.keep)
+        mode.__enter__()
+        self._running.append(mode)
+
+    def _stacks(self) -> set[str]:
+        """Tensors with more than one entry per expert."""
+        held = {part.tensor: tensor_at(self.model, part.tensor) for part in self.axis.slices}
+        return {name for name, tensor in held.items() if tensor.numel() > self.axis.size}
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._running:
+            self._running.pop().__exit__(None, None, None)
+
+
+class MultiplyStack:
+    """Hooks of a module of stacked experts that multiply what these read by a mask.
+
+    ``W_e·(m_e∘h) = (W_e∘m_e)·h``: the module runs with the reading stack multiplied by the mask,
+    whatever kernel it runs, and has its own back afterwards.
+    """
+
+    def __init__(self, axis: Axis, parameter: str, mask: Tensor) -> None:
+        self.name, self.mask = parameter.rpartition(".")[2], mask
+        (self.reader,) = (part for part in axis.readers if part.tensor == parameter)
+        self._own: list[Tensor | None] = []
+
+    def attach(self, stack: ExitStack, module: nn.Module, when: When | None) -> None:
+        """Hook into the module until `stack` closes."""
+        add_pre_hook(stack, module, only_when(self._begin, when))
+        add_hook(stack, module, self._end, always_call=True)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        own = module.get_parameter(self.name)
+        shape = [own.shape[0], 1, 1]
+        shape[self.reader.dim] = self.reader.each
+        self._own.append(module._parameters[self.name])
+        factors = self.mask.to(device=own.device, dtype=own.dtype).view(shape)
+        module._parameters[self.name] = own * factors  # type: ignore[assignment]
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._own:
+            module._parameters[self.name] = self._own.pop()  # type: ignore[assignment]
+
+
+# --- experts that run one after another, so that what their neurons hold can be seen --------------
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Where the rows of a module of experts come from.
+
+    Attributes:
+        tokens: Number of the token ``(rows,)``.
+        experts: Number of the expert ``(rows,)``.
+        count: How many tokens there are.
+    """
+
+    tokens: Tensor
+    experts: Tensor
+    count: int
+
+
+Read = Callable[[Tensor, Routed], Tensor]
+"""Gets neurons ``(rows, neurons)``, and returns those that the experts' last product reads."""
+KERNEL = "hf_gradnas"
+
+
+@contextmanager
+def reading_neurons(model: nn.Module, reads: Mapping[nn.Module, Read]) -> Iterator[None]:
+    """Let modules of stacked experts show their neurons, within the block.
+
+    All experts of the model run in our own kernel, which is the one of Transformers for grouped
+    products with a loop in their place; its sums differ by rounding.
+
+    Args:
+        model: The model.
+        reads: Per module what is done with its neurons.
+    """
+    if not reads:
+        yield
+        return
+
+    def run(
+        module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        return run_experts(module, hidden_states, top_k_index, top_k_weights, reads.get(module))
+
+    with ExitStack() as stack:
+        stack.callback(ALL_EXPERTS_FUNCTIONS.pop, KERNEL)
+        ALL_EXPERTS_FUNCTIONS[KERNEL] = run
+        stack.enter_context(implementations(model, experts=KERNEL))
+        yield
+
+
+def run_experts(
+    module: Any, x: Tensor, indices: Tensor, weights: Tensor, read: Read | None
+) -> Tensor:
+    """What stacked experts put out for tokens, one expert after another.
+
+    Args:
+        module: The experts, of Transformers' `ExpertsInterface`.
+        x: ``(tokens, features)``.
+        indices: ``(tokens, chosen)``; those from the number of experts on are left out.
+        weights: ``(tokens, chosen)``.
+        read: What is done with the neurons; None: nothing.
+
+    Returns:
+        ``(tokens, features)``.
+    """
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, name), module.down_proj
+    order = indices.reshape(-1).argsort(stable=True)  # (tokens · chosen,), by expert
+    experts = indices.reshape(-1)[order]
+    inside = int((experts < len(up)).sum())
+    order, experts = order[:inside], experts[:inside]
+    tokens = order // indices.shape[-1]  # (rows,)
+    counts = torch.bincount(experts, minlength=len(up)).tolist()
+    rows = _products(module, x[tokens], up, counts)  # (rows, neurons), twice with gates
+    if module.has_bias:
+        rows = rows + getattr(module, f"{name}_bias")[experts]
+    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    if read is not None:
+        rows = read(rows, Routed(tokens, experts, len(x)))
+    rows = _products(module, rows, down, counts)  # (rows, features)
+    if module.has_bias:
+        rows = rows + module.down_proj_bias[experts]
+    if getattr(module, "has_post_expert_norm", False):
+        rows = module.post_expert_norm(rows)
+    rows = rows * weights.reshape(-1)[order, None]
+    return torch.zeros_like(x).index_add(0, tokens, rows.to(x.dtype))
+
+
+def _products(module: Any, x: Tensor, stack: Tensor, counts: Sequence[int]) -> Tensor:
+    """Rows of each expert, of which there are so many, times its matrix."""
+    matrices = stack if module.is_transposed else stack.transpose(1, 2)  # (experts, in, out)
+    parts = x.split(list(counts))
+    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])

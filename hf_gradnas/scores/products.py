@@ -1,0 +1,82 @@
+"""``x·∂L/∂x`` without keeping ``x``, where autograd keeps what it was made from.
+
+Knows autograd functions; knows nothing of units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
+
+# Replays of the operation that made an out-projection's input, from what autograd keeps of it
+# anyway. Keeping the input itself as well would cost up to a third of a pass's memory, since
+# frozen weights do not ask for it.
+Replay = Callable[[Any, Tensor], Any]
+# Writes x·∂L/∂x into its second argument, given ∂L/∂x.
+Product = Callable[[Tensor, Tensor], None]
+
+
+def _replay_gelu(node: Any, out: Tensor) -> None:
+    torch.ops.aten.gelu.out(node._saved_self, approximate=node._saved_approximate, out=out)
+
+
+def _replay_silu(node: Any, out: Tensor) -> None:
+    torch.ops.aten.silu.out(node._saved_self, out=out)
+
+
+def _replay_mul(node: Any, out: Tensor) -> None:
+    torch.mul(node._saved_self, node._saved_other, out=out)
+
+
+REPLAYS: dict[str, Replay] = {
+    "GeluBackward0": _replay_gelu,
+    "SiluBackward0": _replay_silu,
+    "MulBackward0": _replay_mul,
+}
+
+
+def product_with(x: Tensor) -> Product:
+    """Function that multiplies a gradient by `x`, without keeping `x` where possible."""
+    node = x.grad_fn
+    if node is not None and node.name() in REPLAYS and _saves_inputs(node):
+        return partial(_replay, REPLAYS[node.name()], node, x.dtype)
+    return partial(multiply, x.detach())
+
+
+def multiply(values: Tensor, gradient: Tensor, out: Tensor) -> None:
+    """Write ``values·gradient`` in the precision of `out`."""
+    if out.dtype == values.dtype:
+        torch.mul(values, gradient, out=out)
+    else:
+        out.copy_(values).mul_(gradient)
+
+
+def _replay(replay: Replay, node: Any, dtype: torch.dtype, gradient: Tensor, out: Tensor) -> None:
+    """Run an operation again, in the dtype in which it ran, and multiply the gradient by it."""
+    if out.dtype == dtype:
+        replay(node, out)
+        out.mul_(gradient)
+    else:
+        values = torch.empty_like(out, dtype=dtype)
+        replay(node, values)
+        multiply(values, gradient, out)
+
+
+def _saves_inputs(node: Any) -> bool:
+    """Whether autograd itself keeps every input of an operation.
+
+    It keeps both factors of a product if both need a gradient. Under saved-tensor hooks, such as
+    those of checkpointing, a kept tensor may be read only once, which is for autograd to do.
+    """
+    if any(function is None for function, _ in node.next_functions):
+        return False
+    try:
+        with disable_saved_tensors_hooks("asked by hf_gradnas"):
+            return True
+    except RuntimeError:
+        return False

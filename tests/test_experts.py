@@ -1,0 +1,311 @@
+"""The equations of experts and of the neurons in them, in float64 where the equation is exact."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+import zoo
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_gradnas import GradNASPruner
+from hf_gradnas._compat import implementations
+from hf_gradnas.errors import PlanError
+from hf_gradnas.masks import mask_leaves, masked
+from hf_gradnas.routing import run_experts
+from hf_gradnas.running.wrappers import frozen
+from hf_gradnas.scores.gradients import GradientRecorder
+from hf_gradnas.surgery.cut import cut
+from hf_gradnas.types import Kind, Plan, Structure
+from hf_gradnas.verification import find_structure
+
+ALL = sorted(zoo.MIXTURES)
+EXPERTS, NEURONS = 6, 24
+
+
+@pytest.fixture(params=ALL)
+def found(request):
+    model, inputs = zoo.build(request.param)
+    return model, inputs, find_structure(model, inputs)
+
+
+def experts_of(structure: Structure) -> list:
+    return [axis for axis in structure.axes if axis.kind is Kind.EXPERTS]
+
+
+def inside(structure: Structure, experts) -> object:
+    return next(axis for axis in structure.axes if axis.parent == experts.name)
+
+
+def irregular(structure: Structure) -> dict[str, list[int]]:
+    """Other experts in every layer, and in each of them other neurons."""
+    kept = {}
+    for layer, axis in enumerate(experts_of(structure)):
+        stay = [0, 2, 3, 5] if layer % 2 else [1, 2, 4]
+        neurons = inside(structure, axis)
+        each = neurons.size // axis.size
+        kept[axis.name] = stay
+        kept[neurons.name] = [
+            e * each + n for e in stay for n in range(each) if (n + e) % 3 or layer % 2
+        ]
+        if layer % 2:
+            kept[neurons.name] = [u for u in kept[neurons.name] if (u % each + u // each) % 4]
+    return kept
+
+
+def logits(model, inputs):
+    with torch.no_grad(), zoo.float64_throughout():
+        return model(**inputs).logits
+
+
+def test_every_layer_has_experts_and_neurons_in_them(found):
+    _, _, structure = found
+    experts = experts_of(structure)
+    assert [axis.size for axis in experts] == [EXPERTS, EXPERTS]
+    assert [axis.minimum for axis in experts] == [2, 2]
+    assert [inside(structure, axis).size for axis in experts] == [EXPERTS * NEURONS] * 2
+    for axis in experts:
+        assert axis.name == f"{axis.module}:experts"
+        assert inside(structure, axis).name == f"{axis.module}:neurons"
+
+
+def test_masked_is_cut(found):
+    model, inputs, structure = found
+    kept = irregular(structure)
+    with masked(model, structure.axes, kept):
+        expected = logits(model, inputs)
+    assert (expected - logits(model, inputs)).abs().max() > 1e-3
+    cut(model, structure.axes, kept)
+    assert (logits(model, inputs) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def test_a_mask_of_ones_changes_no_bit(found):
+    model, inputs, structure = found
+    whole = logits(model, inputs)
+    everything = {axis.name: range(axis.size) for axis in structure.axes}
+    with masked(model, structure.axes, everything):
+        assert torch.equal(logits(model, inputs), whole)
+    with mask_leaves(model, structure.axes):
+        assert torch.equal(logits(model, inputs), whole)
+
+
+def test_an_excluded_expert_is_chosen_by_no_token(found):
+    model, inputs, structure = found
+    axis = experts_of(structure)[0]
+    chosen = []
+    module = model.get_submodule(axis.taps[0].module)
+    hook = module.register_forward_pre_hook(lambda m, args: chosen.append(args[1].unique()))
+    try:
+        logits(model, inputs)
+        with masked(model, structure.axes, {axis.name: [1, 2, 4]}):
+            logits(model, inputs)
+    finally:
+        hook.remove()
+    assert {0, 3, 5} & set(chosen[0].tolist())
+    assert set(chosen[1].tolist()) == {1, 2, 4}
+
+
+def recorded(model, inputs, axes):
+    recorder = GradientRecorder(model, axes)
+    with frozen(model), recorder.attached(), zoo.float64_throughout():
+        recorder.start(zoo.BATCH)
+        model(**inputs).loss.backward()
+        return recorder.gradients()
+
+
+def test_gradients_are_those_of_masks_and_finite_differences(found):
+    model, inputs, structure = found
+    axes = [a for a in structure.axes if a.kind is Kind.EXPERTS or a.parent]
+    axes = [a for a in axes if a.kind is not Kind.HEADS]
+    gradients = recorded(model, inputs, axes)
+    with mask_leaves(model, axes) as leaves, zoo.float64_throughout():
+        loss = model(**inputs).loss
+        expected = torch.autograd.grad(loss, list(leaves.values()))
+        for (name, leaf), gradient in zip(leaves.items(), expected, strict=True):
+            error = (gradients[name].sum(0) - gradient).abs().max()
+            assert error <= 1e-6 * gradient.abs().max(), name
+            unit = int(gradient.abs().argmax())
+            values = []
+            with torch.no_grad():
+                for step in (1e-5, -1e-5):
+                    leaf[unit] += step
+                    values.append(float(model(**inputs).loss))
+                    leaf[unit] -= step
+            assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient[unit]), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "dots1"])
+def test_the_gradient_of_an_expert_is_the_sum_of_its_neurons(name):
+    model, inputs = zoo.build(name)
+    structure = find_structure(model, inputs)
+    gradients = recorded(model, inputs, structure.axes)
+    for axis in experts_of(structure):
+        neurons = gradients[inside(structure, axis).name].unflatten(1, (EXPERTS, NEURONS)).sum(2)
+        torch.testing.assert_close(gradients[axis.name], neurons, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_our_experts_put_out_what_those_of_transformers_do(name):
+    model, inputs = zoo.build(name)
+    calls = []
+    path = next(p for p, m in model.named_modules() if p.endswith("mlp.experts"))
+    module = model.get_submodule(path)
+    hook = module.register_forward_hook(lambda m, args, out: calls.append((args, out)))
+    try:
+        logits(model, inputs)
+    finally:
+        hook.remove()
+    (args, expected), *_ = calls
+    with torch.no_grad():
+        ours = run_experts(module, *args, None)
+        beyond = args[1].clone()
+        beyond[0] = EXPERTS  # what belongs to another process
+        partial = run_experts(module, args[0], beyond, args[2], None)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    assert not partial[0].any()
+    torch.testing.assert_close(partial[1:], expected[1:], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_costs_are_those_of_the_cut_model(name):
+    model, inputs = zoo.build(name)
+    pruner = GradNASPruner(model, layout="per_layer")
+    structure = pruner.discover(inputs)
+    kept = {a.name: tuple(range(a.size)) for a in structure.axes} | irregular(structure)
+    plan = Plan(kept, {a.name: a.size for a in structure.axes}, "per_layer")
+    counts = plan.counts()
+    claimed = {name: cost.of(counts) for name, cost in pruner.prunable.costs.items()}
+    cut(model, structure.axes, plan.kept)
+    assert claimed["params"] == sum(p.numel() for p in model.parameters())
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), implementations(model, attention="eager", experts="eager"), counter:
+        model(**pruner.prunable.sample)
+    assert claimed["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fewer_experts_cost_parameters_and_no_time(name):
+    model, inputs = zoo.build(name, dtype=torch.float32)
+    pruner = GradNASPruner(model)
+    structure = pruner.discover(inputs)
+    whole = {axis.name: axis.size for axis in structure.axes}
+    axis = experts_of(structure)[0]
+    fewer = {**whole, axis.name: 3, inside(structure, axis).name: 3 * NEURONS}
+    params, flops = (pruner.prunable.costs[name] for name in ("params", "flops"))
+    assert params.of(fewer) < params.of(whole)
+    router = 2 * 3 * 64 * pruner.prunable.sample["input_ids"].numel()
+    assert flops.of(whole) - flops.of(fewer) == pytest.approx(router)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("layout", ["stock", "per_layer"])
+def test_a_plan_by_score_is_saved_and_loads(name, layout, tmp_path):
+    model, inputs = zoo.build(name, dtype=torch.float32)
+    whole = sum(p.numel() for p in model.parameters())
+    pruner = GradNASPruner(model, layout=layout)
+    pruner.discover(inputs)
+    pruner.score([inputs])
+    plan = pruner.plan({"params": 0.75 * whole})
+    experts = experts_of(pruner.structure)
+    assert any(
+        len(plan.kept[found.name]) < found.size
+        for axis in experts
+        for found in (axis, inside(pruner.structure, axis))
+    )
+    for axis in experts:
+        each = len(plan.kept[inside(pruner.structure, axis).name]) // len(plan.kept[axis.name])
+        assert each == NEURONS or each % 8 == 0
+    pruner.apply(plan)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    pruner.save_pretrained(tmp_path / "pruned", report=False)
+    loaded = type(model).from_pretrained(tmp_path / "pruned", attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert ("gradnas" in config) is (layout == "per_layer")
+
+
+def test_widths_that_the_grouped_kernel_cannot_run_take_the_slow_one(tmp_path):
+    model, inputs = zoo.build("mixtral", dtype=torch.float32)
+    pruner = GradNASPruner(model, layout="per_layer")
+    structure = pruner.discover(inputs)
+    kept = {a.name: tuple(range(a.size)) for a in structure.axes}
+    neurons = inside(structure, experts_of(structure)[0])
+    kept[neurons.name] = tuple(u for u in range(neurons.size) if u % NEURONS < 7)
+    plan = Plan(kept, {a.name: a.size for a in structure.axes}, "per_layer")
+    with pruner.masked(plan), torch.no_grad():
+        expected = model(**inputs).logits
+    pruner.apply(plan)
+    pruner.save_pretrained(tmp_path / "pruned", report=False)
+    loaded = type(model).from_pretrained(tmp_path / "pruned", attn_implementation="eager")
+    for found in (model, loaded):
+        kernels = [
+            m.config._experts_implementation for m in found.modules() if hasattr(m, "down_proj")
+        ]
+        assert kernels == ["eager", "grouped_mm"]
+        with torch.no_grad():
+            torch.testing.assert_close(found(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_experts_than_a_token_chooses_are_refused(found):
+    model, _, structure = found
+    axis = experts_of(structure)[0]
+    before = copy.deepcopy(model.state_dict())
+    kept = {axis.name: [1], inside(structure, axis).name: list(range(NEURONS, 2 * NEURONS))}
+    with pytest.raises(PlanError, match=r"1 of its 6 experts are kept, but at least 2 must stay"):
+        cut(model, structure.axes, kept)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_neurons_in_unequal_numbers_are_refused(found):
+    model, _, structure = found
+    neurons = inside(structure, experts_of(structure)[0])
+    with pytest.raises(PlanError, match="every expert must keep the same number of neurons"):
+        cut(model, structure.axes, {neurons.name: list(range(1, neurons.size))})
+
+
+def test_a_masked_model_is_as_before_when_its_forward_fails(found):
+    model, inputs, structure = found
+    whole = logits(model, inputs)
+    stack = {n: p for n, p in model.named_parameters() if p.ndim > 2}
+    with (
+        masked(model, structure.axes, irregular(structure)),
+        pytest.raises((IndexError, RuntimeError)),
+    ):
+        model(input_ids=torch.full((1, 4), zoo.VOCAB + 9))
+    broken = model.get_submodule(experts_of(structure)[0].taps[0].module)
+    hook = broken.act_fn.register_forward_hook(_fail) if hasattr(broken, "act_fn") else None
+    if hook is not None:
+        with masked(model, structure.axes, irregular(structure)), pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        hook.remove()
+    assert all(model.get_parameter(n) is p for n, p in stack.items())
+    assert torch.equal(logits(model, inputs), whole)
+
+
+def _fail(*args):
+    raise ZeroDivisionError
+
+
+def test_experts_that_are_not_told_who_was_chosen_are_refused_by_name():
+    config = transformers.Llama4TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        intermediate_size_mlp=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=4,
+        interleave_moe_layer_step=1,
+    )
+    model = transformers.Llama4ForCausalLM(config).eval()
+    structure = find_structure(model, {"input_ids": torch.randint(0, 64, (2, 6))})
+    reasons = {r.module: r.reason for r in structure.refusals if r.kind == "experts"}
+    assert set(reasons) == {f"model.layers.{i}.feed_forward" for i in range(2)}
+    assert all("are not told by indices" in reason for reason in reasons.values())
