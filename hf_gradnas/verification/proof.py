@@ -175,26 +175,14 @@ def prove_channels(
     if not axes:
         return (), ()
     trial = Trial(model, Call(args, kwargs, ()), tables=tables)
-    reasons = _disproved(trial, axes)
-    lacking = {name for name, reason in reasons.items() if NO_EFFECT in reason}
-    if lacking:
-        tried = [axis for axis in axes if axis.name not in reasons.keys() - lacking]
-        again = _disproved(replace(trial, is_drawn=True), tried)
-        if again.keys() <= lacking:
-            reasons = {name: why for name, why in reasons.items() if name not in lacking} | again
-    good = tuple(axis for axis in axes if axis.name not in reasons)
-    bad = [axis for axis in axes if axis.name in reasons]
-    return good, tuple(Refusal(a.module, str(a.kind), reasons[a.name]) for a in bad)
-
-
-def _disproved(trial: Trial, axes: Sequence[Axis]) -> dict[str, str]:
-    """Reason for each axis that is not proved, all of them being cut at once if they can be."""
     kept = _irregular(axes)
     reasons = _without_effect(trial, axes, kept)
     live = [axis for axis in axes if axis.name not in reasons]
     if live and trial.disproof(live, _of(live, kept)):
         reasons |= _guilty(trial, live, kept)
-    return reasons
+    good = tuple(axis for axis in axes if axis.name not in reasons)
+    bad = [axis for axis in axes if axis.name in reasons]
+    return good, tuple(Refusal(a.module, str(a.kind), reasons[a.name]) for a in bad)
 
 
 def _irregular(axes: Sequence[Axis]) -> dict[str, list[int]]:
