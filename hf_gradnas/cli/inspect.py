@@ -54,11 +54,21 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
     def unit_cost(self, axis: Axis, cost: str) -> float:
-        """What the whole model saves if one unit of `axis` goes, and nothing else."""
+        """What the whole model saves if one unit of `axis` goes, and nothing else.
+
+        What is nested in it is not counted, but for the width that it keeps in the units that stay.
+        """
         sizes = {other.name: other.size for other in self.prunable.structure.axes}
         # A stack's first head also makes tables of every layer's own: the cost of the cut, not its.
         model = replace(self.prunable.costs[cost], shared=())
-        return model.of(sizes) - model.of({**sizes, axis.name: axis.size - 1})
+        inside = {
+            name: rate.amount / sizes[rate.of] * sizes[name]
+            for name, rate in model.rates.items()
+            if rate.of == axis.name
+        }
+        fewer = {**sizes, axis.name: axis.size - 1}
+        gained = sum(value * axis.size / max(axis.size - 1, 1) - value for value in inside.values())
+        return model.of(sizes) - model.of(fewer) + gained
 
     def is_kept(self, axis: Axis) -> bool:
         """Whether rules keep an axis as it is."""

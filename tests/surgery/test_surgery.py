@@ -22,7 +22,7 @@ GROUPS = "model.layers.0.self_attn:kv_groups"
         ({"nowhere:heads": [0]}, "names an axis that this model lacks"),
         ({HEADS: [1, 0]}, "sorted, distinct and below 4"),
         ({HEADS: [0, 4]}, "sorted, distinct and below 4"),
-        ({GROUPS: [0], HEADS: [0, 2]}, "head 2 stands in KV group 1"),
+        ({GROUPS: [0], HEADS: [0, 2]}, "head 2 is in KV group 1"),
         ({HEADS: [0, 1, 2]}, "the same number of heads"),
         ({HEADS: [0, 1]}, "the same number of heads"),
     ],
