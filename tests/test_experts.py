@@ -309,3 +309,43 @@ def test_experts_that_are_not_told_who_was_chosen_are_refused_by_name():
     reasons = {r.module: r.reason for r in structure.refusals if r.kind == "experts"}
     assert set(reasons) == {f"model.layers.{i}.feed_forward" for i in range(2)}
     assert all("are not told by indices" in reason for reason in reasons.values())
+
+
+def test_experts_of_a_router_that_chooses_groups_first_keep_as_many_in_each(tmp_path):
+    groups = {"n_group": 3, "topk_group": 2, "n_routed_experts": 12}
+    model, inputs = zoo.build("dots1", **groups)
+    structure = find_structure(model, inputs)
+    for axis in experts_of(structure):
+        assert (axis.blocks, axis.minimum) == (3, 6)
+    kept = {}
+    for layer, axis in enumerate(experts_of(structure)):
+        kept[axis.name] = [0, 2, 3, 4, 5, 7, 8, 10, 11] if layer else [1, 2, 4, 7, 9, 10]
+        neurons = inside(structure, axis)
+        kept[neurons.name] = [
+            e * NEURONS + n for e in kept[axis.name] for n in range(NEURONS) if (n + e) % 2
+        ]
+    with masked(model, structure.axes, kept):
+        expected = logits(model, inputs)
+    assert (expected - logits(model, inputs)).abs().max() > 1e-3
+    uneven = {axis.name: [0, 1, 2, 4, 5, 8], inside(structure, axis).name: range(0)}
+    uneven[inside(structure, axis).name] = [
+        e * NEURONS + n for e in uneven[axis.name] for n in range(NEURONS)
+    ]
+    with pytest.raises(PlanError, match=r"must keep the same number of experts, found \[3, 2, 1\]"):
+        cut(model, structure.axes, uneven)
+    cut(model, structure.axes, kept)
+    assert (logits(model, inputs) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+    model, inputs = zoo.build("dots1", dtype=torch.float32, **groups)
+    pruner = GradNASPruner(model)
+    pruner.discover(inputs)
+    pruner.score([inputs])
+    plan = pruner.plan({"params": "70%"})
+    for axis in experts_of(pruner.structure):
+        counts = [
+            sum(axis.block_of(u) == block for u in plan.kept[axis.name]) for block in range(3)
+        ]
+        assert len(set(counts)) == 1
+        assert counts[0] >= 2
+    pruner.apply(plan)
+    pruner.save_pretrained(tmp_path / "pruned", report=False)

@@ -162,7 +162,12 @@ def trial_plan(axes: Sequence[Axis], space: StockSpace, layout: str, *, removals
     kept: dict[str, tuple[int, ...]] = {}
     for axis in axes:
         if axis.parent is None:
-            kept[axis.name] = _draw(range(axis.size), counts[axis.name], axis.tied or axis.name)
+            length, few = axis.size // axis.blocks, counts[axis.name] // axis.blocks
+            kept[axis.name] = tuple(
+                unit
+                for start in range(0, axis.size, length)
+                for unit in _draw(range(start, start + length), few, axis.tied or axis.name)
+            )
     sizes = {axis.name: axis.size for axis in axes}
     for axis in axes:
         if axis.parent is not None:
@@ -194,7 +199,8 @@ def _counts(axes: Sequence[Axis], removals: bool) -> dict[str, int]:
     for index, axis in enumerate(axes):
         half = axis.size // 2
         span = max(axis.size - max(half, 1), 1)
-        counts[axis.name] = max(axis.minimum, 1, half + index % span) if axis.size > 1 else 1
+        count = max(axis.minimum, 1, half + index % span) if axis.size > 1 else 1
+        counts[axis.name] = -(-count // axis.blocks) * axis.blocks
     for axis in axes:
         if axis.parent is not None:
             per_group = axis.size // {a.name: a.size for a in axes}[axis.parent]
@@ -216,6 +222,9 @@ def _stock_counts(axes: Sequence[Axis], space: StockSpace) -> dict[str, int]:
         fewest = {str(axis.kind): max(axis.minimum, 1) for axis in members}
         chosen = {kind: max(fewest[kind], size // 2) for kind, size in whole.items()}
         for axis in members:
+            few = chosen[str(axis.kind)]
+            chosen[str(axis.kind)] = -(-few // axis.blocks) * axis.blocks
+        for axis in members:
             if axis.parent is not None and KINDS[axis.kind].counts_each:
                 kind, outer = str(axis.kind), str(by_name[axis.parent].kind)
                 inside = axis.size // by_name[axis.parent].size
@@ -224,7 +233,13 @@ def _stock_counts(axes: Sequence[Axis], space: StockSpace) -> dict[str, int]:
                 chosen[kind] = chosen[outer] * half
         if group.allowed is not None:
             ways = [{str(kind): count for kind, count in way.items()} for way in group.allowed]
-            less = [way for way in ways if any(way[kind] < whole[kind] for kind in way)]
+            less = [
+                way
+                for way in ways
+                if any(way[kind] < whole[kind] for kind in way)
+                and all(way[kind] >= fewest.get(kind, 1) for kind in way)
+                and all(way[str(a.kind)] % a.blocks == 0 for a in members if str(a.kind) in way)
+            ]
             chosen = less[len(less) // 2] if less else whole
         counts |= {axis.name: chosen[str(axis.kind)] for axis in members}
     return counts

@@ -207,7 +207,10 @@ def _chosen(axis: Axis, choices: Choices) -> frozenset[int]:
 
 def _common_multiple(rules: Iterable[Rule], axes: Iterable[Axis]) -> int | None:
     multiples = [rule.multiple for rule in rules if rule.multiple is not None]
-    return math.lcm(*multiples, *(axis.multiple for axis in axes)) if multiples else None
+    blocks = math.lcm(*(axis.blocks for axis in axes))
+    if not multiples:
+        return blocks if blocks > 1 else None
+    return math.lcm(*multiples, blocks, *(axis.multiple for axis in axes))
 
 
 def _counts(

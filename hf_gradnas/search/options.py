@@ -42,7 +42,8 @@ class FlatMember:
         axes: Names of the axes; more than one only where a stock checkpoint ties them.
         kind: What the units are.
         scores: ``(units,)``, summed over the axes.
-        ranks: ``(units,)``, 0 for the largest score; among equal scores the first unit.
+        ranks: ``(units,)``, 0 for the largest score; among equal scores the first unit. In an axis
+            of blocks, the best of each block come before the second of each.
     """
 
     axes: tuple[str, ...]
@@ -52,7 +53,8 @@ class FlatMember:
 
     def losses(self, counts: Counts) -> Losses:
         """Losses of keeping the best ``counts[kind]`` units."""
-        sums = np.concatenate(([0.0], np.cumsum(np.sort(self.scores))))
+        worst_first = self.scores[np.argsort(-self.ranks)]
+        sums = np.concatenate(([0.0], np.cumsum(worst_first)))
         total = sums[self.scores.size - counts[self.kind]]
         return Losses(total, total)
 
@@ -77,6 +79,7 @@ class NestedMember:
         groups: Names of the group axes.
         head_scores: ``(groups, heads per group)``, summed over the axes.
         group_scores: ``(groups,)`` joint scores, summed over the axes.
+        blocks: Runs of neighbouring groups of which each keeps the same number.
     """
 
     kind: Kind
@@ -85,6 +88,7 @@ class NestedMember:
     groups: tuple[str, ...]
     head_scores: np.ndarray
     group_scores: np.ndarray
+    blocks: int = 1
 
     def losses(self, counts: Counts) -> Losses:
         """Losses of keeping the best ``counts[parent]`` groups and heads in them."""
@@ -128,7 +132,8 @@ class NestedMember:
 
     def _group_order(self, thinned: np.ndarray) -> np.ndarray:
         """Groups in the order in which they stay, per column of ``P_j(r)``."""
-        return np.argsort(-(self.group_scores[:, None] - thinned), axis=0, kind="stable")
+        gains = self.group_scores[:, None] - thinned
+        return np.argsort(_ranks(gains, self.blocks), axis=0, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -223,15 +228,25 @@ def make_members(
         names = tuple(axis.name for axis in tied)
         summed = np.sum([scores[name] for name in names], axis=0)
         if is_flat:
-            ranks = np.argsort(np.argsort(-summed, kind="stable"))
+            ranks = _ranks(summed[:, None], tied[0].blocks)[:, 0]
             members.append(FlatMember(names, kind, summed, ranks))
             continue
         groups = tuple(axis.parent for axis in tied if axis.parent is not None)
         joint = np.sum([scores[name] for name in groups], axis=0)
-        parent = by_name[groups[0]].kind
+        outer = by_name[groups[0]]
         inside = summed.reshape(joint.size, -1)
-        members.append(NestedMember(kind, parent, names, groups, inside, joint))
+        members.append(NestedMember(kind, outer.kind, names, groups, inside, joint, outer.blocks))
     return tuple(members)
+
+
+def _ranks(values: np.ndarray, blocks: int) -> np.ndarray:
+    """Rank of each row in every column of ``(rows, columns)``, 0 for the largest value.
+
+    Of several blocks of neighbouring rows, the best of each come before the second of each.
+    """
+    parts = values.reshape(blocks, -1, values.shape[1])
+    ranks = np.argsort(np.argsort(-parts, axis=1, kind="stable"), axis=1)
+    return (ranks * blocks + np.arange(blocks)[:, None, None]).reshape(values.shape)
 
 
 def _block_cost(axes: Sequence[Axis], counts: Counts, cost: CostModel) -> np.ndarray:

@@ -14,6 +14,8 @@ EXPERT_COUNTS = tuple(
     "num_experts num_local_experts n_routed_experts num_routed_experts moe_num_experts "
     "total_experts n_experts out_features".split()
 )
+EXPERT_GROUPS = ("num_group", "n_group", "num_expert_group")
+CHOSEN_GROUPS = ("topk_group", "num_limited_groups")
 HEADS_PER_GROUP = frozenset("num_key_value_groups n_rep".split())
 WIDTHS = frozenset("all_head_size inner_dim attn_dim split_size q_dim attention_dim".split())
 """Attributes that hold heads x head size."""

@@ -27,6 +27,7 @@ from .labels import NOBODY
 from .reading import Reading
 from .trace import Call, map_tensors
 
+BEST_OF_GROUP = 2
 STACKED_DIMS = 3
 """Dimensions of a tensor that holds one matrix per expert."""
 
@@ -135,19 +136,36 @@ def expert_versions(model: nn.Module, routing: Routing, call: Call) -> tuple[tup
         attributes=sizes,
         minimum=max(routing.chosen, KINDS[Kind.EXPERTS].minimum),
     )
+    grouped = _grouped(experts, block.get_submodule(router.module))
     alone = [
-        replace(experts, slices=(*own, *more), attributes=(*sizes, *read))
-        for more, read in product(dict.fromkeys([loose, ()]), dict.fromkeys([(), config]))
+        replace(axis, slices=(*own, *more), attributes=(*sizes, *read))
+        for axis, more, read in product(
+            grouped, dict.fromkeys([loose, ()]), dict.fromkeys([(), config])
+        )
     ]
     neurons = _neurons(block.get_submodule(inside), inside, chosen, call, experts)
     if neurons is None:
         return tuple((axis,) for axis in alone)
     fixed = replace(experts, minimum=experts.size)
     return (
-        *((axis, neurons) for axis in alone),
+        *((axis, replace(neurons, minimum=axis.minimum)) for axis in alone),
         *((axis,) for axis in alone),
         (fixed, replace(neurons, minimum=experts.size)),
     )
+
+
+def _grouped(experts: Axis, router: nn.Module) -> list[Axis]:
+    """The axis as it is; and in groups, if the router may first choose among these.
+
+    A router like DeepSeek's weighs a group by its two best experts, so that two stay in each.
+    """
+    held = vars(router)
+    groups = next((held[name] for name in couplings.EXPERT_GROUPS if name in held), 1)
+    chosen = next((held[name] for name in couplings.CHOSEN_GROUPS if name in held), groups)
+    if not isinstance(groups, int) or groups < 2 or experts.size % groups:  # noqa: PLR2004
+        return [experts]
+    fewest = max(BEST_OF_GROUP, -(-experts.minimum // max(chosen, 1)))
+    return [experts, replace(experts, blocks=groups, minimum=groups * fewest)]
 
 
 def _slices(block: nn.Module, router: Slice, experts: str, size: int) -> Iterator[Slice]:

@@ -6,6 +6,7 @@ What is done to the modules stands in `surgery.modeling_gradnas`, which also loa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -183,6 +184,19 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
     for axis in axes:
         if axis.parent is not None:
             _check_groups(axis, by_name[axis.parent], kept)
+        if axis.blocks > 1 and axis.name in kept:
+            _check_blocks(axis, kept[axis.name])
+
+
+def _check_blocks(axis: Axis, units: Sequence[int]) -> None:
+    stay = Counter(axis.block_of(unit) for unit in units)
+    if len({stay[block] for block in range(axis.blocks)}) > 1:
+        found = [stay[block] for block in range(axis.blocks)]
+        raise PlanError(
+            f"{axis.name}: every one of the {axis.blocks} groups that the router chooses among "
+            f"must keep the same number of {KINDS[axis.kind].plural}, found {found}; make the plan "
+            "again."
+        )
 
 
 def _check_groups(heads: Axis, groups: Axis, kept: Kept) -> None:

@@ -191,6 +191,8 @@ class Axis:
         minimum: Fewest units that can stay, as far as it is proved (0: it can go altogether).
         multiple: What the number of kept units in each unit of the parent is a multiple of, where a
             kernel needs it; with others the module runs its slower kernel.
+        blocks: Number of runs of neighbouring units of which each keeps the same number (the groups
+            that a router chooses among before it chooses experts).
         tied: Axes with the same non-empty key must keep the same units in a stock checkpoint
             (T5: all layers share one position bias table).
         norms: Outputs of layers between producers and consumers whose result for one unit depends
@@ -210,6 +212,7 @@ class Axis:
     removal: Removal | None = None
     minimum: int = 0
     multiple: int = 1
+    blocks: int = 1
     tied: str = ""
     norms: tuple[Tap, ...] = ()
     adaptation: Adaptation | None = None
@@ -220,6 +223,10 @@ class Axis:
                 f"{self.name}: the axis has no tap, but its units need a place among the "
                 "activations to be masked at; give the input of the layer that reads them."
             )
+
+    def block_of(self, unit: int) -> int:
+        """The run of neighbouring units that a unit is in."""
+        return unit // (self.size // self.blocks)
 
     @property
     def makers(self) -> tuple[Slice, ...]:
