@@ -349,3 +349,10 @@ def test_experts_of_a_router_that_chooses_groups_first_keep_as_many_in_each(tmp_
         assert counts[0] >= 2
     pruner.apply(plan)
     pruner.save_pretrained(tmp_path / "pruned", report=False)
+
+
+def test_experts_that_the_sample_hardly_reaches_are_proved_all_the_same():
+    model, _ = zoo.build("mixtral", num_local_experts=64)
+    one = {"input_ids": torch.tensor([[5, 9, 11]])}
+    structure = find_structure(model, one)
+    assert [inside(structure, axis).size for axis in experts_of(structure)] == [64 * NEURONS] * 2

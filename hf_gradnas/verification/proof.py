@@ -121,12 +121,17 @@ def trial_plans(axes: Sequence[Axis]) -> Iterator[dict[str, list[int]]]:
 def _subsets(axis: Axis) -> Iterator[list[int]]:
     if axis.kind is Kind.HEADS and axis.size > 1:
         yield [unit for unit in range(axis.size) if unit != 1]
+    half = _half(axis)
+    if half:
+        yield half
+
+
+def _half(axis: Axis) -> list[int]:
+    """Half of the units, drawn, or as many as have to stay; of each block the same number."""
     length = axis.size // axis.blocks
     few = max(length // 2, -(-axis.minimum // axis.blocks))
     starts = range(0, axis.size, length)
-    half = [start + u for start in starts for u in _drawn(length, few, seed=axis.size + start)]
-    if half:
-        yield half
+    return [start + u for start in starts for u in _drawn(length, few, seed=axis.size + start)]
 
 
 def _drawn(size: int, count: int, *, seed: int) -> list[int]:
@@ -136,10 +141,7 @@ def _drawn(size: int, count: int, *, seed: int) -> list[int]:
 
 def _grouped_plans(groups: Axis, heads: Axis) -> Iterator[dict[str, list[int]]]:
     per_group = heads.size // groups.size
-    length = groups.size // groups.blocks  # the first of each block goes, if one may
-    fewer_groups = [
-        g for g in range(groups.size) if g % length or groups.minimum > groups.size - groups.blocks
-    ]
+    fewer_groups = list(range(1, groups.size)) if KINDS[groups.kind].is_few else _half(groups)
     # One head less in each group, at another place each time; half of many neurons.
     lost = 1 if KINDS[heads.kind].is_few else per_group - per_group // 2
     irregular = [
