@@ -23,7 +23,7 @@ from ..errors import CutError, PlanError, described
 from ..masks import masked
 from ..repair.repairs import Repair, exchange_weights
 from ..running.wrappers import evaluating, without_autocast
-from ..stock.rewrite import write_per_layer, write_stock
+from ..stock.rewrite import native_layers, write_per_layer, write_stock
 from ..stock.values import locate_axes
 from ..surgery.cut import Record, check_kept, cut, make_per_layer, merge_records
 from ..surgery.modeling_gradnas import translated
@@ -71,6 +71,7 @@ def apply_plan(
     # On a copy first: what fails does so before anything is cut.
     _write_config(copy.deepcopy(model.config), model, plan, structure, space)
     earlier = vars(model.config).get("gradnas")
+    native = native_layers(model.config)
     calls = [] if sample is None else calls_of(sample, model)
     with ExitStack() as undo:
         if repair is not None:
@@ -82,7 +83,7 @@ def apply_plan(
     if plan.layout == "per_layer":
         if earlier is not None:
             record = merge_records(translated(earlier, model), record)
-        make_per_layer(model, record)
+        make_per_layer(model, {**record, "native": native} if native else record)
 
 
 def _write_config(

@@ -20,6 +20,7 @@ from .trials import config_value, silence
 from .values import (
     AxisKey,
     real_key,
+    scopes,
     set_value,
     stored,
     sub_config,
@@ -89,12 +90,13 @@ def write_per_layer(
     for group in space.groups:
         for key, value in _global_values(group, counts, structure).items():
             set_value(config, key, value)
+    native = native_layers(config)
     for path in sorted({key.config for key in keys.values()}):
         scope = sub_config(config, path)
         overrides = _differing(_overrides(path, structure, counts, keys), scope)
         if overrides:
             _write_head_dim(scope, path, structure, keys)
-            _write_overrides(config, scope, overrides)
+            _write_overrides(config, scope, overrides, is_native=path in native)
 
 
 def _counts(plan: Plan, structure: Structure) -> dict[str, int]:
@@ -222,6 +224,15 @@ def _written_before(scope: PreTrainedConfig) -> Overrides:
     return {int(layer): dict(entries) for layer, entries in written.items()}
 
 
+def native_layers(config: PreTrainedConfig) -> dict[str, Overrides]:
+    """Values per layer that a config and those in it held before any cut; "" is the config."""
+    record = stored(config).get("gradnas")
+    if record is not None:
+        return dict(record.get("native", {}))
+    held = {path: _written_before(scope) for path, scope in scopes(config)}
+    return {path: layers for path, layers in held.items() if layers}
+
+
 def _merge(before: Overrides, overrides: Overrides) -> Overrides:
     return {
         layer: {**before.get(layer, {}), **overrides.get(layer, {})}
@@ -245,13 +256,14 @@ def _write_head_dim(
 
 
 def _write_overrides(
-    config: PreTrainedConfig, scope: PreTrainedConfig, overrides: Overrides
+    config: PreTrainedConfig, scope: PreTrainedConfig, overrides: Overrides, *, is_native: bool
 ) -> None:
     """Write overrides, with the first number for removed sub-layers that upstream can read.
 
-    What the config held for a layer before, a None among it, stays as it was.
+    What the config held for a layer before, a None among it, stays as it was. Where layers had
+    sizes of their own by their type, these stay alike, or nothing is written.
     """
-    failing = _unreadable(config)
+    failing, by_type = _unreadable(config), is_native and _has_even_types(scope)
     before, is_allowed = _written_before(scope), GLOBAL_ACCESS in stored(scope)
     # Third parties read global values, and a stock class still fails loudly on shapes.
     setattr(scope, GLOBAL_ACCESS, True)
@@ -261,7 +273,7 @@ def _write_overrides(
             for layer, entries in overrides.items()
         }
         scope.per_layer_config = _merge(before, written)
-        if _unreadable(config) <= failing:
+        if _unreadable(config) <= failing and (not by_type or _has_even_types(scope)):
             return
     scope.per_layer_config = before or None
     if not is_allowed:
@@ -278,6 +290,16 @@ def _unreadable(config: PreTrainedConfig) -> set[str]:
             except Exception:  # config classes refuse in their own ways
                 failing.add(name)
     return failing
+
+
+def _has_even_types(scope: PreTrainedConfig) -> bool:
+    """Whether all layers of a type have the same sizes, as classes may ask of them (Gemma 4)."""
+    try:
+        for kind in dict.fromkeys(stored(scope).get("layer_types") or ()):
+            scope.per_layer_config[kind]
+    except ValueError:
+        return False
+    return True
 
 
 def _read_head_shapes(config: PreTrainedConfig) -> None:

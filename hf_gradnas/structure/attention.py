@@ -200,5 +200,13 @@ def _config_counts(module: nn.Module, layout: HeadLayout, core: str) -> tuple[At
         Attribute(core, name, f":{kind}" if grouped else ":heads", in_config=True)
         for kind, names in couplings.CONFIG_COUNTS.items()
         for name in names
-        if name in known and getattr(config, name) == sizes[kind]
+        if name in known and _value(config, name) == sizes[kind]
     )
+
+
+def _value(config: object, name: str) -> object:
+    """A value of a config; None where its layers have their own, which none can ask for."""
+    try:
+        return getattr(config, name)
+    except RuntimeError:
+        return None

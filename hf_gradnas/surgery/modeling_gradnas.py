@@ -19,7 +19,8 @@ All it knows of a model is the *record* under the key ``gradnas`` of its config:
        "decoder.block.1.layer.1.EncDecAttention": []},        # [buckets, heads] if they have one
      "adapted": {                                # calls with sizes of all heads: in arguments, or
        "transformer.h.0.self_attention": {"arguments": ["alibi"],      # written into shapes
-                                          "units": [4, [0, 2, 3]], "width": [64, 48]}}}
+                                          "units": [4, [0, 2, 3]], "width": [64, 48]}},
+     "native": {"text_config": {"2": {"head_dim": 8}}}}       # per_layer_config before the cut
 
 Scores, plans and the choice of rows are not known here.
 """
@@ -291,7 +292,10 @@ def resize(
             modules[path].register_forward_hook(adapter.leave, always_call=True, prepend=True)
     for path, spec in record["removed"].items():
         if not _is_like(modules[path], RemovedAttention):
-            _replace(model, modules[path], RemovedAttention(modules[path], **spec))
+            old, new = modules[path], RemovedAttention(modules[path], **spec)
+            for parent in list(model.modules()):
+                for name in [n for n, child in parent._modules.items() if child is old]:
+                    parent._modules[name] = new
 
 
 def checked(record: Record) -> Record:
@@ -524,13 +528,6 @@ def _sync(module: Any) -> None:
     module._non_persistent_buffers_set |= hidden
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-
-
 def _module(modules: Modules, path: str) -> Any:
     if path not in modules:
         raise RecordError(
@@ -676,13 +673,14 @@ def _construction() -> Iterator[bool]:
 
 @contextmanager
 def _uniform(config: PreTrainedConfig) -> Iterator[None]:
-    """Hide ``per_layer_config`` from the stock constructor, which builds all layers alike."""
-    configs = [config, *(v for v in vars(config).values() if isinstance(v, PreTrainedConfig))]
-    name = "_heterogeneity_spec"
-    hidden = [(c, vars(c)[name]) for c in configs if name in vars(c)]
+    """Show the stock constructor the ``per_layer_config`` that was there before the cut only."""
+    native = vars(config).get("gradnas", {}).get("native", {})
+    name, own = "_heterogeneity_spec", {"": config, **vars(config)}.items()
+    configs = [(path, c) for path, c in own if isinstance(c, PreTrainedConfig) and name in vars(c)]
+    hidden = [(owner, vars(owner)[name]) for _, owner in configs]
     try:
-        for owner, _ in hidden:
-            del vars(owner)[name]
+        for path, owner in configs:
+            owner.per_layer_config = native.get(path)
         yield
     finally:
         for owner, spec in hidden:
