@@ -30,7 +30,7 @@ from .jobs.preparation import Job, prepare, with_subset
 from .jobs.quickstart import Training, make_quickstart
 from .jobs.records import push_settings, record
 from .jobs.report import Report
-from .repair.choice import say_tried
+from .repair.closeness import say_tried
 from .repair.repairs import mended, swaps
 from .report import say_repair, say_swap
 from .running.processes import Processes

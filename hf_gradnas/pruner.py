@@ -23,7 +23,7 @@ from .errors import check_choice
 from .examined import ExaminedModel, Progress, need
 from .frontier import Limits, measure_frontier
 from .hub import push
-from .repair.choice import closest
+from .repair.closeness import closest
 from .repair.repairs import CHOICES as REPAIRS
 from .repair.repairs import Repair, attempted, check_repair, mended, swaps
 from .repair.swaps import swap_neurons

@@ -144,7 +144,7 @@ def settings_of(
 
 
 def _recovery_settings(recipe: Recipe) -> dict[str, Any]:
-    from ..repair.arguments import LEARNING_RATE, LORA_LEARNING_RATE
+    from ..repair.recovery import LEARNING_RATE, LORA_LEARNING_RATE
 
     adapters = recipe.recover_lora_rank is not None
     default = LORA_LEARNING_RATE if adapters else LEARNING_RATE

@@ -24,9 +24,18 @@ from ..running.wrappers import evaluating, frozen
 from ..scores.losses import predict
 from ..scores.normaliser import IGNORED, TOKEN_COUNTS, count_labels, find_normaliser
 from ..scores.normaliser import is_token_labels as is_tokens
-from .attention import Seen, Site, check_probabilities, find_sites, pair_attentions, watched
-from .divergence import DIVERGENCES, attention_divergence, relative_error, weighted_divergence
-from .objective import ATTENTIONS, HIDDEN, Distillation
+from .closeness import DIVERGENCES, attention_divergence, relative_error, weighted_divergence
+from .objective import (
+    ATTENTIONS,
+    HIDDEN,
+    Distillation,
+    Seen,
+    Site,
+    check_probabilities,
+    find_sites,
+    pair_attentions,
+    watched,
+)
 
 # What a term of the loss is the mean over.
 UNITS = ("labels", "label_tokens", "tokens", "decoder_tokens", "examples")

@@ -57,14 +57,12 @@ from .changes import (
     unknowns_of,
 )
 from .closeness import divergence_sum, prediction_of, running
-from .first import default_bound, first_narrow, first_readers
-from .held_out import RIDGES, START, HeldOutRows, best_ridge
-from .narrow import Narrow, pruned
-from .normal_equations import NormalEquations
+from .first import Narrow, default_bound, first_narrow, first_readers, pruned
 from .paused import Conductor, Forward
 from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
 from .readers import Feed, Reader
 from .repairs import Repair, Site, exchange, plan_digest
+from .ridge import RIDGES, START, HeldOutRows, NormalEquations, best_ridge
 
 Progress = Callable[[int, int | None], None]
 

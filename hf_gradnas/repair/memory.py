@@ -4,14 +4,14 @@ The storage of a tensor is emptied where it is, and filled again before its forw
 the code which holds the tensor knows nothing of it. What others use too (a module may cache a mask
 that one forward has made for the next) is filled again when they come to it, or at the end.
 
-Knows storages and files; knows nothing of forwards.
+Knows tensors, storages and files; knows nothing of forwards.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,24 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import RepairError
-from .operands import address_of, tensors_of
+
+
+def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among values, also in lists; those without a storage (sparse ones) are left out."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided:
+                yield value
+        elif isinstance(value, Mapping):
+            yield from tensors_of(value.values())
+        elif isinstance(value, tuple | list):
+            yield from tensors_of(value)
+
+
+def address_of(tensor: Tensor) -> int:
+    """Address of a tensor's storage."""
+    return tensor.untyped_storage()._cdata
+
 
 _MIN_BYTES = 1 << 14  # smaller tensors stay
 _GROWTH = 4  # what owners may hold at most, relative to what all of them hold at an earlier place

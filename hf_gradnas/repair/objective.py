@@ -1,4 +1,4 @@
-"""The distillation loss: its terms, their weights, and the outputs of a model that they compare.
+"""The distillation loss: its terms, their weights, and what of two models they compare.
 
     L = α·T²·KL(p_teacher^T ‖ p_student^T) + (1 − α)·L_labels
         + β·mean_layers ‖h − h_t‖²/‖h_t‖² + γ·mean_layers KL(ā_t ‖ ā)
@@ -10,17 +10,25 @@ compares attention as a mean squared error of the scores before the softmax, and
 head. Here ā is the mean of a layer's probabilities over its heads, since pruning changes their
 number, and all layers count, since each of the student's comes from one of the teacher's.
 
-Knows weights and names; how far two tensors are from each other is in `divergence`.
+The outputs of a model name its layers by their order alone, and a layer that lost all its heads is
+missing among them. The module that computes a layer's probabilities is at the same path in both
+models, so that what counts is read there. Knows weights, names and modules; how far two tensors
+are from each other is in `closeness`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
-from ..errors import RecipeError
+from torch import Tensor, nn
+
+from ..errors import RecipeError, StructureError
 
 # Outputs that hold the residual stream, and the mask of their positions.
 HIDDEN = {
@@ -88,3 +96,146 @@ def is_weight(value: Any) -> bool:
 def is_positive(value: Any) -> bool:
     """Whether a value is a finite number above 0."""
     return is_weight(value) and value != 0
+
+
+Seen = dict["Site", list[Tensor | None]]
+
+_PROBABILITIES = 4  # dimensions: (examples, heads, queries, keys)
+# Attention without dropout sums to 1, in bfloat16 to within its rounding.
+_ROUNDING = 2e-2
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a model computes attention probabilities.
+
+    Attributes:
+        path: Of the module.
+        place: Of the probabilities among what it returns.
+        output: Name among the model's outputs, one of `ATTENTIONS`.
+    """
+
+    path: str
+    place: int
+    output: str
+
+
+def find_sites(model: nn.Module, inputs: Mapping[str, Any]) -> list[Site]:
+    """All sites of a model, in running order; one that runs several times is named once.
+
+    Args:
+        model: The teacher.
+        inputs: Of one forward.
+
+    Raises:
+        StructureError: It returns no attention probabilities.
+    """
+    made: dict[int, tuple[Tensor, str, int]] = {}  # with the tensor, so that no id is used again
+
+    def note(module: nn.Module, args: Any, output: Any, *, path: str) -> None:
+        for place, value in enumerate(output if isinstance(output, tuple) else ()):
+            if isinstance(value, Tensor) and value.dim() == _PROBABILITIES:
+                made.setdefault(id(value), (value, path, place))  # the innermost module comes first
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            stack.callback(module.register_forward_hook(partial(note, path=path)).remove)
+        outputs = model(**{**inputs, "output_attentions": True})
+    found = [
+        Site(*made[id(tensor)][1:], output=name)
+        for name in ATTENTIONS
+        for tensor in outputs.get(name) or ()
+        if id(tensor) in made
+    ]
+    if not found:
+        raise StructureError(_without_attention(model, "the teacher"))
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def watched(model: nn.Module, sites: Sequence[Site]) -> Iterator[Seen]:
+    """Collect what the sites of a model return within the block, one entry per run.
+
+    Sites whose module the model does not have are left out.
+    """
+    modules = dict(model.named_modules())
+    seen: Seen = {site: [] for site in sites if site.path in modules}
+
+    def note(module: nn.Module, args: Any, output: Any, *, site: Site) -> None:
+        values = output if isinstance(output, tuple) else (output,)
+        value = values[site.place] if site.place < len(values) else None
+        seen[site].append(value if isinstance(value, Tensor) else None)
+
+    with ExitStack() as stack:
+        for site in seen:
+            hook = partial(note, site=site)
+            stack.callback(modules[site.path].register_forward_hook(hook).remove)
+        yield seen
+
+
+def pair_attentions(
+    student: nn.Module, found: Seen, teacher: nn.Module, wanted: Seen
+) -> list[tuple[Site, Tensor, Tensor]]:
+    """Probabilities of the student and of the teacher at every site that the student still has.
+
+    Raises:
+        StructureError: The student keeps none, returns none, or its positions are others.
+    """
+    pairs = []
+    own, others = dict(student.named_modules()), dict(teacher.named_modules())
+    for site, mine in found.items():
+        theirs, path = wanted[site], site.path
+        if any(tensor is None for tensor in mine):
+            if type(own[path]).__name__ == type(others[path]).__name__:
+                raise StructureError(_without_attention(student, f"the student at {path}"))
+            continue  # an attention without heads was replaced
+        shapes = [[_places(tensor) for tensor in side] for side in (mine, theirs)]
+        if mine and shapes[0] != shapes[1]:  # a layer that is dropped at random does not run
+            raise StructureError(
+                f"{path}: the student's attention is over {shapes[0]}, the teacher's over "
+                f"{shapes[1]} (examples, queries, keys of each run); distil with "
+                "attention_weight=0, or give the model that the student was cut from."
+            )
+        both = zip(mine, theirs, strict=False)
+        pairs += [(site, s, t) for s, t in both if s is not None and t is not None]
+    if not pairs:
+        raise StructureError(
+            f"{type(student).__name__} has none of the {len(wanted)} attentions of the teacher; "
+            "distil with attention_weight=0."
+        )
+    return pairs
+
+
+def check_probabilities(path: str, probabilities: Tensor, weights: Tensor) -> None:
+    """Check that attention sums to 1 over the keys, so that it can be compared.
+
+    Args:
+        path: Of the module that computed it.
+        probabilities: ``(examples, heads, queries, keys)``.
+        weights: ``(examples, queries)``; queries of weight 0 are not looked at.
+
+    Raises:
+        StructureError: It does not, as after dropout.
+    """
+    sums = probabilities.detach().float().sum(-1).transpose(1, 2)[weights != 0]
+    error = (sums - 1).abs().max().item() if sums.numel() else 0.0
+    if error > _ROUNDING:
+        raise StructureError(
+            f"{path}: the student's attention is off from a sum of 1 over the keys by "
+            f"{error:.2g}, as dropout of attention leaves it; load the model with that dropout at "
+            "0 (an option of from_pretrained, such as attention_probs_dropout_prob=0 or "
+            "attention_dropout=0), or distil with attention_weight=0."
+        )
+
+
+def _without_attention(model: nn.Module, who: str) -> str:
+    return (
+        f"{type(model).__name__} ({who}) returns no attention probabilities, as most attention "
+        "kernels do not compute them; load both models with attn_implementation='eager', or distil "
+        "with attention_weight=0."
+    )
+
+
+def _places(tensor: Tensor | None) -> tuple[int, ...]:
+    """Examples, queries and keys of attention probabilities; the number of heads may differ."""
+    return () if tensor is None else (tensor.shape[0], *tensor.shape[2:])

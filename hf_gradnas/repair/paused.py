@@ -22,8 +22,8 @@ from greenlet import greenlet
 from torch import Tensor, nn
 
 from ..running.hooks import add_hook, add_pre_hook, tensor_at
+from .first import Narrow
 from .memory import Held, Memory
-from .narrow import Narrow
 from .readers import Feed, Gate, Reader, applied, columns_of, late_readers, weight_of
 from .repairs import exchange
 

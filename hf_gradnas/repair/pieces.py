@@ -22,8 +22,7 @@ from ..batches.steps import read_steps
 from ..errors import RepairError
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
-from .closeness import prediction_of
-from .divergence import at_least_float32
+from .closeness import at_least_float32, prediction_of
 from .paused import Conductor, Forward
 from .readers import Feed, Gate, Reader
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..running.hooks import add_hook, add_pre_hook
 from ..surgery.rows import Kept
 from ..types import Axis
-from .operands import address_of, tensors_of
+from .memory import address_of, tensors_of
 from .readers import Feed, Found, Gate, Place, Reader, others_of, readers_of
 
 aten = torch.ops.aten

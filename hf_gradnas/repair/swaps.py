@@ -39,12 +39,11 @@ from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
 from ..scores.methods import with_prediction
 from ..types import Axis, Plan, Scores
-from .closeness import running
-from .divergence import at_least_float32
+from .closeness import at_least_float32, running
 from .first import default_bound, first_readers
-from .normal_equations import add_gram, empty_gram, sum_over
 from .pieces import decoder_path, masks_of, real_positions
 from .readers import Reader, weight_of
+from .ridge import add_gram, empty_gram, sum_over
 
 Progress = Callable[[int, int | None], None]
 

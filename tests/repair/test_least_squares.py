@@ -17,7 +17,7 @@ from torch import nn
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import GradNASWarning, RepairError
 from hf_gradnas.masks import masked
-from hf_gradnas.repair import first, held_out, least_squares, paused
+from hf_gradnas.repair import first, least_squares, paused, ridge
 from hf_gradnas.repair.closeness import divergence_sum, divergences
 from hf_gradnas.repair.first import TRACED
 from hf_gradnas.repair.least_squares import find_repair
@@ -238,7 +238,7 @@ def test_held_out_rows_that_do_not_fit_into_memory_are_read_again(monkeypatch):
     with zoo.float64_throughout():
         model, batch, pruner, plan = planned("llama")
         wanted = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
-        monkeypatch.setattr(held_out, "HELD_BYTES", 0)
+        monkeypatch.setattr(ridge, "HELD_BYTES", 0)
         found = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
     assert found.summary() == wanted.summary()
     assert all(torch.equal(found.tensors[name], t) for name, t in wanted.tensors.items())

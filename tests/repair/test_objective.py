@@ -1,4 +1,4 @@
-"""Attention probabilities: which are compared, and the loss that comes of it."""
+"""What a distillation compares: attention probabilities, paired by module."""
 
 import copy
 import re
@@ -12,7 +12,7 @@ from score_examples import examples_of
 
 from hf_gradnas.errors import StructureError
 from hf_gradnas.repair import recover
-from hf_gradnas.repair.attention import find_sites, pair_attentions
+from hf_gradnas.repair.objective import find_sites, pair_attentions
 
 CLEAN = {
     "bert": NO_DROPOUT,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_gradnas.repair import normal_equations
-from hf_gradnas.repair.normal_equations import NormalEquations
+from hf_gradnas.repair import ridge
+from hf_gradnas.repair.ridge import NormalEquations
 
 
 def rows(count, columns, outputs, *, seed=0, dtype=torch.float64):
@@ -97,7 +97,7 @@ def test_a_pull_towards_weights_is_the_fit_of_what_they_leave(centred, every):
 
 @pytest.mark.parametrize("room", [0, 5000, 1 << 24])  # rows of none, some and all calls at once
 def test_rows_may_be_written_to_once_they_were_added(room, monkeypatch):
-    monkeypatch.setattr(normal_equations, "_WAITING", room)
+    monkeypatch.setattr(ridge, "_WAITING", room)
     x, residual = rows(400, 30, 5)
     sums = NormalEquations.empty(30, 5, x)
     for part, right in zip(x.clone().chunk(9), residual.clone().chunk(9), strict=True):

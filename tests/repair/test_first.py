@@ -9,9 +9,9 @@ from torch import nn
 
 from hf_gradnas import Plan
 from hf_gradnas.masks import masked
-from hf_gradnas.repair import least_squares, narrow
+from hf_gradnas.repair import first, least_squares
+from hf_gradnas.repair.first import Narrow, find_narrow, pruned
 from hf_gradnas.repair.least_squares import find_repair
-from hf_gradnas.repair.narrow import Narrow, find_narrow, pruned
 from hf_gradnas.types import Kind
 from hf_gradnas.verification import find_structure
 
@@ -92,7 +92,7 @@ def test_layers_that_are_in_part_of_another_axis_are_left_as_they_are():
         name = next(part.tensor for part in axis.slices if part.dim == 0)
         layer = model.get_submodule(name.rpartition(".")[0])
         layer.weight = nn.Parameter(torch.cat([layer.weight, layer.weight[:2]]))
-        assert not narrow._rows_of(model, axis, kept)
+        assert not first._rows_of(model, axis, kept)
 
 
 def test_there_is_room_for_some_only(monkeypatch):
@@ -100,13 +100,13 @@ def test_there_is_room_for_some_only(monkeypatch):
         model, batch, axes, kept = uneven("bert")
         whole = find_narrow(model, axes, kept, lambda: model(**batch))
         size = sum(tensor.nbytes for tensor in whole.weights.values())
-        monkeypatch.setattr(narrow, "MOST_BYTES", size - 1)
+        monkeypatch.setattr(first, "MOST_BYTES", size - 1)
         found = find_narrow(model, axes, kept, lambda: model(**batch))
     assert found.axes
     assert found.axes < whole.axes
     assert sum(tensor.nbytes for tensor in found.weights.values()) < size
-    first = next(axis for axis in axes if axis.kind is Kind.NEURONS)
-    assert first.name in found.axes
+    neurons = next(axis for axis in axes if axis.kind is Kind.NEURONS)
+    assert neurons.name in found.axes
 
 
 def test_what_is_compared_alone_keeps_its_whole_input():
