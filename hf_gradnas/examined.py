@@ -17,8 +17,7 @@ from .batches.longest import Batch, check_inputs, from_main, longest_of_all, rei
 from .checkpoint.apply import check_uncut
 from .checkpoint.prunable import find_prunable
 from .checkpoint.savable import check_savable
-from .config.budgets import parse_budgets
-from .config.rules import check_rules, parse_rules
+from .config.limits import check_rules, parse_budgets, parse_rules
 from .errors import DataError, OrderError, check_choice
 from .masks import masked
 from .repair.least_squares import find_repair

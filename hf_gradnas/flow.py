@@ -18,7 +18,7 @@ from .checkpoint.save import loading_snippet
 from .checkpoint.targets import target_of, usable_target
 from .config.defaults import AUTO
 from .config.recipe import QUICKSTART, Recipe
-from .config.recipe_saving import shareable, to_yaml
+from .config.recipe_files import shareable, to_yaml
 from .costs.latency import Timing
 from .data.loading import load_model, open_source
 from .errors import RepairError

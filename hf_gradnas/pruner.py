@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .batches.longest import Batch, reiterable
 from .batches.steps import HeldOut
 from .checkpoint.apply import apply_plan, check_uncut
-from .checkpoint.reporting import save_with_report
+from .checkpoint.save import save_with_report
 from .config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
 from .errors import check_choice
 from .examined import ExaminedModel, Progress, need

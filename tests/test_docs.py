@@ -18,8 +18,7 @@ from places import ROOT
 import hf_gradnas
 from hf_gradnas import nas, repair
 from hf_gradnas.cli.app import app, given_flags, main
-from hf_gradnas.config.recipe_building import build_recipe
-from hf_gradnas.config.recipe_files import shipped_recipes
+from hf_gradnas.config.recipe_files import build_recipe, shipped_recipes
 from hf_gradnas.config.sweep import Sweep, build_sweep
 from hf_gradnas.scores import methods
 

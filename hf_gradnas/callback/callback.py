@@ -18,7 +18,7 @@ from ..batches.longest import reiterable
 from ..checkpoint.savable import check_processor
 from ..checkpoint.targets import check_target, target_of
 from ..config.defaults import DEFAULT_SCORE
-from ..config.recipe_building import build_recipe
+from ..config.recipe_files import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
 from ..running.owners import body_of
 from ..types import Plan, Scores

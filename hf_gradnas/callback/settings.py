@@ -13,9 +13,8 @@ from transformers.training_args import ParallelMode
 
 from ..batches.batch import read_batches
 from ..batches.steps import is_none_or_positive
-from ..config.budgets import parse_budgets
 from ..config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
-from ..config.rules import parse_rules
+from ..config.limits import parse_budgets, parse_rules
 from ..errors import DataError, OrderError, PlanError, check_choice
 from ..repair.repairs import CHOICES as REPAIRS
 from ..scores import METHODS

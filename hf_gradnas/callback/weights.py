@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
-from ..config.rules import Rules, rule_for
+from ..config.limits import Rules, rule_for
 from ..errors import StructureError
 from ..running.hooks import tensor_at
 from ..surgery.rows import Kept, lost_units

@@ -1,12 +1,14 @@
 """Writes a pruned model so that the target folder is never half written, and proves that it loads.
 
-Knows folders and files; the config's values come from `stock.rewrite`, and the classes that
-load a per-layer checkpoint from `surgery.modeling_gradnas`. Both layouts are written alike.
+Knows folders and files; the config's values come from `stock.rewrite`, and the classes that load a
+per-layer checkpoint from `surgery.modeling_gradnas`. Both layouts are written alike. Knows also
+what a report has to be told of a model; what it says and shows is made by `report`.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +20,14 @@ from transformers import PreTrainedModel
 
 from .._files import replace_folder, temporary_sibling, write_record
 from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
-from .._redaction import shareable
+from .._redaction import shareable, without_secrets
 from ..batches.batch import to_device
-from ..errors import CheckpointError, GradNASError, described
-from ..report import python_string
+from ..errors import CheckpointError, GradNASError, GradNASWarning, described
+from ..repair.repairs import Repair
+from ..report import find_origin, in_one_line, python_string, report_files, summarise
 from ..running.owners import LIBRARY, save_owner
 from ..surgery.modeling_gradnas import auto_class_name
-from ..types import Plan
+from ..types import Plan, Prunable, Scores
 from .apply import (
     RELOADED_TOLERANCE,
     Call,
@@ -32,12 +35,14 @@ from .apply import (
     largest_difference,
     outputs_of,
 )
-from .companions import Companions
+from .companions import Companions, companions_of
 from .reference import DIGESTED, Reference, make_reference
+from .sentence_folders import root_of
 from .targets import (
     DOCUMENT,
     FORMAT_VERSION,
     check_content,
+    check_folder,
     check_target,
     failing,
     target_of,
@@ -239,3 +244,127 @@ def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class of Transformers that a model is one of, per-layer or not."""
     found: type[PreTrainedModel] = vars(type(model)).get("_gradnas_stock_class", type(model))
     return found
+
+
+# --- with its card and report ---------------------------------------------------------------------
+
+
+def save_with_report(  # noqa: PLR0913 - one call writes all that is known
+    model: PreTrainedModel,
+    directory: str | Path,
+    prunable: Prunable,
+    plan: Plan,
+    *,
+    scores: Scores | None = None,
+    repair: Repair | None = None,
+    document: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+    report: bool = True,
+    owner: Any = None,
+    **options: Any,
+) -> Path:
+    """Write model, ``gradnas.json``, model card and report, all or nothing.
+
+    Args:
+        model: A cut model, its config rewritten.
+        directory: Target folder.
+        prunable: What could be cut, before it was.
+        plan: What was cut.
+        scores: What the plan was made from, if it is known.
+        repair: The new weights that it was cut with, if there were any.
+        document: More to keep in ``gradnas.json``; the card tells of what it knows in it.
+        files: Further files by path.
+        report: Write the folder of the report; the card comes in any case.
+        owner: The model of sentence-transformers around it, which writes its modules; or None.
+        **options: Further arguments of `save_pruned`.
+
+    Raises:
+        CheckpointError: As of `save_pruned`.
+    """
+    check_folder(directory)
+    if isinstance(options.get("processing_class"), str | Path):
+        raise CheckpointError(
+            f"processing_class={options['processing_class']!r}: found a name, needed the tokenizer "
+            "or processor itself; load it with from_pretrained, or give none."
+        )
+    content = _document(prunable, scores, repair, document or {})
+    companions = companions_of(model, stock_class(model), owner)
+    told = _told_of(
+        model,
+        Path(directory).resolve().name,
+        prunable,
+        plan,
+        scores,
+        content,
+        pictures=report,
+        sentence_class=companions.sentence_class,
+    )
+    return save_pruned(
+        model,
+        directory,
+        plan=plan,
+        document=content,
+        files={**told, **(files or {})},
+        companions=companions,
+        **options,
+    )
+
+
+def _document(
+    prunable: Prunable, scores: Scores | None, repair: Repair | None, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Content of ``gradnas.json``; `more` wins."""
+    metadata = {} if scores is None else dict(scores.metadata)
+    mended = {} if repair is None else {"repair": repair.record()}
+    return {"totals": dict(prunable.totals), "scores": metadata, **mended, **more}
+
+
+def _told_of(*args: Any, **options: Any) -> dict[str, str | bytes]:
+    """As `describe`; nothing, with a warning, where that fails."""
+    try:
+        return describe(*args, **options)
+    except Exception as error:  # whatever a picture does, a model that took hours is saved
+        warnings.warn(
+            f"report: could not be made ({described(error, whole=True)}), so that the checkpoint "
+            "comes without model card and report; report it with the model's class.",
+            GradNASWarning,
+            stacklevel=3,
+        )
+        return {}
+
+
+def describe(
+    model: PreTrainedModel,
+    name: str,
+    prunable: Prunable,
+    plan: Plan,
+    scores: Scores | None,
+    document: Mapping[str, Any],
+    *,
+    pictures: bool = True,
+    sentence_class: str | None = None,
+) -> dict[str, str | bytes]:
+    """Card and report of a cut model that is called `name`, by path."""
+    document, name = shareable(document), without_secrets(name)
+    source = root_of(model.name_or_path)
+    origin = find_origin(source, revision=document.get("recipe", {}).get("revision"))
+    stock = stock_class(model)
+    summary = summarise(
+        plan,
+        prunable,
+        document=document,
+        name=in_one_line(name),
+        model=stock.__name__,
+        base_model=origin.base_model,
+        versions=versions(),
+    )
+    return report_files(
+        summary,
+        plan,
+        scores,
+        origin,
+        auto_class=auto_class_name(stock),
+        loading=loading_snippet(model, plan.layout, name, sentence_class),
+        library="transformers" if sentence_class is None else "sentence-transformers",
+        pictures=pictures,
+    )

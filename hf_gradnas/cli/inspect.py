@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .._redaction import without_secrets
-from ..config.budgets import format_amount, say_lowest
+from ..config.limits import Rules, check_rules, format_amount, parse_rules, rule_for, say_lowest
 from ..config.recipe import Recipe
-from ..config.recipe_building import build_recipe
-from ..config.rules import Rules, check_rules, parse_rules, rule_for
+from ..config.recipe_files import build_recipe
 from ..errors import GradNASError, StructureError
 from ..jobs.early import check_inspected, model_folder
 from ..jobs.idle import Known, check_idle

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Recipe
-from ..config.recipe_building import build_recipe
+from ..config.recipe_files import build_recipe
 from ..errors import GradNASError, RecipeError
 from ..jobs.early import check_early
 from . import BAD_INPUT, DONE, FAILED, INTERRUPTED

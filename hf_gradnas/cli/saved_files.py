@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from .._manifests import file_sha256
 from ..checkpoint.targets import DOCUMENT, WEIGHT_FILES
-from ..report.files import FOLDER
+from ..report.card import FOLDER
 
 WEIGHTS, CODE, SETTINGS, TEXT, LOADING = "weights", "code", "settings", "text", "loading"
 MEANING = {

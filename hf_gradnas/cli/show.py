@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .._redaction import sayable
-from ..config.budgets import format_amount, format_share
+from ..config.limits import format_amount, format_share
 from ..jobs.report import Progress, Report
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Screen(Report):
             columns: Metrics by state.
             measured_on: What the examples are, after their number.
         """
-        from ..report.quality import with_errors
+        from ..report.sentences import with_errors
 
         first = next(iter(columns.values()))
         found = [with_errors(metrics.to_dict()) for metrics in columns.values()]

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._files import temporary_sibling, write_whole
 from ..checkpoint.targets import check_target
-from ..config.budgets import parse_budgets
+from ..config.limits import parse_budgets
 from ..config.recipe import Recipe
-from ..config.recipe_building import build_recipe
-from ..config.recipe_saving import check_inputs, shareable
+from ..config.recipe_files import build_recipe, check_inputs, shareable
 from ..config.sweep import Sweep, build_sweep
 from ..errors import BudgetError, CheckpointError, DataError, GradNASError, RecipeError
 from ..jobs.early import COSTS, check_inspected, is_local, local_path, model_folder
@@ -199,8 +198,7 @@ def _write(frontier: Frontier, folder: Path) -> None:
     Raises:
         CheckpointError: One cannot be written.
     """
-    from ..report.frontier_plot import frontier_pictures
-    from ..report.frontiers import frontier_csv, frontier_markdown
+    from ..report.frontiers import frontier_csv, frontier_markdown, frontier_pictures
 
     contents = {"csv": frontier_csv(frontier).encode(), "md": frontier_markdown(frontier).encode()}
     for suffix, content in {**contents, **frontier_pictures(frontier)}.items():

@@ -12,8 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from .defaults import DEFAULT_SCORE, Score
-from .recipe_values import read_label_map, read_targets
-from .strict import Settings
+from .strict import Settings, read_label_map, read_targets
 
 FORMAT = 1
 """Version of recipe files that is read and written."""

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 from ..errors import RecipeError
 from .defaults import AUTO, CANDIDATES
 from .recipe import Recipe
-from .recipe_building import explained
+from .recipe_files import explained
 from .strict import Settings
 
 SCORES = tuple(n for n in get_args(Recipe.model_fields["score"].annotation) if n != AUTO)

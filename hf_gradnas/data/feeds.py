@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Recipe
-from ..config.recipe_building import build_recipe
+from ..config.recipe_files import build_recipe
 from ..errors import DataError, RecipeError
 from .columns import Columns, choose_columns
 from .datasets import BUNDLED, open_bundled, open_dataset

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.sentence_folders import body_folder
 from ..checkpoint.targets import check_target
-from ..config.budgets import parse_budgets
 from ..config.defaults import AUTO
+from ..config.limits import parse_budgets, parse_rules
 from ..config.recipe import QUICKSTART, Recipe
-from ..config.recipe_saving import check_inputs
-from ..config.rules import parse_rules
+from ..config.recipe_files import check_inputs
 from ..data.files import READERS
 from ..data.tasks import named_task
 from ..errors import CheckpointError, DataError, HubError, RecipeError, ScoresError

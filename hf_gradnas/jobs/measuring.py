@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..batches.batch import to_device
-from ..config.budgets import milder
+from ..config.limits import milder
 from ..data.examples import make_loader
 from ..data.labels import IGNORED
 from ..data.tasks import Head
 from ..errors import DataError
-from ..report.quality import what_was_lost
+from ..report.sentences import what_was_lost
 from ..running.wrappers import evaluating
 from ..types import Budget
 from .report import Progress, Report

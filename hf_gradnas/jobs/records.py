@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Set, Sized
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import BY_FLAG_ONLY, NOT_FLAGS, Recipe
-from ..config.recipe_saving import shareable, to_dict
+from ..config.recipe_files import shareable, to_dict
 from ..data.columns import Columns
 from ..data.datasets import BUNDLED
 from ..data.loading import Source

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.rehearsal import rehearsed
+from ..checkpoint.prunable import rehearsed
 from ..checkpoint.savable import check_savable
-from ..config.budgets import (
+from ..config.limits import (
     format_amount,
     parse_budgets,
     percent_up,

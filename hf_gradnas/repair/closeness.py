@@ -134,6 +134,9 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).clamp_(min=torch.finfo(logits.dtype).min)
 
 
+# --- means over batches ---------------------------------------------------------------------------
+
+
 Variant = Callable[[], AbstractContextManager[Any]]
 
 
@@ -222,6 +225,9 @@ def divergence_sum(found: Prediction, wanted: Prediction) -> float:
         )  # (labels,)
         total += float(terms.double().sum())
     return total
+
+
+# --- which of several plans is closest ------------------------------------------------------------
 
 
 logger = logging.getLogger(__name__)

@@ -175,6 +175,9 @@ def _values_of(output: Any) -> list[Tensor]:
     return [value for value in tensors_of((output,)) if value.is_floating_point()]
 
 
+# --- on the first examples ------------------------------------------------------------------------
+
+
 TRACED = 4
 """Examples that readers are looked for with, at most: the trace keeps all that a forward makes."""
 MEMORY_RATIO = 0.25

@@ -98,6 +98,9 @@ def is_positive(value: Any) -> bool:
     return is_weight(value) and value != 0
 
 
+# --- attention probabilities, by the module that computes them ------------------------------------
+
+
 Seen = dict["Site", list[Tensor | None]]
 
 _PROBABILITIES = 4  # dimensions: (examples, heads, queries, keys)

@@ -221,6 +221,9 @@ class NormalEquations:
         return solve
 
 
+# --- held-out rows, and the ridge that they choose ------------------------------------------------
+
+
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
 START = RIDGES.index(0.1)
 """Where the search for α begins; in later layers of a kind where it ended in the one before."""

@@ -3,11 +3,9 @@
 Takes plans, scores and numbers as data; knows no model and writes no file.
 """
 
-from .card import address
-from .files import FOLDER, report_files
-from .markdown import in_one_line, python_string
+from .card import FOLDER, address, report_files
 from .metadata import Origin, fetch_card, find_origin, is_hub_id
-from .quality import say_prediction, say_repair, say_swap
+from .sentences import in_one_line, python_string, say_prediction, say_repair, say_swap
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
 
 __all__ = [

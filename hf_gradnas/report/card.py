@@ -1,6 +1,7 @@
-"""The model card: what a user of the pruned model has to know, in Markdown.
+"""The model card, in Markdown, and with it every file of a report, as bytes by path.
 
-The template is Python text: Jinja is no dependency of ``huggingface_hub``.
+The card says what a user of the pruned model has to know. Its template is Python text: Jinja is no
+dependency of ``huggingface_hub``. The caller writes the files beside the model.
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from .._redaction import sayable, visible
-from ..config.budgets import format_share
-from .markdown import code, fenced, plain
-from .metadata import Origin, card_data, data_name, final_metrics
-from .quality import SHARES, say_prediction, say_repair, what_was_lost
+from .._redaction import sayable, shareable, visible
+from ..config.limits import format_share
+from ..types import Plan, Scores
+from .metadata import CARD, Origin, card_data, data_name, final_metrics
+from .plots import draw_all
+from .sentences import SHARES, code, fenced, plain, say_prediction, say_repair, what_was_lost
 from .summary import (
     Summary,
     costs_table,
     kinds_table,
     latency_table,
     metrics_table,
+    plan_csv,
     plan_table,
     repair_table,
 )
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+
 
 PROJECT = "hf_gradnas"
 BUNDLED = "bundled text"
@@ -290,3 +294,65 @@ def _limits(summary: Summary) -> Iterator[str]:
             "converters) do not take a `per_layer` checkpoint."
         )
     yield "\n".join(f"- {limit}" for limit in limits)
+
+
+# --- every file of a report -----------------------------------------------------------------------
+
+
+FOLDER = "report"
+
+
+def report_files(
+    summary: Summary,
+    plan: Plan,
+    scores: Scores | None,
+    origin: Origin,
+    *,
+    auto_class: str | None,
+    loading: str,
+    library: str = "transformers",
+    pictures: bool = True,
+) -> dict[str, str | bytes]:
+    """The card as ``README.md``, and the report in `FOLDER`.
+
+    Args:
+        summary: What was done.
+        plan: What was cut.
+        scores: What it was chosen by; None: not known, so that there is no picture of them.
+        origin: The original, and its card.
+        auto_class: Name of the auto class that builds the model.
+        loading: Python lines that load the model.
+        library: Name of the library that they load it with, as the Hub has it.
+        pictures: Whether to make more than the card.
+
+    Returns:
+        Content by path relative to the model's folder.
+    """
+    card = make_card(
+        summary,
+        origin,
+        auto_class=auto_class,
+        loading=loading,
+        library=library,
+        pictures=FOLDER if pictures else None,
+        has_scores=scores is not None,
+    )
+    files: dict[str, str | bytes] = {CARD: sayable(str(card))}
+    if pictures:
+        files[f"{FOLDER}/summary.json"] = json.dumps(shareable(summary.to_dict()), indent=1) + "\n"
+        files[f"{FOLDER}/plan.md"] = sayable(_tables(summary))
+        files[f"{FOLDER}/plan.csv"] = sayable(plan_csv(summary))
+        drawn = draw_all(summary, plan, scores)
+        files.update({f"{FOLDER}/{name}": content for name, content in drawn.items()})
+    return files
+
+
+def _tables(summary: Summary) -> str:
+    """All tables under each other."""
+    parts = [f"# {plain(summary.name)}", "## Costs", costs_table(summary)]
+    if summary.latencies:
+        parts += [f"## Latency ({plain(summary.machine)})", latency_table(summary)]
+    if summary.metrics:
+        parts += ["## Metrics", metrics_table(summary)]
+    parts += ["## Plan", kinds_table(summary), plan_table(summary)]
+    return "\n\n".join(parts) + "\n"

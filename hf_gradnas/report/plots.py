@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.budgets import format_amount, format_share
+from ..config.limits import format_amount, format_share
 from ..types import KINDS, Plan, Scores
 from .summary import AxisWidth, Summary, short_names
 

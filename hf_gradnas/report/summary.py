@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..config.budgets import format_amount, format_share
+from ..config.limits import format_amount, format_share
 from ..types import CostModel, Plan, Prunable, Refusal
-from .markdown import code, plain
-from .quality import with_errors
+from .sentences import code, plain, with_errors
 
 FORMAT_VERSION = 1
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..config.rules import Rule, Rules, rule_for
+from ..config.limits import Rule, Rules, rule_for
 from ..errors import PlanError
 from ..types import KINDS, Axis, CostModel, Kind, StockGroup
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.budgets import format_amount, percent_up, say_lowest, warn_near_lowest
-from ..config.rules import Rules
+from ..config.limits import Rules, format_amount, percent_up, say_lowest, warn_near_lowest
 from ..errors import BudgetError, PlanError, ScoresError
 from ..types import Axis, Budget, CostModel, Plan, Prunable, Scores
 from .binary import search_binary

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config.rules import Rules
+from ..config.limits import Rules
 from ..errors import PlanError
 from ..types import Axis, Prunable, StockGroup
 from .choices import Choices, choose_counts, step_ratios_of

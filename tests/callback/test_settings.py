@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from hf_gradnas import GradNASCallback
-from hf_gradnas.config.rules import Rule
+from hf_gradnas.config.limits import Rule
 from hf_gradnas.errors import DataError, OrderError, PlanError, StructureError
 
 pytestmark = [

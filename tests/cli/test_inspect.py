@@ -13,7 +13,7 @@ from cli_cases import save_bert, save_llama, save_t5, save_vit, save_whisper, wr
 from hf_gradnas import GradNASPruner
 from hf_gradnas.cli.app import main
 from hf_gradnas.cli.inspect import inspect_recipe
-from hf_gradnas.config.recipe_building import build_recipe
+from hf_gradnas.config.recipe_files import build_recipe
 from hf_gradnas.errors import BudgetError, GradNASWarning
 
 

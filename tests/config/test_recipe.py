@@ -7,9 +7,13 @@ import yaml
 
 from hf_gradnas.config import recipe_files
 from hf_gradnas.config.recipe import Recipe
-from hf_gradnas.config.recipe_building import build_recipe
-from hf_gradnas.config.recipe_files import read_recipe_file, shipped_recipes
-from hf_gradnas.config.recipe_saving import to_dict, to_yaml
+from hf_gradnas.config.recipe_files import (
+    build_recipe,
+    read_recipe_file,
+    shipped_recipes,
+    to_dict,
+    to_yaml,
+)
 from hf_gradnas.errors import RecipeError
 
 

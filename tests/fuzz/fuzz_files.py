@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from hf_gradnas import GradNASPruner, Plan, Scores
 from hf_gradnas.cli import verify
 from hf_gradnas.config.recipe import Recipe
-from hf_gradnas.config.recipe_building import build_recipe
+from hf_gradnas.config.recipe_files import build_recipe
 from hf_gradnas.data.columns import choose_columns
 from hf_gradnas.data.datasets import open_dataset
 from hf_gradnas.data.examples import Feed, make_loader

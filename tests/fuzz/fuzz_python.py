@@ -194,7 +194,7 @@ class Budgets:
         def use() -> None:
             pruner = GradNASPruner(self.model, rules=rules, **more)
             pruner._prunable = replace(self.pruner.prunable, layout="per_layer")
-            from hf_gradnas.config.rules import check_rules
+            from hf_gradnas.config.limits import check_rules
 
             check_rules(pruner.rules, self.pruner.structure)
             pruner._scores = self.pruner._scores

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from hf_gradnas.config.recipe import Recipe
-from hf_gradnas.config.recipe_building import build_recipe
-from hf_gradnas.config.recipe_files import shipped_recipes
+from hf_gradnas.config.recipe_files import build_recipe, shipped_recipes
 from hf_gradnas.data.tasks import TASKS, Head, named_task
 from hf_gradnas.errors import RecipeError
 from hf_gradnas.jobs.idle import Known, check_idle, idle_options, without_idle

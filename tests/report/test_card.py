@@ -5,8 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 from report_cases import EVALUATED, LOADING, make_case
 
-from hf_gradnas.report.card import address, make_card
-from hf_gradnas.report.files import report_files
+from hf_gradnas.report.card import address, make_card, report_files
 from hf_gradnas.report.metadata import Origin, data_name, hub_dataset, pipeline_tag
 
 ORIGIN = Origin("user/large", {}, is_hub=True)

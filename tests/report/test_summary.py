@@ -9,10 +9,10 @@ import re
 import pytest
 from report_cases import EVALUATED, LOADING, make_case
 
-from hf_gradnas.config.budgets import format_share
+from hf_gradnas.config.limits import format_share
 from hf_gradnas.report.card import make_card
 from hf_gradnas.report.metadata import Origin
-from hf_gradnas.report.quality import sampling_error, what_was_lost
+from hf_gradnas.report.sentences import sampling_error, what_was_lost
 from hf_gradnas.report.summary import (
     LONGEST,
     costs_table,

@@ -12,7 +12,7 @@ from callback_runs import make_trainer
 from transformers import TrainerCallback
 
 from hf_gradnas import GradNASCallback, GradNASPruner, nas
-from hf_gradnas.config.budgets import milder, say_lowest, warn_near_lowest
+from hf_gradnas.config.limits import milder, say_lowest, warn_near_lowest
 from hf_gradnas.errors import BudgetError, GradNASWarning
 from hf_gradnas.types import Budget, CostModel
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import search_spaces as small
 
-from hf_gradnas.config.rules import Rule
+from hf_gradnas.config.limits import Rule
 from hf_gradnas.errors import PlanError
 from hf_gradnas.search.choices import (
     choose_counts,

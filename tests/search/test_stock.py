@@ -7,7 +7,7 @@ import pytest
 import search_spaces as small
 from searching import check_budgets, find_plan, lowest_costs
 
-from hf_gradnas.config.rules import Rule
+from hf_gradnas.config.limits import Rule
 from hf_gradnas.errors import BudgetError, PlanError
 from hf_gradnas.search import STRATEGIES
 from hf_gradnas.types import Kind, StockGroup, StockSpace

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_gradnas.config.budgets import format_amount, parse_budgets
+from hf_gradnas.config.limits import format_amount, parse_budgets
 from hf_gradnas.errors import BudgetError
 from hf_gradnas.types import Budget
 

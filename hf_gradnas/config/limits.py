@@ -1,6 +1,7 @@
-"""Budgets: what a user may ask for, read once at the border.
+"""Budgets and rules: what a plan may cost, and which axes may be pruned, how far.
 
-Knows names and totals of costs, not how they come about.
+Read once at the border. Knows globs, numbers, and names and totals of costs; knows neither models
+nor how costs come about.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from numbers import Real
 
-from ..errors import BudgetError, GradNASWarning
-from ..types import Budget, CostModel
+from pydantic import Field, ValidationError
+
+from ..errors import BudgetError, GradNASWarning, PlanError, StructureError
+from ..types import Budget, CostModel, Structure
+from .strict import Settings
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _PERCENT = 100
@@ -177,3 +182,80 @@ def _read(name: str, limit: object) -> tuple[float, bool]:
             "or an absolute limit such as 66e6 or '66M'."
         )
     return amount, is_share
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+_MOST = 2**31 - 1  # no model has more units
+
+
+class Rule(Settings):
+    """Limits on one axis."""
+
+    min: int = Field(
+        default=0,
+        ge=0,
+        le=_MOST,
+        strict=True,
+        description="Fewest units that stay; 0 may remove them all.",
+    )
+    multiple: int | None = Field(
+        default=None,
+        ge=1,
+        le=_MOST,
+        strict=True,
+        description="Kept units are a multiple of this (or all); None: chosen from the cost.",
+    )
+
+
+Rules = Mapping[str, Rule | None]
+
+
+def parse_rules(rules: Mapping[str, object] | None) -> dict[str, Rule | None]:
+    """Check a user's mapping from glob to None (keep) or ``{min, multiple}``, keeping its order.
+
+    Raises:
+        PlanError: A value is neither None nor a mapping with the keys of `Rule`.
+    """
+    if rules is not None and not isinstance(rules, Mapping):
+        raise PlanError(
+            f"rules: found a {type(rules).__name__}, needed a mapping from a glob over module "
+            'paths to None or limits, such as {"*layers.3.mlp*": None}.'
+        )
+    parsed: dict[str, Rule | None] = {}
+    for glob, rule in (rules or {}).items():
+        if not isinstance(glob, str):
+            raise PlanError(f"rules: found the glob {glob!r}, needed a text over module paths.")
+        try:
+            parsed[glob] = None if rule is None else Rule.model_validate(rule)
+        except ValidationError as error:
+            raise PlanError(
+                f"rules[{glob!r}]: {error.errors()[0]['msg']} (found {rule!r}); give None to keep "
+                "the axis, or a mapping with 'min' and 'multiple'."
+            ) from error
+    return parsed
+
+
+def rule_for(module: str, rules: Rules) -> Rule | None:
+    """Rule of a module path: the last glob that matches wins; None means keep untouched."""
+    found: Rule | None = Rule()
+    for glob, rule in rules.items():
+        if fnmatchcase(module, glob):
+            found = rule
+    return found
+
+
+def check_rules(rules: Rules, structure: Structure) -> None:
+    """Check that every glob matches a module with an axis.
+
+    Raises:
+        StructureError: One does not.
+    """
+    for glob in rules:
+        if not any(rule_for(a.module, {glob: None}) is None for a in structure.axes):
+            raise StructureError(
+                f"rules[{glob!r}] matches no axis of this model; axes stand in "
+                f"{', '.join(sorted({a.module for a in structure.axes})[:6])}, …. "
+                "Give a glob over these module paths."
+            )

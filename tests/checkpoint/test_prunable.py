@@ -12,9 +12,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from hf_gradnas import GradNASPruner, nas
-from hf_gradnas.checkpoint import rehearsal
-from hf_gradnas.checkpoint.prunable import find_prunable
-from hf_gradnas.checkpoint.rehearsal import trial_plan
+from hf_gradnas.checkpoint import prunable
+from hf_gradnas.checkpoint.prunable import find_prunable, trial_plan
 from hf_gradnas.errors import StructureError
 from hf_gradnas.nas.hparams import needed_space
 from hf_gradnas.surgery.cut import check_plan
@@ -115,9 +114,9 @@ def test_a_model_that_computes_something_else_once_it_is_loaded_is_refused():
 
 
 def test_where_only_a_removal_fails_one_unit_stays(monkeypatch):
-    fault = rehearsal._fault
+    fault = prunable._fault
     monkeypatch.setattr(
-        rehearsal,
+        prunable,
         "_fault",
         lambda *a, removals: "gone" if removals else fault(*a, removals=removals),
     )

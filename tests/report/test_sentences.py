@@ -1,4 +1,6 @@
-"""No name that stands in the card or the report ends what it stands in."""
+"""Names and texts end nothing that they are in; what a repair says of itself."""
+
+from __future__ import annotations
 
 import ast
 import re
@@ -11,10 +13,11 @@ from huggingface_hub import ModelCard
 from report_cases import EVALUATED, make_case
 
 from hf_gradnas._redaction import visible
-from hf_gradnas.report.card import address, make_card
-from hf_gradnas.report.files import report_files
-from hf_gradnas.report.markdown import code, fenced, in_one_line, plain, python_string
+from hf_gradnas.repair import Repair, Site
+from hf_gradnas.report import say_repair
+from hf_gradnas.report.card import address, make_card, report_files
 from hf_gradnas.report.metadata import Origin
+from hf_gradnas.report.sentences import code, fenced, in_one_line, plain, python_string
 from hf_gradnas.types import Refusal
 
 ORIGIN = Origin("user/large", {}, is_hub=True)
@@ -101,3 +104,31 @@ def test_a_pushed_card_of_such_a_name_names_its_repository():
     assert "\n# tiny\n" in str(after)
     assert str(after).count('from_pretrained("user/tiny"') == 2
     assert 'a\\"b' not in str(after)
+
+
+def record(*sites: Site, tensors: dict | None = None, **values: float) -> dict:
+    return Repair(tensors or {}, sites, "plan", "model", examples=512, **values).record()
+
+
+def test_a_repair_that_was_accepted_says_how_far_the_divergence_fell():
+    sites = (Site("a", 9, 3), Site("b", 9, 3), Site("c", 9, 0, reason="nothing is left of it"))
+    found = record(*sites, tensors={"a.weight": 0}, kl_before=0.29912, kl_after=0.05141)
+    assert say_repair(found) == (
+        "Repaired 2 of 3 layers by least squares on 512 examples, without training: the KL "
+        "divergence from the original's predictions fell from 0.2991 to 0.05141 nats per label, "
+        "on held-out batches."
+    )
+
+
+def test_one_that_was_not_says_so():
+    found = record(Site("a", 9, 3), kl_before=0.1, kl_after=0.2)
+    assert say_repair(found) == (
+        "Not repaired: new weights by least squares on 512 examples did not lower the KL "
+        "divergence from the original's predictions (0.1 before, 0.2 with new weights), so the "
+        "weights are as they were."
+    )
+    assert "predictions, so the weights" in say_repair(record(Site("a", 9, 3)))
+
+
+def test_nothing_to_repair():
+    assert say_repair(record()) == "Not repaired: no layer reads what is pruned."
