@@ -22,9 +22,8 @@ from .errors import DataError, OrderError, check_choice
 from .masks import masked
 from .repair.least_squares import find_repair
 from .repair.repairs import Repair, check_repair, check_unsharded, repaired
-from .running.owners import body_of
 from .running.processes import Processes
-from .running.wrappers import check_parameters, uncompiled
+from .running.wrappers import body_of, check_parameters, uncompiled
 from .search.solver import check_budgets
 from .stock.space import LAYOUTS
 from .surgery.cut import check_plan

@@ -25,11 +25,17 @@ from .errors import RepairError
 from .hub import check_access, push
 from .jobs.early import check_early, model_folder, repair_file
 from .jobs.measuring import doubts, measure, warn_of_loss
-from .jobs.opening import flops_length_of, make_pruner, open_model, recover_model
-from .jobs.preparation import Job, prepare, with_subset
+from .jobs.preparation import (
+    Job,
+    flops_length_of,
+    make_pruner,
+    open_model,
+    prepare,
+    recover_model,
+    with_subset,
+)
 from .jobs.quickstart import Training, make_quickstart
-from .jobs.records import push_settings, record
-from .jobs.report import Report
+from .jobs.report import Report, push_settings, record
 from .repair.closeness import say_tried
 from .repair.repairs import mended, swaps
 from .report import say_repair, say_swap

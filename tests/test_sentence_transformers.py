@@ -18,7 +18,7 @@ from torch import nn
 import hf_gradnas
 from hf_gradnas import GradNASCallback, GradNASPruner
 from hf_gradnas.errors import DataError, PlanError, StructureError
-from hf_gradnas.running.owners import body_of, sentence_class, split_features
+from hf_gradnas.running.wrappers import body_of, sentence_class, split_features
 
 TEXTS = sentences(6)
 BUDGET = {"params": "90%"}

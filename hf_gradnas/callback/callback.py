@@ -20,7 +20,7 @@ from ..checkpoint.targets import check_target, target_of
 from ..config.defaults import DEFAULT_SCORE
 from ..config.recipe_files import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError
-from ..running.owners import body_of
+from ..running.wrappers import body_of
 from ..types import Plan, Scores
 from .handover import (
     check_publishing,

@@ -17,9 +17,8 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..errors import DataError
 from ..pruner import GradNASPruner
-from ..running.owners import Features, body_of
 from ..running.processes import Processes
-from ..running.wrappers import without_autocast
+from ..running.wrappers import Features, body_of, without_autocast
 from ..scores.fingerprints import model_fingerprint
 from ..scores.methods import chosen
 from ..surgery.rows import Kept, lost_units

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..errors import GradNASWarning
 from ..report import FOLDER as REPORT_FOLDER
 from ..report import find_origin, is_hub_id
-from ..running.owners import SENTENCE_CLASSES, sentence_class
+from ..running.wrappers import SENTENCE_CLASSES, sentence_class
 from ..surgery.modeling_gradnas import auto_class_name
 from ..types import read_object
 from .sentence_folders import (

@@ -25,7 +25,7 @@ from ..batches.batch import to_device
 from ..errors import CheckpointError, GradNASError, GradNASWarning, described
 from ..repair.repairs import Repair
 from ..report import find_origin, in_one_line, python_string, report_files, summarise
-from ..running.owners import LIBRARY, save_owner
+from ..running.wrappers import LIBRARY, save_owner
 from ..surgery.modeling_gradnas import auto_class_name
 from ..types import Plan, Prunable, Scores
 from .apply import (

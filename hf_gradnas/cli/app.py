@@ -132,7 +132,7 @@ def push_command(
 
     For example: hf-gradnas push ./bert-base-uncased-gradnas me/bert-small
     """
-    from .publish import push_from_arguments
+    from .prune import push_from_arguments
 
     code = push_from_arguments(folder, repository, private=private, message=message, branch=branch)
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""The prune command: options in, an exit code out; and the processes that commands run in.
+"""The prune and push commands: options in, an exit code out; and the processes they run in.
 
 One that is started in the plain way stays alone: no process group is made for it.
 """
@@ -8,18 +8,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Recipe
 from ..config.recipe_files import build_recipe
-from ..errors import GradNASError, RecipeError
-from ..jobs.early import check_early
+from ..errors import CheckpointError, GradNASError, HubError, RecipeError
+from ..jobs.early import check_early, check_pushed
 from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
     from ..flow import Run
+    from ..hub import Pushed
     from ..running.processes import Processes
+
 
 # What launchers set: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -125,3 +128,59 @@ def launched(recipe: Recipe) -> Iterator[tuple[Recipe, Processes]]:
         yield recipe.model_copy(update={"device": device}), Processes(accelerator)
     finally:
         accelerator.end_training()
+
+
+# --- pushing to the Hub ---------------------------------------------------------------------------
+
+
+def push_from_arguments(
+    folder: str, repo_id: str, *, private: bool, message: str, branch: str
+) -> int:
+    """Run the push command; errors become a message and a code.
+
+    Returns:
+        0 done, 1 the push failed, 2 it cannot be made, 130 interrupted.
+    """
+    screen, code = Screen(), BAD_INPUT
+    try:
+        check_pushed(folder, repo_id)
+        from ..hub import check_access, saved_files
+
+        saved_files(Path(folder))
+        repo_id = check_access(repo_id, private=private or None)
+        code = FAILED
+        pushed = push_on(screen, folder, repo_id, private=private, message=message, branch=branch)
+    except KeyboardInterrupt:
+        screen.error(f"interrupted; {folder} is as it was, and {repo_id} got no half commit.")
+        return INTERRUPTED
+    except (HubError, CheckpointError) as error:
+        screen.error(str(error))
+        return code
+    screen.line(f"Pushed: {pushed}")
+    return DONE
+
+
+def push_on(
+    screen: Screen,
+    folder: str,
+    repo_id: str,
+    *,
+    private: bool,
+    message: str = "",
+    branch: str = "main",
+) -> Pushed:
+    """Push a folder, with the client's progress bars where `screen` is a terminal.
+
+    Raises:
+        HubError: It failed; the message says what to do.
+    """
+    from ..hub import push
+
+    with screen.uploading():
+        return push(
+            folder,
+            repo_id,
+            private=private or None,
+            commit_message=message or None,
+            revision=None if branch == "main" else branch,
+        )

@@ -98,8 +98,7 @@ def _sweep(
     """All steps in order."""
     from ..data.examples import make_loader
     from ..jobs.measuring import metrics_of
-    from ..jobs.opening import flops_length_of, make_pruner, open_model
-    from ..jobs.preparation import prepare
+    from ..jobs.preparation import flops_length_of, make_pruner, open_model, prepare
 
     began = time.monotonic()
     opened = partial(prepare, recipe, folder=model_folder(recipe.model), given=given)
@@ -158,7 +157,7 @@ def _subsets(sweep: Sweep, job: Job) -> dict[int, Examples]:
 
 def _document(job: Job, sweep: Sweep, given: frozenset[str]) -> dict[str, Any]:
     """What the file of results keeps beside what was measured."""
-    from ..jobs.records import data_of, words_of
+    from ..jobs.report import data_of, words_of
 
     recipe = shareable(job.recipe)
     own = [word for name in Sweep.model_fields for word in _words(sweep, name)]

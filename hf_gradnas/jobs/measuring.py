@@ -23,7 +23,7 @@ from .report import Progress, Report
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..data.held_out import Evaluation
+    from ..data.feeds import Evaluation
     from ..data.loading import Source
 
 Batches = Iterable[Mapping[str, Any]]

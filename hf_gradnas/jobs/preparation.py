@@ -1,37 +1,59 @@
-"""Everything that is checked and opened before the first batch runs."""
+"""Everything that is checked and opened before the first batch runs: data, model, pruner."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.savable import check_processor
 from ..config.defaults import AUTO
 from ..config.recipe import Recipe
 from ..data.columns import Columns
 from ..data.datasets import BUNDLED, open_dataset
-from ..data.examples import Examples
-from ..data.feeds import encode, feed_of, open_calibration_rows, resolve_labels, rows_needed
-from ..data.files import Rows
-from ..data.held_out import (
+from ..data.examples import Collator, Examples, make_loader
+from ..data.feeds import (
     Evaluation,
     data_warnings,
     divide,
     drawn,
+    encode,
+    feed_of,
     is_same_data,
     labelled_by,
+    open_calibration_rows,
+    resolve_labels,
+    rows_needed,
     shown_name,
     span,
     wanted,
     without,
 )
+from ..data.files import Rows
 from ..data.labels import check_same_numbers
-from ..data.loading import Source, best_device, open_source, prepare_tokenizer, resolve_max_length
+from ..data.loading import (
+    Source,
+    best_device,
+    check_head,
+    listed,
+    load_model,
+    open_source,
+    prepare_tokenizer,
+    resolve_max_length,
+)
 from ..data.tasks import Head
 from ..errors import DataError, RecipeError
+from ..pruner import GradNASPruner
+from ..running.processes import Processes
 from ..types import Scores
 from .early import read_scores
 from .idle import Known, check_idle, without_idle
-from .records import settings_of
+from .measuring import Batches, evaluation_batches
+from .report import Report, settings_of
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -276,3 +298,86 @@ def _all_but(recipe: Recipe, source: Source, first: int, count: int, limit: int 
     changed = recipe.model_copy(update={"num_examples": limit or 10**12})
     feed, _ = feed_of(rows, changed, source, labelled=recipe.labels == "data")
     return without(encode(feed), first, count)
+
+
+# --- from a job to a pruner -----------------------------------------------------------------------
+
+
+def open_model(
+    recipe: Recipe, job: Job, report: Report
+) -> tuple[PreTrainedModel, DataLoader[Any], Batches | None]:
+    """The model, what it is scored on, and what it is measured on, if anything.
+
+    Raises:
+        RecipeError: The checkpoint cannot be loaded, or its head is new and may not be.
+    """
+    model, missing = load_model(recipe, job.source, job.folder)
+    check_head(recipe, job.source, model, missing)
+    if missing:
+        report.warn(
+            f"the checkpoint has no weights for {listed(missing)}; they are random, so scores "
+            "and metrics mean little."
+        )
+    size = recipe.batch_size
+    loader = make_loader(job.calibration, job.source, model, batch_size=size)
+    if job.evaluation is None:
+        return model, loader, None
+    measured = evaluation_batches(job.evaluation, job.source, model, batch_size=size)
+    return model, loader, measured
+
+
+def make_pruner(
+    model: PreTrainedModel, recipe: Recipe, job: Job, processes: Processes
+) -> GradNASPruner:
+    """The pruner with the options of a recipe.
+
+    Raises:
+        CheckpointError: The processor cannot be saved.
+        StructureError: It is no model that can be pruned.
+    """
+    check_processor(job.source.processor)
+    return GradNASPruner(
+        model,
+        score=recipe.score,
+        search=recipe.search,
+        layout=recipe.layout,
+        rules=recipe.rules(),
+        accelerator=processes.accelerator,
+    )
+
+
+def flops_length_of(job: Job) -> int | None:
+    """Tokens that FLOPs are counted for; None where the batch decides.
+
+    Images have a size of their own; for audio the length counts the decoder's tokens.
+    """
+    return None if job.source.input == "image" else job.recipe.flops_length
+
+
+def recover_model(
+    model: PreTrainedModel, recipe: Recipe, job: Job, report: Report
+) -> dict[str, Any]:
+    """Train the cut model; the teacher is loaded again from where the original came."""
+    from ..repair import recover  # the Trainer takes seconds to import
+
+    examples = job.recovery
+    teacher, _ = load_model(recipe, job.source, job.folder)
+    with report.progress("Recovering") as progress:
+        done = recover(
+            model,
+            teacher,
+            examples,
+            epochs=recipe.recover_epochs,
+            learning_rate=recipe.recover_learning_rate,
+            batch_size=recipe.recover_batch_size,
+            temperature=recipe.recover_temperature,
+            alpha=recipe.recover_alpha,
+            hidden_weight=recipe.recover_hidden_weight,
+            lora=recipe.recover_lora_rank,
+            seed=recipe.seed,
+            data_collator=Collator(job.source, model),
+            progress=progress,
+        )
+    count = 0 if examples is None else len(examples)
+    report.line(f"Recovered in {done.steps} steps on {count} examples in {done.seconds:.1f} s.")
+    return {"examples": count, "steps": done.steps, "loss": done.loss}

@@ -6,12 +6,11 @@ differs is told in the migration page of the documentation.
 
 from __future__ import annotations
 
-from .algorithms import convert, prune, search
+from .algorithms import GradNASModeDescriptor, convert, prune, search
 from .config import GradNASConfig
 from .files import restore, save
 from .gradients import GradientDataManager
 from .hparams import Hparam, named_hparams
-from .mode import GradNASModeDescriptor
 from .searcher import GradientBinarySearcher
 
 __all__ = [

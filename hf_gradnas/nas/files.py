@@ -18,11 +18,10 @@ from .._files import write_whole
 from ..errors import CheckpointError
 from ..running.hooks import tensor_at
 from ..types import parse_json
+from .algorithms import GradNASModeDescriptor, record_of
 from .arguments import unwrap
 from .config import GradNASConfig
-from .conversion import record_of
 from .hparams import close_space, open_space, space_of
-from .mode import GradNASModeDescriptor
 
 KEY = "hf_gradnas"
 FORMAT_VERSION = 1

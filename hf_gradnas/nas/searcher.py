@@ -36,11 +36,10 @@ from ..search.solver import find_plan
 from ..stock.space import find_stock_space
 from ..types import Budget, Prunable, Scores, Structure
 from ..verification import find_structure
-from .arguments import named_arguments, probe_arguments, unwrap
+from .arguments import DEFAULTS, named_arguments, probe_arguments, sanitize, unwrap
 from .gradients import Setup
 from .hparams import Hparam, make_hparams, needed_space
 from .scoring import Pass, load_scores, measure_scores, save_scores, seen_by_all
-from .settings import DEFAULTS, sanitize
 
 
 class GradientBinarySearcher:

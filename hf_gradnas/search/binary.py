@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from .lagrangian import fill_up
-from .problem import Problem, Solution
+from .space import Problem, Solution
 
 
 def search_binary(problem: Problem, *, fill: bool = True) -> Solution | None:

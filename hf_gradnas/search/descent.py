@@ -17,10 +17,9 @@ from dataclasses import replace
 import numpy as np
 
 from .binary import search_binary
-from .coupled import CoupledProblem
 from .coupling import Walk
 from .lagrangian import fill_up, search_lagrangian
-from .problem import Solution
+from .space import CoupledProblem, Solution
 
 ROUNDS = 3
 """Bisections with several budgets, each at other relative prices."""

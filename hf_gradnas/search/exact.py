@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .problem import Problem, Solution
+from .space import Problem, Solution
 
 FIRST_GAP = 1 / 8
 """Share of the known gap that is searched first; most often the optimum is there."""

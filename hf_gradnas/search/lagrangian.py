@@ -15,10 +15,9 @@ import heapq
 
 import numpy as np
 
-from .coupled import CoupledProblem
 from .coupling import Walk
 from .exact import close_gap
-from .problem import Problem, Solution
+from .space import CoupledProblem, Problem, Solution
 
 MAX_COLUMNS = 200
 """Simplex steps; 10 to 40 are usual. Every stop leaves valid prices and a valid bound."""

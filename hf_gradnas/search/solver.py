@@ -16,11 +16,17 @@ from ..errors import BudgetError, PlanError, ScoresError
 from ..types import Axis, Budget, CostModel, Plan, Prunable, Scores
 from .binary import search_binary
 from .choices import Choices
-from .coupled import CoupledProblem, make_coupled_problem
 from .descent import search_coupled
 from .lagrangian import search_lagrangian
-from .problem import Problem, Solution, make_problem
-from .space import Space, build_space
+from .space import (
+    CoupledProblem,
+    Problem,
+    Solution,
+    Space,
+    build_space,
+    make_coupled_problem,
+    make_problem,
+)
 
 
 def _search_smallest_loss(problem: Problem, *, fill: bool = True) -> Solution | None:

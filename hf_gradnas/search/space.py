@@ -1,7 +1,10 @@
-"""The space of plans: the blocks of a layout with their options, and what no plan can change.
+"""The space of plans: the blocks of a layout with their options, and the knapsack that they make.
 
-Knows rules, layouts and multiples. Built once per set of budgeted costs and used for any number of
-budgets.
+Knows rules, layouts and multiples. A space is built once per set of budgeted costs and used for any
+number of budgets. The problem that every strategy solves is one of multiple choice, in padded
+arrays, one option per block: ``min Σ score`` subject to ``Σ cost <= room`` for each budget. Scores
+and costs are scaled by powers of two there, which is exact, so that no tolerance depends on their
+units. Where costs couple the blocks, a plan costs what its `Coupling` says.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import numpy as np
 
 from ..config.limits import Rules
 from ..errors import PlanError
-from ..types import Axis, Prunable, StockGroup
+from ..types import Axis, Budget, Prunable, StockGroup
 from .choices import Choices, choose_counts, step_ratios_of
 from .coupling import Coupling, Walk, couple
 from .options import Block, make_block, make_members
@@ -182,3 +185,173 @@ def _smallest_step(chosen: Sequence[tuple[Block, int, np.ndarray]], row: int) ->
         if found.size:
             return float(found.min())
     return 0.0
+
+
+# --- the knapsack ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One choice per block, scaled; padding has infinite score and degradation, and no cost.
+
+    Attributes:
+        score: ``(blocks, options)`` predicted loss.
+        degradation: ``(blocks, options)`` largest sum of pruned scores of one member (axis).
+        units: ``(blocks, options)`` kept units.
+        costs: ``(budgets, blocks, options)``; option 0 is the most expensive.
+        room: ``(budgets,)`` what the blocks may cost together.
+        weights: ``(blocks, options)`` sum of the costs, each as a share of what all blocks cost.
+    """
+
+    score: np.ndarray
+    degradation: np.ndarray
+    units: np.ndarray
+    costs: np.ndarray
+    room: np.ndarray
+    weights: np.ndarray
+
+    def score_of(self, picks: np.ndarray) -> float:
+        """Predicted loss of ``picks[b]`` per block."""
+        return float(self.score[np.arange(len(picks)), picks].sum())
+
+    def costs_of(self, picks: np.ndarray) -> np.ndarray:
+        """``(budgets,)`` cost of ``picks[b]`` per block."""
+        return self.costs[:, np.arange(len(picks)), picks].sum(axis=1)
+
+    def highest_score(self) -> float:
+        """Predicted loss of the worst option everywhere: no plan loses more."""
+        finite = np.where(np.isfinite(self.score), self.score, 0.0)
+        return float(finite.max(axis=1).sum())
+
+    def cheapest(self, threshold: float = np.inf) -> np.ndarray:
+        """``(blocks,)`` cheapest options that degrade no axis by more than the threshold.
+
+        Among equally cheap ones the smallest loss.
+        """
+        permitted = np.isfinite(self.score) & (self.degradation <= threshold)
+        weight = np.where(permitted, self.weights, np.inf)
+        is_cheapest = weight == weight.min(axis=1, keepdims=True)
+        return np.where(is_cheapest, self.score, np.inf).argmin(axis=1)
+
+    def fits(self, picks: np.ndarray) -> bool:
+        """Whether the picks meet every budget."""
+        return bool(np.all(self.costs_of(picks) <= self.room))
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Options that meet the budgets.
+
+    Attributes:
+        picks: ``(blocks,)`` option of each block.
+        score: Predicted loss, scaled as in the problem.
+        bound: No plan within the budgets has a smaller predicted loss.
+        is_optimal: Whether `score` is proved to be the smallest one.
+    """
+
+    picks: np.ndarray
+    score: float
+    bound: float = -np.inf
+    is_optimal: bool = False
+
+
+def make_problem(space: Space, budgets: Sequence[Budget]) -> Problem:
+    """Stack the options of a space, for budgets in the order of its costs."""
+    score, degradation, units, costs = stack_blocks(
+        space.blocks, [block.costs for block in space.blocks], num_costs=len(space.names)
+    )
+    room = np.array([budget.limit for budget in budgets]) - space.fixed
+    exponent = np.frexp(costs.sum(axis=(1, 2)))[1]
+    costs = np.ldexp(costs, -exponent[:, None, None])
+    whole = costs[:, :, :1].sum(axis=(1, 2), keepdims=True)
+    return Problem(
+        score=score,
+        degradation=degradation,
+        units=units,
+        costs=costs,
+        room=np.ldexp(room, -exponent),
+        weights=(costs / np.where(whole > 0, whole, 1.0)).sum(axis=0),
+    )
+
+
+def stack_blocks(
+    blocks: Sequence[Block], tables: Sequence[np.ndarray], *, num_costs: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Padded `score`, `degradation`, `units` and `costs` of a problem.
+
+    Args:
+        blocks: The blocks.
+        tables: ``(costs, options)`` per block.
+        num_costs: Number of costs.
+    """
+    longest = max((block.num_options for block in blocks), default=0)
+    shape = (len(blocks), longest)
+    score, degradation = np.full(shape, np.inf), np.full(shape, np.inf)
+    units = np.zeros(shape, dtype=np.int64)
+    costs = np.zeros((num_costs, *shape))
+    for row, (block, table) in enumerate(zip(blocks, tables, strict=True)):
+        score[row, : block.num_options] = block.losses.total
+        degradation[row, : block.num_options] = block.losses.degradation
+        units[row, : block.num_options] = block.units
+        costs[:, row, : block.num_options] = table
+    return score, degradation, units, costs
+
+
+@dataclass(frozen=True, slots=True)
+class CoupledProblem(Problem):
+    """A problem whose costs couple its blocks; `room` is the limit of each whole cost.
+
+    The tables `costs` and `weights` are those of each block while all others are whole; the costs
+    of picks are exact.
+
+    Attributes:
+        coupling: The exact costs.
+    """
+
+    coupling: Coupling
+
+    def costs_of(self, picks: np.ndarray) -> np.ndarray:
+        """``(budgets,)`` cost of the plan."""
+        return self.coupling.costs_of(picks, self.coupling.dims_of(picks))
+
+    def around(self, walk: Walk) -> Problem:
+        """The separable problem that is right for every change of one block of a plan."""
+        costs = np.zeros_like(self.costs)
+        least = np.zeros_like(self.room)
+        for block in range(len(self.score)):
+            changes = walk.changes(block)
+            costs[:, block, : changes.shape[1]] = changes - changes.min(axis=1, keepdims=True)
+            least += changes.min(axis=1)
+        whole = costs.max(axis=2).sum(axis=1)
+        return Problem(
+            score=self.score,
+            degradation=self.degradation,
+            units=self.units,
+            costs=costs,
+            room=self.room - walk.costs - least,
+            weights=(costs / np.where(whole > 0, whole, 1.0)[:, None, None]).sum(axis=0),
+        )
+
+
+def make_coupled_problem(
+    space: Space, coupling: Coupling, budgets: Sequence[Budget]
+) -> CoupledProblem:
+    """Stack the options of a coupled space, for budgets in the order of its costs."""
+    blocks = space.blocks
+    whole = Walk(coupling, np.zeros(len(blocks), dtype=np.int64))
+    tables = [whole.changes(block) for block in range(len(blocks))]
+    score, degradation, units, costs = stack_blocks(
+        blocks,
+        [table - table.min(axis=1, keepdims=True) for table in tables],
+        num_costs=len(budgets),
+    )
+    share = np.where(whole.costs > 0, whole.costs, 1.0)
+    return CoupledProblem(
+        score=score,
+        degradation=degradation,
+        units=units,
+        costs=costs,
+        room=np.array([budget.limit for budget in budgets]),
+        weights=(costs / share[:, None, None]).sum(axis=0),
+        coupling=coupling,
+    )

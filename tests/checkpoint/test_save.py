@@ -24,7 +24,7 @@ from hf_gradnas.checkpoint.targets import check_target
 from hf_gradnas.cli.app import main
 from hf_gradnas.config.recipe_files import build_recipe
 from hf_gradnas.errors import CheckpointError, GradNASWarning
-from hf_gradnas.jobs.records import command_line
+from hf_gradnas.jobs.report import command_line
 from hf_gradnas.surgery.cut import make_per_layer
 from hf_gradnas.surgery.modeling_gradnas import resize
 from hf_gradnas.types import Plan

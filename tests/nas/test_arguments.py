@@ -12,8 +12,8 @@ from hf_gradnas.nas.arguments import (
     first_element,
     named_arguments,
     probe_arguments,
+    sanitize,
 )
-from hf_gradnas.nas.settings import sanitize
 
 X, Y = torch.ones(2, 3), torch.zeros(2)
 
@@ -91,7 +91,7 @@ def test_arguments_move_to_the_models_device():
 )
 def test_the_default_takes_the_first_element_of_a_tuple(batch, expected):
     assert first_element(batch) == expected
-    full = sanitize({"data_loader": [], "loss_func": max}, nas.settings.DEFAULTS, max)
+    full = sanitize({"data_loader": [], "loss_func": max}, nas.arguments.DEFAULTS, max)
     assert full["collect_func"](batch) == expected
 
 

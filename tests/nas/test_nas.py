@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_gradnas import nas
 from hf_gradnas.errors import BudgetError, DataError, GradNASWarning, OrderError, PlanError
-from hf_gradnas.nas.choices import choices_of
+from hf_gradnas.nas.hparams import choices_of
 
 FINE = {"nn.Linear": {"*": {"feature_divisor": 8}}}
 
@@ -172,7 +172,7 @@ def test_several_constraints_hold_at_once():
 
 def test_the_sum_of_degradations_is_never_larger_than_under_max():
     totals = {}
-    for reduce in nas.settings.REDUCTIONS:
+    for reduce in nas.arguments.REDUCTIONS:
         model, batches = build()
         nas.convert(model, [("gradnas", FINE)])
         _, history = nas.search(

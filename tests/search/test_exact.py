@@ -7,8 +7,7 @@ from searching import prunable_of
 
 from hf_gradnas.search import STRATEGIES, exact
 from hf_gradnas.search.lagrangian import fill_up, price_budgets, search_lagrangian
-from hf_gradnas.search.problem import make_problem
-from hf_gradnas.search.space import build_space
+from hf_gradnas.search.space import build_space, make_problem
 from hf_gradnas.types import Scores
 
 AXES = [
