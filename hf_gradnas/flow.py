@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .batches.steps import by_length
 from .checkpoint.companions import loader_of
+from .checkpoint.folders import target_of, usable_target
 from .checkpoint.save import loading_snippet
-from .checkpoint.targets import target_of, usable_target
 from .config.defaults import AUTO
 from .config.recipe import QUICKSTART, Recipe
 from .config.recipe_files import shareable, to_yaml

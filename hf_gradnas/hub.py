@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ._manifests import FILES, is_sealed, sealed
-from .checkpoint.targets import DOCUMENT, WEIGHT_FILES
+from .checkpoint.folders import DOCUMENT, WEIGHT_FILES
 from .errors import HubError, first_line
 from .report import address
 from .types import read_object

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..batches.longest import reiterable
+from ..checkpoint.folders import check_target, target_of
 from ..checkpoint.savable import check_processor
-from ..checkpoint.targets import check_target, target_of
 from ..config.defaults import DEFAULT_SCORE
 from ..config.recipe_files import build_recipe
 from ..errors import GradNASWarning, OrderError, PlanError

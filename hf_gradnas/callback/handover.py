@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._compat import wait_for_uploads
 from .._files import write_whole
-from ..checkpoint.targets import DOCUMENT, failing
+from ..checkpoint.folders import DOCUMENT, failing
 from ..hub import Pushed, check_access, push
 from ..running.processes import Processes
 from .scoring import collators_of

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from ..batches.longest import longest_of_all
 from ..batches.steps import by_length
+from ..checkpoint.folders import usable_target
 from ..checkpoint.savable import check_savable
-from ..checkpoint.targets import usable_target
 from ..errors import GradNASWarning, PlanError, ScoresError
 from ..pruner import GradNASPruner
 from ..repair.repairs import Repair, install_repair, mended, swaps

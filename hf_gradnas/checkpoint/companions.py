@@ -24,7 +24,7 @@ from ..report import find_origin, is_hub_id
 from ..running.wrappers import SENTENCE_CLASSES, sentence_class
 from ..surgery.modeling_gradnas import auto_class_name
 from ..types import read_object
-from .sentence_folders import (
+from .folders import (
     MODULES,
     OPTIONS,
     Modules,

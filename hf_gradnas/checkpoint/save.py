@@ -36,18 +36,18 @@ from .apply import (
     outputs_of,
 )
 from .companions import Companions, companions_of
-from .reference import DIGESTED, Reference, make_reference
-from .sentence_folders import root_of
-from .targets import (
+from .folders import (
     DOCUMENT,
     FORMAT_VERSION,
     check_content,
     check_folder,
     check_target,
     failing,
+    root_of,
     target_of,
     write_files,
 )
+from .reference import DIGESTED, Reference, make_reference
 from .twin import kernels_of
 
 

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from .._manifests import file_sha256
-from ..checkpoint.targets import DOCUMENT, WEIGHT_FILES
+from ..checkpoint.folders import DOCUMENT, WEIGHT_FILES
 from ..report.card import FOLDER
 
 WEIGHTS, CODE, SETTINGS, TEXT, LOADING = "weights", "code", "settings", "text", "loading"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import temporary_sibling, write_whole
-from ..checkpoint.targets import check_target
+from ..checkpoint.folders import check_target
 from ..config.limits import parse_budgets
 from ..config.recipe import Recipe
 from ..config.recipe_files import build_recipe, check_inputs, shareable

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._manifests import FILES, OLD_FILES, file_sha256, is_sealed
 from .._redaction import without_secrets
-from ..checkpoint.targets import DOCUMENT, FORMAT_VERSION
+from ..checkpoint.folders import DOCUMENT, FORMAT_VERSION
 from ..errors import CheckpointError, GradNASError, RecipeError, first_line
 from ..jobs.early import check_device, local_path
 from ..report import say_repair

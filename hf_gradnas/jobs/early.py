@@ -13,8 +13,7 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.sentence_folders import body_folder
-from ..checkpoint.targets import check_target
+from ..checkpoint.folders import body_folder, check_target
 from ..config.defaults import AUTO
 from ..config.limits import parse_budgets, parse_rules
 from ..config.recipe import QUICKSTART, Recipe

@@ -23,7 +23,7 @@ from hf_gradnas.checkpoint.companions import (
     loader_of,
     read_companions,
 )
-from hf_gradnas.checkpoint.sentence_folders import body_folder, read_modules
+from hf_gradnas.checkpoint.folders import body_folder, read_modules
 from hf_gradnas.cli.app import main
 from hf_gradnas.cli.prune import prune_from_options
 from hf_gradnas.errors import GradNASWarning

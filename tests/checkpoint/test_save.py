@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from hf_gradnas import GradNASPruner, _files
 from hf_gradnas._manifests import FILES, digests, sealed
 from hf_gradnas.checkpoint import save
+from hf_gradnas.checkpoint.folders import check_target
 from hf_gradnas.checkpoint.save import loading_snippet, save_pruned
-from hf_gradnas.checkpoint.targets import check_target
 from hf_gradnas.cli.app import main
 from hf_gradnas.config.recipe_files import build_recipe
 from hf_gradnas.errors import CheckpointError, GradNASWarning

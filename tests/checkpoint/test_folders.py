@@ -11,8 +11,8 @@ import pytest
 from hf_gradnas import _files
 from hf_gradnas._manifests import FILES, digests
 from hf_gradnas.checkpoint import save
+from hf_gradnas.checkpoint.folders import RESERVED, check_content, check_target, usable_target
 from hf_gradnas.checkpoint.save import save_pruned
-from hf_gradnas.checkpoint.targets import RESERVED, check_content, check_target, usable_target
 from hf_gradnas.errors import CheckpointError, GradNASWarning
 from hf_gradnas.types import Plan
 
