@@ -1,4 +1,4 @@
-"""Folders: where a checkpoint may be written, what may go into it, and those of sentence-transformers.
+"""Where a checkpoint may be written, what may go into it, and folders of sentence-transformers.
 
 Knows names and files; knows nothing of models. All checks come before anything is written. A folder
 of sentence-transformers lists modules, of which one is the Transformers model; the library itself
