@@ -227,7 +227,7 @@ def loading_snippet(
         directory: Where it is.
         sentence_class: Class of sentence-transformers that loads it; None: plain Transformers does.
     """
-    stock = stock_class(model)
+    stock = _stock_class(model)
     name, place = auto_class_name(stock) or stock.__name__, python_string(directory)
     lines = [f"from transformers import {name}", f"model = {name}.from_pretrained({place})"]
     if sentence_class is not None:
@@ -240,7 +240,7 @@ def loading_snippet(
     return "\n".join(lines)
 
 
-def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class of Transformers that a model is one of, per-layer or not."""
     found: type[PreTrainedModel] = vars(type(model)).get("_gradnas_stock_class", type(model))
     return found
@@ -288,7 +288,7 @@ def save_with_report(  # noqa: PLR0913 - one call writes all that is known
             "or processor itself; load it with from_pretrained, or give none."
         )
     content = _document(prunable, scores, repair, document or {})
-    companions = companions_of(model, stock_class(model), owner)
+    companions = companions_of(model, _stock_class(model), owner)
     told = _told_of(
         model,
         Path(directory).resolve().name,
@@ -348,7 +348,7 @@ def describe(
     document, name = shareable(document), without_secrets(name)
     source = root_of(model.name_or_path)
     origin = find_origin(source, revision=document.get("recipe", {}).get("revision"))
-    stock = stock_class(model)
+    stock = _stock_class(model)
     summary = summarise(
         plan,
         prunable,

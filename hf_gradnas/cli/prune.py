@@ -149,7 +149,7 @@ def push_from_arguments(
         saved_files(Path(folder))
         repo_id = check_access(repo_id, private=private or None)
         code = FAILED
-        pushed = push_on(screen, folder, repo_id, private=private, message=message, branch=branch)
+        pushed = _push_on(screen, folder, repo_id, private=private, message=message, branch=branch)
     except KeyboardInterrupt:
         screen.error(f"interrupted; {folder} is as it was, and {repo_id} got no half commit.")
         return INTERRUPTED
@@ -160,7 +160,7 @@ def push_from_arguments(
     return DONE
 
 
-def push_on(
+def _push_on(
     screen: Screen,
     folder: str,
     repo_id: str,

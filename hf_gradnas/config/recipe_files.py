@@ -33,7 +33,7 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
     """
     path = _find_recipe(file)
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = _parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         found = " ".join(str(error).split())
         raise RecipeError(
@@ -62,7 +62,7 @@ class _Loader(yaml.SafeLoader):
         return found
 
 
-def parse_yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     """The content of a YAML text of plain values.
 
     Raises:
@@ -238,7 +238,7 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
             "the model; log in with 'hf auth login', or set the variable HF_TOKEN."
         )
     try:
-        value = parse_yaml(text)
+        value = _parse_yaml(text)
     except ValueError as error:
         raise RecipeError(
             f"--set {setting:.80}: {text!r:.80} is not a YAML value ({error}); quote it."

@@ -150,7 +150,7 @@ def load_model(recipe: Recipe, source: Source, folder: str) -> tuple[PreTrainedM
             output_loading_info=True,
             **_hub_options(recipe),
         )
-    warn_of_unused(model, info["unexpected_keys"])
+    _warn_of_unused(model, info["unexpected_keys"])
     device = recipe.device or best_device()
     try:
         model = model.to(device)
@@ -345,7 +345,7 @@ def check_head(recipe: Recipe, source: Source, model: PreTrainedModel, missing: 
         )
 
 
-def warn_of_unused(model: PreTrainedModel, unexpected: Iterable[str]) -> None:
+def _warn_of_unused(model: PreTrainedModel, unexpected: Iterable[str]) -> None:
     """Warn of weights of the checkpoint that belong to the body, and that its class has no use for.
 
     Those of other heads are left out as a matter of course.

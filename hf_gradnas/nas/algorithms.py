@@ -62,17 +62,17 @@ class GradNASModeDescriptor:
     @property
     def convert(self) -> Convert:
         """Function that makes a model a search space: ``(model, config) -> (model, metadata)``."""
-        return convert_model
+        return _convert_model
 
     @property
     def restore(self) -> Restore:
         """Inverse of `convert` on a fresh model: ``(model, config, metadata) -> model``."""
-        return restore_model
+        return _restore_model
 
     @property
     def update_for_save(self) -> Update:
         """Function that brings metadata up to date: ``(model, config, metadata) -> None``."""
-        return note_state
+        return _note_state
 
 
 # --- from a model to a space, and to the cut model ------------------------------------------------
@@ -82,7 +82,7 @@ RECORD = "gradnas_record"
 """Attribute of a cut module that is no Transformers model: its record of new shapes."""
 
 
-def convert_model(model: nn.Module, config: GradNASConfig) -> tuple[nn.Module, dict[str, Any]]:
+def _convert_model(model: nn.Module, config: GradNASConfig) -> tuple[nn.Module, dict[str, Any]]:
     """Make a model a search space; no module or weight of it changes.
 
     Raises:
@@ -101,7 +101,7 @@ def convert_model(model: nn.Module, config: GradNASConfig) -> tuple[nn.Module, d
     return model, {}
 
 
-def export_model(model: nn.Module) -> nn.Module:
+def _export_model(model: nn.Module) -> nn.Module:
     """Cut a searched model in place to its active choices.
 
     Raises:
@@ -138,7 +138,7 @@ def _export_pretrained(
     apply_plan(model, plan, structure, stock, sample=probe)
 
 
-def note_state(model: nn.Module, config: GradNASConfig, metadata: dict[str, Any]) -> None:
+def _note_state(model: nn.Module, config: GradNASConfig, metadata: dict[str, Any]) -> None:
     """Bring metadata up to date: a Transformers model's config, another's record of shapes."""
     metadata["architecture"] = type(model).__name__
     if isinstance(model, PreTrainedModel):
@@ -155,10 +155,10 @@ def record_of(model: nn.Module) -> Mapping[str, Any] | None:
     return vars(model).get(RECORD)
 
 
-def restore_model(
+def _restore_model(
     model: nn.Module, config: GradNASConfig, metadata: Mapping[str, Any]
 ) -> nn.Module:
-    """Bring a fresh model to the state that `note_state` noted; weights are not loaded.
+    """Bring a fresh model to the state that `_note_state` noted; weights are not loaded.
 
     Raises:
         CheckpointError: The model is of another class.
@@ -259,7 +259,7 @@ def search(
     inner = unwrap(model)
     searcher = (needed_space(inner).algorithm or GradientBinarySearcher)()
     searcher.search(inner, constraints, dummy_input, config)
-    export_model(inner)
+    _export_model(inner)
     return model, searcher.state_dict()
 
 

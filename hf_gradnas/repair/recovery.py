@@ -102,7 +102,7 @@ def recover(  # noqa: PLR0913 - the options of one call, all by keyword
     check_examples(train_dataset, args)
     student, teacher = _checked(student, teacher)
     with _nothing_left() as folder:
-        chosen = training_arguments(own, student, args=args, lora=lora, folder=folder)
+        chosen = _training_arguments(own, student, args=args, lora=lora, folder=folder)
         trainer |= {"train_dataset": train_dataset, "args": chosen, "teacher": teacher}
         set_seed(chosen.seed)  # the Trainer does so later than adapters are drawn
         with only_weights_change(student), adapted(student, lora) as model:
@@ -208,7 +208,7 @@ def check_examples(dataset: Any, args: TrainingArguments | None) -> None:
         )
 
 
-def training_arguments(
+def _training_arguments(
     own: Mapping[str, Any],
     student: PreTrainedModel,
     *,

@@ -79,7 +79,7 @@ def budgeted_costs(frontier: Frontier) -> list[str]:
     return list(dict.fromkeys(point.budget.cost for point in frontier.points))
 
 
-def say_budget(budget: Budget) -> str:
+def _say_budget(budget: Budget) -> str:
     """Such as ``flops=60%``."""
     return f"{budget.cost}={100 * budget.ratio:.4g}%"
 
@@ -139,7 +139,7 @@ def table_of(frontier: Frontier) -> tuple[tuple[str, ...], list[tuple[str, ...]]
         shares = (format_share(row.cost_ratios[cost], digits=1) for cost in costs)
         found = (str(row.metrics.get(name, "-")) for name in names)
         divergence = "-" if row.kl is None else str(row.kl)
-        rows.append((say_budget(row.budget), row.score, row.state, *shares, *found, divergence))
+        rows.append((_say_budget(row.budget), row.score, row.state, *shares, *found, divergence))
     return headers, rows
 
 
@@ -164,7 +164,7 @@ def frontier_csv(frontier: Frontier) -> str:
     for point in frontier.points:
         achieved = [point.costs.get(cost, "") for cost in costs]
         shares = [point.costs[c] / frontier.totals[c] if c in point.costs else "" for c in costs]
-        said = (point.state, point.score, point.seed, say_budget(point.budget), point.budget.ratio)
+        said = (point.state, point.score, point.seed, _say_budget(point.budget), point.budget.ratio)
         found = (point.loss_increase, "" if point.kl is None else point.kl)
         measured = [point.metrics.get(name, "") for name in names]
         writer.writerow([*said, *achieved, *shares, *found, *measured])

@@ -92,7 +92,8 @@ def check_scores(scores: Scores, model: nn.Module, axes: Sequence[Axis]) -> Scor
                 f"Scores: their method is {method!r:.40}, known are {', '.join(METHODS)}; score "
                 "the model again."
             )
-    scores = present_scores(scores, axes)
+    if scores.format_version == 1:  # of version 0.1
+        scores = present_scores(scores, axes)
     check_values(scores, axes)
     return scores
 

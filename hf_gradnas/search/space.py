@@ -257,7 +257,7 @@ class Solution:
 
 def make_problem(space: Space, budgets: Sequence[Budget]) -> Problem:
     """Stack the options of a space, for budgets in the order of its costs."""
-    score, degradation, units, costs = stack_blocks(
+    score, degradation, units, costs = _stack_blocks(
         space.blocks, [block.costs for block in space.blocks], num_costs=len(space.names)
     )
     room = np.array([budget.limit for budget in budgets]) - space.fixed
@@ -274,7 +274,7 @@ def make_problem(space: Space, budgets: Sequence[Budget]) -> Problem:
     )
 
 
-def stack_blocks(
+def _stack_blocks(
     blocks: Sequence[Block], tables: Sequence[np.ndarray], *, num_costs: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Padded `score`, `degradation`, `units` and `costs` of a problem.
@@ -340,7 +340,7 @@ def make_coupled_problem(
     blocks = space.blocks
     whole = Walk(coupling, np.zeros(len(blocks), dtype=np.int64))
     tables = [whole.changes(block) for block in range(len(blocks))]
-    score, degradation, units, costs = stack_blocks(
+    score, degradation, units, costs = _stack_blocks(
         blocks,
         [table - table.min(axis=1, keepdims=True) for table in tables],
         num_costs=len(budgets),

@@ -147,7 +147,8 @@ def check_plan(axes: Sequence[Axis], plan: Plan) -> Plan:
         PlanError: It holds nonsense, counts other units, or keeps what cannot be kept.
     """
     check_values(plan)
-    plan = present_plan(plan, axes)
+    if plan.format_version == 1:  # of version 0.1
+        plan = present_plan(plan, axes)
     sizes = {axis.name: axis.size for axis in axes}
     for name in [*sizes, *plan.sizes]:
         if plan.sizes.get(name) != sizes.get(name):

@@ -32,13 +32,11 @@ RENAMED_IN = 2
 
 
 def present_plan(plan: Plan, axes: Iterable[Axis]) -> Plan:
-    """The plan by the present names of axes; those that format 1 did not know stay whole.
+    """A plan of format 1 by the present names of axes; those that format 1 did not know stay whole.
 
     Raises:
         PlanError: It prunes an axis that is none any more, or several axes fit one name.
     """
-    if plan.format_version >= RENAMED_IN:
-        return plan
     axes = tuple(axes)
     names = _present_names(plan.sizes, axes, PlanError)
     for name, units in plan.kept.items():
@@ -58,13 +56,11 @@ def present_plan(plan: Plan, axes: Iterable[Axis]) -> Plan:
 
 
 def present_scores(scores: Scores, axes: Iterable[Axis]) -> Scores:
-    """The scores by the present names of axes; those of what is no axis any more are dropped.
+    """Scores of format 1 by the present names of axes; those of what is no axis now are dropped.
 
     Raises:
         ScoresError: Several axes fit one name.
     """
-    if scores.format_version >= RENAMED_IN:
-        return scores
     sizes = {name: _size(values) for name, values in scores.values.items()}
     names = _present_names(sizes, tuple(axes), ScoresError)
     return replace(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hf_gradnas.errors import PlanError, ScoresError
+from hf_gradnas.surgery.cut import check_plan
 from hf_gradnas.types import Axis, Kind, Plan, Scores, Slice, Tap, present_plan, present_scores
 
 
@@ -116,12 +117,20 @@ def test_nobody_guesses_between_two_names():
         present_scores(scores_of(*names), [FFN])
 
 
-def test_the_present_format_is_as_it_is(tmp_path):
-    plan = Plan({"x:heads": (0,)}, {"x:heads": 2}, "per_layer")
-    assert present_plan(plan, [FFN]) is plan
-    scores = Scores({"x:heads": np.ones(2)})
-    assert present_scores(scores, [FFN]) is scores
+def test_the_format_of_a_file_is_kept(tmp_path):
+    plan = plan_of({"x:heads": (0,)})
+    assert (plan.format_version, replace(plan, format_version=2).to_dict()["format_version"]) == (
+        1,
+        2,
+    )
     scores_of(FFN.name).save(tmp_path / "s.safetensors")
     old = Scores.load(tmp_path / "s.safetensors")
     assert old.format_version == old.of("taylor").format_version == 1
     assert "format_version" not in old.metadata
+
+
+def test_names_of_the_present_format_are_not_looked_for():
+    now = replace(plan_of({"layers.0:neurons": (0,)}), format_version=2)
+    with pytest.raises(PlanError, match=r"layers.0.mlp:neurons: the plan counts no units"):
+        check_plan([FFN], now)
+    assert check_plan([FFN], replace(now, format_version=1)).kept == {FFN.name: (0,)}
