@@ -14,10 +14,10 @@ from cli_cases import (
     write_text,
     write_tsv,
 )
-from hf_gradnas.data.held_out import FEWEST_OF_ALL, divide, span, wanted, without
 
 from hf_gradnas.config.recipe import Recipe
 from hf_gradnas.data.examples import Collator, Examples
+from hf_gradnas.data.feeds import FEWEST_OF_ALL, divide, span, wanted, without
 from hf_gradnas.pruner import GradNASPruner
 from hf_gradnas.types import Scores
 

@@ -6,10 +6,15 @@ import shutil
 import pytest
 import transformers as tf
 from cli_cases import save_bert, save_llama, save_t5, save_vit, save_whisper
-from hf_gradnas.data.heads import check_head
 
 from hf_gradnas.config.recipe import Recipe
-from hf_gradnas.data.loading import load_model, open_source, prepare_tokenizer, resolve_max_length
+from hf_gradnas.data.loading import (
+    check_head,
+    load_model,
+    open_source,
+    prepare_tokenizer,
+    resolve_max_length,
+)
 from hf_gradnas.data.tasks import ALIASES, TASKS, Head, input_of, model_class, named_task, task_of
 from hf_gradnas.errors import GradNASWarning, RecipeError
 
