@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas._compat import implementations
-from hf_gradnas.errors import PlanError
+from hf_gradnas.callback.weights import WeightMask, check_maskable
+from hf_gradnas.errors import PlanError, StructureError
 from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.routing import run_experts
 from hf_gradnas.running.wrappers import frozen
@@ -356,3 +357,44 @@ def test_experts_that_the_sample_hardly_reaches_are_proved_all_the_same():
     one = {"input_ids": torch.tensor([[5, 9, 11]])}
     structure = find_structure(model, one)
     assert [inside(structure, axis).size for axis in experts_of(structure)] == [64 * NEURONS] * 2
+
+
+@pytest.mark.parametrize("kept", ["experts", "neurons"])
+def test_rules_keep_a_kind_whole_by_the_end_of_its_name(kept):
+    model, inputs = zoo.build("mixtral", dtype=torch.float32)
+    rules = {"*:heads": None, "*:kv_groups": None, f"*:{kept}": None, "*:channels": None}
+    pruner = GradNASPruner(model, rules=rules)
+    pruner.discover(inputs)
+    pruner.score([inputs])
+    plan = pruner.plan({"params": "80%"})
+    for axis in experts_of(pruner.structure):
+        neurons = inside(pruner.structure, axis)
+        experts, each = len(plan.kept[axis.name]), NEURONS
+        if kept == "experts":
+            assert experts == EXPERTS
+            each = len(plan.kept[neurons.name]) // experts
+            assert each < NEURONS
+        else:
+            assert experts < EXPERTS
+        assert len(plan.kept[neurons.name]) == experts * each
+    others = [axis for axis in pruner.structure.axes if "self_attn" in axis.name]
+    assert all(len(plan.kept[axis.name]) == axis.size for axis in others)
+
+
+def test_weights_of_0_do_not_mask_experts_but_neurons_in_them():
+    model, inputs = zoo.build("mixtral")
+    structure = find_structure(model, inputs)
+    with pytest.raises(StructureError, match="would still be chosen"):
+        check_maskable(model, structure.axes, {})
+    check_maskable(model, structure.axes, {"*:experts": None})
+    neurons = inside(structure, experts_of(structure)[0])
+    kept = {neurons.name: [u for u in range(neurons.size) if (u + u // NEURONS) % 3]}
+    with masked(model, structure.axes, kept):
+        expected = logits(model, inputs)
+    before = model.state_dict()["model.layers.0.mlp.experts.down_proj"].clone()
+    mask = WeightMask(model, structure.axes, kept, whole=False)
+    mask.scale(0.5)
+    mask.zero()
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-10, atol=1e-12)
+    after = model.get_parameter("model.layers.0.mlp.experts.down_proj")
+    assert torch.equal(after[after != 0], before[after != 0])

@@ -23,7 +23,7 @@ from ..config.limits import Rules, rule_for
 from ..errors import StructureError
 from ..running.hooks import tensor_at
 from ..surgery.rows import Kept, lost_units
-from ..types import Axis
+from ..types import KINDS, Axis
 
 # Dimension of a weight that counts its inputs; first match wins.
 INPUT_DIMS: tuple[tuple[type[nn.Module], int], ...] = (
@@ -43,8 +43,15 @@ def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None
     axes = tuple(axes)
     parents = {axis.parent for axis in axes}
     for axis in axes:
-        if rule_for(axis.module, rules) is None:
+        if rule_for(axis, rules) is None:
             continue
+        if KINDS[axis.kind].mask == "exclude":
+            raise StructureError(
+                f"{axis.name}: {KINDS[axis.kind].plural} with weights of 0 would still be chosen, "
+                "so that they cannot be masked while the model trains; use when='end', "
+                "when='begin' with dataloader=…, or keep them with "
+                f"rules={{'*:{axis.kind}': None}}."
+            )
         for tap in axis.norms:
             if not _is_per_channel(model.get_submodule(tap.module)):
                 raise StructureError(
@@ -83,6 +90,7 @@ class WeightMask:
 
     def __init__(self, model: nn.Module, axes: Iterable[Axis], kept: Kept, *, whole: bool) -> None:
         lost: dict[tuple[int, int], set[int]] = {}
+        within: dict[tuple[int, int], set[tuple[int, int]]] = {}  # (matrix of a stack, row)
         found: dict[int, Tensor] = {}
         for axis in axes:
             gone = lost_units(axis, kept)
@@ -90,10 +98,19 @@ class WeightMask:
                 tensor = tensor_at(model, part.tensor)
                 if isinstance(tensor, nn.Parameter) and (whole or part.role == "reads"):
                     found[id(tensor)] = tensor  # a tied one once
+                    if part.each:
+                        pairs = {(u // part.each, u % part.each) for u in gone}
+                        pairs = {(matrix, row) for matrix, u in pairs for row in part.rows([u])}
+                        within.setdefault((id(tensor), part.dim), set()).update(pairs)
+                        continue
                     lost.setdefault((id(tensor), part.dim), set()).update(part.rows(gone))
         self._rows = [
             (found[key], dim, torch.tensor(sorted(rows), device=found[key].device))
             for (key, dim), rows in lost.items()
+        ]
+        self._places = [
+            (found[key].movedim(dim, 1), torch.tensor(sorted(pairs), device=found[key].device).T)
+            for (key, dim), pairs in within.items()
         ]
 
     @torch.no_grad()
@@ -101,12 +118,16 @@ class WeightMask:
         """Set the rows to zero, in place."""
         for parameter, dim, rows in self._rows:
             parameter.index_fill_(dim, rows, 0)
+        for stack, (matrices, rows) in self._places:
+            stack[matrices, rows] = 0
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply the rows by a factor, in place."""
         for parameter, dim, rows in self._rows:
             parameter.index_copy_(dim, rows, parameter.index_select(dim, rows) * factor)
+        for stack, (matrices, rows) in self._places:
+            stack[matrices, rows] *= factor
 
 
 def _is_per_channel(norm: nn.Module) -> bool:

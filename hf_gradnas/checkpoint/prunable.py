@@ -53,7 +53,7 @@ def find_prunable(
 
     def decide(structure: Structure) -> tuple[StockSpace, str, str]:
         space = find_stock_space(model, structure)
-        allowed = [axis for axis in structure.axes if rule_for(axis.module, rules) is not None]
+        allowed = [axis for axis in structure.axes if rule_for(axis, rules) is not None]
         return space, *layout_for(space, allowed, requested=layout)
 
     structure, space, chosen, reason = rehearsed(model, find_structure(model, batch), batch, decide)

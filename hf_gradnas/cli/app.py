@@ -266,7 +266,7 @@ _INSPECTED: dict[str, str | None] = {
     "dataset": "Data to take the input from, in the forms of prune. Default: random input.",
     **dict.fromkeys(("split", "text_column", "label_column", "target_column")),
     **dict.fromkeys(("image_column", "audio_column", "max_length", "flops_length")),
-    **dict.fromkeys(("layout", "exclude", "min_units", "seed")),
+    **dict.fromkeys(("layout", "axes", "exclude", "min_units", "seed")),
 }
 _INSPECT_FLAGS = {"as_json": _JSON, "quiet": "Print no warnings and no progress."}
 
@@ -277,7 +277,7 @@ _SWEPT: dict[str, str | None] = {
     **dict.fromkeys(("image_column", "audio_column", "num_examples", "shuffle", "batch_size")),
     **dict.fromkeys(("max_length", "labels", "label_map")),
     **dict.fromkeys(("eval_dataset", "eval_split", "eval_num_examples", "flops_length")),
-    **dict.fromkeys(("search", "layout", "repair", "exclude", "min_units", "seed")),
+    **dict.fromkeys(("search", "layout", "repair", "axes", "exclude", "min_units", "seed")),
     "output": "Folder of the results: sweep.json, .csv, .md, .png, .svg, and the scores. What is "
     "in it already is not measured again. Default: ./<last part of model>-sweep.",
     "overwrite": "Replace the model that hf_gradnas saved in <output>/pruned.",

@@ -71,7 +71,7 @@ class Inspection:
 
     def is_kept(self, axis: Axis) -> bool:
         """Whether rules keep an axis as it is."""
-        return rule_for(axis.module, self.rules) is None
+        return rule_for(axis, self.rules) is None
 
 
 def inspect_from_options(

@@ -10,14 +10,14 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
 
 from pydantic import Field, ValidationError
 
 from ..errors import BudgetError, GradNASWarning, PlanError, StructureError
-from ..types import Budget, CostModel, Structure
+from ..types import KINDS, Axis, Budget, CostModel, Kind, Structure
 from .strict import Settings
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
@@ -237,23 +237,34 @@ def parse_rules(rules: Mapping[str, object] | None) -> dict[str, Rule | None]:
     return parsed
 
 
-def rule_for(module: str, rules: Rules) -> Rule | None:
-    """Rule of a module path: the last glob that matches wins; None means keep untouched."""
+def rule_for(axis: Axis, rules: Rules) -> Rule | None:
+    """Rule of an axis; None means keep untouched.
+
+    The last glob wins that matches the path of its module or its name, which ends in its kind
+    (``*:experts``).
+    """
     found: Rule | None = Rule()
     for glob, rule in rules.items():
-        if fnmatchcase(module, glob):
+        if fnmatchcase(axis.module, glob) or fnmatchcase(axis.name, glob):
             found = rule
     return found
 
 
+def whole_kinds(kinds: Collection[str]) -> dict[str, None]:
+    """Rules that keep all kinds of axes but these whole; KV groups go where heads may."""
+    may_go = {*kinds, *(str(KINDS[Kind(kind)].parent) for kind in kinds if kind == Kind.HEADS)}
+    return {f"*:{kind}": None for kind in KINDS if kind not in may_go}
+
+
 def check_rules(rules: Rules, structure: Structure) -> None:
-    """Check that every glob matches a module with an axis.
+    """Check that every glob matches an axis, but for those that name a kind alone.
 
     Raises:
         StructureError: One does not.
     """
-    for glob in rules:
-        if not any(rule_for(a.module, {glob: None}) is None for a in structure.axes):
+    kinds = {f"*:{kind}" for kind in KINDS}
+    for glob in rules.keys() - kinds:
+        if not any(rule_for(axis, {glob: None}) is None for axis in structure.axes):
             raise StructureError(
                 f"rules[{glob!r}] matches no axis of this model; axes stand in "
                 f"{', '.join(sorted({a.module for a in structure.axes})[:6])}, …. "

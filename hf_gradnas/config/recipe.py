@@ -239,9 +239,16 @@ class Recipe(Settings):
         "Default: <output>.scores.safetensors.",
         json_schema_extra=_named(_PLAN, "FILE"),
     )
+    axes: tuple[Literal["heads", "neurons", "experts", "channels"], ...] = Field(
+        default=(),
+        description="Kinds of units that may go, such as heads,neurons; heads with their KV "
+        "groups. Default: all that are found.",
+        json_schema_extra=_named(_PLAN, "KIND"),
+    )
     exclude: tuple[str, ...] = Field(
         default=(),
-        description="Glob over module paths that stay untouched. Repeatable.",
+        description="Glob over module paths, or names such as '*:experts', that stay untouched. "
+        "Repeatable.",
         json_schema_extra=_named(_PLAN, "GLOB"),
     )
     min_units: int = Field(
@@ -363,15 +370,28 @@ class Recipe(Settings):
     def _read_label_map(cls, value: Any) -> Any:
         return read_label_map(value)
 
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _read_kinds(cls, value: Any) -> Any:
+        given = (value,) if isinstance(value, str) else value
+        if not isinstance(given, list | tuple):
+            return given
+        parts = [str(part).split(",") for part in given]
+        return tuple(kind.strip() for part in parts for kind in part)
+
     @field_validator("exclude", mode="before")
     @classmethod
     def _read_globs(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     def rules(self) -> dict[str, dict[str, int] | None]:
-        """`min_units` and `exclude` as rules of the pruner: glob to limits, None keeps."""
+        """`min_units`, `axes` and `exclude` as rules of the pruner: None keeps."""
         rules: dict[str, dict[str, int] | None] = {}
         if self.min_units:
             rules["*"] = {"min": self.min_units}
+        if self.axes:
+            from .limits import whole_kinds  # noqa: PLC0415 - numpy, which --help needs not
+
+            rules.update(whole_kinds(self.axes))
         rules.update(dict.fromkeys(self.exclude))
         return rules

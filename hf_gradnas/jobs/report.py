@@ -170,6 +170,7 @@ def settings_of(
         "search": recipe.search,
         "layout": recipe.layout,
         "repair": recipe.repair,
+        "axes": ", ".join(recipe.axes) or None,
         "exclude": ", ".join(recipe.exclude) or None,
         "min_units": recipe.min_units,
         "scores": recipe.scores,

@@ -174,7 +174,7 @@ def _limits(
         same = [axis for axis in members if axis.kind == kind]
         size = same[0].size
         chosen = [_chosen(axis, choices) for axis in same if axis.name in choices]
-        found = [rule_for(axis.module, rules) for axis in same if axis.name not in choices]
+        found = [rule_for(axis, rules) for axis in same if axis.name not in choices]
         binding = [rule for rule in found if rule is not None]
         outside = group is not None and any(axis.name not in group.axes for axis in same)
         least = max([rule.min for rule in binding] + [axis.minimum for axis in same])
@@ -254,12 +254,15 @@ def _nested_counts(
         kept_groups = groups.counts()
         return kept_groups * per_group, kept_groups
     step = 1 if multiple is None else heads.multiple or multiple
+    if heads.fixed and multiple is not None:  # all of them stay in each that stays
+        step = per_group
     pairs = [
         (kept * each, kept)
         for kept in groups.counts().tolist()
         for each in (_steps(per_group, step) if kept else [0])
     ]
-    permitted = set((heads if multiple is None else replace(heads, multiple=1)).counts().tolist())
+    free = heads if multiple is None else replace(heads, multiple=1, fixed=False)
+    permitted = set(free.counts().tolist())
     table = np.array([pair for pair in pairs if pair[0] in permitted])
     return table[:, 0], table[:, 1]
 

@@ -12,8 +12,8 @@ from hf_gradnas.config.recipe import Recipe
 FLAGS = """--model --task --dataset --split --text-column --label-column --target-column
 --image-column --audio-column --eval-dataset --eval-split --target --output --score --search
 --layout --num-examples --shuffle --batch-size --max-length --flops-length --labels --scores
---save-scores --exclude --min-units --device --dtype --revision --trust-remote-code --recipe --set
---seed --dry-run --overwrite""".split()
+--save-scores --axes --exclude --min-units --device --dtype --revision --trust-remote-code --recipe
+--set --seed --dry-run --overwrite""".split()
 
 
 @pytest.fixture

@@ -85,6 +85,17 @@ def test_the_recipe_survives_yaml(tmp_path):
     assert yaml.safe_load(to_yaml(recipe))["format_version"] == 1
 
 
+def test_axes_keep_all_other_kinds_whole():
+    recipe = build_recipe({"model": "m", "target": ["flops=50%"], "axes": ["heads,neurons"]})
+    assert recipe.axes == ("heads", "neurons")
+    assert recipe.rules() == {"*:channels": None, "*:experts": None}
+    only = build_recipe({"model": "m", "target": ["flops=50%"], "axes": ["experts"]})
+    kept = ["*:heads", "*:kv_groups", "*:neurons", "*:channels"]
+    assert only.rules() == dict.fromkeys(kept)
+    with pytest.raises(RecipeError, match="axes"):
+        build_recipe({"model": "m", "target": ["flops=50%"], "axes": ["layers"]})
+
+
 def test_rules_come_from_min_units_and_exclude():
     recipe = Recipe(model="m", min_units=2, exclude=("*.layer.0.*",))
     assert recipe.rules() == {"*": {"min": 2}, "*.layer.0.*": None}
