@@ -1,6 +1,6 @@
 """Masks on the units of a model: multiply the values of every unit by zeros and ones.
 
-Knows where a unit stands among the activations (`Axis.taps`), and how its kind is masked
+Knows where a unit is among the activations (`Axis.taps`), and how its kind is masked
 (`KindRow.mask`): experts are excluded before the router chooses (`routing`). Knows nothing of
 scores and plans. A mask at 1 changes no bit, and its gradient is ``∂L/∂m_i = Σ_tokens Σ_{d in unit
 i} x·∂L/∂x`` over all these places.
@@ -28,7 +28,7 @@ from .types import KINDS, Axis, Mask, Tap, is_integer
 
 
 def out_projection(model: nn.Module, axis: Axis) -> nn.Module:
-    """Return the module at which the units of an axis stand first: that of its first tap.
+    """Return the module at which the units of an axis are first: that of its first tap.
 
     Raises:
         StructureError: The model has no module of that path.
@@ -140,7 +140,7 @@ def multiplied(
     *,
     when: When | None = None,
 ) -> Iterator[None]:
-    """Multiply the units of every axis by its mask, wherever they stand, within the block.
+    """Multiply the units of every axis by its mask, wherever they are, within the block.
 
     Args:
         model: The model.
@@ -209,7 +209,7 @@ class _Multiply:
 
     Args:
         axis: The axis.
-        taps: Where its units stand among the entries of one dimension.
+        taps: Where its units are among the entries of one dimension.
         mask: The mask of its units.
     """
 
@@ -270,7 +270,7 @@ class _CutNorm:
     Args:
         model: The model.
         path: Path of the norm.
-        dim: Dimension of its input and output in which the units stand.
+        dim: Dimension of its input and output in which the units are.
         owners: Axes that lose units, with the places of their units there.
         kept: Kept units per axis name.
     """

@@ -266,7 +266,7 @@ def check_rules(rules: Rules, structure: Structure) -> None:
     for glob in rules.keys() - kinds:
         if not any(rule_for(axis, {glob: None}) is None for axis in structure.axes):
             raise StructureError(
-                f"rules[{glob!r}] matches no axis of this model; axes stand in "
+                f"rules[{glob!r}] matches no axis of this model; axes are in "
                 f"{', '.join(sorted({a.module for a in structure.axes})[:6])}, …. "
                 "Give a glob over these module paths."
             )

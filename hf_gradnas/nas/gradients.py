@@ -1,6 +1,6 @@
 """Gradients of pruning masks, as the reference takes them: one backward of a batch's loss per term.
 
-Masks stand at the reference's places: on the output of the layer that produces the units (for a
+Masks are at the reference's places: on the output of the layer that produces the units (for a
 feed-forward layer before its activation), and on attention probabilities. A mask on the
 probabilities of a head scales what the head hands to the out-projection, so that its gradient is
 taken there, for any attention kernel.

@@ -104,7 +104,7 @@ def adapted(model: PreTrainedModel, lora: Any) -> Iterator[Any]:
         _check_copies(wrapped, tied)
         yield wrapped
     except BaseException:
-        _put_back(model, places)  # what is trained stands in modules of PEFT's
+        _put_back(model, places)  # what is trained is in modules of PEFT's
         raise
     wrapped.merge_and_unload()
     for own, trained in _put_back(model, places):

@@ -167,7 +167,7 @@ def draw_widths(summary: Summary) -> Figure:
 
 
 def _count_in_whole(panel: Axes) -> None:
-    """Ticks at whole numbers, few enough to stand side by side."""
+    """Ticks at whole numbers, few enough to fit side by side."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter  # noqa: PLC0415
 
     panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -345,6 +345,6 @@ def _powers(methods: Iterable[str]) -> dict[str, list[float]] | None:
 
 
 def _mask_place(axes: Iterable[Axis]) -> str:
-    """Where the masks of the axes stand, in the order of `MASK_PLACES`."""
+    """Where the masks of the axes are, in the order of `MASK_PLACES`."""
     sides = {tap.side for axis in axes for tap in axis.taps}
     return ",".join(place for side, place in MASK_PLACES.items() if side in sides)

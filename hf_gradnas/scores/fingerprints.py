@@ -38,7 +38,7 @@ def axes_fingerprint(axes: Iterable[Axis]) -> str:
 
 
 def _place(axis: Axis) -> list[object]:
-    """Where the units of an axis stand, in the words of the first format of scores.
+    """Where the units of an axis are, in the words of the first format of scores.
 
     It named the first module and its values per unit, and the taps where they say more than that
     the units are a module's whole input, in order.

@@ -1,6 +1,6 @@
 """Gradients of the masks, one per example and unit, as a by-product of one backward.
 
-Knows where units stand and how to sum ``x·∂L/∂x`` over them; knows nothing of losses and scores.
+Knows where units are and how to sum ``x·∂L/∂x`` over them; knows nothing of losses and scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .rows import Positions, added, wide
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Site:
-    """One input or output of a module, along one dimension: the axes whose units stand there."""
+    """One input or output of a module, along one dimension: the axes whose units are there."""
 
     module: nn.Module
     path: str
@@ -66,7 +66,7 @@ class _Kept:
 
 
 class GradientRecorder:
-    """Sums ``g[n, i] = Σ_tokens Σ_{d in unit i} x·∂L/∂x`` wherever the units of an axis stand.
+    """Sums ``g[n, i] = Σ_tokens Σ_{d in unit i} x·∂L/∂x`` wherever the units of an axis are.
 
     That is the input of every out-projection, or for channels the output of every layer that
     produces them. A module that runs several times in a forward (ALBERT's shared layer), and
@@ -266,7 +266,7 @@ class GradientRecorder:
         return own if is_copied else None
 
     def _check(self, site: _Site, x: Tensor) -> None:
-        """Check that the units stand in ``x``, and its rows in the examples of the batch.
+        """Check that the units are in ``x``, and its rows in the examples of the batch.
 
         Raises:
             StructureError: They do not.
@@ -338,7 +338,7 @@ class GradientRecorder:
 
 
 def _sites(model: nn.Module, axes: Iterable[Axis]) -> list[_Site]:
-    """Every place at which units of the axes stand, with all axes that stand there.
+    """Every place at which units of the axes are, with all axes that are there.
 
     Raises:
         StructureError: The model has no such module.
@@ -354,7 +354,7 @@ def _sites(model: nn.Module, axes: Iterable[Axis]) -> list[_Site]:
 
 
 def _check_examples(axis: Axis, tap: Tap, shape: torch.Size) -> None:
-    """Check that the units do not stand in the first dimension, which counts examples.
+    """Check that the units are not in the first dimension, which counts examples.
 
     Raises:
         StructureError: They do.

@@ -206,7 +206,7 @@ class Measure:
         starts = np.cumsum([0, *self._sizes[:-1]])
         place = first - starts[np.searchsorted(starts, first, side="right") - 1]
         ends = np.cumsum([axis.size for axis in self.axes])
-        # The scores with each power stand one after another; weights are finite where scores are.
+        # The scores with each power come one after another; weights are finite where scores are.
         axis = self.axes[int(np.searchsorted(ends, place % self._units, side="right"))]
         raise DataError(
             f"Batch {batch.index}: a gradient of {axis.name} is {values[1 + first]} though the "

@@ -193,7 +193,7 @@ def _chosen(axis: Axis, choices: Choices) -> frozenset[int]:
     counts = frozenset(choices[axis.name])
     if axis.parent is not None:
         raise PlanError(
-            f"choices[{axis.name!r}]: found counts of heads that stand in KV groups, needed counts "
+            f"choices[{axis.name!r}]: found counts of heads that are in KV groups, needed counts "
             f"of the groups, which then keep all their heads; give them for {axis.parent!r}."
         )
     wrong = sorted(count for count in counts if not axis.minimum <= count <= axis.size)

@@ -152,7 +152,7 @@ def _families(axes: Sequence[Axis]) -> list[list[Axis]]:
 
 
 def _stock_axes(axes: Sequence[Axis], group: StockGroup) -> list[Axis]:
-    """Axes of a stock group, with the KV groups that its heads stand in.
+    """Axes of a stock group, with the KV groups that its heads are in.
 
     KV groups whose heads are not in the group are left out: they cannot change without them.
     """

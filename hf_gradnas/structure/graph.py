@@ -2,7 +2,7 @@
 
 Every layer that makes channels gives each of them a label, and the operations in between move and
 join the labels as they move and join the channels. In which dimension of a tensor the channels
-stand is what autograd saved (`channel_rules`), so that nothing is guessed from shapes.
+are is what autograd saved (`channel_rules`), so that nothing is guessed from shapes.
 """
 
 from __future__ import annotations

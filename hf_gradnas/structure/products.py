@@ -42,7 +42,7 @@ def _make(step: Step, size: int, weight: Parameter | None, read: Tensor) -> Tens
 
 
 def tie_groups(step: Step, vector: Tensor, groups: int) -> None:
-    """Tie the channels that stand at the same position of every group."""
+    """Tie the channels that are at the same position of every group."""
     step.labels.merge(vector.view(groups, -1).t(), MEETS_NOBODY)
 
 

@@ -1,6 +1,6 @@
 """Read the labels of a forward: which rows, modules and sizes belong to which labels.
 
-Knows how the layers of torch name their sizes; what goes together stands in `labels`. Axes are made
+Knows how the layers of torch name their sizes; what goes together is in `labels`. Axes are made
 of it in `discovery`.
 """
 
@@ -20,7 +20,7 @@ from .labels import ATTRIBUTE, NOBODY, OUTPUT, Rows, core, nobody, varying
 from .products import EMBEDDED
 
 CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
-"""Modules whose features stand in dimension 1, also where that is the last."""
+"""Modules whose features are in dimension 1, also where that is the last."""
 PRODUCERS = (_ConvNd, nn.Linear, Conv1D)
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 """Modules whose result for one channel depends on others, or is not 0 where their input is."""

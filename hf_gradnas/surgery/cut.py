@@ -1,7 +1,7 @@
 """Cut a model: say what kept indices mean for its tensors (`plan_cut`), and do it (`apply_cut`).
 
 Knows axes and tensors; does not know how the kept indices were chosen, nor how a model is saved.
-What is done to the modules stands in `surgery.modeling_gradnas`, which also loads a checkpoint.
+What is done to the modules is in `surgery.modeling_gradnas`, which also loads a checkpoint.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _sizes_and_removals(
     counts: Mapping[str, int],
     rows: Mapping[str, Mapping[int, Sequence[Any]]],
 ) -> Record:
-    """New sizes, attributes and removals; what stands in a removed module is left out."""
+    """New sizes, attributes and removals; what is in a removed module is left out."""
     removed = {
         a.removal.module: {
             "projection": a.removal.projection,

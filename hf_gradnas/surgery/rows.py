@@ -1,7 +1,7 @@
 """What kept units mean for tensors and attributes: the rows that stay, and the new sizes.
 
 Knows axes and shapes by name. Nothing of a model is changed here: what is done to its modules
-stands in `modeling_gradnas`.
+is in `modeling_gradnas`.
 """
 
 from __future__ import annotations

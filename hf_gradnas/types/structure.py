@@ -71,7 +71,7 @@ class Slice(Pattern):
 
 @dataclass(frozen=True, slots=True)
 class Tap(Pattern):
-    """Where the units of an axis stand among the activations of a module.
+    """Where the units of an axis are among the activations of a module.
 
     An axis may have several taps at one module.
 
@@ -147,7 +147,7 @@ class Removal:
 
     Attributes:
         module: Path of the module to replace (the one that runs the attention).
-        projection: Name of the out-projection inside `module`, or None when it stands outside.
+        projection: Name of the out-projection inside `module`, or None when it is outside.
         features: Width of the replacement's output: the out-projection's, or 0 when it is outside.
         returns: One entry per element of the module's tuple output: ``"output"``, the name of an
             argument that is handed on, or None; empty when the module returns a bare tensor.
@@ -305,12 +305,12 @@ class StockGroup:
     Attributes:
         axes: Names of the axes that share one width.
         keys: Config key per kind of axis, e.g. ``{"heads": "num_attention_heads", "kv_groups":
-            "num_key_value_heads"}``; a dotted key stands in a sub-config.
+            "num_key_value_heads"}``; a dotted key is in a sub-config.
         allowed: Counts that the class accepts, one mapping from kind to count each; None when any
             count from 1 to the size is accepted.
         copies: Kind per further config key that takes the same count, e.g.
             ``{"num_key_value_heads": "heads"}`` where every head has its own keys and values.
-        constants: Config values that must stand beside the counts, e.g. ``{"head_dim": 64}``.
+        constants: Config values that must be set beside the counts, e.g. ``{"head_dim": 64}``.
     """
 
     axes: tuple[str, ...]
@@ -325,7 +325,7 @@ class StockSpace:
     """What the unmodified class can express: groups of uniform widths, and the axes it cannot.
 
     Attributes:
-        groups: Axes with a common width; each axis stands in at most one group.
+        groups: Axes with a common width; each axis is in at most one group.
         refused: Reason per axis name for every axis that the stock class cannot express.
     """
 

@@ -274,7 +274,7 @@ def test_choices_in_a_stock_group_must_suit_all_its_axes():
 @pytest.mark.parametrize(
     ("axes", "index", "chosen", "message"),
     [
-        (small.attention(0, 9, groups=3), 1, [3], "heads that stand in KV groups.*give them for"),
+        (small.attention(0, 9, groups=3), 1, [3], "heads that are in KV groups.*give them for"),
         (small.ffn(0, 5), 0, [6], "found 6, needed counts from 0 to 5; leave"),
         (small.ffn(0, 5), 0, [-1], "found -1, needed counts from 0 to 5; leave"),
     ],
