@@ -13,7 +13,7 @@ from places import TESTS
 from safetensors.torch import load_file
 
 from hf_gradnas import GradNASPruner
-from hf_gradnas.errors import ScoresError
+from hf_gradnas.errors import GradNASWarning
 from hf_gradnas.repair.repairs import plan_digest
 from hf_gradnas.types import Plan, Scores
 
@@ -86,12 +86,22 @@ def test_scores_give_the_plan_they_gave(name):
     assert sorted(plan.kept.values()) == sorted(written.kept.values())
 
 
-def test_scores_that_lack_an_axis_found_since_are_refused():
+def test_axes_found_since_stay_whole_with_old_scores(tmp_path):
     model, layout = original("timesformer")
-    pruner = GradNASPruner(model, layout=layout)
+    pruner = GradNASPruner(model, layout=layout, score="fisher")
     pruner.discover(make.batches("timesformer")[0])
-    with pytest.raises(ScoresError, match=r"layer.0.temporal_.*: the scores hold none"):
+    with pytest.warns(GradNASWarning, match=r"did not find timesformer.encoder.layer.0.temporal_"):
         pruner.use_scores(Scores.load(FOLDER / "timesformer" / "scores.safetensors"))
+    plan = pruner.plan({"params": "80%"})
+    written = Plan.load(FOLDER / "timesformer" / "plan.json")
+    cut = {name: units for name, units in plan.kept.items() if len(units) < plan.sizes[name]}
+    assert sorted(cut.values()) == sorted(written.kept.values())
+    pruner.scores.save(tmp_path / "scores.safetensors")  # in the present format, and still known
+    again = Scores.load(tmp_path / "scores.safetensors")
+    assert again.format_version == 2
+    assert again.unscored == plan.kept.keys() - cut.keys()
+    pruner.use_scores(again)
+    assert pruner.plan({"params": "80%"}).kept == plan.kept
 
 
 @pytest.mark.parametrize(

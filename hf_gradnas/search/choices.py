@@ -6,7 +6,7 @@ Knows no scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +32,7 @@ def choose_counts(
     rules: Rules,
     step_ratios: Mapping[Kind, float],
     choices: Choices | None = None,
+    whole: Set[str] = frozenset(),
 ) -> dict[Kind, np.ndarray]:
     """Kept counts per kind of every option; the option that keeps everything is among them.
 
@@ -41,11 +42,12 @@ def choose_counts(
         rules: Limits per glob over module paths.
         step_ratios: What `step_ratios_of` says, for the default multiples.
         choices: Permitted counts of some axes, in place of rules and default multiples.
+        whole: Names of axes that stay whole.
 
     Raises:
         PlanError: Choices are given for an axis that cannot have them.
     """
-    limits = _limits(members, group, rules=rules, choices=choices or {})
+    limits = _limits(members, group, rules=rules, choices=choices or {}, whole=whole)
     allowed = None if group is None or not members else group.allowed
     sizes = {axis.name: axis.size for axis in members}
     multiples = {
@@ -166,7 +168,12 @@ class _Limits:
 
 
 def _limits(
-    members: Sequence[Axis], group: StockGroup | None, *, rules: Rules, choices: Choices
+    members: Sequence[Axis],
+    group: StockGroup | None,
+    *,
+    rules: Rules,
+    choices: Choices,
+    whole: Set[str],
 ) -> dict[Kind, _Limits]:
     """Limits per kind; in a stock group all its axes obey the strictest."""
     limits = {}
@@ -177,6 +184,7 @@ def _limits(
         found = [rule_for(axis, rules) for axis in same if axis.name not in choices]
         binding = [rule for rule in found if rule is not None]
         outside = group is not None and any(axis.name not in group.axes for axis in same)
+        outside = outside or any(axis.name in whole for axis in same)
         least = max([rule.min for rule in binding] + [axis.minimum for axis in same])
         limits[kind] = _Limits(
             size=size,

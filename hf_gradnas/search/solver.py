@@ -72,7 +72,8 @@ def find_plans(
 
     Args:
         prunable: Axes, costs and layout of the model.
-        scores: ``(size,)`` per axis; those of ``kv_groups`` are joint scores of whole groups.
+        scores: ``(size,)`` per axis; those of ``kv_groups`` are joint scores of whole groups. Axes
+            that they do not know (`Scores.unscored`) stay whole.
         budgets: One sequence of simultaneous limits per plan.
         search: A name in `STRATEGIES`.
         rules: Limits per glob over module paths; later ones win.
@@ -92,7 +93,9 @@ def find_plans(
     values, exponent = _scaled(prunable.axes, scores)
     names = [_names(limits, prunable.costs) for limits in budgets]
     spaces = {
-        key: build_space(prunable, values, key, rules=rules or {}, choices=choices)
+        key: build_space(
+            prunable, values, key, rules=rules or {}, choices=choices, whole=scores.unscored
+        )
         for key in dict.fromkeys(names)
     }
     plans = []

@@ -9,7 +9,7 @@ units. Where costs couple the blocks, a plan costs what its `Coupling` says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,7 @@ def build_space(
     *,
     rules: Rules,
     choices: Choices | None = None,
+    whole: Set[str] = frozenset(),
 ) -> Space:
     """Make the blocks of a layout.
 
@@ -89,6 +90,7 @@ def build_space(
         names: Budgeted costs.
         rules: Limits per glob over module paths.
         choices: Permitted counts of some axes, in place of rules and default multiples.
+        whole: Names of axes that stay whole.
 
     Raises:
         PlanError: The layout is unknown, or the stock space missing or not that of the axes; or
@@ -113,20 +115,20 @@ def build_space(
     blocks = []
     for members, group in groups:
         counts = choose_counts(
-            members, group, rules=rules, step_ratios=step_ratios, choices=choices
+            members, group, rules=rules, step_ratios=step_ratios, choices=choices, whole=whole
         )
         if any(values.size > 1 for values in counts.values()):
             selections = make_members(members, scores, tie=group is not None)
             blocks.append(make_block(members, members=selections, counts=counts, costs=costs))
     decided = {axis.name for block in blocks for axis in block.axes}
     rest = {axis.name: 0 if axis.name in decided else axis.size for axis in axes}
-    whole = tuple(axis for axis in axes if axis.name not in decided)
+    undecided = tuple(axis for axis in axes if axis.name not in decided)
     return Space(
         blocks=tuple(blocks),
-        whole=whole,
+        whole=undecided,
         names=tuple(names),
         fixed=np.array([cost.of(rest) for cost in costs]),
-        coupling=couple(blocks, whole, costs),
+        coupling=couple(blocks, undecided, costs),
     )
 
 

@@ -9,19 +9,18 @@ layers. Several present axes may fit such a name: then nobody guesses. Knows nam
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from ..errors import GradNASError, PlanError, ScoresError
+import numpy as np
+
+from ..errors import GradNASError, GradNASWarning, PlanError, ScoresError
 from .kinds import Kind
+from .plans import UNSCORED, Plan, Scores
 from .structure import Axis
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from .plans import Plan, Scores
 
 Value = TypeVar("Value")
 
@@ -58,15 +57,28 @@ def present_plan(plan: Plan, axes: Iterable[Axis]) -> Plan:
 def present_scores(scores: Scores, axes: Iterable[Axis]) -> Scores:
     """Scores of format 1 by the present names of axes; those of what is no axis now are dropped.
 
+    Axes that format 1 did not know have no scores (`Scores.unscored`), which is a warning.
+
     Raises:
         ScoresError: Several axes fit one name.
     """
+    axes = tuple(axes)
     sizes = {name: _size(values) for name, values in scores.values.items()}
-    names = _present_names(sizes, tuple(axes), ScoresError)
+    names = _present_names(sizes, axes, ScoresError)
+    found = set(names.values())
+    new = {axis.name: np.zeros(axis.size) for axis in axes if found and axis.name not in found}
+    if new:
+        warnings.warn(
+            f"Scores: version 0.1 did not find {next(iter(new))} ({len(new)} of the {len(axes)} "
+            "axes of this model), so that they stay whole; score the model again to prune them.",
+            GradNASWarning,
+            stacklevel=2,
+        )
     return replace(
         scores,
-        values=_renamed(scores.values, names),
-        also={method: _renamed(values, names) for method, values in scores.also.items()},
+        values=_renamed(scores.values, names) | new,
+        also={method: _renamed(values, names) | new for method, values in scores.also.items()},
+        metadata={**scores.metadata, UNSCORED: ",".join(new)} if new else scores.metadata,
         format_version=RENAMED_IN,
     )
 

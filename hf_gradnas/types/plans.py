@@ -31,6 +31,8 @@ CHOICE_KEYS = ("row_power", "effective_ratio")
 """Keys of metadata that belong to a method that holds its sums alone."""
 POWERS = "row_powers"
 """Key of a pass's settings: what such methods choose between."""
+UNSCORED = "unscored"
+"""Key of a scores file's metadata: which axes have no scores, with commas between them."""
 ALSO = "also"
 """Key of a scores file's metadata: which further methods it holds, with commas between them."""
 
@@ -179,6 +181,11 @@ class Scores:
     def methods(self) -> tuple[str, ...]:
         """Names of all methods that these scores hold, that of `values` first."""
         return (self.metadata.get("method", ""), *self.also)
+
+    @property
+    def unscored(self) -> frozenset[str]:
+        """Names of axes that were not scored: their values are 0, and they stay whole."""
+        return frozenset(filter(None, self.metadata.get(UNSCORED, "").split(",")))
 
     def of(self, method: str) -> Scores:
         """The scores of one method alone, as a pass for it would have given them.

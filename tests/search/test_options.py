@@ -282,3 +282,20 @@ def test_choices_in_a_stock_group_must_suit_all_its_axes():
 def test_choices_that_an_axis_cannot_have(axes, index, chosen, message):
     with pytest.raises(PlanError, match=message):
         block_of(axes, small.make_scores(axes, 0), None, {axes[index].name: chosen})
+
+
+@pytest.mark.parametrize(
+    ("groups", "whole", "expected"),
+    [
+        (0, {0}, {(6,)}),
+        (2, {0}, {(2, 2), (2, 4), (2, 6)}),  # the groups stay: each keeps as many heads
+        (2, {1}, {(2, 6)}),
+        (2, {0, 1}, {(2, 6)}),
+    ],
+)
+def test_axes_without_scores_stay_whole(groups, whole, expected):
+    axes = small.attention(0, 6, groups=groups)
+    names = {axes[index].name for index in whole}
+    counts = choose_counts(axes, None, rules={}, step_ratios={}, whole=names)
+    found = set(zip(*(counts[axis.kind].tolist() for axis in axes), strict=True))
+    assert found == expected

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hf_gradnas.errors import PlanError, ScoresError
+from hf_gradnas.errors import GradNASWarning, PlanError, ScoresError
 from hf_gradnas.surgery.cut import check_plan
 from hf_gradnas.types import Axis, Kind, Plan, Scores, Slice, Tap, present_plan, present_scores
 
@@ -95,6 +95,16 @@ def test_axes_that_are_new_stay_whole():
     plan = present_plan(plan_of({FFN.name: (2,)}), [FFN, attention("a", "a.o", 2)])
     assert plan.kept == {FFN.name: (2,), "a:heads": (0, 1)}
     assert plan.sizes == {FFN.name: 8, "a:heads": 2}
+
+
+def test_axes_that_are_new_have_no_scores():
+    heads = attention("a", "a.o", 2)
+    with pytest.warns(GradNASWarning, match=r"did not find a:heads \(1 of the 2 axes"):
+        scores = present_scores(scores_of(FFN.name), [FFN, heads])
+    assert scores.unscored == scores.of("taylor").unscored == {"a:heads"}
+    np.testing.assert_array_equal(scores.values["a:heads"], np.zeros(2))
+    np.testing.assert_array_equal(scores.also["taylor"]["a:heads"], np.zeros(2))
+    assert present_scores(scores_of(FFN.name), [FFN]).unscored == set()
 
 
 def test_nobody_guesses_between_two_axes():
