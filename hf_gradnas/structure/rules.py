@@ -7,7 +7,7 @@ functions; knows no module types.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,7 +92,8 @@ def _join(step: Step) -> list[Tensor]:
         size = left // (len(parts) - len(known))
         lost = nobody([size if d == dim else n for d, n in enumerate(shape)])
         parts = [lost if x is None else x for x in parts]
-    known = [x for x in parts if x is not None and x.numel()]
+    _tie_tables(step, parts, dim)
+    known = [step.labels.settled(x) for x in parts if x is not None and x.numel()]
     dims = {d for x in known for d in varying(x)}
     if not dims or dim in dims:
         return [torch.cat(known, dim)]
@@ -101,6 +102,21 @@ def _join(step: Step) -> list[Tensor]:
     for part in [x for x in known if not any(x is other for other in constants)]:
         step.labels.tie(core(base, dims), core(part, dims), step.why)
     return [core(base, dims).reshape(kept(shape, dims)).expand(shape)]
+
+
+def _tie_tables(step: Step, parts: Sequence[Tensor | None], dim: int) -> None:
+    """Tie learned entries of a sequence (queries, tokens) to the channels that others have there."""
+    given = [(plain, x) for plain, x in zip(step.plain, parts, strict=True) if x is not None]
+    streams = [x for plain, x in given if not plain and x.numel() and varying(x)]
+    dims = {d for x in streams for d in varying(x)}
+    if not streams or dim in dims:
+        return
+    base = max(streams, key=lambda x: len(varying(x)))
+    for table in [x for plain, x in given if plain and dim in varying(x)]:
+        shape = [table.shape[d] if d == dim else size for d, size in enumerate(base.shape)]
+        along = {dim, *varying(table), *varying(base)}
+        whole = core(base, dims).reshape(kept(shape, dims)).expand(shape)
+        step.labels.tie(core(whole, along), core(table, along), step.why)
 
 
 def elementwise(step: Step) -> list[Tensor]:

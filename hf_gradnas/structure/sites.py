@@ -15,7 +15,7 @@ from ..types import Attribute, Kind
 from .attention import HeadLayout
 from .labels import NOBODY, OUTPUT, Rows
 from .products import EMBEDDED
-from .reading import Entries, IrregularRows, Reading, Units
+from .reading import ACTIVATIONS, Entries, IrregularRows, Reading, Units
 from .steps import MEETS_NOBODY
 
 NO_LAYOUT = HeadLayout(0, 0, 0, (), ())
@@ -87,6 +87,8 @@ def _attentions(reading: Reading) -> Iterator[Site]:
 def _attention(reading: Reading, roots: set[int], time: int) -> Site:
     """The attention whose softmax weighs the values of the roots."""
     core = reading.forward.running(time)
+    if isinstance(reading.modules[core], ACTIVATIONS):
+        core = core.rpartition(".")[0]
     groups = {reading.standing[root] for root in roots if root in reading.standing}
     every = frozenset(roots | groups)
     held = roots | groups if len(groups) > 1 else roots

@@ -190,3 +190,68 @@ def test_the_stock_class_cannot_say_what_comes_from_outside() -> None:
     space = find_stock_space(model, find_structure(model, IDS))
     heads = heads_of(find_structure(model, IDS))
     assert all("made outside of it" in space.refused[axis.name] for axis in heads)
+
+
+class Joined(nn.Module):
+    """One attention over a sequence that learned tokens, each with a place, are joined to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.score = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.first, self.tokens = (nn.Parameter(torch.randn(1, n, 16)) for n in (1, 5))
+        self.places = nn.Parameter(torch.randn(1, 10, 16))
+        self.norm, self.attention = nn.LayerNorm(16), Heads("plain")
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        b = len(pixels)
+        parts = (self.first.expand(b, -1, -1), self.patches(pixels), self.tokens.expand(b, -1, -1))
+        x = torch.cat(parts, 1) + self.places
+        out, _ = self.attention(self.norm(x), bias=x.new_zeros(1))
+        return self.score(x + out)
+
+
+def test_learned_tokens_of_a_sequence_are_no_units_of_their_own() -> None:
+    torch.manual_seed(0)
+    model, inputs = Joined().double().eval(), {"pixels": torch.randn(2, 4, 6).double()}
+    structure = find_structure(model, inputs)
+    (heads,) = heads_of(structure)
+    assert (heads.size, heads.minimum) == (4, 0)
+    check_a_cut(model, inputs, structure, {heads.name: [0, 3]})
+
+
+class Soft(nn.Module):
+    """An attention whose softmax is a module of its own, whose heads a module outside makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor, query: Tensor, bias: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        heads = (self.q(x) + query, self.k(x), self.v(x))
+        q, k, v = (z.view(b, t, -1, 4).transpose(1, 2) for z in heads)
+        context = self.softmax(q @ k.transpose(-1, -2) + bias) @ v
+        return self.out(context.transpose(1, 2).flatten(2))
+
+
+class Queried(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.score = nn.Embedding(19, 16), nn.Linear(16, 3)
+        self.places, self.attention = nn.Linear(16, 16), Soft()
+        self.bias = nn.Buffer(torch.randn(4, 6, 6))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embeddings(input_ids)
+        return self.score(x + self.attention(x, self.places(x), bias=self.bias))
+
+
+def test_what_owns_rows_of_heads_runs_in_the_proof_and_a_softmax_is_no_attention() -> None:
+    torch.manual_seed(0)
+    model = Queried().double().eval()
+    structure = find_structure(model, IDS)
+    (heads,) = heads_of(structure)
+    assert heads.removal.module == heads.adaptation.module == "attention"
+    assert {part.module for part in heads.slices} >= {"places", "attention.q", "attention.out"}
+    check_a_cut(model, IDS, structure, {heads.name: [1, 2]})
