@@ -105,7 +105,7 @@ def _join(step: Step) -> list[Tensor]:
 
 
 def _tie_tables(step: Step, parts: Sequence[Tensor | None], dim: int) -> None:
-    """Tie learned entries of a sequence (queries, tokens) to the channels that others have there."""
+    """Tie learned entries of a sequence (queries, tokens) to the channels of others in it."""
     given = [(plain, x) for plain, x in zip(step.plain, parts, strict=True) if x is not None]
     streams = [x for plain, x in given if not plain and x.numel() and varying(x)]
     dims = {d for x in streams for d in varying(x)}
@@ -176,7 +176,9 @@ def _join_operand(step: Step, base: Tensor, x: Tensor, whole: Tensor, *, plain: 
     """
     labels, dims, present = step.labels, set(varying(base)), set(varying(whole))
     held = [dim for dim in sorted(dims) if dim in _real(x, whole)]
-    if present and present < dims:  # which entries are of one unit is known when all is tied
+    if present and present < dims and dims == set(held):  # whose entries go together already
+        labels.tie(core(base, dims), core(whole, dims), MEETS_NOBODY)
+    elif present and present < dims:  # which entries are of one unit is known when all is tied
         labels.later.append((core(base, dims), core(whole, dims)))
     elif present and dims <= present:
         labels.tie(core(base, present), core(whole, present), MEETS_NOBODY)

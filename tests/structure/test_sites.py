@@ -87,7 +87,7 @@ class Attention(nn.Module):
             nn.Linear(16, 4 * groups),
         )
         self.gate, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.q_norm = nn.LayerNorm(4)
+        self.q_norm, self.slopes = nn.LayerNorm(4), nn.Parameter(torch.randn(4))
         self.embeddings, self.score = nn.Embedding(9, 16), nn.Linear(16, 3)
 
     def attend(self, x: Tensor) -> Tensor:
@@ -112,7 +112,11 @@ class Attention(nn.Module):
             q, k, v = (z.reshape(-1, t, 4) for z in (q, k, v))
             weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
             return self.merged(torch.bmm(weights, v).view(b, heads, t, 4))
-        context = self.merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+        context = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        if self.style == "gate in heads":
+            gate = self.gate(x).view(b, t, -1, 4) + self.slopes[:, None]
+            return (context.transpose(1, 2) * gate.sigmoid()).flatten(2)
+        context = self.merged(context)
         return context * self.gate(x).sigmoid() if self.style == "gate" else context
 
     def merged(self, context: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ class Attention(nn.Module):
 
 
 STYLES = ["plain", "grouped", "folded", "kernel", "gate"]
-STYLES += ["three dimensions", "norm inside", "partial rotary"]
+STYLES += ["three dimensions", "norm inside", "partial rotary", "gate in heads"]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -140,7 +144,8 @@ def test_an_attention_is_found_however_it_is_written(style: str) -> None:
     assert (Kind.KV_GROUPS in axes) is grouped
     owners = {part.module for part in heads.slices}
     own = {"q", "out"} if grouped else {"q", "k", "v", "out"}
-    assert owners == own | ({"gate"} if style == "gate" else set())
+    gates = {"gate": {"gate"}, "gate in heads": {"gate", ""}}
+    assert owners == own | gates.get(style, set())
     kept = {heads.name: [1, 3]}
     twin = copy.deepcopy(model)
     with torch.no_grad(), masked(model, structure.axes, kept):
