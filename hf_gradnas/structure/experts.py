@@ -24,7 +24,7 @@ from ..surgery.rows import above, below
 from ..types import KINDS, Attribute, Axis, Kind, Slice, Tap
 from . import couplings
 from .labels import NOBODY
-from .reading import Reading
+from .reading import IrregularRows, Reading
 from .trace import Call, map_tensors
 
 BEST_OF_GROUP = 2
@@ -76,10 +76,14 @@ def _rows(reading: Reading, router: str, roots: Sequence[int]) -> Slice | None:
     """Rows of a router that make its experts' logits; None where they are not in order."""
     units = {root: number for number, root in enumerate(roots)}
     for rows, entries in reading.rows.items():
-        if rows.tensor == router and entries.present >= units.keys():
+        if rows.tensor != router or not entries.present >= units.keys():
+            continue
+        try:
             patterns = entries.patterns(units)
-            if len(patterns) == 1:
-                return Slice(router, rows.dim, *patterns[0], role="makes")
+        except IrregularRows:
+            return None
+        if len(patterns) == 1:
+            return Slice(router, rows.dim, *patterns[0], role="makes")
     return None
 
 
