@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from ..errors import described
 from ..structure.discovery import Discovery, Place, move_axis
 from ..structure.trace import Call
+from ..surgery.cut import cut
 from ..types import KINDS, Axis, Kind, Refusal
 from .trial import EFFECT, NO_EFFECT, NOT_RUNNING, Trial, largest_difference, not_running
 
 MAX_TRIES = 3
 """Modules of a kind that are tried before the kind is given up (one may be degenerate)."""
 HOLDER = "module"
+FEW_EXPERTS = 16
+"""Experts of a block that are proved; twice as many as have to stay, if that is more."""
 
 
 # --- heads and neurons, one module of each kind ---------------------------------------------------
@@ -68,11 +71,12 @@ def _first_proved(
         for version in place.template.versions:
             axes = tuple(replace(axis, tied=place.tied) for axis in version)
             held = [move_axis(axis, HOLDER, tied=axis.tied) for axis in axes]
-            plans = list(trial_plans(held))
+            smaller, tried_axes = _with_few_experts(trial, held)
+            plans = list(trial_plans(tried_axes))
             nothing = None if held[-1].minimum else plans.pop()
-            reason = next(filter(None, (trial.disproof(held, plan) for plan in plans)), "")
+            reason = next(filter(None, (smaller.disproof(tried_axes, p) for p in plans)), "")
             if not reason and nothing is not None:
-                reason = trial.disproof(held, nothing)
+                reason = smaller.disproof(tried_axes, nothing)
                 staying = (staying or axes) if plans else None
             if not reason:
                 return axes
@@ -98,6 +102,33 @@ def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str], *, is_draw
         every=not _returns_units(place),
         is_drawn=is_drawn,
     )
+
+
+def _with_few_experts(trial: Trial, axes: Sequence[Axis]) -> tuple[Trial, Sequence[Axis]]:
+    """The trial of a module of many experts with the first of them alone, and its axes.
+
+    A block of 128 experts takes as many times the memory of one, three times over in float64. The
+    others are cut away first; what is compared is masks and cuts of those that are left.
+    """
+    experts = next((axis for axis in axes if KINDS[axis.kind].is_routed), None)
+    if experts is None:
+        return trial, axes
+    length, is_fixed = experts.size // experts.blocks, experts.minimum == experts.size
+    fewest = 1 if is_fixed else -(-experts.minimum // experts.blocks)
+    each = max(2 * fewest, -(-FEW_EXPERTS // experts.blocks))
+    if each >= length:
+        return trial, axes
+    stay = [unit for unit in range(experts.size) if unit % length < each]
+    kept = {experts.name: stay}
+    for axis in axes:
+        if axis.parent == experts.name:
+            width = axis.size // experts.size
+            kept[axis.name] = [unit * width + n for unit in stay for n in range(width)]
+    part = trial.copied()
+    cut(part, [replace(axis, minimum=0) for axis in axes], kept)
+    least = len(stay) if is_fixed else experts.minimum
+    small = [replace(axis, size=len(kept[axis.name]), minimum=least) for axis in axes]
+    return replace(trial, model=part), small
 
 
 def _returns_units(place: Place) -> bool:

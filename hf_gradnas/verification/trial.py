@@ -98,7 +98,7 @@ class Trial:
         """Difference between masked and cut, and effect of the mask, by the largest value."""
         whole = self.whole(kernel, scale)
         reference = self.masked(axes, kept, kernel=kernel, scale=scale)
-        part = self._copied()
+        part = self.copied()
         cut(part, axes, kept, tables=self.tables)
         result = self._run(part.double(), kernel, scale)
         return largest_difference(result, reference, whole), largest_difference(
@@ -127,10 +127,11 @@ class Trial:
 
     def _double(self) -> nn.Module:
         if self._twin is None:
-            self._twin = self._copied().double()
+            self._twin = self.copied().double()
         return self._twin
 
-    def _copied(self) -> nn.Module:
+    def copied(self) -> nn.Module:
+        """A copy of the model, with drawn values if that is asked for."""
         part = _copy(self.model)
         if self.is_drawn:
             _draw(part)
