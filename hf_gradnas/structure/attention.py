@@ -7,6 +7,7 @@ offered, since only the proof (`hf_gradnas.verification`) can tell which is righ
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -94,7 +95,9 @@ def attention_versions(
         norms=layout.group_norms,
     )
     widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
-    extras = dict.fromkeys([(), widths, config, widths + config])
+    numbers = _numbers(module, layout, known={(a.module, a.name) for a in heads.attributes})
+    wide = tuple(a for a in numbers if a.factor > 1)
+    extras = dict.fromkeys([(), widths, config, widths + config, wide, numbers])
     needs = _adaptations(module.get_submodule(core), layout, core_path=core, call=call)
     versions = [
         replace(heads, attributes=heads.attributes + extra, removal=removal, adaptation=need)
@@ -177,6 +180,23 @@ def _attributes(
             elif name in widths and value == layout.heads * layout.width:
                 found.append(Attribute(path, name, ":heads", layout.width))
     return tuple(found)
+
+
+def _numbers(
+    module: nn.Module, layout: HeadLayout, *, known: Collection[tuple[str, str]]
+) -> tuple[Attribute, ...]:
+    """Attributes of any name below `module` whose value is a size of heads or groups."""
+    width, groups_axis = layout.width, ":kv_groups" if layout.is_grouped else ":heads"
+    sizes = {layout.heads: (":heads", 1), layout.heads * width: (":heads", width)}
+    if layout.is_grouped:
+        sizes |= {layout.groups: (groups_axis, 1), layout.groups * width: (groups_axis, width)}
+    return tuple(
+        Attribute(path, name, *sizes[value])
+        for path, child in module.named_modules()
+        if not type(child).__module__.startswith("torch.nn")
+        for name, value in vars(child).items()
+        if type(value) is int and value in sizes and (path, name) not in known
+    )
 
 
 def _model_widths(module: nn.Module, layout: HeadLayout) -> tuple[Attribute, ...]:

@@ -18,7 +18,7 @@ EXPERT_GROUPS = ("num_group", "n_group", "num_expert_group")
 CHOSEN_GROUPS = ("topk_group", "num_limited_groups")
 HEADS_PER_GROUP = frozenset("num_key_value_groups n_rep".split())
 WIDTHS = frozenset("all_head_size inner_dim attn_dim split_size q_dim attention_dim".split())
-"""Attributes that hold heads x head size."""
+"""Attributes that hold heads x head size; of other names only where the proof fails without."""
 MODEL_WIDTHS = frozenset("embed_dim hidden_size d_model dim embed_size".split())
 """Attributes that may hold heads x head size or the width of the model; tried only when the proof
 fails without them."""

@@ -27,6 +27,7 @@ MAX_TRIES = 3
 HOLDER = "module"
 FEW_EXPERTS = 16
 """Experts of a block that are proved; twice as many as have to stay, if that is more."""
+FAINT = "next to nothing"
 
 
 # --- heads and neurons, one module of each kind ---------------------------------------------------
@@ -216,9 +217,15 @@ def prove_channels(
     trial = Trial(model, Call(args, kwargs, ()), tables=tables)
     kept = _irregular(axes)
     reasons = _without_effect(trial, axes, kept)
+    faint = [axis for axis in axes if FAINT in reasons.get(axis.name, "")]
     live = [axis for axis in axes if axis.name not in reasons]
     if live and trial.disproof(live, _of(live, kept)):
         reasons |= _guilty(trial, live, kept)
+    if faint:  # values that are next to nothing, as before training, hide it: draw others
+        drawn = replace(trial, is_drawn=True)
+        tried = [axis for axis in axes if axis in faint or axis.name not in reasons]
+        if not (_without_effect(drawn, tried, kept) or drawn.disproof(tried, _of(tried, kept))):
+            reasons = {a.name: reasons[a.name] for a in axes if a not in tried}
     good = tuple(axis for axis in axes if axis.name not in reasons)
     bad = [axis for axis in axes if axis.name in reasons]
     return good, tuple(Refusal(a.module, str(a.kind), reasons[a.name]) for a in bad)
@@ -264,7 +271,8 @@ def _without_effect(
             reasons[axis.name] = f"masked down to {units} {not_running(error)}"
         else:
             if not effect > EFFECT:
-                reasons[axis.name] = f"masking down to {units} {NO_EFFECT}"
+                faint = f", but for {FAINT}" if effect else ""
+                reasons[axis.name] = f"masking down to {units} {NO_EFFECT}{faint}"
     return reasons
 
 

@@ -255,3 +255,33 @@ def test_what_owns_rows_of_heads_runs_in_the_proof_and_a_softmax_is_no_attention
     assert heads.removal.module == heads.adaptation.module == "attention"
     assert {part.module for part in heads.slices} >= {"places", "attention.q", "attention.out"}
     check_a_cut(model, IDS, structure, {heads.name: [1, 2]})
+
+
+class Sized(nn.Module):
+    """Grouped attention over a fused projection, split by sizes of unusual names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.score = nn.Embedding(19, 16), nn.Linear(16, 3)
+        self.fused, self.out = nn.Linear(16, 32), nn.Linear(16, 16)
+        self.q_extent, self.kv_extent, self.ratio = 16, 8, 4  # the ratio is no number of heads
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embeddings(input_ids)
+        b, t, _ = x.shape
+        parts = self.fused(x).split([self.q_extent, self.kv_extent, self.kv_extent], -1)
+        q, k, v = (z.view(b, t, -1, 4).transpose(1, 2) for z in parts)
+        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
+        context = (q @ k.transpose(-1, -2)).softmax(-1) @ v / self.ratio
+        return self.score(x + self.out(context.transpose(1, 2).flatten(2)))
+
+
+def test_attributes_of_any_name_are_sizes_where_the_proof_needs_them() -> None:
+    torch.manual_seed(0)
+    model = Sized().double().eval()
+    structure = find_structure(model, IDS)
+    (heads,) = heads_of(structure)
+    named = {(a.name, a.axis, a.factor) for a in heads.attributes}
+    assert named == {("q_extent", heads.name, 4), ("kv_extent", heads.parent, 4)}
+    smaller = check_a_cut(model, IDS, structure, {heads.name: [2], heads.parent: [1]})
+    assert (smaller.q_extent, smaller.kv_extent, smaller.ratio) == (4, 4, 4)

@@ -108,6 +108,19 @@ def test_an_axis_without_effect_is_refused() -> None:
     assert refusals[0].reason == "masking down to 3 channels has no effect on the input"
 
 
+def test_an_axis_with_next_to_no_effect_is_proved_with_drawn_values() -> None:
+    case = two_blocks()
+    with torch.no_grad():
+        case.model[3].weight.mul_(1e-12)
+    before = copy.deepcopy(case.model.state_dict())
+    assert prove_channels(case.model, case.axes, case.args, {}) == (case.axes, ())
+    assert all(torch.equal(before[key], value) for key, value in case.model.state_dict().items())
+    broken = (without(case.axes[0], "1.weight"), case.axes[1])
+    good, refusals = prove_channels(case.model, broken, case.args, {})
+    assert good == case.axes[1:]
+    assert "no effect on the input, but for next to nothing" in refusals[0].reason
+
+
 def test_of_two_axes_that_clash_the_later_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = residual()
     axes = tuple(replace(case.axes[0], name=f"{i}:channels", module=str(i)) for i in range(4))
