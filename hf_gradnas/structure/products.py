@@ -151,8 +151,10 @@ def _read_table(step: Step, x: Tensor, weight: str, y: Tensor) -> Tensor:
 
 def stacked(step: Step) -> list[Tensor]:
     """A product with a weight of three dimensions, whose first are experts or groups."""
-    for labels in step.operands:
-        if labels is not None:
+    for plain, labels in zip(step.plain, step.operands, strict=True):
+        if (
+            labels is not None and not plain
+        ):  # entries of the weight itself are many, and in no unit
             step.labels.refuse(labels, STACKED)
     made = step.labels.fresh(step.shapes[0][-1])
     step.labels.refuse(made, STACKED)
