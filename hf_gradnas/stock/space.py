@@ -301,7 +301,7 @@ def layout_for(
         return "per_layer", "Layout per_layer, as asked for."
     allowed = list(axes_allowed)
     # The only unit of an axis goes with its whole module: no width can say that.
-    axes = [axis for axis in allowed if axis.size > 1]
+    axes = [axis for axis in allowed if axis.size > 1] or allowed
     stuck = _inexpressible(space, axes, allowed)
     if not stuck:
         kinds = _listed({axis.kind.value for axis in axes})

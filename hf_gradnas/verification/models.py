@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from ..batches.longest import probe_inputs
 from ..errors import DataError, StructureError
 from ..structure.discovery import Discovery, Place, discover, move_axis
-from ..surgery.rows import above
+from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Structure
 from .proof import prove_channels, prove_places
 from .trial import KERNEL
@@ -131,7 +132,8 @@ def _some_axes(model: nn.Module, structure: Structure) -> Structure:
 def _owned_once(model: nn.Module, structure: Structure) -> Structure:
     """The structure without axes of tensors that another module owns too.
 
-    A cut gives one owner smaller tensors, and would leave the other as it was. A module that runs
+    A cut gives one owner smaller tensors, and would leave the other as it was, unless that is its
+    double: it has all parameters of the axis, which then is masked in both. A module that runs
     several times owns its tensors once. Channels are followed and proved through the whole model,
     where one parameter of several modules is seen as one, but not views of the same numbers.
     """
@@ -151,10 +153,67 @@ def _owned_once(model: nn.Module, structure: Structure) -> Structure:
         if shared is None:
             axes.append(axis)
             continue
+        whole = None if shared in views else _with_doubles(model, axis, also)
+        if whole is not None:
+            axes.append(whole)
+            continue
         others = ", ".join(name for name in also[shared] if name != shared)
         reason = f"{shared} is also {others}, and only one of them would be cut"
         refusals.append(Refusal(axis.module, str(axis.kind), reason))
     return Structure(tuple(axes), tuple(refusals))
+
+
+def _with_doubles(model: nn.Module, axis: Axis, also: Mapping[str, Sequence[str]]) -> Axis | None:
+    """The axis with its places in all modules that have its very parameters as well.
+
+    One unit has to stay. None if another module has some of them only, or is of another class.
+    """
+    first, whole = axis.slices[0].tensor, axis
+    for other in also.get(first, ()):
+        if other == first:
+            continue
+        pairs = zip(reversed(first.split(".")), reversed(other.split(".")), strict=False)
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        old, new = (".".join(name.split(".")[:-shared]) for name in (first, other))
+        found = _moved(model, axis, old, new, also)
+        if found is None:
+            return None
+        whole = replace(
+            whole,
+            taps=tuple(dict.fromkeys((*whole.taps, *found.taps))),
+            norms=tuple(dict.fromkeys((*whole.norms, *found.norms))),
+            attributes=tuple(dict.fromkeys((*whole.attributes, *found.attributes))),
+            minimum=max(axis.minimum, 1),
+        )
+    return whole
+
+
+def _moved(
+    model: nn.Module, axis: Axis, old: str, new: str, also: Mapping[str, Sequence[str]]
+) -> Axis | None:
+    """The axis as it is in a double: a module with the same parameters, at another path."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def is_inside(path: str) -> bool:
+        return f"{path}.".startswith(f"{old}.") or not old
+
+    def moved(part: Any) -> Any:
+        return replace(part, module=above(below(part.module, old), new))
+
+    tensors = [part.tensor for part in axis.slices]
+    if axis.adaptation is not None or not all(map(is_inside, tensors)):
+        return None
+    if any(above(below(name, old), new) not in also.get(name, ()) for name in tensors):
+        return None
+    held = [tuple(p for p in part if is_inside(p.module)) for part in (axis.taps, axis.norms)]
+    sizes = tuple(a for a in axis.attributes if is_inside(a.module))
+    parts: tuple[Any, ...] = (*held[0], *held[1], *sizes)
+    for part in parts:
+        path = moved(part).module
+        if path not in modules or type(modules[path]) is not type(modules[part.module]):
+            return None
+    taps, norms = (tuple(map(moved, part)) for part in held)
+    return replace(axis, taps=taps, norms=norms, attributes=tuple(map(moved, sizes)))
 
 
 def _is_patch_embedding(module: _ConvNd) -> bool:

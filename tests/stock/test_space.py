@@ -133,6 +133,8 @@ def test_a_single_kv_group_stays():
     assert not space.refused
     assert counted(space.groups[0]) == [(1, 1), (2, 1), (3, 1), (4, 1)]
     assert layout_for(space, single)[0] == "stock"
+    alone = [axis for axis in single if axis.size == 1]
+    assert layout_for(StockSpace((), {a.name: "none" for a in alone}), alone)[0] == "per_layer"
 
 
 def test_gpt2_default_width_of_the_ffn():

@@ -200,6 +200,30 @@ def test_what_two_modules_own_is_refused_and_the_rest_is_not(tie: str) -> None:
         assert "layers.1.up.weight is also layers.0.up.weight" in reasons["layers.1"]
 
 
+def test_doubles_that_have_all_parameters_of_an_axis_are_cut_together() -> None:
+    model, inputs = zoo.build("bert", num_hidden_layers=2)
+    first, second = model.bert.encoder.layer
+    for path, module in first.attention.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(second.attention.get_submodule(path), name, parameter)
+    structure = find_structure(model, inputs)
+    (heads,) = (axis for axis in structure.axes if axis.kind is Kind.HEADS)
+    assert [tap.module.partition(".attention")[0] for tap in heads.taps] == [
+        "bert.encoder.layer.0",
+        "bert.encoder.layer.1",
+    ]
+    assert heads.minimum == 1
+    kept = {heads.name: [0, 3]}
+    with zoo.float64_throughout():
+        whole = logits_of(model, inputs)
+        with masked(model, structure.axes, kept):
+            wanted = logits_of(model, inputs)
+        smaller = copy.deepcopy(model)
+        cut(smaller, structure.axes, kept)
+        assert (wanted - whole).abs().max() > 1e-4
+        assert torch.allclose(logits_of(smaller, inputs), wanted, rtol=0, atol=1e-10)
+
+
 def test_a_module_that_runs_in_several_layers_owns_its_weights_once() -> None:
     model, inputs = two_ffns()
     model.layers[1] = model.layers[0]
