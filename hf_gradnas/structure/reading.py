@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -65,28 +66,28 @@ class Entries:
         Raises:
             IrregularRows: The entries are not evenly spaced, or differ in number.
         """
-        if not any(root in units for root in self.present):
+        numbers = np.array([units.get(root, NOBODY) for root in self.roots])
+        entries = np.flatnonzero(numbers != NOBODY)
+        if not len(entries):
             return []
-        owned: list[list[int]] = [[] for _ in range(max(units.values()) + 1)]
-        for entry, root in enumerate(self.roots):
-            if root in units:
-                owned[units[root]].append(entry)
-        if len({len(entries) for entries in owned}) > 1:
+        owners = numbers[entries]
+        owned = np.bincount(owners, minlength=max(units.values()) + 1)
+        if owned.min() < owned.max():
             raise IrregularRows(f"they own different numbers of entries of {self.where}")
-        columns = list(zip(*owned, strict=True))
-        apart = [any(b - a != 1 for a, b in zip(*pair, strict=True)) for pair in pairwise(columns)]
-        starts = [0, *(number for number, gap in enumerate(apart, 1) if gap), len(columns)]
+        table = entries[np.argsort(owners, kind="stable")].reshape(len(owned), -1)
+        apart = (np.diff(table, axis=1) != 1).any(axis=0)
+        starts = [0, *(np.flatnonzero(apart) + 1).tolist(), table.shape[1]]
         return [
-            (end - start, *self._evenly(columns[start], end - start))
+            (end - start, *self._evenly(table[:, start], end - start))
             for start, end in pairwise(starts)
         ]
 
-    def _evenly(self, column: Sequence[int], width: int) -> tuple[int, int]:
+    def _evenly(self, column: np.ndarray, width: int) -> tuple[int, int]:
         """Offset and stride of the first entry of every unit; a single unit's stride is `width`."""
-        steps = {b - a for a, b in pairwise(column)} or {width}
-        if len(steps) > 1 or min(steps) < 1:
+        steps = np.diff(column) if len(column) > 1 else np.array([width])
+        if steps.min() < 1 or steps.min() < steps.max():
             raise IrregularRows(f"their entries of {self.where} follow no regular pattern")
-        return column[0], steps.pop()
+        return int(column[0]), int(steps[0])
 
 
 class Reading:
@@ -133,13 +134,13 @@ class Reading:
         bound = [rows for rows in self.labels.rows if rows.dim != ATTRIBUTE]
         bound.sort(key=lambda rows: (order[rows.tensor], rows.dim))
         self.rows = {rows: entries(rows.tensor, self.labels.rows[rows]) for rows in bound}
-        self._rows_of: dict[int, list[Rows]] = {}
+        self._in_order = tuple(self.rows)
+        self._rows_of: dict[int, list[int]] = {}  # places among the rows in order
         self._rows_in: dict[str, list[Rows]] = {}
-        for rows, held in self.rows.items():
+        for number, (rows, held) in enumerate(self.rows.items()):
             self._rows_in.setdefault(rows.tensor, []).append(rows)
             for root in held.present:
-                self._rows_of.setdefault(root, []).append(rows)
-        self._order = {rows: number for number, rows in enumerate(self.rows)}
+                self._rows_of.setdefault(root, []).append(number)
         self.readers = dict(sorted(self.labels.readers.items(), key=lambda item: item[1]))
         self.reasons = self.labels.reasons()
         self.untapped = {
@@ -222,8 +223,8 @@ class Reading:
 
     def touched(self, roots: Iterable[int]) -> list[Rows]:
         """Dimensions of tensors that hold any of the roots."""
-        found = {rows for root in roots for rows in self._rows_of.get(root, ())}
-        return sorted(found, key=self._order.__getitem__)
+        found = {number for root in roots for number in self._rows_of.get(root, ())}
+        return [self._in_order[number] for number in sorted(found)]
 
     def made_by(self, weight: str) -> set[int]:
         """Labels that a weight makes, by their roots."""

@@ -102,7 +102,7 @@ def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str], *, is_draw
         tables,
         every=not _returns_units(place),
         is_drawn=is_drawn,
-    )
+    ).on_few_positions()
 
 
 def _with_few_experts(trial: Trial, axes: Sequence[Axis]) -> tuple[Trial, Sequence[Axis]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ ROUNDING = 1e-6
 """Differences below this may come from rounding to float32 inside the module."""
 RETRY_SCALES = (1.0, 1.01, 0.97)
 """The input is scaled anew while rounding may be at fault: other values, other rare elements."""
+POSITIONS = 32
+"""Positions of a sequence that a module is run on, where it runs on so few."""
+_SEQUENCE_DIMS = 3
 NO_EFFECT = "has no effect on the input"
 NOT_RUNNING = "it does not run"
 KERNEL = "eager"
@@ -130,6 +133,20 @@ class Trial:
             self._twin = self.copied().double()
         return self._twin
 
+    def on_few_positions(self) -> Trial:
+        """The trial on the first positions of its call, if the module runs on them; or itself."""
+        short = cropped(self.call)
+        if short is self.call:
+            return self
+        trial = replace(self, call=short)
+        try:
+            trial.whole()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # the module's own code may raise anything
+            return self
+        return trial
+
     def copied(self) -> nn.Module:
         """A copy of the model, with drawn values if that is asked for."""
         part = _copy(self.model)
@@ -205,6 +222,35 @@ def double_call(call: Call, *, scale: float = 1.0) -> Call:
     args = tuple(None if isinstance(a, Cache) else a for a in call.args)
     kwargs = {k: None if isinstance(v, Cache) else v for k, v in call.kwargs.items()}
     return Call(map_tensors(args, change), map_tensors(kwargs, change), call.returns)
+
+
+def cropped(call: Call) -> Call:
+    """The call with the first positions of its sequences only; itself where none is longer.
+
+    A sequence is the middle of an argument ``(batch, positions, features)``; every dimension of
+    that length is cropped, in masks and tables of positions too, unless features have it as well.
+    """
+    given: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        given.append(tensor)
+        return tensor
+
+    map_tensors((tuple(call.args), dict(call.kwargs)), note)
+    sequences = [x for x in given if x.ndim == _SEQUENCE_DIMS and x.is_floating_point()]
+    features = {x.shape[-1] for x in sequences}
+    lengths = {x.shape[1] for x in sequences if x.shape[1] > POSITIONS} - features
+    if not lengths:
+        return call
+
+    def change(tensor: Tensor) -> Tensor:
+        for dim, size in enumerate(tensor.shape):
+            tensor = tensor.narrow(dim, 0, POSITIONS) if size in lengths else tensor
+        return tensor
+
+    return Call(
+        map_tensors(tuple(call.args), change), map_tensors(dict(call.kwargs), change), call.returns
+    )
 
 
 def _counts(axes: Sequence[Axis], kept: Mapping[str, Sequence[int]]) -> str:
