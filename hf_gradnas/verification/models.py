@@ -48,7 +48,9 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
     convolutions = {p: module for p, module in model.named_modules() if isinstance(module, _ConvNd)}
     if is_known and not convolutions:
         return _accounted(_some_axes(model, inside), discovery.reasons)
-    channels, refusals = prove_channels(model, discovery.channels, (), inputs)
+    # A stem of convolutions before many layers: these need not run to prove it.
+    is_stem = is_known and bool(inside.axes)
+    channels, refusals = prove_channels(model, discovery.channels, (), inputs, until_read=is_stem)
     refusals = (*discovery.channel_refusals, *refusals)
     if is_known and inside.axes:  # nobody expects the streams of linear layers to be pruned
         paths = {p for p, module in convolutions.items() if not _is_patch_embedding(module)}

@@ -202,6 +202,7 @@ def prove_channels(
     kwargs: Mapping[str, Any],
     *,
     tables: Mapping[str, Tensor] | None = None,
+    until_read: bool = False,
 ) -> tuple[tuple[Axis, ...], tuple[Refusal, ...]]:
     """Axes that are proved together, and the others with the reason.
 
@@ -211,10 +212,14 @@ def prove_channels(
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         tables: Shared tables by name (see `surgery.cut`).
+        until_read: Compare what the layers that read the channels return, and end the forward
+            there; otherwise what the model returns. What comes after those layers sees nothing
+            else of the channels, as the labels say; the rehearsal runs the whole model once more.
     """
     if not axes:
         return (), ()
-    trial = Trial(model, Call(args, kwargs, ()), tables=tables)
+    readers = [part.module for axis in axes for part in axis.readers] if until_read else []
+    trial = Trial(model, Call(args, kwargs, ()), tables=tables, until=readers)
     kept = _irregular(axes)
     reasons = _without_effect(trial, axes, kept)
     faint = [axis for axis in axes if FAINT in reasons.get(axis.name, "")]

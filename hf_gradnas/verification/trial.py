@@ -51,6 +51,7 @@ class Trial:
         kernels: Attention kernels.
         tables: Shared tables by name (see `surgery.cut`).
         every: Compare all tensors that it returns; otherwise the first.
+        until: Modules whose outputs are compared instead; the forward ends with the last of them.
         is_drawn: Parameters have drawn values, so that all units have an effect: those of a module
             may be 0 or next to nothing before training, or by the design of a gate.
     """
@@ -61,6 +62,7 @@ class Trial:
     kernels: Sequence[str] = (KERNEL,)
     tables: Mapping[str, Tensor] | None = None
     every: bool = True
+    until: Sequence[str] = ()
     is_drawn: bool = False
     _twin: nn.Module | None = field(default=None, init=False)
     _whole: dict[tuple[str, float], list[Tensor]] = field(default_factory=dict, init=False)
@@ -157,12 +159,45 @@ class Trial:
     def _run(self, model: nn.Module, kernel: str, scale: float) -> list[Tensor]:
         call = double_call(self.call, scale=scale)
         kernels = implementations(model, attention=kernel, experts=KERNEL)
-        with kernels, float64_throughout():
+        with kernels, float64_throughout(), _Until(model, self.until) as watch:
             output = model.get_submodule(self.path)(*call.args, **call.kwargs)
+        if watch.outputs:
+            return list(_floating(watch.outputs))
         found = list(_floating(output))
         if not found and not self.every:
             raise TypeError(f"it returns {type(output).__name__}, no tensor of numbers")
         return found if self.every else found[:1]
+
+
+class _Enough(Exception):
+    """All that is compared has run."""
+
+
+class _Until:
+    """Keeps what modules return, and ends the block with the last of them."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self.modules = [model.get_submodule(path) for path in dict.fromkeys(paths)]
+        self.outputs: list[Any] = []
+        self._left = set(self.modules)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Until:
+        self._hooks = [module.register_forward_hook(self._note) for module in self.modules]
+        return self
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.outputs.append(output)
+        self._left.discard(module)
+        if not self._left:
+            raise _Enough
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool:
+        for hook in self._hooks:
+            hook.remove()
+        if kind is None:  # some of them did not run
+            self.outputs.clear()
+        return kind is _Enough
 
 
 def _copy(module: nn.Module) -> nn.Module:
