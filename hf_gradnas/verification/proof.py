@@ -212,14 +212,16 @@ def prove_channels(
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         tables: Shared tables by name (see `surgery.cut`).
-        until_read: Compare what the layers that read the channels return, and end the forward
+        until_read: Compare what the last layers that read channels return, and end the forward
             there; otherwise what the model returns. What comes after those layers sees nothing
             else of the channels, as the labels say; the rehearsal runs the whole model once more.
     """
     if not axes:
         return (), ()
-    readers = [part.module for axis in axes for part in axis.readers] if until_read else []
-    trial = Trial(model, Call(args, kwargs, ()), tables=tables, until=readers)
+    # What a layer returns that makes channels of another axis is cut itself.
+    made = {s.module for axis in axes for s in axis.slices if s.role != "reads"}
+    readers = {s.module for axis in axes for s in axis.readers} - made if until_read else set()
+    trial = Trial(model, Call(args, kwargs, ()), tables=tables, until=sorted(readers))
     kept = _irregular(axes)
     reasons = _without_effect(trial, axes, kept)
     faint = [axis for axis in axes if FAINT in reasons.get(axis.name, "")]

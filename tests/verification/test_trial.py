@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_gradnas.structure.trace import Call
 from hf_gradnas.types import Kind
 from hf_gradnas.verification import find_structure
-from hf_gradnas.verification.trial import float64_throughout
+from hf_gradnas.verification.trial import POSITIONS, Trial, cropped, float64_throughout
 
 
 class Layer(nn.Module):
@@ -71,3 +72,50 @@ def test_the_default_type_comes_back_after_an_exception() -> None:
     with pytest.raises(KeyError), float64_throughout():
         raise KeyError
     assert torch.ones(2).dtype == torch.float32
+
+
+def test_a_call_of_long_sequences_is_cropped_to_their_first_positions():
+    hidden, mask = torch.randn(2, 90, 16), torch.zeros(2, 1, 90, 90)
+    tables = (torch.randn(2, 90, 4), torch.randn(2, 90, 4))
+    call = Call((hidden,), {"attention_mask": mask, "position_embeddings": tables, "x": None}, ())
+    short = cropped(call)
+    assert torch.equal(short.args[0], hidden[:, :POSITIONS])
+    assert short.kwargs["attention_mask"].shape == (2, 1, POSITIONS, POSITIONS)
+    assert [t.shape for t in short.kwargs["position_embeddings"]] == [(2, POSITIONS, 4)] * 2
+    few = Call((hidden[:, :9],), {}, ())
+    assert cropped(few) is few
+    square = Call((torch.randn(2, 90, 90),), {}, ())  # features of the same size
+    assert cropped(square) is square
+
+
+class Fixed(nn.Module):
+    """Runs on sequences of one length only."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        return self.down(self.up(x.view(-1, 90, 6)).relu())
+
+
+def test_a_module_that_runs_on_no_fewer_positions_is_proved_on_all():
+    call = Call((torch.randn(2, 90, 6),), {}, ())
+    trial = Trial(Fixed(), call)
+    assert trial.on_few_positions() is trial
+    shorter = Trial(nn.Sequential(nn.Linear(6, 6)), call).on_few_positions()
+    assert shorter.whole()[0].shape == (2, POSITIONS, 6)
+
+
+def test_a_trial_ends_with_the_modules_that_are_compared():
+    layers = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4), nn.Linear(4, 2))
+    call = Call((torch.randn(3, 6),), {}, ())
+    runs = []
+    layers[3].register_forward_hook(lambda *args: runs.append(1))
+    (found,) = Trial(layers, call, until=["0", "2"]).whole()[1:]
+    assert runs == []
+    whole = layers.double()[:3](call.args[0].double())
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    unreached = nn.ModuleDict({"run": nn.Linear(6, 2), "idle": nn.Linear(2, 2)})
+    (output,) = Trial(unreached, call, path="run", until=["idle"]).whole()
+    assert output.shape == (3, 2)
