@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_gradnas.errors import ScoresError, StructureError
 from hf_gradnas.masks import mask_leaves
-from hf_gradnas.scores import METHODS, collect_scores, gradients
+from hf_gradnas.scores import METHODS, collect_scores, gradients, products
 from hf_gradnas.types import Axis, Kind, Tap
 
 TOKEN_LABELS = {"llama": lambda labels: labels[:, 1:], "t5": lambda labels: labels}
@@ -145,7 +145,7 @@ def test_methods_are_listed() -> None:
 def test_a_replayed_input_is_the_kept_one(family: str, dtype: torch.dtype, monkeypatch) -> None:
     model, axes, inputs = build(family, dtype=dtype, attn="sdpa")
     replayed = collect_scores(model, axes, [inputs])
-    monkeypatch.setattr(gradients, "REPLAYS", {})
+    monkeypatch.setattr(products, "REPLAYS", {})
     kept = collect_scores(model, axes, [inputs])
     for axis in axes:
         assert np.array_equal(replayed.values[axis.name], kept.values[axis.name]), axis.name
@@ -160,8 +160,8 @@ def test_inputs_that_autograd_keeps_are_not_kept_twice() -> None:
         recorder.start(zoo.BATCH)
         model(**inputs)
         functions = [product.func for product in recorder._inputs.values()]
-        assert functions.count(gradients._replay) == 3  # the GELU before each layer's neurons
-        assert functions.count(gradients._multiply) == 3  # the attentions
+        assert functions.count(products._replay) == 3  # the GELU before each layer's neurons
+        assert functions.count(products.multiply) == 3  # the attentions
     model.requires_grad_(True)
 
 
