@@ -87,7 +87,7 @@ def cpu_seconds(run: Callable[[], Any], rounds: int) -> float:
 def main() -> None:
     """Measure each model, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("models", nargs="+", choices=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
