@@ -21,8 +21,9 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import PlanError, StructureError
-from .routing import MultiplyStack, chosen_in, excluded, with_weights
+from .routing import chosen_in, excluded, with_weights
 from .running.hooks import When, add_hook, add_pre_hook, module_at, only_when
+from .stacks import MultiplyStack
 from .surgery.rows import Kept, cut_part, lost_units
 from .types import KINDS, Axis, Mask, Tap, is_integer
 
@@ -161,6 +162,8 @@ def multiplied(
                 elif side == "choice":
                     hook = only_when(operation.on_choice, when)
                     add_pre_hook(stack, module, hook, with_kwargs=True)
+                elif side == "every":
+                    add_hook(stack, module, only_when(operation.on_every, when))
                 elif side == "input":
                     add_pre_hook(stack, module, only_when(operation.on_input, when))
                 else:
@@ -231,6 +234,10 @@ class _Multiply:
         # One entry more: Transformers gives the index `size` to experts of other processes.
         factors = torch.cat([mask, mask.new_ones(1)])[chosen.indices.long()]
         return with_weights(chosen, chosen.weights * factors, args, kwargs)
+
+    def on_every(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        mask = self.mask.to(device=output.device, dtype=output.dtype)
+        return output * mask.repeat_interleave(len(output) // len(mask))[:, None]
 
     def _times_mask(self, x: Tensor) -> Tensor:
         for tap in self.taps:

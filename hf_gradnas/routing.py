@@ -24,6 +24,8 @@ from .types import Axis
 PRODUCTS = frozenset("linear matmul mm addmm __matmul__ __rmatmul__".split())
 SUMS = frozenset("add __add__ __radd__ sub __sub__".split())
 EXCLUDED = float("-inf")
+STACKED_DIMS = 3
+"""Dimensions of a tensor that holds one matrix per expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,36 +220,6 @@ class _Exclude:
             self._running.pop().__exit__(None, None, None)
 
 
-class MultiplyStack:
-    """Hooks of a module of stacked experts that multiply what these read by a mask.
-
-    ``W_e·(m_e∘h) = (W_e∘m_e)·h``: the module runs with the reading stack multiplied by the mask,
-    whatever kernel it runs, and has its own back afterwards.
-    """
-
-    def __init__(self, axis: Axis, parameter: str, mask: Tensor) -> None:
-        self.name, self.mask = parameter.rpartition(".")[2], mask
-        (self.reader,) = (part for part in axis.readers if part.tensor == parameter)
-        self._own: list[Tensor | None] = []
-
-    def attach(self, stack: ExitStack, module: nn.Module, when: When | None) -> None:
-        """Hook into the module until `stack` closes."""
-        add_pre_hook(stack, module, only_when(self._begin, when))
-        add_hook(stack, module, self._end, always_call=True)
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        own = module.get_parameter(self.name)
-        shape = [own.shape[0], 1, 1]
-        shape[self.reader.dim] = self.reader.each
-        self._own.append(module._parameters[self.name])
-        factors = self.mask.to(device=own.device, dtype=own.dtype).view(shape)
-        module._parameters[self.name] = own * factors  # type: ignore[assignment]
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._own:
-            module._parameters[self.name] = self._own.pop()  # type: ignore[assignment]
-
-
 # --- experts that run one after another, so that what their neurons hold can be seen --------------
 
 
@@ -259,11 +231,28 @@ class Routed:
         tokens: Number of the token ``(rows,)``.
         experts: Number of the expert ``(rows,)``.
         count: How many tokens there are.
+        number: How many experts there are.
     """
 
     tokens: Tensor
     experts: Tensor
     count: int
+    number: int
+
+
+def rows_of_all(weight: Tensor, x: Tensor, *, apart: bool) -> Routed:
+    """Where the rows of values come from that a module reads with a parameter, for all tokens.
+
+    Args:
+        weight: A matrix, or one for each expert, every one of which reads all tokens.
+        x: ``(…, entries)``; of experts ``(experts, tokens, entries)``.
+        apart: Whether every expert has units of its own.
+    """
+    each = len(weight) if weight.ndim == x.ndim == STACKED_DIMS else 1
+    count = x[..., 0].numel() // each
+    tokens, numbers = torch.arange(count).repeat(each), torch.arange(each)
+    experts = numbers.repeat_interleave(count) if apart else torch.zeros_like(tokens)
+    return Routed(tokens, experts, count, each if apart else 1)
 
 
 Read = Callable[[Tensor, Routed], Tensor]
@@ -326,7 +315,7 @@ def run_experts(
         rows = rows + getattr(module, f"{name}_bias")[experts]
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     if read is not None:
-        rows = read(rows, Routed(tokens, experts, len(x)))
+        rows = read(rows, Routed(tokens, experts, len(x), len(up)))
     rows = _products(module, rows, down, counts)  # (rows, features)
     if module.has_bias:
         rows = rows + module.down_proj_bias[experts]

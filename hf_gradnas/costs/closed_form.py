@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from math import prod
 
-from ..types import KINDS, Axis, CostModel, Product, Rate, Shared, Slice
+from ..types import Axis, CostModel, Product, Rate, Shared, Slice
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -89,15 +89,16 @@ def flops_cost(
         * sum(
             _share(s, shapes) * rows.get(s.tensor, 0)
             for s in _linear(axis, shapes, products, stacks)
-            if s.role == "makes" or not KINDS[axis.kind].is_routed
+            if s.role == "makes" or not axis.is_chosen
         )
         + 2.0 * macs_per_head.get(axis.name, 0.0)
         for axis in axes
     }
+    chosen = {axis.name for axis in axes if axis.is_chosen}
     rates = {
         axis.name: Rate(axis.parent, per_unit.pop(axis.name) * sizes[axis.parent])
         for axis in axes
-        if axis.parent is not None and any(part.each for part in axis.slices)
+        if axis.parent in chosen and any(part.each for part in axis.slices)
     }
     while_kept = {
         axis.name: 2.0

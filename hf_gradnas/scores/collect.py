@@ -268,6 +268,7 @@ MASK_PLACES = {
     "input": "out_projection_input",
     "output": "producer_output",
     "choice": "weights_of_chosen_experts",
+    "every": "outputs_of_experts",
     "stack": "out_projection_input_of_experts",
 }
 

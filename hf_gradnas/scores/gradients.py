@@ -5,7 +5,6 @@ Knows where units are and how to sum ``x·∂L/∂x`` over them; knows nothing o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,46 +16,28 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..masks import check_place
-from ..routing import Chosen, Routed, chosen_in, per_expert, reading_neurons, with_weights
-from ..running.hooks import add_hook, add_pre_hook, module_at
-from ..types import Axis, Tap
+from ..routing import (
+    Chosen,
+    Routed,
+    chosen_in,
+    per_expert,
+    reading_neurons,
+    rows_of_all,
+    with_weights,
+)
+from ..running.hooks import add_hook, add_pre_hook
+from ..stacks import WatchProducts
+from ..types import Axis
 from .products import Product, multiply, product_with
 from .rows import Positions, added, wide
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Site:
-    """One input or output of a module, along one dimension: the axes whose units are there."""
-
-    module: nn.Module
-    path: str
-    side: str
-    dim: int
-    places: tuple[tuple[Axis, Tap], ...]
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether it is what stacked experts read: one row per token and chosen expert."""
-        return self.side == "stack"
-
-    @property
-    def width(self) -> int:
-        """Entries per sum: at an input, the finest unit that divides the units of all axes."""
-        if self.side == "output":
-            return 1
-        return math.gcd(*(n for _, tap in self.places for n in (tap.width, tap.offset, tap.stride)))
-
-    def sums_of(self, tap: Tap, size: int, sums: Tensor) -> Tensor:
-        """Share of a tap ``(…, size)`` in the sums ``(…, entries / width)``."""
-        offset, width, stride = (n // self.width for n in (tap.offset, tap.width, tap.stride))
-        return sums[..., offset:].unfold(-1, width, stride)[..., :size, :].sum(-1)
+from .sites import Site, check_examples, sites_of
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """An output that is read again in the backward, as long as nothing was written over it."""
 
-    site: _Site
+    site: Site
     values: Tensor
     version: int
 
@@ -79,11 +60,11 @@ class GradientRecorder:
 
     def __init__(self, model: nn.Module, axes: Iterable[Axis]) -> None:
         self._model, self._axes = model, tuple(axes)
-        self._sites = _sites(model, self._axes)
-        self._sums: dict[_Site, Tensor] = {}
+        self._sites = sites_of(model, self._axes)
+        self._sums: dict[Site, Tensor] = {}
         self._inputs: dict[int, Product] = {}
         self._outputs: dict[int, _Kept] = {}
-        self._overwritten: set[_Site] = set()
+        self._overwritten: set[Site] = set()
         self._is_spoilt = False
         self._positions: Positions | None = None
         self._is_folded = False
@@ -104,6 +85,12 @@ class GradientRecorder:
                 if site.side == "choice":
                     hook = partial(self._watch_choice, site)
                     add_pre_hook(stack, site.module, hook, with_kwargs=True)
+                elif site.side == "stack":
+                    name = site.path.rpartition(".")[2]
+                    watch = WatchProducts(name, partial(self._watch_product, site))
+                    watch.attach(stack, site.module)
+                elif site.side == "every":
+                    add_hook(stack, site.module, partial(self._watch_every, site))
                 elif site.side == "input":
                     add_pre_hook(stack, site.module, partial(self._watch, site))
                 else:
@@ -161,7 +148,7 @@ class GradientRecorder:
         self._outputs.clear()
         self._is_spoilt = False
 
-    def _watch(self, site: _Site, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def _watch(self, site: Site, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Forward pre-hook: have the gradient of the input ``x`` reported to `_add`."""
         if not torch.is_grad_enabled():
             return None
@@ -177,7 +164,7 @@ class GradientRecorder:
         return (own, *args[1:])
 
     def _watch_choice(
-        self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Forward pre-hook: have the gradient of the experts' weights reported.
 
@@ -197,14 +184,41 @@ class GradientRecorder:
         own.register_hook(partial(self._add_choice, site, chosen, w.detach()))
         return with_weights(chosen, own, args, kwargs)
 
-    def _add_choice(self, site: _Site, chosen: Chosen, weights: Tensor, gradient: Tensor) -> None:
+    def _add_choice(self, site: Site, chosen: Chosen, weights: Tensor, gradient: Tensor) -> None:
         """Tensor hook: add ``w·gradient`` of each chosen expert to the site's sums."""
         (axis, _), *_ = site.places
         values = per_expert(chosen, weights.float() * gradient.float(), axis.size)  # (tokens, E)
         self._add_features(site, values.view(self._num_examples, -1, axis.size))
 
-    def _watch_stack(self, site: _Site, x: Tensor, routed: Routed) -> Tensor:
-        """Have the gradient of the neurons of chosen experts ``(rows, neurons)`` reported."""
+    def _watch_every(
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
+        """Forward hook: have the gradient of what all experts put out reported."""
+        if not torch.is_grad_enabled():
+            return None
+        (axis, _), *_ = site.places
+        self._check_rows(site, len(output) // axis.size)
+        x = output if output.requires_grad else output.detach().requires_grad_()
+        own = x.view_as(x)
+        own.register_hook(partial(self._add_every, site, product_with(x)))
+        return own
+
+    def _add_every(self, site: Site, product: Product, gradient: Tensor) -> None:
+        """Tensor hook: add ``y·gradient`` of each expert to the site's sums."""
+        values = self._buffer(gradient)  # (experts · tokens, features)
+        product(gradient, values)
+        (axis, _), *_ = site.places
+        sums = values.view(axis.size, self._num_examples, -1, values.shape[1]).sum(3)
+        self._add_features(site, sums.permute(1, 2, 0).contiguous())
+
+    def _watch_product(self, site: Site, weight: Tensor, x: Tensor) -> Tensor:
+        """Have the gradient of what a product reads with a parameter ``(…, entries)`` reported."""
+        (axis, _), *_ = site.places
+        is_apart = any(part.each for part in axis.readers)
+        return self._watch_stack(site, x, rows_of_all(weight, x, apart=is_apart))
+
+    def _watch_stack(self, site: Site, x: Tensor, routed: Routed) -> Tensor:
+        """Have the gradient of what chosen experts read ``(…, entries)`` reported."""
         if not torch.is_grad_enabled():
             return x
         if not x.requires_grad:
@@ -214,19 +228,19 @@ class GradientRecorder:
         own.register_hook(partial(self._add_stack, site, product_with(x), routed))
         return own
 
-    def _add_stack(self, site: _Site, product: Product, routed: Routed, gradient: Tensor) -> None:
+    def _add_stack(self, site: Site, product: Product, routed: Routed, gradient: Tensor) -> None:
         """Tensor hook: add ``x·gradient`` to the sums of each row's expert and observation."""
-        values = self._buffer(gradient)  # (rows, neurons)
+        values = self._buffer(gradient)
         product(gradient, values)
-        (axis, _), *_ = site.places
-        number = axis.size // values.shape[1]  # experts
+        values = values.flatten(0, -2)  # (rows, entries)
         places, count = self._observations(site, routed.count)
-        rows = places.to(values.device)[routed.tokens] * number + routed.experts
-        sums = values.new_zeros(self._num_examples * count * number, values.shape[1])
+        tokens, experts = routed.tokens.to(values.device), routed.experts.to(values.device)
+        rows = places.to(values.device)[tokens] * routed.number + experts
+        sums = values.new_zeros(self._num_examples * count * routed.number, values.shape[1])
         sums.index_add_(0, rows, values)
-        self._add_sums(site, sums.view(self._num_examples, count, axis.size))
+        self._add_sums(site, sums.view(self._num_examples, count, -1))
 
-    def _observations(self, site: _Site, tokens: int) -> tuple[Tensor, int]:
+    def _observations(self, site: Site, tokens: int) -> tuple[Tensor, int]:
         """Which observation each token belongs to ``(tokens,)``, and how many an example has."""
         examples = self._num_examples
         if self._positions is not None:
@@ -237,7 +251,7 @@ class GradientRecorder:
         return torch.arange(examples).repeat_interleave(tokens // examples), 1
 
     def _watch_output(
-        self, site: _Site, module: nn.Module, args: tuple[Any, ...], output: Any
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Tensor | None:
         """Forward hook: have the gradient of the output reported to `_add`.
 
@@ -265,18 +279,18 @@ class GradientRecorder:
         own.register_hook(partial(self._add, site, self._calls))
         return own if is_copied else None
 
-    def _check(self, site: _Site, x: Tensor) -> None:
+    def _check(self, site: Site, x: Tensor) -> None:
         """Check that the units are in ``x``, and its rows in the examples of the batch.
 
         Raises:
             StructureError: They do not.
         """
         for axis, tap in site.places:
-            _check_examples(axis, tap, x.shape)
+            check_examples(axis, tap, x.shape)
             check_place(axis, tap, x.shape)
         self._check_rows(site, x.shape[0])
 
-    def _check_rows(self, site: _Site, rows: int) -> None:
+    def _check_rows(self, site: Site, rows: int) -> None:
         if rows % self._num_examples:
             axis = site.places[0][0]
             raise StructureError(
@@ -285,7 +299,7 @@ class GradientRecorder:
                 f'belongs to one example; exclude it with rules={{"{axis.module}": None}}.'
             )
 
-    def _add(self, site: _Site, call: int, gradient: Tensor) -> None:
+    def _add(self, site: Site, call: int, gradient: Tensor) -> None:
         """Tensor hook: add ``x·gradient``, summed per example and unit, to the site's sums."""
         if call in self._outputs:
             self._note(self._outputs.pop(call))
@@ -300,17 +314,17 @@ class GradientRecorder:
             rows = wide(features)[:, None]
         self._add_sums(site, rows)
 
-    def _add_features(self, site: _Site, values: Tensor) -> None:
+    def _add_features(self, site: Site, values: Tensor) -> None:
         """Add values ``(examples, positions, units)`` to the site's sums."""
         rows = self._row_sums(site, values, is_last=True)
         self._add_sums(site, wide(values.sum(1))[:, None] if rows is None else rows)
 
-    def _add_sums(self, site: _Site, rows: Tensor) -> None:
+    def _add_sums(self, site: Site, rows: Tensor) -> None:
         sums = rows.unflatten(-1, (-1, site.width)).sum(-1)
         earlier = self._sums.get(site)
         self._sums[site] = sums if earlier is None else added(earlier, sums)
 
-    def _row_sums(self, site: _Site, product: Tensor, *, is_last: bool) -> Tensor | None:
+    def _row_sums(self, site: Site, product: Tensor, *, is_last: bool) -> Tensor | None:
         """Sums ``(examples, rows, features)``; None: one row an example, here or in all."""
         if self._positions is None:
             return None
@@ -335,33 +349,3 @@ class GradientRecorder:
         if key not in self._buffers or self._buffers[key].numel() < like.numel():
             self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return self._buffers[key][: like.numel()].view(like.shape)
-
-
-def _sites(model: nn.Module, axes: Iterable[Axis]) -> list[_Site]:
-    """Every place at which units of the axes are, with all axes that are there.
-
-    Raises:
-        StructureError: The model has no such module.
-    """
-    found: dict[tuple[nn.Module, str, int], list[tuple[Axis, Tap]]] = {}
-    for axis in axes:
-        for tap in axis.taps:
-            key = (module_at(model, axis, tap.owner), tap.side, tap.dim)
-            found.setdefault(key, []).append((axis, tap))
-    return [
-        _Site(key[0], places[0][1].module, *key[1:], tuple(places)) for key, places in found.items()
-    ]
-
-
-def _check_examples(axis: Axis, tap: Tap, shape: torch.Size) -> None:
-    """Check that the units are not in the first dimension, which counts examples.
-
-    Raises:
-        StructureError: They do.
-    """
-    if not -len(shape) < tap.dim < len(shape) or tap.dim == 0:
-        raise StructureError(
-            f"{axis.name}: the {tap.side} of {tap.module} has the shape {tuple(shape)}, needed is "
-            f"a dimension {tap.dim} after one that counts examples; discover the structure of this "
-            "model again."
-        )

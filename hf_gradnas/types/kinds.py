@@ -42,8 +42,8 @@ class KindRow:
             than the units.
         parent: Kind of the axes that units of this kind may be nested in.
         attends: Whether a unit runs products between activations, of which no weight knows.
-        is_routed: Whether a unit runs for the tokens that a router sends to it: fewer units have
-            the same tokens among them, and cost as much time.
+        is_routed: Whether a router chooses units for each token. Where they run for these tokens
+            only (`Axis.is_chosen`), fewer units cost as much time.
         is_few: Whether there are so few units that every count can be tried.
         mask: How a unit is masked.
         counts_each: Whether a config counts nested units of this kind in one unit of their parent,

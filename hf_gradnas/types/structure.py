@@ -79,8 +79,10 @@ class Tap(Pattern):
         module: Path of the module.
         side: ``"input"`` (the module's first), ``"output"``, or one of a module of experts.
             ``"choice"``: among its arguments are the indices of the units that were chosen for each
-            token, and their weights, both ``(tokens, chosen)``. ``"stack"``: `module` is the path
-            of the parameter that holds one matrix per expert, and what these read is meant.
+            token, and their weights, both ``(tokens, chosen)``. ``"every"``: every unit runs for
+            all tokens, and the output is ``(units · tokens, features)``. ``"stack"``: `module` is
+            the path of a parameter of the module, such as one that holds a matrix per expert, and
+            what products read with it is meant.
         dim: 1 for channels ``(batch, channels, …)``, -1 for features ``(batch, …, features)`` and
             for a choice.
     """
@@ -243,6 +245,11 @@ class Axis:
         """Values per unit at the module of the first tap."""
         first = self.taps[0]
         return sum(t.width for t in self.taps if (t.module, t.side) == (first.module, first.side))
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether a unit runs for the tokens that a router sends to it, and for no others."""
+        return KINDS[self.kind].is_routed and self.taps[0].side != "every"
 
     @property
     def per_unit(self) -> int:

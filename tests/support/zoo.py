@@ -368,7 +368,22 @@ MIXTURES: dict[str, Family] = {
         kernels=("eager",),
     ),
     "dots1": Family("Dots1Config", "Dots1ForCausalLM", "causal", {**MIXTURE, **SHARED}),
+    "llama4": Family(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        "causal",
+        {
+            **MIXTURE,
+            "intermediate_size": 24,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 6,
+            "interleave_moe_layer_step": 1,
+            "attn_temperature_tuning": False,
+        },
+    ),
 }
+ALL_RUN = ("llama4",)
+"""Mixtures whose experts all run for every token, on inputs that are 0 where one is not chosen."""
 
 
 @dataclass(frozen=True)
@@ -402,7 +417,7 @@ def build(
     family = {**FAMILIES, **CONV_FAMILIES, **MIXTURES}[name]
     config = getattr(transformers, family.config)(**{**family.kwargs, **overrides})
     config._attn_implementation = attn
-    if name in MIXTURES:
+    if name in MIXTURES and name not in ALL_RUN:
         config._experts_implementation = "eager" if dtype is torch.float64 else "grouped_mm"
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,76 @@
+"""The inputs and outputs of modules at which units are measured.
+
+Knows axes and modules; knows nothing of gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StructureError
+from ..routing import follows_interface
+from ..running.hooks import module_at
+from ..types import Axis, Tap
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """One input or output of a module, along one dimension: the axes whose units are there."""
+
+    module: nn.Module
+    path: str
+    side: str
+    dim: int
+    places: tuple[tuple[Axis, Tap], ...]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is what chosen experts read: one row per token and chosen expert."""
+        return self.side == "stack" and follows_interface(self.module)
+
+    @property
+    def width(self) -> int:
+        """Entries per sum: at an input, the finest unit that divides the units of all axes."""
+        if self.side == "output":
+            return 1
+        return math.gcd(*(n for _, tap in self.places for n in (tap.width, tap.offset, tap.stride)))
+
+    def sums_of(self, tap: Tap, size: int, sums: Tensor) -> Tensor:
+        """Share of a tap ``(…, size)`` in the sums ``(…, entries / width)``."""
+        offset, width, stride = (n // self.width for n in (tap.offset, tap.width, tap.stride))
+        return sums[..., offset:].unfold(-1, width, stride)[..., :size, :].sum(-1)
+
+
+def sites_of(model: nn.Module, axes: Iterable[Axis]) -> list[Site]:
+    """Every place at which units of the axes are, with all axes that are there.
+
+    Raises:
+        StructureError: The model has no such module.
+    """
+    found: dict[tuple[nn.Module, str, int], list[tuple[Axis, Tap]]] = {}
+    for axis in axes:
+        for tap in axis.taps:
+            key = (module_at(model, axis, tap.owner), tap.side, tap.dim)
+            found.setdefault(key, []).append((axis, tap))
+    return [
+        Site(key[0], places[0][1].module, *key[1:], tuple(places)) for key, places in found.items()
+    ]
+
+
+def check_examples(axis: Axis, tap: Tap, shape: torch.Size) -> None:
+    """Check that the units are not in the first dimension, which counts examples.
+
+    Raises:
+        StructureError: They do.
+    """
+    if not -len(shape) < tap.dim < len(shape) or tap.dim == 0:
+        raise StructureError(
+            f"{axis.name}: the {tap.side} of {tap.module} has the shape {tuple(shape)}, needed is "
+            f"a dimension {tap.dim} after one that counts examples; discover the structure of this "
+            "model again."
+        )

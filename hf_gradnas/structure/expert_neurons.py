@@ -1,0 +1,237 @@
+"""Measure which rows of stacked experts belong to a neuron, on one expert that runs alone.
+
+Knows no architecture: which stack reads the neurons is that of the last product, and which rows
+make them is told by gradients that are exactly zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .._compat import implementations
+from ..routing import Chosen, follows_interface
+from ..stacks import Products
+from ..surgery.rows import above
+from ..types import Axis, Kind, Slice, Tap
+from .trace import Call, map_tensors
+
+TOKENS = 24
+"""Random tokens that an expert is run with."""
+KERNEL_MULTIPLE = 8
+"""Grouped products need rows of a multiple of 16 bytes: 8 numbers in bfloat16."""
+
+
+class _Irregular(Exception):
+    """Rows of neurons that no slice can say."""
+
+
+def neurons_of(
+    module: nn.Module, path: str, chosen: Chosen | None, call: Call, experts: Axis
+) -> Axis | None:
+    """The axis of the neurons of stacked experts; None where their rows cannot be told.
+
+    Args:
+        module: Holds stacks of matrices.
+        path: Its path.
+        chosen: The choice among its arguments; None: all experts run for all tokens.
+        call: The arguments.
+        experts: The axis of the experts.
+    """
+    is_known = follows_interface(module)
+    if chosen is not None and not is_known:
+        return None
+    try:
+        reader, slices = _Measured(module, chosen, call, experts.size).slices()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the module's own code may raise anything
+        return None
+    return Axis(
+        name=f":{Kind.NEURONS}",
+        module="",
+        kind=Kind.NEURONS,
+        size=experts.size * slices[0].each,
+        slices=tuple(replace(s, tensor=above(s.tensor, path)) for s in slices),
+        taps=(Tap(above(reader, path), "stack", -1),),
+        parent=experts.name,
+        minimum=experts.minimum,
+        multiple=KERNEL_MULTIPLE if is_known else 1,
+    )
+
+
+def all_run(module: nn.Module, call: Call, size: int) -> bool:
+    """Whether every expert runs for all tokens: its own part of the rows, with its own matrices."""
+    rows = [x for x in call.args if isinstance(x, Tensor) and x.is_floating_point()]
+    if len(rows) != 1 or rows[0].shape[0] % size:
+        return False
+    try:
+        measured = _Measured(module, None, call, size, experts=2)
+        for expert in range(2):
+            found = measured.gradients(rows=slice(expert * TOKENS, (expert + 1) * TOKENS))
+            others = [bool(gradient[1 - expert].any()) for gradient in found.values()]
+            own = [bool(gradient[expert].any()) for gradient in found.values()]
+            if any(others) or not all(own):
+                return False
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the module's own code may raise anything
+        return False
+    return True
+
+
+class _Measured:
+    """Stacked experts, the first of which run on random tokens.
+
+    Where the entries of a neuron in the reading stack are 0, the gradient of the output is exactly
+    zero at all rows that make this neuron, and at no others.
+
+    Args:
+        module: Holds stacks of matrices.
+        chosen: The choice among its arguments; None: all experts run for all tokens.
+        call: The arguments.
+        size: Number of experts.
+        experts: How many of them run.
+    """
+
+    def __init__(
+        self, module: nn.Module, chosen: Chosen | None, call: Call, size: int, *, experts: int = 1
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(shape: Sequence[int]) -> Tensor:
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return values / shape[-1] ** 0.5
+
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.module = module
+        self.others = {
+            name: tensor.detach().double() if tensor.is_floating_point() else tensor
+            for name, tensor in named.items()
+        }
+        self.values = {
+            name: random([experts, *tensor.shape[1:]]).requires_grad_()
+            for name, tensor in module.named_parameters()
+            if tensor.ndim > 1 and tensor.shape[0] == size
+        }
+        self.call = _alone(call, chosen, random, experts)
+        self.noise = random([1, self._run(self.values).shape[-1]])
+
+    def slices(self) -> tuple[str, list[Slice]]:
+        """Name of the reading stack, and the rows of each neuron, those that read first.
+
+        Raises:
+            _Irregular: No slice can say it.
+        """
+        reader, whole = self._reader(), self.gradients()
+        for dim in range(1, self.values[reader].ndim):
+            found = self._slices_along(reader, dim, whole)
+            if len(found) > 1:
+                return reader, found
+        raise _Irregular("no rows make the neurons")
+
+    def _reader(self) -> str:
+        """The stack that the last product reads with."""
+        names: list[str] = []
+
+        def note(name: str, x: Tensor) -> Tensor:
+            names.append(name)
+            return x
+
+        matrices = {name: value for name, value in self.values.items() if value.ndim > 2}  # noqa: PLR2004
+        self._run(self.values, Products(matrices, note))
+        return names[-1]
+
+    def _slices_along(self, reader: str, dim: int, whole: Mapping[str, Tensor]) -> list[Slice]:
+        each = self.values[reader].shape[dim]
+        owned = {unit: self._owned(whole, reader, dim, unit) for unit in (0, 1, each - 1)}
+        found = [Slice(reader, dim, role="reads", each=each)]
+        for name, (along, offsets) in owned[0].items():
+            (_, second), (_, last) = owned[1][name], owned[each - 1][name]
+            for place, offset in enumerate(offsets):
+                stride = second[place] - offset
+                if stride < 1 or last[place] != offset + (each - 1) * stride:
+                    raise _Irregular(f"the rows of neurons in {name} follow no regular pattern")
+                found.append(Slice(name, along, 1, offset, stride, "makes", each))
+        return found
+
+    def _owned(
+        self, whole: Mapping[str, Tensor], reader: str, dim: int, unit: int
+    ) -> dict[str, tuple[int, list[int]]]:
+        """Per tensor the dimension and the rows that make a neuron."""
+        without = self.values[reader].detach().clone()
+        without.select(dim, unit).zero_()
+        gradients = self.gradients({reader: without.requires_grad_()})
+        found = {}
+        for name, gradient in whole.items():
+            own = (gradient != 0) & (gradients[name] == 0)
+            if name == reader or not own.any():
+                continue
+            for along in range(1, own.ndim):
+                rest = [d for d in range(own.ndim) if d != along]
+                rows = own.any(rest[-1]).any(0) if own.ndim > 2 else own[0]  # noqa: PLR2004
+                lines = [1] * own.ndim
+                lines[along] = -1
+                if torch.equal(own, (gradient != 0) & rows.view(lines)):
+                    found[name] = (along, rows.nonzero().flatten().tolist())
+                    break
+            else:
+                raise _Irregular(f"a neuron has no whole rows of {name}")
+        return found
+
+    def gradients(
+        self, changed: Mapping[str, Tensor] | None = None, *, rows: slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """Gradients of a sum of rows of the output at the experts' tensors.
+
+        Args:
+            changed: Other values of some tensors.
+            rows: Those that are summed.
+        """
+        values = {**self.values, **(changed or {})}
+        total = (self._run(values)[rows] * self.noise).sum()
+        found = torch.autograd.grad(total, list(values.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(value) if gradient is None else gradient
+            for (name, value), gradient in zip(values.items(), found, strict=True)
+        }
+
+    def _run(self, values: Mapping[str, Tensor], mode: Products | None = None) -> Tensor:
+        """The output ``(tokens of all experts that run, features)``."""
+        tensors = {**self.others, **values}
+        with torch.enable_grad(), implementations(self.module, experts="eager"):
+            if mode is None:
+                out = functional_call(self.module, tensors, self.call.args, dict(self.call.kwargs))
+            else:
+                with mode:
+                    return self._run(values)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.view(-1, out.shape[-1])
+
+
+def _alone(
+    call: Call,
+    chosen: Chosen | None,
+    random: Callable[[Sequence[int]], Tensor],
+    experts: int,
+) -> Call:
+    """The call with random tokens, all of which choose the first expert, or run in all."""
+    if chosen is None:
+        tokens, now = next(x for x in call.args if isinstance(x, Tensor)).shape[0], TOKENS * experts
+    else:
+        tokens, now = chosen.indices.shape[0], TOKENS
+
+    def change(x: Tensor) -> Tensor:
+        if chosen is not None and x is chosen.indices:
+            return x.new_zeros(TOKENS, *x.shape[1:])
+        if not x.is_floating_point() or x.shape[:1] != (tokens,):
+            return x.double() if x.is_floating_point() else x
+        return random([now, *x.shape[1:]])
+
+    args: tuple[Any, ...] = map_tensors(tuple(call.args), change)
+    return Call(args, map_tensors(dict(call.kwargs), change), call.returns)
