@@ -18,7 +18,6 @@ from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.routing import run_experts
 from hf_gradnas.running.wrappers import frozen
 from hf_gradnas.scores.gradients import GradientRecorder
-from hf_gradnas.structure.discovery import discover
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Kind, Plan, Structure
 from hf_gradnas.verification import find_structure
@@ -309,43 +308,6 @@ def test_a_masked_model_is_as_before_when_its_forward_fails(found):
 
 def _fail(*args):
     raise ZeroDivisionError
-
-
-def test_experts_that_are_not_told_who_was_chosen_are_refused_by_name():
-    class Untold(torch.nn.Module):
-        """One matrix each, the products of which are chosen only afterwards."""
-
-        def __init__(self):
-            super().__init__()
-            self.stack = torch.nn.Parameter(torch.randn(4, 8, 8))
-
-        def forward(self, x):
-            return torch.einsum("td,edf->tef", x, self.stack)
-
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.router = torch.nn.Linear(8, 4, bias=False)
-            self.experts = Untold()
-
-        def forward(self, x):
-            weights, indices = self.router(x).topk(2)
-            outputs = self.experts(x).gather(1, indices[..., None].expand(-1, -1, 8))
-            return x + (outputs * weights[..., None]).sum(1)
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.block = torch.nn.Linear(8, 8), Block()
-            self.last = torch.nn.Linear(8, 3)
-
-        def forward(self, x):
-            return self.last(self.block(self.first(x)).relu())
-
-    torch.manual_seed(0)
-    found = discover(Net(), (torch.randn(6, 8),), {})
-    (reason,) = (r.reason for r in found.refusals if r.kind == "experts")
-    assert "are not told by indices" in reason
 
 
 def test_experts_of_a_router_that_chooses_groups_first_keep_as_many_in_each(tmp_path):

@@ -6,7 +6,7 @@ Knows labels and modules; knows no architecture. What it returns is optimistic:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -17,12 +17,20 @@ from transformers import PreTrainedModel
 
 from .._compat import implementations
 from ..errors import StructureError, described
+from ..routing import follows_interface
 from ..surgery.modeling_gradnas import table_of
 from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
 from .channels import read_channels
-from .experts import Routing, expert_versions, find_routings
+from .experts import (
+    UNROUTED,
+    Routing,
+    counted_with_others,
+    expert_versions,
+    find_routings,
+    versions_without_router,
+)
 from .graph import Flow, Forward, trace_graph
 from .labels import NOBODY, Labels
 from .products import STACKED
@@ -183,15 +191,7 @@ class _Finding:
             is_free = site.core is None or (removal is not None and removal.cross)
             own = self.forward.calls[scope]
             found.append((site.time, Place(scope, template, own, "" if is_free else table)))
-        for routing in find_routings(self.reading):
-            try:
-                versions = self._expert_versions(routing)
-            except StructureError as error:
-                refusals.append(Refusal(routing.block, str(Kind.EXPERTS), str(error)))
-                continue
-            template = self._template_of(routing.block, versions)
-            place = Place(routing.block, template, self.forward.calls[routing.block])
-            found.append((routing.time, place))
+        found += self._experts(refusals)
         places = [place for _, place in sorted(found, key=lambda item: item[0])]
         taken = [
             move_axis(axis, place.scope) for place in places for axis in place.template.versions[0]
@@ -202,6 +202,33 @@ class _Finding:
         reasons = {n: self.reading.reason_of(n) for n, _ in self.model.named_parameters()}
         return Discovery(tuple(places), channels, tuple(refusals), others, call, reasons)
 
+    def _experts(self, refusals: list[Refusal]) -> Iterator[tuple[int, Place]]:
+        """Blocks of experts, and when they ran; others are added to the refusals."""
+        known, kind = set(), str(Kind.EXPERTS)
+        for routing in find_routings(self.reading):
+            known.add(routing.experts)
+            try:
+                versions = self._expert_versions(routing)
+            except StructureError as error:
+                refusals.append(Refusal(routing.block, kind, str(error)))
+                continue
+            shared = counted_with_others(self.model, routing)
+            if shared:
+                refusals.append(Refusal(routing.block, kind, shared))
+            yield from self._placed(routing.block, versions, routing.time)
+        for path, call in self.forward.calls.items():
+            if path not in known and follows_interface(self.modules[path]):
+                versions = versions_without_router(self.modules[path], call)
+                time = next(time for time, running in self.forward.moments if running == path)
+                refusals.append(Refusal(path, kind, UNROUTED))
+                yield from self._placed(path, versions, time)
+
+    def _placed(
+        self, path: str, versions: tuple[tuple[Axis, ...], ...], time: int
+    ) -> Iterator[tuple[int, Place]]:
+        if versions:
+            yield time, Place(path, self._template_of(path, versions), self.forward.calls[path])
+
     def _expert_versions(self, routing: Routing) -> tuple[tuple[Axis, ...], ...]:
         """The versions of a router's experts, measured once for each kind of block."""
         block = self.modules[routing.block]
@@ -210,7 +237,8 @@ class _Finding:
         key = (type(block), shapes, router, below(routing.experts, routing.block), routing.chosen)
         if key not in self.experts:
             call = self.forward.calls.get(routing.experts, Call((), {}, ()))
-            self.experts[key] = expert_versions(self.model, routing, call)
+            is_fixed = bool(counted_with_others(self.model, routing))
+            self.experts[key] = expert_versions(self.model, routing, call, is_fixed=is_fixed)
         return self.experts[key]
 
     def _stacked(self, held: set[str]) -> list[Refusal]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..routing import STACKED_DIMS, find_chosen
-from ..surgery.rows import below
+from ..surgery.rows import above, below
 from ..types import KINDS, Attribute, Axis, Kind, Slice, Tap
 from . import couplings
 from .expert_neurons import all_run, neurons_of
@@ -106,7 +106,31 @@ UNTOLD = (
 )
 
 
-def expert_versions(model: nn.Module, routing: Routing, call: Call) -> tuple[tuple[Axis, ...], ...]:
+def counted_with_others(model: nn.Module, routing: Routing) -> str:
+    """Why no expert can go: a module around the block counts those of others by one number."""
+    path = routing.block
+    while path and not isinstance(model.get_submodule(path.rpartition(".")[0]), nn.ModuleList):
+        path = path.rpartition(".")[0]
+        around = model.get_submodule(path)
+        names = _present(couplings.EXPERT_COUNTS, vars(around))
+        if not path or all(vars(around)[name] != routing.size for name in names):
+            continue
+        for inner, module in around.named_modules():
+            place = above(inner, path)
+            is_other = not f"{place}.".startswith(f"{routing.block}.")
+            if is_other and any(
+                is_stack(p, routing.size) for p in module.parameters(recurse=False)
+            ):
+                return (
+                    f"{path}.{names[0]} counts its experts and those of {place}, which would have "
+                    "to keep as many; neurons in them can go"
+                )
+    return ""
+
+
+def expert_versions(
+    model: nn.Module, routing: Routing, call: Call, *, is_fixed: bool = False
+) -> tuple[tuple[Axis, ...], ...]:
     """The axes of the experts and of the neurons in them, by names in their block.
 
     In every choice of what may follow; after the versions with both axes those with one of them.
@@ -115,6 +139,7 @@ def expert_versions(model: nn.Module, routing: Routing, call: Call) -> tuple[tup
         model: The model.
         routing: A router, and its block.
         call: How the module of the experts was called.
+        is_fixed: Whether all experts stay.
 
     Raises:
         StructureError: They cannot be scored.
@@ -148,13 +173,41 @@ def expert_versions(model: nn.Module, routing: Routing, call: Call) -> tuple[tup
     ]
     neurons = neurons_of(module, inside, chosen, call, experts)
     if neurons is None:
-        return tuple((axis,) for axis in alone)
+        return () if is_fixed else tuple((axis,) for axis in alone)
     fixed = replace(experts, minimum=experts.size)
+    if is_fixed:
+        return ((fixed, replace(neurons, minimum=experts.size)),)
     return (
         *((axis, replace(neurons, minimum=axis.minimum)) for axis in alone),
         *((axis,) for axis in alone),
         (fixed, replace(neurons, minimum=experts.size)),
     )
+
+
+UNROUTED = "no router was seen that chooses among its experts; neurons in them can go"
+
+
+def versions_without_router(module: nn.Module, call: Call) -> tuple[tuple[Axis, ...], ...]:
+    """The axes of experts that all stay, and of the neurons in them, by names in their module.
+
+    Args:
+        module: Holds experts behind Transformers' interface.
+        call: How it was called.
+    """
+    chosen = find_chosen(call.args, call.kwargs)
+    size = len(next(p for p in module.parameters(recurse=False) if p.ndim == STACKED_DIMS))
+    own = [name for name, p in module.named_parameters(recurse=False) if len(p) == size]
+    experts = Axis(
+        name=f":{Kind.EXPERTS}",
+        module="",
+        kind=Kind.EXPERTS,
+        size=size,
+        slices=tuple(Slice(name, 0) for name in own),
+        taps=(Tap("", "choice", -1),),
+        minimum=size,
+    )
+    neurons = None if chosen is None else neurons_of(module, "", chosen, call, experts)
+    return () if neurons is None else ((experts, neurons),)
 
 
 def _grouped(experts: Axis, router: nn.Module) -> list[Axis]:

@@ -1,0 +1,106 @@
+"""Which experts are found, and which are refused with what reason."""
+
+from __future__ import annotations
+
+import torch
+import zoo
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from hf_gradnas.masks import masked
+from hf_gradnas.structure.discovery import discover
+from hf_gradnas.surgery.cut import cut
+from hf_gradnas.types import Kind
+from hf_gradnas.verification import find_structure
+
+
+def test_experts_that_are_not_told_who_was_chosen_are_refused_by_name():
+    class Untold(torch.nn.Module):
+        """One matrix each, the products of which are chosen only afterwards."""
+
+        def __init__(self):
+            super().__init__()
+            self.stack = torch.nn.Parameter(torch.randn(4, 8, 8))
+
+        def forward(self, x):
+            return torch.einsum("td,edf->tef", x, self.stack)
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = torch.nn.Linear(8, 4, bias=False)
+            self.experts = Untold()
+
+        def forward(self, x):
+            weights, indices = self.router(x).topk(2)
+            outputs = self.experts(x).gather(1, indices[..., None].expand(-1, -1, 8))
+            return x + (outputs * weights[..., None]).sum(1)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.block = torch.nn.Linear(8, 8), Block()
+            self.last = torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.block(self.first(x)).relu())
+
+    torch.manual_seed(0)
+    found = discover(Net(), (torch.randn(6, 8),), {})
+    (reason,) = (r.reason for r in found.refusals if r.kind == "experts")
+    assert "are not told by indices" in reason
+
+
+class TextAndPictures(torch.nn.Module):
+    """Two routers, each with its experts, of which a batch of text runs the first only."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.text, self.pictures = MixtralSparseMoeBlock(config), MixtralSparseMoeBlock(config)
+
+    def forward(self, x, pictures=None):
+        return x + (self.text(x) if pictures is None else self.pictures(x))
+
+
+class Net(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.block = torch.nn.Linear(8, 8), block
+        self.last = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.block(self.first(x)).relu())
+
+
+def test_experts_that_a_module_counts_with_those_of_another_router_stay():
+    config = MixtralConfig(
+        hidden_size=8, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2
+    )
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    net = Net(TextAndPictures(config)).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter)
+    structure = find_structure(net, {"x": torch.randn(2, 12, 8)})
+    (reason,) = (r.reason for r in structure.refusals if r.kind == "experts")
+    assert "block.num_experts counts its experts and those of block.pictures.experts" in reason
+    by_kind = {axis.kind: axis for axis in structure.axes if axis.kind is not Kind.CHANNELS}
+    experts, neurons = by_kind[Kind.EXPERTS], by_kind[Kind.NEURONS]
+    assert (experts.minimum, experts.size, neurons.size) == (4, 4, 64)
+
+
+def test_neurons_of_an_only_expert_can_go():
+    model, inputs = zoo.build("mixtral", num_local_experts=1, num_experts_per_tok=1)
+    structure = find_structure(model, inputs)
+    reasons = [r.reason for r in structure.refusals if r.kind == "experts"]
+    assert len(reasons) == 2
+    assert all("no router was seen that chooses among its experts" in r for r in reasons)
+    neurons = [axis for axis in structure.axes if axis.kind is Kind.NEURONS]
+    assert [axis.size for axis in neurons] == [24, 24]
+    kept = {axis.name: [u for u in range(24) if u % 3] for axis in neurons}
+    with masked(model, structure.axes, kept), torch.no_grad(), zoo.float64_throughout():
+        expected = model(**inputs).logits
+    cut(model, structure.axes, kept)
+    with torch.no_grad(), zoo.float64_throughout():
+        assert (model(**inputs).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
