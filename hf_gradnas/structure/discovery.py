@@ -6,7 +6,7 @@ Knows labels and modules; knows no architecture. What it returns is optimistic:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from .._compat import implementations
 from ..errors import StructureError, described
-from ..routing import follows_interface
+from ..routing import STACKED_DIMS, follows_interface
 from ..surgery.modeling_gradnas import table_of
 from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
 from .channels import read_channels
+from .expert_neurons import neurons_of_all
 from .experts import (
     UNROUTED,
     Routing,
@@ -38,8 +39,8 @@ from .reading import Reading
 from .sites import Site, find_sites
 from .trace import Call, common_path, telling
 
-EXPERT_DIMS = 3
-"""Dimensions of a tensor that holds one matrix per expert."""
+MAKER_AND_READER = 2
+"""Stacks of matrices that neurons need at least."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,9 @@ class _Finding:
             own = self.forward.calls[scope]
             found.append((site.time, Place(scope, template, own, "" if is_free else table)))
         found += self._experts(refusals)
+        found += self._stacks([place for _, place in found], refusals)
         places = [place for _, place in sorted(found, key=lambda item: item[0])]
-        taken = [
-            move_axis(axis, place.scope) for place in places for axis in place.template.versions[0]
-        ]
+        taken = _axes_at(places)
         channels, others = read_channels(self.reading, taken, {r for s in sites for r in s.roots})
         axes = [*taken, *channels]
         refusals += self._stacked({part.tensor for axis in axes for part in axis.slices})
@@ -219,9 +219,8 @@ class _Finding:
         for path, call in self.forward.calls.items():
             if path not in known and follows_interface(self.modules[path]):
                 versions = versions_without_router(self.modules[path], call)
-                time = next(time for time, running in self.forward.moments if running == path)
                 refusals.append(Refusal(path, kind, UNROUTED))
-                yield from self._placed(path, versions, time)
+                yield from self._placed(path, versions, self._time_of(path))
 
     def _placed(
         self, path: str, versions: tuple[tuple[Axis, ...], ...], time: int
@@ -241,12 +240,34 @@ class _Finding:
             self.experts[key] = expert_versions(self.model, routing, call, is_fixed=is_fixed)
         return self.experts[key]
 
+    def _stacks(
+        self, places: Sequence[Place], refusals: list[Refusal]
+    ) -> Iterator[tuple[int, Place]]:
+        """Other modules that hold stacks of matrices with neurons, and when they ran."""
+        held = {part.tensor for axis in _axes_at(places) for part in axis.slices}
+        known: dict[Any, Axis | None] = {}
+        for path, call in self.forward.calls.items():
+            module = self.modules[path]
+            own = dict(module.named_parameters(recurse=False))
+            stacks = [
+                name for name, p in own.items() if p.ndim == STACKED_DIMS and min(p.shape[1:]) > 1
+            ]
+            if len(stacks) < 2 or any(above(name, path) in held for name in stacks):  # noqa: PLR2004
+                continue
+            key = (type(module), tuple((name, tuple(p.shape)) for name, p in own.items()))
+            if key not in known:
+                known[key] = neurons_of_all(module, call)
+            axis = known[key]
+            if axis is not None:
+                refusals[:] = [r for r in refusals if (r.module, r.kind) != (path, str(axis.kind))]
+                yield from self._placed(path, ((axis,),), self._time_of(path))
+
     def _stacked(self, held: set[str]) -> list[Refusal]:
         """Modules whose tensors hold the weights of several experts, which are not cut."""
         paths = dict.fromkeys(
             name.rpartition(".")[0]
             for name, parameter in self.model.named_parameters()
-            if name not in held and sum(size > 1 for size in parameter.shape) == EXPERT_DIMS
+            if name not in held and sum(size > 1 for size in parameter.shape) == STACKED_DIMS
             if self.reading.opaque_owner([name]) is None
         )
         return [
@@ -254,6 +275,9 @@ class _Finding:
             for path in paths
             if path in self.forward.calls and not isinstance(self.modules[path], _ConvNd)
         ]
+
+    def _time_of(self, path: str) -> int:
+        return next(time for time, running in self.forward.moments if running == path)
 
     def _scope(self, site: Site) -> str:
         """The nearest called module around all that a site names, or owns."""
@@ -317,6 +341,11 @@ class _Finding:
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
         key = (type(module), shapes, versions, shares)
         return self.templates.setdefault(key, Template(versions))
+
+
+def _axes_at(places: Sequence[Place]) -> list[Axis]:
+    """The axes of places, named from the root of the model."""
+    return [move_axis(axis, place.scope) for place in places for axis in place.template.versions[0]]
 
 
 def _below(rows: Any, scope: str) -> Any:

@@ -1,4 +1,4 @@
-"""Measure which rows of stacked experts belong to a neuron, on one expert that runs alone.
+"""Measure which rows of stacked matrices belong to a neuron, of one expert or of all together.
 
 Knows no architecture: which stack reads the neurons is that of the last product, and which rows
 make them is told by gradients that are exactly zero.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .._compat import implementations
-from ..routing import Chosen, follows_interface
+from ..routing import STACKED_DIMS, Chosen, follows_interface
 from ..stacks import Products
 from ..surgery.rows import above
 from ..types import Axis, Kind, Slice, Tap
@@ -65,6 +65,36 @@ def neurons_of(
     )
 
 
+def neurons_of_all(module: nn.Module, call: Call) -> Axis | None:
+    """The axis of neurons that a module of stacked matrices has in each of them, by their number.
+
+    Unit ``i`` is neuron ``i`` of all matrices: shared experts, all of which run for every token.
+    None where their rows cannot be told.
+
+    Args:
+        module: Holds stacks of matrices.
+        call: Its arguments.
+    """
+    sizes = {len(p) for p in module.parameters(recurse=False) if p.ndim == STACKED_DIMS}
+    if len(sizes) != 1:
+        return None
+    (size,) = sizes
+    try:
+        reader, slices = _Measured(module, None, call, size, experts=0).slices()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the module's own code may raise anything
+        return None
+    return Axis(
+        name=f":{Kind.NEURONS}",
+        module="",
+        kind=Kind.NEURONS,
+        size=slices[0].each,
+        slices=tuple(replace(part, each=0) for part in slices),
+        taps=(Tap(reader, "stack", -1),),
+    )
+
+
 def all_run(module: nn.Module, call: Call, size: int) -> bool:
     """Whether every expert runs for all tokens: its own part of the rows, with its own matrices."""
     rows = [x for x in call.args if isinstance(x, Tensor) and x.is_floating_point()]
@@ -96,7 +126,7 @@ class _Measured:
         chosen: The choice among its arguments; None: all experts run for all tokens.
         call: The arguments.
         size: Number of experts.
-        experts: How many of them run.
+        experts: How many of them run; 0: all, on as many random tokens as in the call.
     """
 
     def __init__(
@@ -115,11 +145,11 @@ class _Measured:
             for name, tensor in named.items()
         }
         self.values = {
-            name: random([experts, *tensor.shape[1:]]).requires_grad_()
+            name: random([experts or size, *tensor.shape[1:]]).requires_grad_()
             for name, tensor in module.named_parameters()
             if tensor.ndim > 1 and tensor.shape[0] == size
         }
-        self.call = _alone(call, chosen, random, experts)
+        self.call = _alone(call, chosen, random, experts) if experts else _redrawn(call, random)
         self.noise = random([1, self._run(self.values).shape[-1]])
 
     def slices(self) -> tuple[str, list[Slice]]:
@@ -143,7 +173,7 @@ class _Measured:
             names.append(name)
             return x
 
-        matrices = {name: value for name, value in self.values.items() if value.ndim > 2}  # noqa: PLR2004
+        matrices = {n: value for n, value in self.values.items() if value.ndim == STACKED_DIMS}
         self._run(self.values, Products(matrices, note))
         return names[-1]
 
@@ -232,6 +262,16 @@ def _alone(
         if not x.is_floating_point() or x.shape[:1] != (tokens,):
             return x.double() if x.is_floating_point() else x
         return random([now, *x.shape[1:]])
+
+    args: tuple[Any, ...] = map_tensors(tuple(call.args), change)
+    return Call(args, map_tensors(dict(call.kwargs), change), call.returns)
+
+
+def _redrawn(call: Call, random: Callable[[Sequence[int]], Tensor]) -> Call:
+    """The call with random values."""
+
+    def change(x: Tensor) -> Tensor:
+        return random(x.shape) if x.is_floating_point() else x
 
     args: tuple[Any, ...] = map_tensors(tuple(call.args), change)
     return Call(args, map_tensors(dict(call.kwargs), change), call.returns)

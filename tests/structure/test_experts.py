@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import zoo
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from hf_gradnas.masks import masked
+from hf_gradnas.masks import mask_leaves, masked
+from hf_gradnas.running.wrappers import frozen
+from hf_gradnas.scores.gradients import GradientRecorder
 from hf_gradnas.structure.discovery import discover
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Kind
@@ -104,3 +107,44 @@ def test_neurons_of_an_only_expert_can_go():
     cut(model, structure.axes, kept)
     with torch.no_grad(), zoo.float64_throughout():
         assert (model(**inputs).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+class SharedExperts(torch.nn.Module):
+    """Experts that all run for every token, one matrix each in three tensors."""
+
+    def __init__(self, experts, width):
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.randn(experts, width, 8))
+        self.up = torch.nn.Parameter(torch.randn(experts, width, 8))
+        self.down = torch.nn.Parameter(torch.randn(experts, 8, width))
+
+    def forward(self, x):
+        tokens = x.reshape(1, -1, 8).expand(len(self.gate), -1, -1)
+        gate, up = (torch.bmm(tokens, w.transpose(1, 2)) for w in (self.gate, self.up))
+        out = torch.bmm(torch.nn.functional.silu(gate) * up, self.down.transpose(1, 2))
+        return x + out.sum(0).view(x.shape)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_neurons_of_shared_experts_go_by_their_number(experts):
+    torch.manual_seed(0)
+    net, x = Net(SharedExperts(experts, 10)).double().eval(), torch.randn(4, 5, 8).double()
+    structure = find_structure(net, {"x": x})
+    (axis,) = (axis for axis in structure.axes if axis.kind is Kind.NEURONS)
+    assert (axis.name, axis.size) == ("block:neurons", 10)
+    recorder = GradientRecorder(net, [axis])
+    with frozen(net), recorder.attached():
+        recorder.start(4)
+        net(x).square().sum().backward()
+        gradients = recorder.gradients()[axis.name]
+    for example in range(4):
+        with mask_leaves(net, [axis]) as leaves:
+            net(x[example : example + 1]).square().sum().backward()
+            torch.testing.assert_close(gradients[example], leaves[axis.name].grad)
+            net.zero_grad()
+    kept = {axis.name: [0, 2, 3, 7]}
+    with masked(net, [axis], kept), torch.no_grad():
+        expected = net(x)
+    cut(net, [axis], kept)
+    assert net.block.down.shape == (experts, 8, 4)
+    torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)
