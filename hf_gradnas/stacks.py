@@ -20,9 +20,9 @@ from .types import Axis
 
 PRODUCTS = frozenset("linear matmul mm bmm addmm baddbmm __matmul__".split())
 
-Read = Callable[[str, Tensor], Tensor]
-"""Gets the name of a parameter, and values ``(…, entries)`` that a product reads with it; returns
-those that it reads instead."""
+Read = Callable[[str, Tensor, int | None], Tensor]
+"""Gets the name of a parameter, values ``(…, entries)`` that a product reads with it, and the
+number of the matrix in it (None: all of it); returns those values that it reads instead."""
 
 
 class Products(TorchFunctionMode):
@@ -35,7 +35,10 @@ class Products(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], read: Read) -> None:
         super().__init__()
-        self._held = [(name, tensor) for name, tensor in parameters.items()]  # ids may come again
+        # The tensors are held: the id of one that is gone may come again.
+        self._held: dict[int, tuple[Tensor, str, int | None]] = {}
+        for name, tensor in parameters.items():
+            self._held[id(tensor)] = tensor, name, None
         self._read = read
 
     def __torch_function__(
@@ -45,26 +48,30 @@ class Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        values = list(args)
+        values, kind = list(args), getattr(func, "__name__", "")
         given = [place for place, x in enumerate(args) if isinstance(x, Tensor)]
-        names = {place: self._name_of(args[place]) for place in given[-2:]}
-        held = [place for place, name in names.items() if name]
-        kind = getattr(func, "__name__", "")
+        held = [place for place in given[-2:] if id(args[place]) in self._held]
         if kind in PRODUCTS and len(given) > 1 and len(held) == 1:
             (place,) = held
-            (other,) = set(names) - {place}
+            (other,) = set(given[-2:]) - {place}
+            _, name, number = self._held[id(args[place])]
             is_first = place < other  # then its columns meet rows of the other factor
             x = values[other].transpose(-1, -2) if is_first else values[other]
-            x = self._read(names[place], x)
+            x = self._read(name, x, number)
             values[other] = x.transpose(-1, -2) if is_first else x
         out = func(*values, **(kwargs or {}))
-        is_view = held == [0] and (len(given) == 1 or kind == "__getitem__")
-        if is_view and isinstance(out, Tensor) and out.numel() == args[0].numel():
-            self._held.append((names[0], out))
+        if isinstance(out, Tensor) and held[:1] == [0]:
+            self._note(kind, args, out, is_alone=len(given) == 1)
         return out
 
-    def _name_of(self, x: Tensor) -> str:
-        return next((name for name, tensor in self._held if tensor is x), "")
+    def _note(self, kind: str, args: tuple[Any, ...], out: Tensor, *, is_alone: bool) -> None:
+        """Note a view or copy of a parameter, or one matrix of it."""
+        whole, name, number = self._held[id(args[0])]
+        is_one = kind == "__getitem__" and whole.ndim == out.ndim + 1 and number is None
+        if is_one:
+            self._held[id(out)] = out, name, int(args[1])
+        elif is_alone and out.numel() == whole.numel():
+            self._held[id(out)] = out, name, number
 
 
 class WatchProducts:
@@ -72,10 +79,11 @@ class WatchProducts:
 
     Args:
         name: Of the parameter, in the module.
-        read: What is done with the values ``(…, entries)``, given the parameter.
+        read: What is done with the parameter, the values ``(…, entries)``, and the number of the
+            matrix.
     """
 
-    def __init__(self, name: str, read: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, name: str, read: Callable[[Tensor, Tensor, int | None], Tensor]) -> None:
         self._name, self._read = name, read
         self._running: list[Products] = []
 
@@ -86,7 +94,7 @@ class WatchProducts:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         weight = module.get_parameter(self._name)
-        mode = Products({self._name: weight}, lambda _, x: self._read(weight, x))
+        mode = Products({self._name: weight}, lambda _, x, number: self._read(weight, x, number))
         mode.__enter__()
         self._running.append(mode)
 
@@ -103,7 +111,9 @@ class MultiplyStack:
     """
 
     def __init__(self, axis: Axis, parameter: str, mask: Tensor) -> None:
-        self.name, self.mask, self.size = parameter.rpartition(".")[2], mask, axis.size
+        owner = axis.taps[0].owner
+        path, _, self.leaf = parameter.removeprefix(f"{owner}.").rpartition(".")
+        self.path, self.mask, self.size = path, mask, axis.size
         (self.reader,) = (part for part in axis.readers if part.tensor == parameter)
         self._own: list[Tensor | None] = []
 
@@ -113,9 +123,10 @@ class MultiplyStack:
         add_hook(stack, module, self._end, always_call=True)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        own = module.get_parameter(self.name)
-        self._own.append(module._parameters[self.name])
-        module._parameters[self.name] = own * self._factors(own)  # type: ignore[assignment]
+        holder = module.get_submodule(self.path)
+        own = holder.get_parameter(self.leaf)
+        self._own.append(holder._parameters[self.leaf])
+        holder._parameters[self.leaf] = own * self._factors(own)  # type: ignore[assignment]
 
     def _factors(self, own: Tensor) -> Tensor:
         """The mask as factors of the parameter's entries."""
@@ -131,4 +142,5 @@ class MultiplyStack:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._own:
-            module._parameters[self.name] = self._own.pop()  # type: ignore[assignment]
+            holder = module.get_submodule(self.path)
+            holder._parameters[self.leaf] = self._own.pop()  # type: ignore[assignment]

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("_import_path", "_lazy", "_redaction", "errors", "_manifests", "_files", "types", "_compat"),
     ("config", "report", "running", "batches"),
-    ("stacks", "routing", "surgery", "structure", "costs", "search", "masks"),
+    ("stacks", "tokens", "routing", "surgery", "structure", "costs", "search", "masks"),
     ("verification", "stock", "scores", "repair", "checkpoint"),
     ("hub", "examined", "frontier", "pruner", "nas"),
     ("callback", "data"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..routing import (
 )
 from ..running.hooks import add_hook, add_pre_hook
 from ..stacks import WatchProducts
+from ..tokens import Following
 from ..types import Axis
 from .products import Product, multiply, product_with
 from .rows import Positions, added, wide
@@ -61,6 +62,7 @@ class GradientRecorder:
     def __init__(self, model: nn.Module, axes: Iterable[Axis]) -> None:
         self._model, self._axes = model, tuple(axes)
         self._sites = sites_of(model, self._axes)
+        self._following = {s.runner: Following() for s in self._sites if s.runner is not None}
         self._sums: dict[Site, Tensor] = {}
         self._inputs: dict[int, Product] = {}
         self._outputs: dict[int, _Kept] = {}
@@ -79,6 +81,8 @@ class GradientRecorder:
             stack.callback(self._forget)
             stacks = {s.module: partial(self._watch_stack, s) for s in self._sites if s.is_stack}
             stack.enter_context(reading_neurons(self._model, stacks))
+            for runner, following in self._following.items():
+                following.attach(stack, runner)
             for site in self._sites:
                 if site.is_stack:
                     continue
@@ -86,7 +90,7 @@ class GradientRecorder:
                     hook = partial(self._watch_choice, site)
                     add_pre_hook(stack, site.module, hook, with_kwargs=True)
                 elif site.side == "stack":
-                    name = site.path.rpartition(".")[2]
+                    name = site.path.removeprefix(f"{site.places[0][1].owner}.")
                     watch = WatchProducts(name, partial(self._watch_product, site))
                     watch.attach(stack, site.module)
                 elif site.side == "every":
@@ -153,6 +157,8 @@ class GradientRecorder:
         if not torch.is_grad_enabled():
             return None
         x: Tensor = args[0]
+        if site.runner is not None:
+            return (self._watch_stack(site, x, self._rows_taken(site, x)), *args[1:])
         self._check(site, x)
         if not x.requires_grad:
             x = x.detach().requires_grad_()
@@ -211,11 +217,33 @@ class GradientRecorder:
         sums = values.view(axis.size, self._num_examples, -1, values.shape[1]).sum(3)
         self._add_features(site, sums.permute(1, 2, 0).contiguous())
 
-    def _watch_product(self, site: Site, weight: Tensor, x: Tensor) -> Tensor:
+    def _watch_product(self, site: Site, weight: Tensor, x: Tensor, number: int | None) -> Tensor:
         """Have the gradient of what a product reads with a parameter ``(…, entries)`` reported."""
         (axis, _), *_ = site.places
-        is_apart = any(part.each for part in axis.readers)
-        return self._watch_stack(site, x, rows_of_all(weight, x, apart=is_apart))
+        if number is not None:
+            routed = self._rows_taken(site, x)
+            experts = torch.full_like(routed.tokens, number)
+            routed = replace(routed, experts=experts, number=axis.size // x.shape[-1])
+        else:
+            routed = rows_of_all(weight, x, apart=any(part.each for part in axis.readers))
+        return self._watch_stack(site, x, routed)
+
+    def _rows_taken(self, site: Site, x: Tensor) -> Routed:
+        """Where rows come from that a module takes out of its input.
+
+        Raises:
+            StructureError: They were not followed.
+        """
+        tokens = None if site.runner is None else self._following[site.runner].tokens
+        numbers = None if tokens is None else tokens.of(x)
+        if tokens is None or numbers is None:
+            axis = site.places[0][0]
+            raise StructureError(
+                f"{axis.name}: the rows that {site.path} reads were not followed, so that no "
+                f'gradient belongs to one example; exclude it with rules={{"{axis.name}": None}}.'
+            )
+        rows = numbers.flatten()
+        return Routed(rows, torch.zeros_like(rows), tokens.count, 1)
 
     def _watch_stack(self, site: Site, x: Tensor, routed: Routed) -> Tensor:
         """Have the gradient of what chosen experts read ``(…, entries)`` reported."""

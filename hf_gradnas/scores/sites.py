@@ -20,13 +20,23 @@ from ..types import Axis, Tap
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """One input or output of a module, along one dimension: the axes whose units are there."""
+    """One input or output of a module, along one dimension: the axes whose units are there.
+
+    Attributes:
+        module: The module that is called.
+        path: Path of it, or of its parameter.
+        side: As of taps.
+        dim: As of taps.
+        places: The axes and their taps there.
+        runner: The module that takes out rows for it; None: it has those of all tokens.
+    """
 
     module: nn.Module
     path: str
     side: str
     dim: int
     places: tuple[tuple[Axis, Tap], ...]
+    runner: nn.Module | None = None
 
     @property
     def is_stack(self) -> bool:
@@ -57,9 +67,12 @@ def sites_of(model: nn.Module, axes: Iterable[Axis]) -> list[Site]:
         for tap in axis.taps:
             key = (module_at(model, axis, tap.owner), tap.side, tap.dim)
             found.setdefault(key, []).append((axis, tap))
-    return [
-        Site(key[0], places[0][1].module, *key[1:], tuple(places)) for key, places in found.items()
-    ]
+    sites = []
+    for (module, side, dim), places in found.items():
+        axis, tap = places[0]
+        runner = module_at(model, axis, tap.runner) if tap.runner else None
+        sites.append(Site(module, tap.module, side, dim, tuple(places), runner))
+    return sites
 
 
 def check_examples(axis: Axis, tap: Tap, shape: torch.Size) -> None:

@@ -7,7 +7,7 @@ Knows labels and modules; knows no architecture. What it returns is optimistic:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
 from .channels import read_channels
-from .expert_neurons import neurons_of_all
+from .expert_neurons import neurons_of_all, taker_of
 from .experts import (
     UNROUTED,
     Routing,
@@ -34,6 +34,7 @@ from .experts import (
 )
 from .graph import Flow, Forward, trace_graph
 from .labels import NOBODY, Labels
+from .places import Discovery, Place, Template, axes_at
 from .products import STACKED
 from .reading import Reading
 from .sites import Site, find_sites
@@ -41,61 +42,6 @@ from .trace import Call, common_path, telling
 
 MAKER_AND_READER = 2
 """Stacks of matrices that neurons need at least."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """The axes of one kind of module, not proved yet; names relative to the module.
-
-    Attributes:
-        versions: The axes (KV groups before the heads that stand in them) in one or more
-            versions, which differ in what must follow a cut; the first that is proved holds.
-    """
-
-    versions: tuple[tuple[Axis, ...], ...]
-
-    @property
-    def kind(self) -> Kind:
-        """What the units are: heads (in KV groups or not) or neurons."""
-        return self.versions[0][-1].kind
-
-
-@dataclass(frozen=True)
-class Place:
-    """One module of a kind.
-
-    Attributes:
-        scope: Its path.
-        template: Its kind.
-        call: Its captured arguments.
-        tied: The shared table that it takes a bias from; "" for none.
-    """
-
-    scope: str
-    template: Template
-    call: Call
-    tied: str = ""
-
-
-@dataclass(frozen=True)
-class Discovery:
-    """What a forward shows.
-
-    Attributes:
-        places: Modules with heads or neurons in the order in which the model runs them.
-        channels: Axes of channels in the order in which they are first made.
-        refusals: What was seen but cannot be cut, of heads and neurons.
-        channel_refusals: The same of channels.
-        call: Arguments of the whole model.
-        reasons: Why each parameter stays whole if no axis holds it, by name.
-    """
-
-    places: tuple[Place, ...]
-    channels: tuple[Axis, ...]
-    refusals: tuple[Refusal, ...]
-    channel_refusals: tuple[Refusal, ...]
-    call: Call
-    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
@@ -169,6 +115,7 @@ class _Finding:
         self.tables = _shared_tables(model, self.forward)
         self.modules = dict(model.named_modules())
         self.templates: dict[Any, Template] = {}
+        self.takers: dict[str, str] = {}
         self.experts: dict[Any, tuple[tuple[Axis, ...], ...]] = {}
 
     def found(self, call: Call) -> Discovery:
@@ -191,11 +138,13 @@ class _Finding:
             removal = template.versions[0][-1].removal
             is_free = site.core is None or (removal is not None and removal.cross)
             own = self.forward.calls[scope]
-            found.append((site.time, Place(scope, template, own, "" if is_free else table)))
+            runner = self._taker(scope)
+            tied = "" if is_free else table
+            found.append((site.time, Place(scope, template, own, tied, runner)))
         found += self._experts(refusals)
         found += self._stacks([place for _, place in found], refusals)
         places = [place for _, place in sorted(found, key=lambda item: item[0])]
-        taken = _axes_at(places)
+        taken = axes_at(places)
         channels, others = read_channels(self.reading, taken, {r for s in sites for r in s.roots})
         axes = [*taken, *channels]
         refusals += self._stacked({part.tensor for axis in axes for part in axis.slices})
@@ -244,7 +193,7 @@ class _Finding:
         self, places: Sequence[Place], refusals: list[Refusal]
     ) -> Iterator[tuple[int, Place]]:
         """Other modules that hold stacks of matrices with neurons, and when they ran."""
-        held = {part.tensor for axis in _axes_at(places) for part in axis.slices}
+        held = {part.tensor for axis in axes_at(places) for part in axis.slices}
         known: dict[Any, Axis | None] = {}
         for path, call in self.forward.calls.items():
             module = self.modules[path]
@@ -275,6 +224,15 @@ class _Finding:
             for path in paths
             if path in self.forward.calls and not isinstance(self.modules[path], _ConvNd)
         ]
+
+    def _taker(self, path: str) -> str:
+        """Path of the module that takes rows out for the module at a path; "" for none."""
+        around = path
+        while around and not isinstance(self.modules[around], nn.ModuleList | nn.ModuleDict):
+            around = around.rpartition(".")[0]
+        if around not in self.takers:
+            self.takers[around] = taker_of(self.modules, around, self.forward.calls)
+        return self.takers[around]
 
     def _time_of(self, path: str) -> int:
         return next(time for time, running in self.forward.moments if running == path)
@@ -343,52 +301,9 @@ class _Finding:
         return self.templates.setdefault(key, Template(versions))
 
 
-def _axes_at(places: Sequence[Place]) -> list[Axis]:
-    """The axes of places, named from the root of the model."""
-    return [move_axis(axis, place.scope) for place in places for axis in place.template.versions[0]]
-
-
 def _below(rows: Any, scope: str) -> Any:
     return replace(rows, tensor=below(rows.tensor, scope))
 
 
 def _at(place: Any, scope: str) -> Any:
     return replace(place, module=below(place.module, scope))
-
-
-def move_axis(axis: Axis, scope: str, *, tied: str = "", name: str | None = None) -> Axis:
-    """An axis whose names are relative to a module, with names from the root of the model.
-
-    Args:
-        axis: The axis.
-        scope: Path of the module.
-        tied: Key of `Axis.tied`.
-        name: Path that the axis is named after; None: the module.
-    """
-    removal, need = axis.removal, axis.adaptation
-    prefix = scope if name is None else name
-
-    def moved(path: str) -> str:
-        return above(path, scope)
-
-    return replace(
-        axis,
-        tied=tied,
-        name=prefix + axis.name,
-        module=moved(axis.module),
-        slices=tuple(replace(s, tensor=moved(s.tensor)) for s in axis.slices),
-        taps=tuple(replace(t, module=moved(t.module)) for t in axis.taps),
-        norms=tuple(replace(n, module=moved(n.module)) for n in axis.norms),
-        attributes=tuple(
-            replace(
-                a,
-                module=moved(a.module),
-                axis=prefix + a.axis,
-                per=None if a.per is None else prefix + a.per,
-            )
-            for a in axis.attributes
-        ),
-        parent=None if axis.parent is None else prefix + axis.parent,
-        removal=None if removal is None else replace(removal, module=moved(removal.module)),
-        adaptation=None if need is None else replace(need, module=moved(need.module)),
-    )

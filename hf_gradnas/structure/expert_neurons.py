@@ -7,6 +7,7 @@ make them is told by gradients that are exactly zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +17,16 @@ from torch.func import functional_call
 
 from .._compat import implementations
 from ..routing import STACKED_DIMS, Chosen, follows_interface
+from ..running.hooks import add_pre_hook
 from ..stacks import Products
 from ..surgery.rows import above
+from ..tokens import Following
 from ..types import Axis, Kind, Slice, Tap
 from .trace import Call, map_tensors
 
 TOKENS = 24
 """Random tokens that an expert is run with."""
+MATRIX_DIMS = 2
 KERNEL_MULTIPLE = 8
 """Grouped products need rows of a multiple of 16 bytes: 8 numbers in bfloat16."""
 
@@ -169,7 +173,7 @@ class _Measured:
         """The stack that the last product reads with."""
         names: list[str] = []
 
-        def note(name: str, x: Tensor) -> Tensor:
+        def note(name: str, x: Tensor, number: int | None) -> Tensor:
             names.append(name)
             return x
 
@@ -275,3 +279,52 @@ def _redrawn(call: Call, random: Callable[[Sequence[int]], Tensor]) -> Call:
 
     args: tuple[Any, ...] = map_tensors(tuple(call.args), change)
     return Call(args, map_tensors(dict(call.kwargs), change), call.returns)
+
+
+# --- experts that are modules of their own --------------------------------------------------------
+
+
+def taker_of(modules: Mapping[str, nn.Module], around: str, calls: Mapping[str, Call]) -> str:
+    """Path of the module that takes rows out of its input for those in a list; "" for none.
+
+    Such are experts in a list, which get the tokens that a router sends them: two-dimensional
+    inputs, other rows for each, which are those of the input of the module around the list.
+
+    Args:
+        modules: All modules of the model by path.
+        around: Path of the list.
+        calls: First call of each module.
+    """
+    runner = around
+    while runner and runner not in calls:
+        runner = runner.rpartition(".")[0]
+    names = [f"{around}.{name}" for name, _ in modules[around].named_children()]
+    inputs = [_first(calls[name]) for name in names if name in calls] if runner else []
+    rows = [len(x) for x in inputs if x is not None and x.ndim == MATRIX_DIMS]
+    whole = _first(calls[runner]) if rows else None
+    if whole is None or len(rows) < len(inputs) or set(rows) == {whole[..., 0].numel()}:
+        return ""
+    experts = [modules[name] for name in names]
+    return runner if _takes_rows(modules[runner], calls[runner], experts) else ""
+
+
+def _first(call: Call) -> Tensor | None:
+    given = (*call.args, *call.kwargs.values())
+    return next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
+
+
+@torch.no_grad()
+def _takes_rows(runner: nn.Module, call: Call, experts: Sequence[nn.Module]) -> bool:
+    """Whether the rows that modules in a module get are rows of its input."""
+    following, known = Following(), list[bool]()
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        tokens = following.tokens
+        known.append(tokens is not None and tokens.of(args[0]) is not None)
+
+    with ExitStack() as stack:
+        following.attach(stack, runner)
+        for expert in experts:
+            add_pre_hook(stack, expert, note)
+        runner(*call.args, **call.kwargs)
+    return bool(known) and all(known)

@@ -85,6 +85,9 @@ class Tap(Pattern):
             what products read with it is meant.
         dim: 1 for channels ``(batch, channels, …)``, -1 for features ``(batch, …, features)`` and
             for a choice.
+        runner: Path of a module around it that takes rows out of its input, such as the tokens that
+            a router sends to an expert; of a ``"stack"``, the module that runs the products. ""
+            where there is none other than the module itself.
     """
 
     module: str
@@ -93,11 +96,14 @@ class Tap(Pattern):
     width: int = 1
     offset: int = 0
     stride: int = 1
+    runner: str = field(default="", compare=False)
 
     @property
     def owner(self) -> str:
         """Path of the module that is called there."""
-        return self.module.rpartition(".")[0] if self.side == "stack" else self.module
+        if self.side != "stack":
+            return self.module
+        return self.runner or self.module.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..batches.longest import probe_inputs
 from ..errors import DataError, StructureError
-from ..structure.discovery import Discovery, Place, discover, move_axis
+from ..structure.discovery import discover
+from ..structure.places import Discovery, Place, move_axis
 from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Structure
 from .proof import prove_channels, prove_places
@@ -84,7 +85,10 @@ def proved(model: nn.Module, discovery: Discovery) -> Structure:
         if isinstance(outcome, str):
             refusals.append(Refusal(place.scope, place.template.kind, outcome))
         else:
-            axes += [move_axis(axis, place.scope, tied=place.tied, name=name) for axis in outcome]
+            tied, runner = place.tied, place.runner
+            axes += [
+                move_axis(a, place.scope, tied=tied, runner=runner, name=name) for a in outcome
+            ]
     return Structure(tuple(axes), tuple(refusals))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import described
-from ..structure.discovery import Discovery, Place, move_axis
+from ..structure.places import Discovery, Place, move_axis
 from ..structure.trace import Call
 from ..surgery.cut import cut
 from ..types import KINDS, Axis, Kind, Refusal

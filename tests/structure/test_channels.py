@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations
 
 from hf_gradnas.errors import DataError, StructureError
 from hf_gradnas.structure.channels import read_channels
-from hf_gradnas.structure.discovery import discover, move_axis, read_forward
+from hf_gradnas.structure.discovery import discover, read_forward
+from hf_gradnas.structure.places import move_axis
 from hf_gradnas.types import Attribute, Kind, Refusal, Slice, Tap
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}

@@ -8,6 +8,7 @@ import zoo
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.running.wrappers import frozen
 from hf_gradnas.scores.gradients import GradientRecorder
@@ -148,3 +149,66 @@ def test_neurons_of_shared_experts_go_by_their_number(experts):
     cut(net, [axis], kept)
     assert net.block.down.shape == (experts, 8, 4)
     torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)
+
+
+class Chooser(torch.nn.Module):
+    """Experts in a list, each of which gets the tokens that chose it."""
+
+    def __init__(self, *, sorts):
+        super().__init__()
+        self.sorts = sorts
+        self.router = torch.nn.Linear(8, 3, bias=False)
+        self.experts = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 8))
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        tokens = x.reshape(-1, 8)
+        weights, chosen = self.router(tokens).softmax(-1).max(-1)
+        out = torch.zeros_like(tokens)
+        if self.sorts:
+            order = chosen.argsort(stable=True)
+            parts = tokens[order].split(torch.bincount(chosen, minlength=3).tolist())
+            results = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
+            out = out.index_add(0, order, torch.cat(results) * weights[order, None])
+        else:
+            for number, expert in enumerate(self.experts):
+                (rows,) = torch.where(chosen == number)
+                out = out.index_add(0, rows, expert(tokens[None, rows].view(-1, 8)))
+            out = out * weights[:, None]
+        return x + out.view(x.shape)
+
+
+@pytest.mark.parametrize("sorts", [False, True])
+def test_neurons_of_experts_in_a_list_are_scored_by_example(sorts):
+    torch.manual_seed(0)
+    net, x = Net(Chooser(sorts=sorts)).double().eval(), torch.randn(4, 7, 8).double()
+    structure = find_structure(net, {"x": x})
+    axes = [axis for axis in structure.axes if axis.module.startswith("block.experts")]
+    assert [axis.size for axis in axes] == [6, 6, 6]
+    assert {tap.runner for axis in axes for tap in axis.taps} == {"block"}
+    recorder = GradientRecorder(net, axes)
+    with frozen(net), recorder.attached():
+        recorder.start(4)
+        net(x).square().sum().backward()
+        gradients = recorder.gradients()
+    for example in range(4):
+        with mask_leaves(net, axes) as leaves:
+            net(x[example : example + 1]).square().sum().backward()
+            for name, leaf in leaves.items():
+                expected = torch.zeros(6).double() if leaf.grad is None else leaf.grad
+                torch.testing.assert_close(gradients[name][example], expected)
+            net.zero_grad()
+
+
+def test_rows_that_cannot_be_followed_are_refused_by_name():
+    torch.manual_seed(0)
+    net, x = Net(Chooser(sorts=False)).double().eval(), torch.randn(4, 7, 8).double()
+    structure = find_structure(net, {"x": x})
+    axes = [axis for axis in structure.axes if axis.module.startswith("block.experts")]
+    net.block.experts[1].register_forward_pre_hook(lambda module, args: args[0].flip(0).flip(0))
+    recorder = GradientRecorder(net, axes)
+    with recorder.attached(), pytest.raises(StructureError, match="experts.1.2 reads were not"):
+        recorder.start(4)
+        net(x)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import masked
-from hf_gradnas.structure.discovery import Discovery, discover, move_axis
+from hf_gradnas.structure.discovery import discover
+from hf_gradnas.structure.places import Discovery, move_axis
 from hf_gradnas.structure.trace import Call
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Attribute, Axis, Kind, Refusal, Slice

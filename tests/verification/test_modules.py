@@ -13,7 +13,8 @@ from transformers.utils import ModelOutput
 
 from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import masked
-from hf_gradnas.structure.discovery import Place, discover
+from hf_gradnas.structure.discovery import discover
+from hf_gradnas.structure.places import Place
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Attribute, Kind, Structure
 from hf_gradnas.verification import Trial, find_structure, proved, trial_plans
