@@ -98,7 +98,7 @@ def flops_cost(
     rates = {
         axis.name: Rate(axis.parent, per_unit.pop(axis.name) * sizes[axis.parent])
         for axis in axes
-        if axis.parent in chosen and any(part.each for part in axis.slices)
+        if axis.parent in chosen
     }
     while_kept = {
         axis.name: 2.0

@@ -6,7 +6,7 @@ make them is told by gradients that are exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from ..running.hooks import add_pre_hook
 from ..stacks import Products
 from ..surgery.rows import above
 from ..tokens import Following
-from ..types import Axis, Kind, Slice, Tap
+from ..types import KINDS, Attribute, Axis, Kind, Slice, Tap
 from .trace import Call, map_tensors
 
 TOKENS = 24
@@ -48,10 +48,12 @@ def neurons_of(
         experts: The axis of the experts.
     """
     is_known = follows_interface(module)
-    if chosen is not None and not is_known:
+    flat = any(is_flat(p, experts.size) for p in module.parameters())
+    if chosen is not None and not (is_known or flat):
         return None
     try:
-        reader, slices = _Measured(module, chosen, call, experts.size).slices()
+        measured = _Measured(module, chosen, call, experts.size)
+        reader, slices = measured.slices()
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the module's own code may raise anything
@@ -60,13 +62,29 @@ def neurons_of(
         name=f":{Kind.NEURONS}",
         module="",
         kind=Kind.NEURONS,
-        size=experts.size * slices[0].each,
+        size=experts.size * measured.each(reader, slices[0].dim),
         slices=tuple(replace(s, tensor=above(s.tensor, path)) for s in slices),
-        taps=(Tap(above(reader, path), "stack", -1),),
+        taps=(Tap(above(reader, path), "stack", -1, runner="" if is_known else path),),
+        attributes=() if slices[0].each else tuple(_widths(module, path, measured, reader)),
         parent=experts.name,
         minimum=experts.minimum,
         multiple=KERNEL_MULTIPLE if is_known else 1,
     )
+
+
+def is_flat(tensor: Tensor, size: int) -> bool:
+    """Whether a matrix may hold the rows of so many experts, those of one after another."""
+    return tensor.ndim == MATRIX_DIMS and tensor.shape[0] > size and tensor.shape[0] % size == 0
+
+
+def _widths(module: nn.Module, path: str, measured: _Measured, reader: str) -> Iterator[Attribute]:
+    """Attributes that repeat the number of neurons in an expert."""
+    for inner, part in module.named_modules():
+        held = vars(part)
+        for name in KINDS[Kind.NEURONS].config_names:
+            if held.get(name) == measured.each(reader, 0):
+                place, axis = above(inner, path), f":{Kind.NEURONS}"
+                yield Attribute(place, name, axis, per=f":{Kind.EXPERTS}")
 
 
 def neurons_of_all(module: nn.Module, call: Call) -> Axis | None:
@@ -148,11 +166,14 @@ class _Measured:
             name: tensor.detach().double() if tensor.is_floating_point() else tensor
             for name, tensor in named.items()
         }
+        is_stacked = any(tensor.ndim == STACKED_DIMS for tensor in module.parameters())
         self.values = {
-            name: random([experts or size, *tensor.shape[1:]]).requires_grad_()
+            name: random([len(tensor) // size * (experts or size), *tensor.shape[1:]])
             for name, tensor in module.named_parameters()
-            if tensor.ndim > 1 and tensor.shape[0] == size
+            if tensor.ndim > 1 and (tensor.shape[0] == size or is_flat(tensor, size) > is_stacked)
         }
+        for value in self.values.values():
+            value.requires_grad_()
         self.call = _alone(call, chosen, random, experts) if experts else _redrawn(call, random)
         self.noise = random([1, self._run(self.values).shape[-1]])
 
@@ -163,7 +184,8 @@ class _Measured:
             _Irregular: No slice can say it.
         """
         reader, whole = self._reader(), self.gradients()
-        for dim in range(1, self.values[reader].ndim):
+        stacked = self.values[reader].ndim == STACKED_DIMS
+        for dim in range(1, STACKED_DIMS) if stacked else (0,):
             found = self._slices_along(reader, dim, whole)
             if len(found) > 1:
                 return reader, found
@@ -177,19 +199,25 @@ class _Measured:
             names.append(name)
             return x
 
-        matrices = {n: value for n, value in self.values.items() if value.ndim == STACKED_DIMS}
-        self._run(self.values, Products(matrices, note))
+        self._run(self.values, Products(self.values, note))
         return names[-1]
 
+    def each(self, reader: str, dim: int) -> int:
+        """Neurons in an expert."""
+        return self.values[reader].shape[dim]
+
     def _slices_along(self, reader: str, dim: int, whole: Mapping[str, Tensor]) -> list[Slice]:
-        each = self.values[reader].shape[dim]
-        owned = {unit: self._owned(whole, reader, dim, unit) for unit in (0, 1, each - 1)}
+        number = self.each(reader, dim)
+        each = number if self.values[reader].ndim == STACKED_DIMS else 0
+        owned = {unit: self._owned(whole, reader, dim, unit) for unit in (0, 1, number - 1)}
         found = [Slice(reader, dim, role="reads", each=each)]
         for name, (along, offsets) in owned[0].items():
-            (_, second), (_, last) = owned[1][name], owned[each - 1][name]
+            (_, second), (_, last) = owned[1][name], owned[number - 1][name]
+            is_flat = not each and (offsets != [0] or len(self.values[name]) != number)
             for place, offset in enumerate(offsets):
                 stride = second[place] - offset
-                if stride < 1 or last[place] != offset + (each - 1) * stride:
+                is_even = last[place] == offset + (number - 1) * stride
+                if stride < 1 or not is_even or is_flat:
                     raise _Irregular(f"the rows of neurons in {name} follow no regular pattern")
                 found.append(Slice(name, along, 1, offset, stride, "makes", each))
         return found
@@ -206,9 +234,8 @@ class _Measured:
             own = (gradient != 0) & (gradients[name] == 0)
             if name == reader or not own.any():
                 continue
-            for along in range(1, own.ndim):
-                rest = [d for d in range(own.ndim) if d != along]
-                rows = own.any(rest[-1]).any(0) if own.ndim > 2 else own[0]  # noqa: PLR2004
+            for along in range(int(own.ndim == self.values[reader].ndim == STACKED_DIMS), own.ndim):
+                rows = own.movedim(along, 0).flatten(1).any(1)
                 lines = [1] * own.ndim
                 lines[along] = -1
                 if torch.equal(own, (gradient != 0) & rows.view(lines)):

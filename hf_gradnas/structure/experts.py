@@ -19,7 +19,7 @@ from ..routing import STACKED_DIMS, find_chosen
 from ..surgery.rows import above, below
 from ..types import KINDS, Attribute, Axis, Kind, Slice, Tap
 from . import couplings
-from .expert_neurons import all_run, neurons_of
+from .expert_neurons import all_run, is_flat, neurons_of
 from .labels import NOBODY
 from .reading import IrregularRows, Reading
 from .trace import Call
@@ -90,9 +90,17 @@ def _block_of(reading: Reading, router: str, size: int) -> tuple[str, str] | Non
         if path not in reading.forward.calls:
             continue
         for inner, module in reading.modules[path].named_modules():
-            if any(is_stack(p, size) for p in module.parameters(recurse=False)):
-                return path, f"{path}.{inner}".rstrip(".")
+            place = f"{path}.{inner}".rstrip(".")
+            is_held = any(is_stack(p, size) for p in module.parameters(recurse=False))
+            if is_held or _holds_flat(module, reading.forward.calls.get(place), size):
+                return path, place
     return None
+
+
+def _holds_flat(module: nn.Module, call: Call | None, size: int) -> bool:
+    """Whether a module that is told who was chosen holds the matrices of experts on each other."""
+    is_told = call is not None and find_chosen(call.args, call.kwargs) is not None
+    return is_told and any(is_flat(p, size) for p in module.parameters())
 
 
 def is_stack(tensor: Tensor, size: int) -> bool:
@@ -172,6 +180,8 @@ def expert_versions(
         )
     ]
     neurons = neurons_of(module, inside, chosen, call, experts)
+    if neurons is None and not any(is_stack(p, routing.size) for p in module.parameters()):
+        raise StructureError("its experts are rows of one matrix, and no neurons of them were told")
     if neurons is None:
         return () if is_fixed else tuple((axis,) for axis in alone)
     fixed = replace(experts, minimum=experts.size)
@@ -179,7 +189,7 @@ def expert_versions(
         return ((fixed, replace(neurons, minimum=experts.size)),)
     return (
         *((axis, replace(neurons, minimum=axis.minimum)) for axis in alone),
-        *((axis,) for axis in alone),
+        *((axis,) for axis in alone if any(part.each for part in neurons.slices)),
         (fixed, replace(neurons, minimum=experts.size)),
     )
 

@@ -381,9 +381,31 @@ MIXTURES: dict[str, Family] = {
             "attn_temperature_tuning": False,
         },
     ),
+    "dbrx": Family(
+        "DbrxConfig",
+        "DbrxForCausalLM",
+        "causal",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            "ffn_config": {
+                "ffn_hidden_size": 24,
+                "hidden_size": 64,
+                "moe_num_experts": 6,
+                "moe_top_k": 2,
+            },
+            **SPECIAL,
+        },
+    ),
 }
 ALL_RUN = ("llama4",)
 """Mixtures whose experts all run for every token, on inputs that are 0 where one is not chosen."""
+OWN_KERNELS = (*ALL_RUN, "dbrx")
+"""Mixtures whose experts do not run behind Transformers' interface."""
 
 
 @dataclass(frozen=True)
@@ -417,7 +439,7 @@ def build(
     family = {**FAMILIES, **CONV_FAMILIES, **MIXTURES}[name]
     config = getattr(transformers, family.config)(**{**family.kwargs, **overrides})
     config._attn_implementation = attn
-    if name in MIXTURES and name not in ALL_RUN:
+    if name in MIXTURES and name not in OWN_KERNELS:
         config._experts_implementation = "eager" if dtype is torch.float64 else "grouped_mm"
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
