@@ -42,6 +42,7 @@ class ExaminedModel:
         model: As of `GradNASPruner`, and so are the others.
         layout: ``auto``, ``stock`` or ``per_layer``.
         rules: What must stay.
+        layers: Whether whole layers may go, too.
         accelerator: Of the processes that work together.
 
     Raises:
@@ -55,6 +56,7 @@ class ExaminedModel:
         *,
         layout: str,
         rules: Mapping[str, Any] | None,
+        layers: bool,
         accelerator: Accelerator | PartialState | None,
     ) -> None:
         check_choice("layout", layout, LAYOUTS)
@@ -62,6 +64,7 @@ class ExaminedModel:
         self._processes = Processes(accelerator)
         self.rules = parse_rules(rules)
         self.layout = self._requested = layout
+        self._layers = layers
         self.layout_reason = ""
         self._prunable: Prunable | None = None
         self._checked: set[tuple[Budget, ...]] = set()
@@ -126,6 +129,7 @@ class ExaminedModel:
             check_savable(self.model)  # a head that was replaced may be at fault, not the data
             raise
         given: dict[str, Any] = {"rules": self.rules, "flops_length": flops_length}
+        given["layers"] = self._layers
         # A caller without gradients, as evaluation has it: the search needs some.
         with (
             uncompiled(),

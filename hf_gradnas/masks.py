@@ -1,9 +1,10 @@
 """Masks on the units of a model: multiply the values of every unit by zeros and ones.
 
 Knows where a unit is among the activations (`Axis.taps`), and how its kind is masked
-(`KindRow.mask`): experts are excluded before the router chooses (`routing`). Knows nothing of
-scores and plans. A mask at 1 changes no bit, and its gradient is ``∂L/∂m_i = Σ_tokens Σ_{d in unit
-i} x·∂L/∂x`` over all these places.
+(`KindRow.mask`): experts are excluded before the router chooses (`routing`), layers are bypassed.
+Knows nothing of scores and plans. A mask at 1 changes no bit, and its gradient is ``∂L/∂m_i =
+Σ_tokens Σ_{d in unit i} x·∂L/∂x`` over all these places, or for a layer from x to y, ``Σ (y -
+x)·∂L/∂y``.
 
 Norms between the producers and consumers of channels add a bias to zeros, and their statistics may
 span channels. So `masked` gives them the result that the norm has once it is cut.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import PlanError, StructureError
 from .routing import chosen_in, excluded, with_weights
-from .running.hooks import When, add_hook, add_pre_hook, module_at, only_when
+from .running.hooks import When, add_hook, add_pre_hook, module_at, only_when, stream_in
 from .stacks import MultiplyStack
-from .surgery.rows import Kept, cut_part, lost_units
+from .surgery.rows import Kept, cut_part, gone_layers, lost_units
 from .types import KINDS, Axis, Mask, Tap, is_integer
 
 
@@ -76,13 +78,15 @@ def masked(
     """
     by_name = {axis.name: axis for axis in axes}
     masks = {name: _mask_of(by_name, name, units) for name, units in kept.items()}
-    masking = [by_name[name] for name in masks]
-    by_mask: dict[Mask, list[Axis]] = {"multiply": [], "exclude": []}
+    gone = gone_layers(by_name.values(), kept)  # what is in them has no effect
+    masking = [by_name[name] for name in masks if by_name[name].within not in gone]
+    by_mask: dict[Mask, list[Axis]] = {"multiply": [], "exclude": [], "bypass": []}
     for axis in masking:
         by_mask[KINDS[axis.kind].mask].append(axis)
     with (
         multiplied(model, by_mask["multiply"], masks, when=when),
         excluded(model, by_mask["exclude"], masks, when=when),
+        bypassed(model, by_mask["bypass"], masks, when=when),
         _normed(model, masking, masks, kept, when=when),
     ):
         yield
@@ -104,7 +108,9 @@ def mask_leaves(model: nn.Module, axes: Iterable[Axis]) -> Iterator[dict[str, Te
     """
     axes = list(axes)
     leaves = {axis.name: _ones_for(out_projection(model, axis), axis.size) for axis in axes}
-    with multiplied(model, axes, leaves):
+    layers = [axis for axis in axes if axis.is_layer]
+    others = [axis for axis in axes if not axis.is_layer]
+    with multiplied(model, others, leaves), bypassed(model, layers, leaves):
         yield leaves
 
 
@@ -169,6 +175,68 @@ def multiplied(
                 else:
                     add_hook(stack, module, only_when(operation.on_output, when))
         yield
+
+
+@contextmanager
+def bypassed(
+    model: nn.Module,
+    axes: Iterable[Axis],
+    masks: Mapping[str, Tensor],
+    *,
+    when: When | None = None,
+) -> Iterator[None]:
+    """Let layers put out ``m·y + (1 - m)·x`` within the block: all they add is masked.
+
+    Args:
+        model: The model.
+        axes: Axes of one layer each.
+        masks: ``(1,)`` per axis name; gradients reach those that require them.
+        when: As in `masked`.
+
+    Raises:
+        StructureError: An axis does not fit the model.
+    """
+    with ExitStack() as stack:
+        for axis in axes:
+            layer = module_at(model, axis, axis.taps[0].module)
+            hook = only_when(_Bypass(masks[axis.name]), when)
+            add_hook(stack, layer, hook, with_kwargs=True)
+        yield
+
+
+class _Bypass:
+    """Hook that mixes what a layer puts out ``y`` with what it was given ``x``.
+
+    Args:
+        mask: ``m``, of one entry.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        x = stream_in(args, kwargs)
+        if not isinstance(output, tuple):
+            return self._mixed(x, output)
+        # A second stream beside the first (XLNet) has its place among the arguments, too.
+        pairs = zip_longest([x, *args[1 : len(output)]], output)
+        return tuple(self._mixed(a, b) if _are_streams(a, b, x) else b for a, b in pairs)
+
+    def _mixed(self, x: Tensor, y: Tensor) -> Tensor:
+        mask = self.mask.to(device=y.device, dtype=y.dtype)
+        if mask.requires_grad or 0 < mask < 1:
+            return mask * y + (1 - mask) * x
+        return y if mask else x  # no NaN of a layer that is gone
+
+
+def _are_streams(before: Any, after: Any, first: Tensor) -> bool:
+    """Whether two values are a stream before and after a layer, of the kind of the first one."""
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+        return False
+    is_kept = before.shape == after.shape and before.is_floating_point()
+    return is_kept and (before.ndim, before.shape[-1]) == (first.ndim, first.shape[-1])
 
 
 def _by_place(taps: Iterable[Tap]) -> dict[tuple[str, str, int], list[Tap]]:

@@ -58,6 +58,8 @@ class GradNASPruner(ExaminedModel):
             expressed by the stock class.
         rules: Ordered mapping from a glob over module paths to None (keep) or ``{"min": …,
             "multiple": …}``; later entries win.
+        layers: Whether whole layers may go, too. Then they compete with heads and neurons on one
+            scale, and one layer of every stack stays.
         accelerator: An ``accelerate.Accelerator`` or ``PartialState``: all processes score their
             share, get the same plan and cut; the main one writes. Each calls the same methods.
 
@@ -79,11 +81,12 @@ class GradNASPruner(ExaminedModel):
         search: str = "lagrangian",
         layout: str = "auto",
         rules: Mapping[str, Any] | None = None,
+        layers: bool = False,
         accelerator: Accelerator | PartialState | None = None,
     ) -> None:
         check_choice("score", score, (AUTO, *METHODS))
         check_choice("search", search, STRATEGIES)
-        super().__init__(model, layout=layout, rules=rules, accelerator=accelerator)
+        super().__init__(model, layout=layout, rules=rules, layers=layers, accelerator=accelerator)
         self.score_method = score
         self.search = search
         self._scores: Scores | None = None

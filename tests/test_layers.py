@@ -38,7 +38,7 @@ THIRD_PARTY = {
 # Travels inside checkpoints as one file, so it stands alone and may be longer.
 SELF_CONTAINED = "surgery/modeling_gradnas.py"
 MAX_FILE_LINES = 400
-MAX_SELF_CONTAINED_LINES = 700
+MAX_SELF_CONTAINED_LINES = 740
 MAX_FUNCTION_LINES = 60
 
 

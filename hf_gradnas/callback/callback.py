@@ -55,10 +55,11 @@ class GradNASCallback(TrainerCallback, ExportableState):
             `dataloader` is given or `attach` is called; otherwise trained under the masks of the
             plan, which is the same function, and cut at the end. ``"gradual"``: masked in
             `stages` while training, and cut at the end.
-        score: As of `GradNASPruner`, and so are `search`, `layout` and `rules`.
+        score: As of `GradNASPruner`, and so are `search`, `layout`, `rules` and `layers`.
         search: Strategy of the search.
         layout: How the result is written.
         rules: What must stay.
+        layers: Whether whole layers may go.
         dataloader: Batches to score with, in private passes; None: a sample of the trainer's data.
         num_examples: How many examples to score with; None: all of the data, which must end.
         labels: ``"data"`` or ``"model"`` (drawn from the model's predictions), in private passes.
@@ -76,11 +77,8 @@ class GradNASCallback(TrainerCallback, ExportableState):
         PlanError: An argument is unknown, or two contradict each other.
 
     Example:
-        >>> trainer = Trainer(                                         # doctest: +SKIP
-        ...     model, args, train_dataset=data,
-        ...     callbacks=[GradNASCallback({"flops": "50%"}, when="gradual")],
-        ... )
-        >>> trainer.train()                                            # doctest: +SKIP
+        >>> callback = GradNASCallback({"flops": "50%"}, when="gradual")
+        >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
     """
 
     def __init__(  # noqa: PLR0913 - what a pruner, a search and a schedule take, all with defaults
@@ -92,6 +90,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         search: str = "lagrangian",
         layout: str = "auto",
         rules: Mapping[str, Any] | None = None,
+        layers: bool = False,
         dataloader: Iterable[Mapping[str, Any]] | None = None,
         num_examples: int | None = 512,
         labels: str = "data",
@@ -111,6 +110,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             search=search,
             layout=layout,
             rules=rules,
+            layers=layers,
             num_examples=num_examples,
             labels=labels,
             schedule=schedule,
@@ -157,6 +157,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             "layout": found.layout,
             "repair": found.repair,
             "rules": found.rules() or None,
+            "layers": "layers" in found.axes,
             "num_examples": found.num_examples,
             "labels": found.labels or "data",
         }

@@ -74,6 +74,7 @@ class Run:
             search=settings.search,
             layout=settings.layout,
             rules=settings.rules,
+            layers=settings.layers,
             accelerator=args.distributed_state,
         )
         self.model = self._pruner.model

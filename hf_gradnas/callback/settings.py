@@ -41,6 +41,7 @@ class Settings:
     search: str = "lagrangian"
     layout: str = "auto"
     rules: Mapping[str, Any] | None = None
+    layers: bool = False
     num_examples: int | None = 512
     labels: str = "data"
     schedule: str = "cubic"

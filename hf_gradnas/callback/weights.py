@@ -11,7 +11,7 @@ The exception are channels that pass a norm over channels, whose statistics coun
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..config.limits import Rules, rule_for
 from ..errors import StructureError
 from ..running.hooks import tensor_at
 from ..surgery.rows import Kept, lost_units
-from ..types import KINDS, Axis
+from ..types import KINDS, Axis, Mask
 
 # Dimension of a weight that counts its inputs; first match wins.
 INPUT_DIMS: tuple[tuple[type[nn.Module], int], ...] = (
@@ -32,6 +32,13 @@ INPUT_DIMS: tuple[tuple[type[nn.Module], int], ...] = (
     (_ConvTransposeNd, 0),
     (_ConvNd, 1),
 )
+
+
+NOT_BY_WEIGHTS: Mapping[Mask, str] = {
+    "exclude": "would still be chosen",
+    "bypass": "would still add biases and norms",
+}
+"""Why zeros in the weights are not the mask of a kind, by how it is masked."""
 
 
 def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None:
@@ -45,11 +52,11 @@ def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None
     for axis in axes:
         if rule_for(axis, rules) is None:
             continue
-        if KINDS[axis.kind].mask == "exclude":
+        if KINDS[axis.kind].mask in NOT_BY_WEIGHTS:
             raise StructureError(
-                f"{axis.name}: {KINDS[axis.kind].plural} with weights of 0 would still be chosen, "
-                "so that they cannot be masked while the model trains; use when='end', "
-                "when='begin' with dataloader=…, or keep them with "
+                f"{axis.name}: {KINDS[axis.kind].plural} with weights of 0 "
+                f"{NOT_BY_WEIGHTS[KINDS[axis.kind].mask]}, so that they cannot be masked while the "
+                "model trains; use when='end', when='begin' with dataloader=…, or keep them with "
                 f"rules={{'*:{axis.kind}': None}}."
             )
         for tap in axis.norms:

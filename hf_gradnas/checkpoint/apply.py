@@ -27,6 +27,7 @@ from ..errors import CutError, GradNASWarning, PlanError, described
 from ..masks import masked
 from ..repair.repairs import Repair, exchange_weights
 from ..running.wrappers import evaluating, without_autocast
+from ..stock.layers import drop_layers
 from ..stock.rewrite import native_layers, write_per_layer, write_stock
 from ..stock.values import locate_axes
 from ..surgery.cut import Record, check_kept, cut, make_per_layer, merge_records
@@ -83,7 +84,9 @@ def apply_plan(
         undo.pop_all()  # the new weights stay
     _write_config(model.config, model, plan, structure, space)
     renumber_heads(model, structure.axes, plan.kept)
-    if plan.layout == "per_layer":
+    if plan.layout == "stock":
+        drop_layers(model, structure.axes, plan.kept)
+    else:
         if earlier is not None:
             record = merge_records(translated(earlier, model), record)
         make_per_layer(model, {**record, "native": native} if native else record)

@@ -21,7 +21,8 @@ from ..config.limits import Rules, rule_for
 from ..costs.counting import counted
 from ..errors import StructureError, described
 from ..stock.space import find_stock_space, layout_for
-from ..types import KINDS, Axis, Plan, Prunable, Refusal, StockSpace, Structure
+from ..structure.layers import put_within
+from ..types import KINDS, Axis, Kind, Plan, Prunable, Refusal, StockSpace, Structure
 from ..verification import find_structure
 from .apply import apply_plan, calls_of, difference, outputs_of
 from .twin import build_twin, entries, fill_twin
@@ -34,6 +35,7 @@ def find_prunable(
     layout: str = "auto",
     rules: Rules | None = None,
     flops_length: int | None = None,
+    layers: bool = False,
 ) -> Prunable:
     """Find, prove and rehearse the axes, decide the layout, and count the costs.
 
@@ -43,6 +45,7 @@ def find_prunable(
         layout: ``"auto"``, ``"stock"`` or ``"per_layer"``.
         rules: What must stay; globs that match nothing do nothing.
         flops_length: Tokens of the one sequence that FLOPs are counted for; None: the batch's.
+        layers: Whether whole layers may go, too.
 
     Raises:
         DataError: The model cannot run the batch.
@@ -56,7 +59,8 @@ def find_prunable(
         allowed = [axis for axis in structure.axes if rule_for(axis, rules) is not None]
         return space, *layout_for(space, allowed, requested=layout)
 
-    structure, space, chosen, reason = rehearsed(model, find_structure(model, batch), batch, decide)
+    found = find_structure(model, batch, layers=layers)
+    structure, space, chosen, reason = rehearsed(model, found, batch, decide)
     sample = flops_inputs(batch, flops_length, decoder=bool(model.config.is_encoder_decoder))
     return counted(model, structure, sample, space=space, layout=chosen, reason=reason)
 
@@ -75,8 +79,8 @@ def rehearsed(
 ) -> tuple[Structure, StockSpace, str, str]:
     """The axes of a structure that can be cut, built again and run; the others are refused.
 
-    Where only the removal of whole sub-layers fails, one unit has to stay. One smaller copy of the
-    model is alive at a time.
+    Where only the removal of whole sub-layers fails, one unit has to stay. Layers are tried after
+    all else. One smaller copy of the model is alive at a time.
 
     Args:
         model: The whole model, its weights readable.
@@ -91,6 +95,25 @@ def rehearsed(
         PlanError: `decide` does.
         StructureError: None of the axes can be cut.
     """
+    layers = [axis for axis in structure.axes if axis.is_layer]
+    if not layers:
+        return _rehearsed(model, structure, sample, decide)
+    inner = tuple(replace(axis, within="") for axis in structure.axes if not axis.is_layer)
+    without = _rehearsed(model, replace(structure, axes=inner), sample, decide)
+    found = without[0]
+    whole = replace(found, axes=put_within(found.axes, layers))
+    with_layers = decide(whole)
+    reason = _fault(model, whole, sample, with_layers, removals=True)
+    if not reason:
+        return whole, *with_layers
+    refusals = (Refusal(layer.module, str(layer.kind), reason) for layer in layers)
+    return replace(found, refusals=(*found.refusals, *refusals)), *without[1:]
+
+
+def _rehearsed(
+    model: PreTrainedModel, structure: Structure, sample: Mapping[str, Any], decide: Decide
+) -> tuple[Structure, StockSpace, str, str]:
+    """As `rehearsed`, for axes that are inside of layers."""
     decision = decide(structure)
     if not _fault(model, structure, sample, decision, removals=True):
         return structure, *decision
@@ -200,7 +223,8 @@ def trial_plan(axes: Sequence[Axis], space: StockSpace, layout: str, *, removals
         axes: All axes.
         space: What the stock class can express.
         layout: ``"stock"`` or ``"per_layer"``.
-        removals: In ``"per_layer"``, the last axes of each kind lose all units if they may.
+        removals: In ``"per_layer"``, the last axes of each kind lose all units if they may; and one
+            layer goes.
     """
     counts = _stock_counts(axes, space) if layout == "stock" else _counts(axes, removals)
     kept: dict[str, tuple[int, ...]] = {}
@@ -224,7 +248,16 @@ def trial_plan(axes: Sequence[Axis], space: StockSpace, layout: str, *, removals
                     range(group * per_group, (group + 1) * per_group), stay, axis.name
                 )
             )
+    gone = _gone_layer(axes, space, layout) if removals else ""
+    kept |= {axis.name: () for axis in axes if gone and gone in (axis.name, axis.within)}
     return Plan(kept, sizes, layout)
+
+
+def _gone_layer(axes: Sequence[Axis], space: StockSpace, layout: str) -> str:
+    """The layer that a trial does without: one of the middle, so that others are counted anew."""
+    able = {name for group in space.groups for name in group.axes}
+    layers = [a.name for a in axes if a.is_layer and (layout == "per_layer" or a.name in able)]
+    return layers[(len(layers) - 1) // 2] if len(layers) > 1 else ""
 
 
 def _draw(units: range, count: int, key: str) -> tuple[int, ...]:
@@ -238,6 +271,7 @@ def _counts(axes: Sequence[Axis], removals: bool) -> dict[str, int]:
     counts: dict[str, int] = {}
     last = {(axis.kind, axis.parent is None): axis for axis in axes}
     going = {a.name for a in last.values() if removals and not a.minimum and _is_one_of(a, axes)}
+    going -= {axis.name for axis in axes if axis.is_layer}  # see `_gone_layer`
     going |= {a.parent for a in axes if a.name in going and a.parent}
     going |= {a.name for a in axes if a.parent in going}
     for index, axis in enumerate(axes):
@@ -261,6 +295,8 @@ def _stock_counts(axes: Sequence[Axis], space: StockSpace) -> dict[str, int]:
     counts = {axis.name: axis.size for axis in axes}
     by_name = {axis.name: axis for axis in axes}
     for group in space.groups:
+        if str(Kind.LAYERS) in group.keys:
+            continue
         members = [by_name[name] for name in group.axes]
         whole = {str(axis.kind): axis.size for axis in members}
         fewest = {str(axis.kind): max(axis.minimum, 1) for axis in members}

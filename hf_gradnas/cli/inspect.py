@@ -154,6 +154,7 @@ def inspect_recipe(recipe: Recipe, *, given: frozenset[str] = frozenset()) -> In
         layout=recipe.layout,
         rules=parse_rules(recipe.rules()),
         flops_length=length if has_tokens else None,
+        layers="layers" in recipe.axes,
         notes=tuple(notes),
     )
 
@@ -182,6 +183,7 @@ def inspect_model(
     layout: str = "auto",
     rules: Rules | None = None,
     flops_length: int | None = None,
+    layers: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Inspection:
     """Find and prove the axes, decide the layout, and count costs in all layouts.
@@ -204,6 +206,7 @@ def inspect_model(
             layout=layout,
             rules=rules,
             flops_length=flops_length,
+            layers=layers,
         )
     except StructureError as error:
         raise _NothingError(str(error)) from error

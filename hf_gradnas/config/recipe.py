@@ -239,10 +239,10 @@ class Recipe(Settings):
         "Default: <output>.scores.safetensors.",
         json_schema_extra=_named(_PLAN, "FILE"),
     )
-    axes: tuple[Literal["heads", "neurons", "experts", "channels"], ...] = Field(
+    axes: tuple[Literal["heads", "neurons", "experts", "channels", "layers"], ...] = Field(
         default=(),
         description="Kinds of units that may go, such as heads,neurons; heads with their KV "
-        "groups. Default: all that are found.",
+        "groups. Default: all that are found but whole layers.",
         json_schema_extra=_named(_PLAN, "KIND"),
     )
     exclude: tuple[str, ...] = Field(

@@ -36,13 +36,15 @@ def params_cost(
     while_kept = {
         axis.name: float(sum(_rest(axis, axes, alone).values()))
         for axis in axes
-        if axis.removal is not None
+        if axis.removal is not None and not axis.is_layer
     }
     total = float(sum(prod(shape) for shape in shapes.values()))
     model = _close("params", total, axes, per_unit, while_kept, products)
+    in_layers = {axis.name: _elements_in(axis.module, alone) for axis in axes if axis.is_layer}
+    model = _with_layers(model, axes, in_layers)
     if layout == "per_layer":
         own = {axis.name: float(_own_table_rows(axis, shapes)) for axis in axes}
-        per_unit = {name: value + own[name] for name, value in per_unit.items()}
+        per_unit = {name: value + own[name] for name, value in model.per_unit.items()}
         return replace(model, per_unit=per_unit, shared=tuple(_shared(axes, own)))
     return model
 
@@ -71,6 +73,7 @@ def flops_cost(
     rows: Mapping[str, float],
     macs_per_head: Mapping[str, float],
     total_flops: float,
+    in_layers: Mapping[str, float] | None = None,
 ) -> CostModel:
     """FLOPs (2 x multiply-accumulates) of one forward.
 
@@ -81,6 +84,7 @@ def flops_cost(
             that is not in a matmul (a look-up table) is missing or 0.
         macs_per_head: MACs of the products between activations per head, per ``heads`` axis.
         total_flops: FLOPs of the whole forward.
+        in_layers: FLOPs of each layer, per axis of a layer.
     """
     products = _products(axes, shapes, {name: 2.0 * rows.get(name, 0) for name in shapes})
     stacks, sizes = _stacks(axes), {axis.name: axis.size for axis in axes}
@@ -104,9 +108,31 @@ def flops_cost(
         axis.name: 2.0
         * sum(size * rows.get(name, 0) for name, size in _rest(axis, axes, shapes).items())
         for axis in axes
-        if axis.removal is not None
+        if axis.removal is not None and not axis.is_layer
     }
-    return _close("flops", total_flops, axes, per_unit, while_kept, products, rates)
+    model = _close("flops", total_flops, axes, per_unit, while_kept, products, rates)
+    return _with_layers(model, axes, in_layers or {})
+
+
+def _elements_in(path: str, shapes: Shapes) -> float:
+    """Parameters below a path."""
+    return float(sum(prod(size) for name, size in shapes.items() if name.startswith(f"{path}.")))
+
+
+def _with_layers(
+    model: CostModel, axes: Sequence[Axis], in_layers: Mapping[str, float]
+) -> CostModel:
+    """The closed form in which a layer costs what is in it beside the axes that are in it.
+
+    So that a layer that goes, with all units of these axes, takes all its cost along.
+    """
+    sizes = {axis.name: axis.size for axis in axes}
+    per_unit, constant = dict(model.per_unit), model.constant
+    for layer, amount in in_layers.items():
+        without = {a.name: 0 if a.within == layer else a.size for a in axes}
+        per_unit[layer] = amount - (model.of(sizes) - model.of(without))
+        constant -= per_unit[layer]
+    return replace(model, per_unit=per_unit, constant=constant)
 
 
 def _products(

@@ -60,6 +60,7 @@ def count_costs(
         rows=rows,
         macs_per_head={a.name: _macs_per_head(a, trace) for a in axes if KINDS[a.kind].attends},
         total_flops=total_flops,
+        in_layers={a.name: _flops_in(a.module, trace) for a in axes if a.is_layer},
     )
     params = params_cost(axes, shapes, layout=layout, tied=_tied(model))
     elements = {name: float(prod(shape)) for name, shape in shapes.items()}
@@ -147,6 +148,11 @@ def _macs_per_head(axis: Axis, trace: Trace) -> float:
         and _heads_of(event) == axis.size
     )
     return macs / axis.size
+
+
+def _flops_in(path: str, trace: Trace) -> float:
+    """FLOPs of all products that a module and those in it run."""
+    return 2.0 * sum(e.macs for e in trace.events if f"{e.module}.".startswith(f"{path}."))
 
 
 def _heads_of(event: Matmul) -> int:

@@ -342,6 +342,7 @@ def make_pruner(
         search=recipe.search,
         layout=recipe.layout,
         rules=recipe.rules(),
+        layers="layers" in recipe.axes,
         accelerator=processes.accelerator,
     )
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..running.hooks import add_hook, add_pre_hook
-from ..surgery.rows import Kept
+from ..surgery.rows import Kept, gone_layers
 from ..types import Axis
 from .memory import address_of, tensors_of
 from .readers import Feed, Found, Gate, Place, Reader, others_of, readers_of
@@ -64,8 +64,12 @@ def find_readers(
         call: Arguments of the forward.
         examples: Examples in it.
     """
-    readers, reasons = readers_of(model, axes, kept)
-    trace = _Trace(model, readers, others_of(model, readers), examples)
+    layers = gone_layers(axes, kept)  # nothing in them is run
+    gone = tuple(f"{axis.module}." for axis in axes if axis.name in layers)
+    staying = [axis for axis in axes if axis.within not in layers]
+    readers, reasons = readers_of(model, staying, kept)
+    others = {m: path for m, path in others_of(model, readers).items() if not path.startswith(gone)}
+    trace = _Trace(model, readers, others, examples)
     with torch.no_grad(), trace.attached():
         model(**call)
     mendable: list[Reader] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -65,6 +65,16 @@ def add_hook(
 def _remove(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def stream_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The residual stream among the arguments of a layer; None where it takes none."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def stream_out(output: Any) -> Any:
+    """The residual stream in what a layer returns, alone or before other things."""
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def only_when(hook: Any, when: When | None) -> Any:

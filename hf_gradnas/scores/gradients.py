@@ -25,7 +25,7 @@ from ..routing import (
     rows_of_all,
     with_weights,
 )
-from ..running.hooks import add_hook, add_pre_hook
+from ..running.hooks import add_hook, add_pre_hook, stream_in, stream_out
 from ..stacks import WatchProducts
 from ..tokens import Following
 from ..types import Axis
@@ -97,6 +97,9 @@ class GradientRecorder:
                     add_hook(stack, site.module, partial(self._watch_every, site))
                 elif site.side == "input":
                     add_pre_hook(stack, site.module, partial(self._watch, site))
+                elif site.side == "bypass":
+                    hook = partial(self._watch_layer, site)
+                    add_hook(stack, site.module, hook, with_kwargs=True)
                 else:
                     add_hook(stack, site.module, partial(self._watch_output, site))
             yield
@@ -195,6 +198,29 @@ class GradientRecorder:
         (axis, _), *_ = site.places
         values = per_expert(chosen, weights.float() * gradient.float(), axis.size)  # (tokens, E)
         self._add_features(site, values.view(self._num_examples, -1, axis.size))
+
+    def _watch_layer(
+        self, site: Site, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        """Forward hook: have the gradient of what a layer puts out reported.
+
+        A mask on it gives ``m·y + (1 - m)·x``, whose gradient by ``m`` is ``(y - x)·∂L/∂y``.
+        """
+        if not torch.is_grad_enabled():
+            return None
+        x, y = stream_in(args, kwargs), stream_out(output)
+        self._check_rows(site, y.shape[0])
+        own = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
+        own.register_hook(partial(self._add_layer, site, x.detach(), y.detach()))
+        return (own, *output[1:]) if isinstance(output, tuple) else own
+
+    def _add_layer(self, site: Site, x: Tensor, y: Tensor, gradient: Tensor) -> None:
+        """Tensor hook: add ``(y - x)·gradient`` to the site's sums."""
+        product = self._buffer(gradient)
+        multiply(y - x, gradient, product)
+        # (examples, positions, …, features), or (examples * positions, features)
+        values = product.flatten(min(product.ndim - 1, 2)).sum(-1)
+        self._add_features(site, values.reshape(self._num_examples, -1, 1))
 
     def _watch_every(
         self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor

@@ -70,12 +70,17 @@ def _taylor(gradients: Tensor, count: int) -> Tensor:
 
 
 def _magnitude(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, np.ndarray]:
-    """Squared norm of each unit's weights; a KV group counts the heads in it."""
+    """Squared norm of each unit's weights; a KV group counts its heads, a layer all that it has."""
     axes = list(axes)
     parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     own = {axis.name: _norms(axis, parameters) for axis in axes}
     scores = dict(own)
     for axis in axes:
+        if axis.is_layer:
+            inside = [p for n, p in parameters.items() if n.startswith(f"{axis.module}.")]
+            scores[axis.name] = np.array(
+                [sum(float(whole(p).double().square().sum()) for p in inside)]
+            )
         if axis.parent in own:
             groups = own[axis.parent].size
             scores[axis.parent] = own[axis.parent] + own[axis.name].reshape(groups, -1).sum(1)
@@ -204,9 +209,13 @@ def _raised(squares: Tensor, power: float) -> Tensor:
 
 
 def _squared_norms(rows: Mapping[str, Tensor], axes: Sequence[Axis]) -> Tensor:
-    """Squared norm of every row ``(examples, rows)`` over all axes but those of KV groups."""
-    groups = {axis.parent for axis in axes}  # their gradients are sums of their heads'
-    parts = [wide(rows[axis.name]).square().sum(-1) for axis in axes if axis.name not in groups]
+    """Squared norm of every row ``(examples, rows)``, without KV groups, experts and layers.
+
+    What is in them is there itself; so the scores of the others do not depend on them.
+    """
+    groups = {axis.parent for axis in axes}
+    own = [axis for axis in axes if axis.name not in groups and not axis.is_layer] or axes
+    parts = [wide(rows[axis.name]).square().sum(-1) for axis in own]
     longest = max(parts, key=lambda part: part.shape[1])
     squares = torch.zeros_like(longest)
     for part in parts:

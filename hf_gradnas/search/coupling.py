@@ -120,7 +120,11 @@ class Walk:
 
 
 def couple(
-    blocks: Sequence[Block], whole: Sequence[Axis], costs: Sequence[CostModel]
+    blocks: Sequence[Block],
+    whole: Sequence[Axis],
+    costs: Sequence[CostModel],
+    *,
+    gone: Sequence[Axis] = (),
 ) -> Coupling | None:
     """Exact costs of the plans of a space; None where no product has an axis that is decided.
 
@@ -128,10 +132,11 @@ def couple(
         blocks: What is decided; their costs have one row per entry of `costs`.
         whole: Axes that stay whole.
         costs: Budgeted costs.
+        gone: Axes that lose all units.
     """
     if not blocks or not any(cost.products for cost in costs):
         return None
-    fixed = {axis.name: axis.size for axis in whole}
+    fixed = {axis.name: axis.size for axis in whole} | {axis.name: 0 for axis in gone}
     none = fixed | {axis.name: 0 for block in blocks for axis in block.axes}
     constant = np.array([replace(cost, products=()).of(none) for cost in costs])
     found: dict[Term, np.ndarray] = {}

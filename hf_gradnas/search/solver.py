@@ -6,7 +6,8 @@ writes the plan down. Whether budgets can be reached is known without scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .binary import search_binary
 from .choices import Choices
 from .descent import search_coupled
 from .lagrangian import search_lagrangian
+from .layers import PATIENCE, layer_choices
 from .space import (
     CoupledProblem,
     Problem,
@@ -92,17 +94,18 @@ def find_plans(
     _check_search(search)
     values, exponent = _scaled(prunable.axes, scores)
     names = [_names(limits, prunable.costs) for limits in budgets]
-    spaces = {
-        key: build_space(
-            prunable, values, key, rules=rules or {}, choices=choices, whole=scores.unscored
-        )
-        for key in dict.fromkeys(names)
-    }
+    given: dict[str, Any] = {"rules": rules or {}, "whole": scores.unscored}
     plans = []
+
+    @cache
+    def space_of(key: tuple[str, ...], layers: frozenset[str]) -> Space:
+        return build_space(prunable, values, key, choices=choices, layers=layers, **given)
+
     for key, limits in zip(names, budgets, strict=True):
-        space = spaces[key]
-        _check(space.lowest(), limits, prunable)
-        picks, loss = _solve(space, limits, search=search, fill=fill)
+        gone = layer_choices(prunable, values, key, **given)
+        _check(space_of(key, gone[-1]).lowest(), limits, prunable)
+        spaces = (space_of(key, layers) for layers in gone)
+        space, picks, loss = _best(spaces, values, limits, search=search, fill=fill)
         plans.append(
             Plan(
                 **_outcome(prunable, space.kept(picks)),
@@ -139,7 +142,10 @@ def lowest_costs(
     """
     names = _names(budgets, prunable.costs) if budgets else tuple(prunable.costs)
     nothing = {axis.name: np.zeros(axis.size) for axis in prunable.axes}
-    return build_space(prunable, nothing, names, rules=rules or {}, choices=choices).lowest()
+    *_, layers = layer_choices(prunable, nothing, names, rules=rules or {})
+    return build_space(
+        prunable, nothing, names, rules=rules or {}, choices=choices, layers=layers
+    ).lowest()
 
 
 def check_budgets(
@@ -250,6 +256,50 @@ def _checked(axis: Axis, scores: Scores) -> np.ndarray:
                 f"unit {int(wrong.argmax())}; score again, with data whose loss is finite."
             )
     return values
+
+
+def _best(
+    spaces: Iterable[Space],
+    scores: Mapping[str, np.ndarray],
+    budgets: Sequence[Budget],
+    *,
+    search: str,
+    fill: bool,
+) -> tuple[Space, list[int], float]:
+    """The space whose plan has the smallest predicted loss, with that plan and its loss.
+
+    Args:
+        spaces: With more and more layers gone; the last one reaches every budget by itself.
+        scores: ``(size,)`` per axis name.
+        budgets: Simultaneous limits.
+        search: A name in `STRATEGIES`.
+        fill: As of `find_plans`.
+
+    Raises:
+        BudgetError: No space has a plan that meets all budgets.
+    """
+    best: tuple[Space, list[int], float] | None = None
+    refusal: BudgetError | None = None
+    worse = 0
+    for space in spaces:
+        lowest = space.lowest()
+        if any(budget.limit < lowest[budget.cost] for budget in budgets):
+            continue
+        try:
+            picks, loss = _solve(space, budgets, search=search, fill=fill)
+        except BudgetError as error:
+            refusal = error
+            continue
+        loss += sum(float(scores[axis.name][0]) for axis in space.gone if axis.is_layer)
+        if best is None or loss < best[2]:
+            best, worse = (space, picks, loss), 0
+        else:
+            worse += 1
+        if worse == PATIENCE:
+            break
+    if best is None:
+        raise refusal or BudgetError("budgets: no plan was found that meets all of them.")
+    return best
 
 
 def _solve(

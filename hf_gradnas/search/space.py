@@ -10,7 +10,7 @@ units. Where costs couple the blocks, a plan costs what its `Coupling` says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Space:
     Attributes:
         blocks: What is decided; their costs have one row per entry of `names`.
         whole: Axes that stay whole.
+        gone: Layers that go, and the axes in them.
         names: Budgeted costs.
         fixed: ``(budgeted costs,)`` cost that no option changes.
         coupling: The exact costs where blocks multiply; then `fixed` and the blocks' costs are
@@ -40,6 +41,7 @@ class Space:
     names: tuple[str, ...]
     fixed: np.ndarray
     coupling: Coupling | None = None
+    gone: tuple[Axis, ...] = ()
 
     def lowest(self) -> dict[str, float]:
         """Lowest reachable value of each cost on its own."""
@@ -51,6 +53,7 @@ class Space:
     def kept(self, picks: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Sorted kept units of every axis when block ``b`` takes option ``picks[b]``."""
         units = {axis.name: tuple(range(axis.size)) for axis in self.whole}
+        units |= {axis.name: () for axis in self.gone}
         for block, option in zip(self.blocks, picks, strict=True):
             units |= block.kept(option)
         return units
@@ -81,6 +84,7 @@ def build_space(
     rules: Rules,
     choices: Choices | None = None,
     whole: Set[str] = frozenset(),
+    layers: Set[str] = frozenset(),
 ) -> Space:
     """Make the blocks of a layout.
 
@@ -91,27 +95,18 @@ def build_space(
         rules: Limits per glob over module paths.
         choices: Permitted counts of some axes, in place of rules and default multiples.
         whole: Names of axes that stay whole.
+        layers: Names of the layers that go, with all that is in them; the others stay.
 
     Raises:
         PlanError: The layout is unknown, or the stock space missing or not that of the axes; or
             choices are given for an axis that is unknown or cannot have them.
     """
-    axes, layout, stock = prunable.axes, prunable.layout, prunable.space
     costs = [prunable.costs[name] for name in names]
-    _check_choices(axes, choices or {})
-    if layout == "per_layer":
-        groups: list[tuple[list[Axis], StockGroup | None]]
-        groups = [(family, None) for family in _families(axes)]
-    elif layout == "stock" and stock.groups:
-        groups = [(_stock_axes(axes, group), group) for group in stock.groups]
-    elif layout == "stock":
-        raise PlanError(
-            "layout 'stock': found no group in the stock space, needed what the unmodified class "
-            "can express; measure it with find_stock_space, or use layout='per_layer'."
-        )
-    else:
-        raise PlanError(f"layout {layout!r}: unknown; use 'per_layer' or 'stock'.")
-    step_ratios = step_ratios_of(axes, costs)
+    _check_choices(prunable.axes, choices or {})
+    gone = tuple(a for a in prunable.axes if a.name in layers or a.within in layers)
+    axes = [axis for axis in prunable.axes if axis not in gone]
+    groups = _groups(prunable, [axis for axis in axes if not axis.is_layer])
+    step_ratios = step_ratios_of(prunable.axes, costs)
     blocks = []
     for members, group in groups:
         counts = choose_counts(
@@ -122,14 +117,46 @@ def build_space(
             blocks.append(make_block(members, members=selections, counts=counts, costs=costs))
     decided = {axis.name for block in blocks for axis in block.axes}
     rest = {axis.name: 0 if axis.name in decided else axis.size for axis in axes}
+    rest |= {axis.name: 0 for axis in gone}
     undecided = tuple(axis for axis in axes if axis.name not in decided)
     return Space(
         blocks=tuple(blocks),
         whole=undecided,
         names=tuple(names),
         fixed=np.array([cost.of(rest) for cost in costs]),
-        coupling=couple(blocks, undecided, costs),
+        coupling=couple(blocks, undecided, costs, gone=gone),
+        gone=gone,
     )
+
+
+def _groups(prunable: Prunable, axes: Sequence[Axis]) -> list[tuple[list[Axis], StockGroup | None]]:
+    """Axes that are decided together: those of a stock group, or in ``"per_layer"`` of a family.
+
+    Args:
+        prunable: Layout and stock space of the model.
+        axes: Those that are decided.
+
+    Raises:
+        PlanError: As of `build_space`.
+    """
+    layout, stock = prunable.layout, prunable.space
+    if layout == "per_layer":
+        return [(family, None) for family in _families(axes)]
+    if layout != "stock":
+        raise PlanError(f"layout {layout!r}: unknown; use 'per_layer' or 'stock'.")
+    if not stock.groups:
+        raise PlanError(
+            "layout 'stock': found no group in the stock space, needed what the unmodified class "
+            "can express; measure it with find_stock_space, or use layout='per_layer'."
+        )
+    others = {axis.name for axis in prunable.axes} - {axis.name for axis in axes}
+    groups = (_without(group, others) for group in stock.groups)
+    return [(_stock_axes(axes, group), group) for group in groups if group.axes]
+
+
+def _without(group: StockGroup, names: Set[str]) -> StockGroup:
+    """A group without some axes."""
+    return replace(group, axes=tuple(name for name in group.axes if name not in names))
 
 
 def _check_choices(axes: Sequence[Axis], choices: Choices) -> None:

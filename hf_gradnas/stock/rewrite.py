@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from inspect import getattr_static
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from ..errors import PlanError
+from ..surgery.rows import gone_layers
 from ..types import KINDS, Axis, Kind, Plan, StockGroup, StockSpace, Structure
+from .layers import places_left, trim_config
 from .trials import config_value, silence
 from .values import (
     AxisKey,
@@ -47,11 +50,16 @@ def write_stock(
     Raises:
         PlanError: The class cannot express the plan; nothing was written.
     """
-    counts = _counts(plan, structure)
+    structure, counts = _standing(plan, structure)
     values: dict[str, int] = {}
+    layers = str(Kind.LAYERS)
     for group in space.groups:
+        if layers in group.keys or not _members(group, structure):
+            continue
         values.update(_values(group, _uniform_counts(group, counts, structure)))
     for name, reason in space.refused.items():
+        if name not in counts:
+            continue
         size = structure[name].size
         if counts[name] != size:
             raise PlanError(
@@ -60,6 +68,11 @@ def write_stock(
             )
     for key, value in values.items():
         set_value(config, key, value)
+    for group in space.groups:
+        if layers in group.keys:
+            key = group.keys[layers]
+            number = stored(sub_config(config, key.rpartition(".")[0]))[key.rpartition(".")[2]]
+            trim_config(config, key, places_left(group, counts, number))
 
 
 def write_per_layer(
@@ -86,8 +99,10 @@ def write_per_layer(
         keys: What `locate_axes` returned.
         space: What `find_stock_space` returned.
     """
-    counts = _counts(plan, structure)
+    structure, counts = _standing(plan, structure)
     for group in space.groups:
+        if str(Kind.LAYERS) in group.keys or not _members(group, structure):
+            continue  # a layer that is gone is still in its place, and hands its input on
         for key, value in _global_values(group, counts, structure).items():
             set_value(config, key, value)
     native = native_layers(config)
@@ -99,17 +114,20 @@ def write_per_layer(
             _write_overrides(config, scope, overrides, is_native=path in native)
 
 
-def _counts(plan: Plan, structure: Structure) -> dict[str, int]:
+def _standing(plan: Plan, structure: Structure) -> tuple[Structure, dict[str, int]]:
+    """The structure without what is in layers that are gone, and how many units its axes keep."""
+    gone = gone_layers(structure.axes, plan.kept)
+    axes = tuple(axis for axis in structure.axes if axis.within not in gone)
     kept = plan.counts()
-    return {axis.name: kept.get(axis.name, axis.size) for axis in structure.axes}
+    return replace(structure, axes=axes), {a.name: kept.get(a.name, a.size) for a in axes}
 
 
 def _members(group: StockGroup, structure: Structure) -> dict[str, list[Axis]]:
     """Axes of a group by kind."""
     members: dict[str, list[Axis]] = defaultdict(list)
-    for name in group.axes:
-        axis = structure[name]
-        members[axis.kind.value].append(axis)
+    for axis in structure.axes:
+        if axis.name in group.axes:
+            members[axis.kind.value].append(axis)
     return dict(members)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PlanError
 from ..surgery.rows import Shapes, shapes_of
 from ..types import KINDS, Axis, Kind, StockGroup, StockSpace, Structure
+from .layers import layer_groups
 from .trials import (
     Counts,
     Trial,
@@ -58,9 +59,11 @@ def find_stock_space(model: PreTrainedModel, structure: Structure) -> StockSpace
     if whole is not None:
         return StockSpace((), {axis.name: whole for axis in structure.axes})
     refused = _differing(structure, base, shapes_of(model))
-    fitting = tuple(axis for axis in structure.axes if axis.name not in refused)
+    layers = [axis for axis in structure.axes if axis.is_layer]
+    fitting = [a for a in structure.axes if a.name not in refused and not a.is_layer]
     search = _Search(type(model), model.config, base, {axis.name: axis for axis in fitting})
-    groups: list[StockGroup] = []
+    groups, without = layer_groups(type(model), model.config, layers)
+    refused |= without
     for path, config in scopes(model.config):
         groups.extend(search.groups(path, config))
     silent = f"{type(model.config).__name__} has no value that sets the width of this axis"
@@ -301,7 +304,7 @@ def layout_for(
         return "per_layer", "Layout per_layer, as asked for."
     allowed = list(axes_allowed)
     # The only unit of an axis goes with its whole module: no width can say that.
-    axes = [axis for axis in allowed if axis.size > 1] or allowed
+    axes = [axis for axis in allowed if axis.size > 1 or axis.is_layer] or allowed
     stuck = _inexpressible(space, axes, allowed)
     if not stuck:
         kinds = _listed({axis.kind.value for axis in axes})
@@ -329,6 +332,7 @@ def _inexpressible(
     for group in space.groups:
         members = [axis.name for axis in axes if axis.name in group.axes]
         kept = [name for name in group.axes if name not in names]
+        kept = [] if str(Kind.LAYERS) in group.keys else kept  # each goes by itself
         keys = _listed(group.keys.values())
         if kept:
             reason = f"{keys} also sets {kept[0]}, which the rules keep whole"

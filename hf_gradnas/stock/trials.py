@@ -203,9 +203,13 @@ def tensor_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
         model_class: The class to build.
         config: Its config; a reloaded copy is used, as `from_pretrained` would read it.
     """
+    return shapes_of(built(model_class, config))
+
+
+def built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """What a class builds from a config, without memory; arguments as of `tensor_shapes`."""
     with silence(), torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
-        model = model_class(type(config).from_dict(config.to_dict()))
-    return shapes_of(model)
+        return model_class(type(config).from_dict(config.to_dict()))
 
 
 def expected_shapes(

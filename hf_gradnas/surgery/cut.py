@@ -27,7 +27,7 @@ from ..types import (
     present_plan,
 )
 from . import modeling_gradnas
-from .rows import Kept, Shapes, kept_rows, new_sizes, shapes_of
+from .rows import Kept, Shapes, gone_layers, kept_rows, new_sizes, shapes_of
 
 Record = Mapping[str, Any]
 EXPERTS_KERNEL = "_experts_implementation"
@@ -56,13 +56,14 @@ def plan_cut(
     """
     check_kept(axes, kept)
     counts = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in axes}
-    changed = [a for a in axes if _is_changed(a, axes, counts)]
+    gone = gone_layers(axes, kept)
+    changed = [a for a in axes if a.within not in gone and _is_changed(a, axes, counts)]
     rows = kept_rows(shapes, changed, kept)
     sizes = _sizes_and_removals(shapes, axes, changed, counts, rows)
     own: dict[str, list[int]] = {}
     copied: dict[str, Copied] = {}
     if layout == "per_layer":
-        own, copied = _own_tables(shapes, axes, changed, kept)
+        own, copied = _own_tables(shapes, axes, counts, kept)
     kernels = _slower_kernels(changed, counts, {axis.name: axis for axis in axes})
     for path, config in kernels.items():
         sizes["modules"].setdefault(path, {}).setdefault("config", {}).update(config)
@@ -167,7 +168,7 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
         PlanError: An unknown axis, an index that is outside it or no integer, an unsorted list,
             fewer units than can stay, or heads that are not in the kept KV groups in equal number.
     """
-    by_name = {axis.name: axis for axis in axes}
+    by_name, gone = {axis.name: axis for axis in axes}, gone_layers(axes, kept)
     for name, units in kept.items():
         if name not in by_name:
             raise PlanError(
@@ -176,17 +177,29 @@ def check_kept(axes: Sequence[Axis], kept: Kept) -> None:
             )
         size = by_name[name].size
         check_indices(name, units, size)
-        if len(units) < by_name[name].minimum:
+        if by_name[name].within in gone:
+            _check_gone(by_name[name], units)
+        elif len(units) < by_name[name].minimum:
             plural = KINDS[by_name[name].kind].plural
             raise PlanError(
                 f"{name}: {len(units)} of its {size} {plural} are kept, but at least "
                 f"{by_name[name].minimum} must stay; keep more, or leave the axis out of the plan."
             )
     for axis in axes:
-        if axis.parent is not None:
+        if axis.within in gone:
+            _check_gone(axis, kept.get(axis.name, range(axis.size)))
+        elif axis.parent is not None:
             _check_groups(axis, by_name[axis.parent], kept)
-        if axis.blocks > 1 and axis.name in kept:
+        if axis.blocks > 1 and axis.name in kept and axis.within not in gone:
             _check_blocks(axis, kept[axis.name])
+
+
+def _check_gone(axis: Axis, units: Sequence[int]) -> None:
+    if units:
+        raise PlanError(
+            f"{axis.name}: {len(units)} {KINDS[axis.kind].plural} are kept, but they are in "
+            f"{axis.within}, which the plan removes; keep none of them, or the layer."
+        )
 
 
 def _check_blocks(axis: Axis, units: Sequence[int]) -> None:
@@ -234,17 +247,8 @@ def _sizes_and_removals(
     rows: Mapping[str, Mapping[int, Sequence[Any]]],
 ) -> Record:
     """New sizes, attributes and removals; what is in a removed module is left out."""
-    removed = {
-        a.removal.module: {
-            "projection": a.removal.projection,
-            "features": a.removal.features,
-            "returns": list(a.removal.returns),
-            "cross": a.removal.cross,
-            **({"norm": a.removal.norm} if a.removal.norm else {}),
-        }
-        for a in changed
-        if a.removal is not None and counts[a.name] == 0
-    }
+    going = [a for a in changed if a.removal is not None and counts[a.name] == 0]
+    removed = {a.removal.module: removal_spec(a) for a in going if a.removal is not None}
 
     def gone(path: str) -> bool:
         return any(path == r or path.startswith(r + ".") for r in removed)
@@ -258,6 +262,21 @@ def _sizes_and_removals(
     ]
     left = {name: dims for name, dims in rows.items() if not gone(name.rpartition(".")[0])}
     return {"modules": new_sizes(shapes, attributes, counts, left), "removed": removed}
+
+
+def removal_spec(axis: Axis) -> dict[str, Any]:
+    """How the module of an axis is replaced, as the loader file takes it."""
+    removal = axis.removal
+    if removal is None:
+        return {}
+    return {
+        "projection": removal.projection,
+        "features": removal.features,
+        "returns": list(removal.returns),
+        "cross": removal.cross,
+        **({"norm": removal.norm} if removal.norm else {}),
+        **({"passes": True} if removal.passes else {}),
+    }
 
 
 def _slower_kernels(
@@ -274,7 +293,7 @@ def _slower_kernels(
 
 
 def _own_tables(
-    shapes: Shapes, axes: Sequence[Axis], changed: Sequence[Axis], kept: Kept
+    shapes: Shapes, axes: Sequence[Axis], counts: Mapping[str, int], kept: Kept
 ) -> tuple[dict[str, list[int]], dict[str, Copied]]:
     """Tables for modules that shared one: its columns of the kept heads; [] for cross-attention.
 
@@ -282,6 +301,7 @@ def _own_tables(
     """
     own: dict[str, list[int]] = {}
     copied: dict[str, Copied] = {}
+    changed = [axis for axis in axes if _is_changed(axis, axes, counts)]
     groups = {axis.tied for axis in changed if axis.tied}
     crossing = any(a.removal is not None and a.removal.cross for a in changed)
     for axis in axes:

@@ -11,7 +11,7 @@ All it knows of a model is the *record* under the key ``gradnas`` of its config:
        "model.layers.0.self_attn.q_proj": {"weight": [192, 256]},      # read from `config` at
        "model.layers.0.self_attn": {"num_key_value_groups": 2,         # run time
                                     "config": {"num_attention_heads": 3}}},
-     "removed": {                                # attentions that lost every unit
+     "removed": {                                # attentions that lost every unit, and layers
        "model.layers.2.self_attn": {"projection": "o_proj", "features": 256,
                                     "returns": ["output", null], "cross": false}},
      "own_position_bias": {                      # T5: layers that do not take the bias of the
@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -63,6 +63,9 @@ SharedTable = namedtuple("SharedTable", "flag table argument")
 # T5 and its kin: layer 0 computes the position bias for all of its stack.
 T5 = SharedTable("has_relative_attention_bias", "relative_attention_bias", "position_bias")
 SHARED_TABLES = (T5,)
+
+# Attributes by which an attention, or one in a layer, knows its place in the cache.
+INDICES = ("layer_idx", "layer_id")
 
 # Attributes in which a generic module repeats a dimension of its weight (convolutions: `_sync`).
 SIZES: tuple[tuple[type[nn.Module], Mapping[str, int]], ...] = (
@@ -85,6 +88,8 @@ class RecordError(ValueError):
 class RemovedAttention(nn.Module):
     """Stands where an attention lost every unit: returns its bias and keeps the cache's length.
 
+    Or where a whole layer is gone, and what comes in goes on.
+
     Args:
         replaced: The attention; its numbers, strings and flags (`layer_idx` among them) are kept.
         projection: Out-projection in `replaced`, whose bias stays a parameter; None: it is outside.
@@ -93,6 +98,7 @@ class RemovedAttention(nn.Module):
             handed on, or None; empty: a bare tensor.
         cross: Whether it is a cross-attention, which keeps no length in the cache.
         norm: Name of a norm in `replaced` that takes the sum of input and output (ALBERT).
+        passes: Whether it hands on what comes in, as the output.
     """
 
     def __init__(
@@ -104,14 +110,18 @@ class RemovedAttention(nn.Module):
         returns: list[str | None],
         cross: bool,
         norm: str | None = None,
+        passes: bool = False,
     ) -> None:
         super().__init__()
+        indices = (vars(m).get(name) for m in replaced.modules() for name in INDICES)
+        self.layer_idx = next((index for index in indices if isinstance(index, int)), None)
         for name, value in vars(replaced).items():
             if not name.startswith("_") and isinstance(value, int | float | str | None):
                 setattr(self, name, value)
         # Underscores keep clear of the names that the parts have in `replaced`.
         self._features, self._returns, self._cross = features, tuple(returns), cross
-        self._norm, self._projection = norm, None
+        self._norm, self._projection, self._passes = norm, None, passes
+        self._arguments = list(inspect.signature(type(replaced).forward).parameters)[1:]
         if norm is not None:
             self.add_module(norm, replaced.get_submodule(norm))
         if projection is not None and replaced.get_submodule(projection).bias is not None:
@@ -128,22 +138,30 @@ class RemovedAttention(nn.Module):
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache) and not self._cross:
                 self._grow(value, hidden_states)
-        output = _zeros(hidden_states, self._features)
+        output = hidden_states if self._passes else _zeros(hidden_states, self._features)
         if self._projection is not None:
             bias = cast(torch.Tensor, self.get_submodule(self._projection).bias)
             output = output + bias.to(output.dtype)
         if self._norm is not None:
             output = self.get_submodule(self._norm)(hidden_states + output)
-        outputs = tuple({**kwargs, "output": output}.get(str(entry)) for entry in self._returns)
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs, "output": output}
+        outputs = tuple(given.get(str(entry)) for entry in self._returns)
         return outputs if self._returns else output
 
     def _grow(self, cache: Cache, hidden_states: torch.Tensor) -> None:
         """Write keys and values of width 1: masks and positions ask this layer for its length."""
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        index = cast(int, self.layer_idx)
-        batch, length = hidden_states.shape[:2]
-        layer = cache.layers[index] if index < len(cache.layers) else None
+        index = self.layer_idx
+        if index is None:  # in an encoder
+            return
+        batch, length = hidden_states.shape[-3:-1]
+        layer: Any = cache.layers[index] if index < len(cache.layers) else None
+        state = getattr(layer, "has_previous_state", None)  # of a linear attention: no length
+        if state is not None:
+            layer.has_previous_state = dict.fromkeys(state, True) if type(state) is dict else True
+        if layer is not None and (not hasattr(layer, "keys") or _is_like(layer, DummyLayer)):
+            return
         held = [] if layer is None else [x for x in (layer.keys, layer.values) if x is not None]
         sizes = [(x.shape[1], x.shape[3]) for x in held if x.ndim > 1]  # allocated ahead of time
         stubs = [hidden_states.new_zeros(batch, h, length, w) for h, w in sizes or [(1, 1)] * 2]

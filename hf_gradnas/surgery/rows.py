@@ -40,6 +40,11 @@ def lost_units(axis: Axis, kept: Kept) -> list[int]:
     return [unit for unit in range(axis.size) if unit not in stay]
 
 
+def gone_layers(axes: Iterable[Axis], kept: Kept) -> set[str]:
+    """Names of the axes of layers that go as a whole, with all axes that are in them."""
+    return {axis.name for axis in axes if axis.is_layer and not kept.get(axis.name, (0,))}
+
+
 def kept_rows(shapes: Shapes, axes: Iterable[Axis], kept: Kept) -> Rows:
     """Rows that stay, per tensor and dim; several axes may take rows of one dim."""
     lost: dict[str, dict[int, set[int]]] = {}

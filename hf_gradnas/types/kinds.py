@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-Mask = Literal["multiply", "exclude"]
-"""How a unit is masked: its values are multiplied, or it is excluded before a router chooses."""
+Mask = Literal["multiply", "exclude", "bypass"]
+"""How a unit is masked: its values are multiplied, it is excluded before a router chooses, or what
+goes into it goes on in place of what comes out (a whole layer)."""
 
 
 class Kind(str, Enum):
@@ -23,6 +24,7 @@ class Kind(str, Enum):
     NEURONS = "neurons"
     CHANNELS = "channels"
     EXPERTS = "experts"
+    LAYERS = "layers"
 
     __str__ = str.__str__
 
@@ -45,6 +47,7 @@ class KindRow:
         is_routed: Whether a router chooses units for each token. Where they run for these tokens
             only (`Axis.is_chosen`), fewer units cost as much time.
         is_few: Whether there are so few units that every count can be tried.
+        is_asked_for: Whether axes of this kind are only looked for where they are asked for.
         mask: How a unit is masked.
         counts_each: Whether a config counts nested units of this kind in one unit of their parent,
             rather than all of them.
@@ -66,6 +69,7 @@ class KindRow:
     attends: bool = False
     is_routed: bool = False
     is_few: bool = False
+    is_asked_for: bool = False
     mask: Mask = "multiply"
     counts_each: bool = False
     config_names: tuple[str, ...] = ()
@@ -171,6 +175,24 @@ KINDS: Mapping[Kind, KindRow] = {
             "moe_num_experts",
             "moe_num_primary_experts",
             "num_moe_experts",
+        ),
+    ),
+    Kind.LAYERS: KindRow(
+        "layer",
+        "layers",
+        "layers",
+        is_asked_for=True,
+        mask="bypass",
+        config_names=(
+            "num_hidden_layers",
+            "n_layer",
+            "n_layers",
+            "num_layers",
+            "num_encoder_layers",
+            "encoder_layers",
+            "num_decoder_layers",
+            "decoder_layers",
+            "depth",
         ),
     ),
 }

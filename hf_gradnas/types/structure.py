@@ -83,6 +83,7 @@ class Tap(Pattern):
             all tokens, and the output is ``(units · tokens, features)``. ``"stack"``: `module` is
             the path of a parameter of the module, such as one that holds a matrix per expert, and
             what products read with it is meant.
+            ``"bypass"``: the one unit is the module, from what it is given to its first output.
         dim: 1 for channels ``(batch, channels, …)``, -1 for features ``(batch, …, features)`` and
             for a choice.
         runner: Path of a module around it that takes rows out of its input, such as the tokens that
@@ -164,6 +165,8 @@ class Removal:
             attention adds the residual itself).
         table: Name of the table inside `module`, if it has one, from which the attentions of a
             stack take a bias per head (T5); empty where they take none.
+        passes: Whether the replacement hands on what it is given, in place of a whole layer, rather
+            than zeros.
     """
 
     module: str
@@ -173,6 +176,7 @@ class Removal:
     cross: bool = False
     norm: str | None = None
     table: str = ""
+    passes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +211,8 @@ class Axis:
             on other units or on parameters of its own (norms), in running order; a mask on the
             units covers them too.
         adaptation: What calls need besides, once units are gone; None: nothing.
+        within: Name of the axis of the layer that this axis is in, and loses all units with. Empty
+            where layers are no axes.
     """
 
     name: str
@@ -224,6 +230,7 @@ class Axis:
     tied: str = ""
     norms: tuple[Tap, ...] = ()
     adaptation: Adaptation | None = None
+    within: str = ""
 
     def __post_init__(self) -> None:
         if not self.taps:
@@ -235,6 +242,11 @@ class Axis:
     def block_of(self, unit: int) -> int:
         """The run of neighbouring units that a unit is in."""
         return unit // (self.size // self.blocks)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the one unit is a whole layer."""
+        return self.removal is not None and self.removal.passes
 
     @property
     def makers(self) -> tuple[Slice, ...]:

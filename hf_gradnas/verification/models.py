@@ -15,14 +15,17 @@ from transformers import PreTrainedModel
 from ..batches.longest import probe_inputs
 from ..errors import DataError, StructureError
 from ..structure.discovery import discover
+from ..structure.layers import find_layers, put_within
 from ..structure.places import Discovery, Place, move_axis
 from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Structure
-from .proof import prove_channels, prove_places
+from .proof import prove_channels, prove_layers, prove_places
 from .trial import KERNEL
 
 
-def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
+def find_structure(
+    model: nn.Module, batch: Mapping[str, Any], *, layers: bool = False
+) -> Structure:
     """Discover the axes of `model` and keep those that are proved.
 
     Heads and neurons come first, then the channels of convolutions and, in a module that is no
@@ -32,11 +35,29 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
     Args:
         model: On a device with float64 (CPU, CUDA), in any dtype; it is left as it was.
         batch: Keyword arguments of its forward, as a dataloader yields them.
+        layers: Whether to find the layers that can go as a whole, too.
 
     Raises:
         DataError: The model cannot run the batch.
         StructureError: Nothing prunable was found, or nothing could be proved.
     """
+    if not layers:
+        return _inside_layers(model, batch)[0]
+    try:
+        structure, inputs = _inside_layers(model, batch)
+    except StructureError:
+        structure, inputs = Structure(()), batch  # layers alone may go
+    found, bound = find_layers(model, inputs, structure.axes)
+    proven, refusals = prove_layers(model, found, inputs)
+    axes = put_within(structure.axes, proven)
+    structure = replace(structure, axes=axes, refusals=(*structure.refusals, *bound, *refusals))
+    return _some_axes(model, structure)
+
+
+def _inside_layers(
+    model: nn.Module, batch: Mapping[str, Any]
+) -> tuple[Structure, Mapping[str, Any]]:
+    """All axes but those of layers, and the inputs that they were found with."""
     is_known = isinstance(model, PreTrainedModel)
     decoder = isinstance(model, PreTrainedModel) and bool(model.config.is_encoder_decoder)
     inputs: dict[str, Any] = probe_inputs(batch, decoder=decoder)
@@ -48,7 +69,7 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
     inside = _owned_once(model, proved(model, discovery))
     convolutions = {p: module for p, module in model.named_modules() if isinstance(module, _ConvNd)}
     if is_known and not convolutions:
-        return _accounted(_some_axes(model, inside), discovery.reasons)
+        return _accounted(_some_axes(model, inside), discovery.reasons), inputs
     # A stem of convolutions before many layers: these need not run to prove it.
     is_stem = is_known and bool(inside.axes)
     channels, refusals = prove_channels(model, discovery.channels, (), inputs, until_read=is_stem)
@@ -60,7 +81,7 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any]) -> Structure:
         )
     structure = Structure(inside.axes + channels, inside.refusals + refusals)
     structure = _some_axes(model, _owned_once(model, structure))
-    return _accounted(structure, discovery.reasons)
+    return _accounted(structure, discovery.reasons), inputs
 
 
 def _accounted(structure: Structure, reasons: Mapping[str, str]) -> Structure:

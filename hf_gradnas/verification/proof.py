@@ -4,11 +4,14 @@ Heads and neurons are proved on one module of each kind, on its captured input, 
 kernel that the model offers. Channels are tied across modules, so a copy of the whole model runs,
 with all of them at once; only when the two differ, axes are cut one by one to find out which are at
 fault. What is compared, and how, is in `trial`.
+
+Layers are taken out of the model itself, which is left as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import described
+from ..masks import masked
+from ..running.wrappers import evaluating
 from ..structure.places import Discovery, Place, move_axis
 from ..structure.trace import Call
-from ..surgery.cut import cut
+from ..surgery.cut import cut, removal_spec
+from ..surgery.modeling_gradnas import RemovedAttention
 from ..types import KINDS, Axis, Kind, Refusal
-from .trial import EFFECT, NO_EFFECT, NOT_RUNNING, Trial, largest_difference, not_running
+from .trial import (
+    EFFECT,
+    NO_EFFECT,
+    NOT_RUNNING,
+    TOLERANCE,
+    Trial,
+    floating,
+    largest_difference,
+    not_running,
+)
 
 MAX_TRIES = 3
 """Modules of a kind that are tried before the kind is given up (one may be degenerate)."""
@@ -299,3 +314,80 @@ def _guilty(trial: Trial, axes: Sequence[Axis], kept: Mapping[str, list[int]]) -
         else:
             together.append(axis)
     return reasons
+
+
+# --- layers, taken out of the whole model ---------------------------------------------------------
+
+
+def prove_layers(
+    model: nn.Module, layers: Sequence[Axis], inputs: Mapping[str, Any]
+) -> tuple[tuple[Axis, ...], tuple[Refusal, ...]]:
+    """Layers without which the model does what it does with them bypassed; the others with why.
+
+    Nothing is cut, and no weight is copied: a layer that is gone hands on what it is given. So the
+    model runs in its own precision, in which the two are equal to the last bit.
+
+    Args:
+        model: The whole model; it is left as it was.
+        layers: Axes of layers, in running order.
+        inputs: Keyword arguments of its forward.
+    """
+    choices = [choice for choice in (layers[1:], layers[::2], layers[1::2]) if choice]
+    if not any(_layers_disproof(model, choice, inputs) for choice in choices):
+        return tuple(layers), ()
+    reasons = {layer.name: _layers_disproof(model, [layer], inputs) for layer in layers}
+    good: list[Axis] = []
+    for layer in layers:
+        if not reasons[layer.name]:
+            reasons[layer.name] = _layers_disproof(model, [*good, layer], inputs) if good else ""
+        good += [] if reasons[layer.name] else [layer]
+    bad = [layer for layer in layers if reasons[layer.name]]
+    return tuple(good), tuple(Refusal(a.module, str(a.kind), reasons[a.name]) for a in bad)
+
+
+@torch.no_grad()
+def _layers_disproof(model: nn.Module, layers: Sequence[Axis], inputs: Mapping[str, Any]) -> str:
+    """Why bypassing and removing layers differ, or cannot be compared; "" if they agree."""
+    kept: dict[str, list[int]] = {layer.name: [] for layer in layers}
+    try:
+        whole = _outputs(model, inputs)
+        with masked(model, layers, kept):
+            reference = _outputs(model, inputs)
+        with _without(model, layers):
+            result = _outputs(model, inputs)
+        difference = largest_difference(result, reference, whole)
+        effect = largest_difference(reference, whole, whole)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the model's own code may raise anything
+        return f"without it {not_running(error)}"
+    if not effect > EFFECT:
+        return f"bypassing it {NO_EFFECT}"
+    if not difference <= TOLERANCE:
+        return f"without it the model differs from the one that bypasses it by {difference:.1e}"
+    return ""
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Outputs of one forward, from a seed of its own."""
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return list(floating(model(**inputs)))
+
+
+@contextmanager
+def _without(model: nn.Module, layers: Sequence[Axis]) -> Iterator[None]:
+    """The model without layers, within the block."""
+    owners = []
+    try:
+        for layer in layers:
+            path, _, name = layer.module.rpartition(".")
+            owner = model.get_submodule(path)
+            owners.append((owner, name, owner._modules[name]))
+            owner._modules[name] = RemovedAttention(
+                model.get_submodule(layer.module), **removal_spec(layer)
+            )
+        yield
+    finally:
+        for owner, name, module in owners:
+            owner._modules[name] = module

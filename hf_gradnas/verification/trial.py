@@ -162,8 +162,8 @@ class Trial:
         with kernels, float64_throughout(), _Until(model, self.until) as watch:
             output = model.get_submodule(self.path)(*call.args, **call.kwargs)
         if watch.outputs:
-            return list(_floating(watch.outputs))
-        found = list(_floating(output))
+            return list(floating(watch.outputs))
+        found = list(floating(output))
         if not found and not self.every:
             raise TypeError(f"it returns {type(output).__name__}, no tensor of numbers")
         return found if self.every else found[:1]
@@ -300,20 +300,20 @@ def not_running(error: Exception) -> str:
     return f"{NOT_RUNNING} ({described(error)})"
 
 
-def _floating(output: Any) -> Iterator[Tensor]:
+def floating(output: Any) -> Iterator[Tensor]:
     """Every floating-point tensor in nested tuples, mappings and dataclasses."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _floating(value)
+            yield from floating(value)
     elif isinstance(output, tuple | list):
         for value in output:
-            yield from _floating(value)
+            yield from floating(value)
     elif is_dataclass(output) and not isinstance(output, type):
         for item in fields(output):
-            yield from _floating(getattr(output, item.name))
+            yield from floating(getattr(output, item.name))
 
 
 def largest_difference(
