@@ -253,7 +253,8 @@ def rule_for(axis: Axis, rules: Rules) -> Rule | None:
 def whole_kinds(kinds: Collection[str]) -> dict[str, None]:
     """Rules that keep all kinds of axes but these whole; KV groups go where heads may."""
     may_go = {*kinds, *(str(KINDS[Kind(kind)].parent) for kind in kinds if kind == Kind.HEADS)}
-    return {f"*:{kind}": None for kind in KINDS if kind not in may_go}
+    found = (kind for kind, row in KINDS.items() if not row.is_asked_for)
+    return {f"*:{kind}": None for kind in found if kind not in may_go}
 
 
 def check_rules(rules: Rules, structure: Structure) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,20 +31,7 @@ from ..tokens import Following
 from ..types import Axis
 from .products import Product, multiply, product_with
 from .rows import Positions, added, wide
-from .sites import Site, check_examples, sites_of
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """An output that is read again in the backward, as long as nothing was written over it."""
-
-    site: Site
-    values: Tensor
-    version: int
-
-    @property
-    def is_overwritten(self) -> bool:
-        return self.values._version != self.version
+from .sites import KeptOutput, Site, check_examples, sites_of
 
 
 class GradientRecorder:
@@ -65,7 +52,7 @@ class GradientRecorder:
         self._following = {s.runner: Following() for s in self._sites if s.runner is not None}
         self._sums: dict[Site, Tensor] = {}
         self._inputs: dict[int, Product] = {}
-        self._outputs: dict[int, _Kept] = {}
+        self._outputs: dict[int, KeptOutput] = {}
         self._overwritten: set[Site] = set()
         self._is_spoilt = False
         self._positions: Positions | None = None
@@ -329,7 +316,7 @@ class GradientRecorder:
         is_copied = x is not output or site in self._overwritten
         own = x.clone() if is_copied else x
         if not is_copied:
-            self._outputs[self._calls] = _Kept(site, x.detach(), x._version)
+            self._outputs[self._calls] = KeptOutput(site, x.detach(), x._version)
         own.register_hook(partial(self._add, site, self._calls))
         return own if is_copied else None
 
@@ -386,7 +373,7 @@ class GradientRecorder:
         self._is_folded |= rows is None
         return rows
 
-    def _note(self, kept: _Kept) -> None:
+    def _note(self, kept: KeptOutput) -> None:
         """Have an output copied from now on, and this batch run again, if it was overwritten."""
         if kept.is_overwritten:
             self._overwritten.add(kept.site)

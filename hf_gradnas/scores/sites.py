@@ -56,6 +56,19 @@ class Site:
         return sums[..., offset:].unfold(-1, width, stride)[..., :size, :].sum(-1)
 
 
+@dataclass(frozen=True, slots=True)
+class KeptOutput:
+    """An output that is read again in the backward, as long as nothing was written over it."""
+
+    site: Site
+    values: Tensor
+    version: int
+
+    @property
+    def is_overwritten(self) -> bool:
+        return self.values._version != self.version
+
+
 def sites_of(model: nn.Module, axes: Iterable[Axis]) -> list[Site]:
     """Every place at which units of the axes are, with all axes that are there.
 

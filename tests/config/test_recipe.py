@@ -93,7 +93,9 @@ def test_axes_keep_all_other_kinds_whole():
     kept = ["*:heads", "*:kv_groups", "*:neurons", "*:channels"]
     assert only.rules() == dict.fromkeys(kept)
     with pytest.raises(RecipeError, match="axes"):
-        build_recipe({"model": "m", "target": ["flops=50%"], "axes": ["layers"]})
+        build_recipe({"model": "m", "target": ["flops=50%"], "axes": ["blocks"]})
+    layers = build_recipe({"model": "m", "target": ["flops=50%"], "axes": ["layers,heads"]})
+    assert layers.rules() == dict.fromkeys(["*:neurons", "*:channels", "*:experts"])
 
 
 def test_rules_come_from_min_units_and_exclude():
