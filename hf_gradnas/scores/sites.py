@@ -66,6 +66,7 @@ class KeptOutput:
 
     @property
     def is_overwritten(self) -> bool:
+        """Whether something was written over it."""
         return self.values._version != self.version
 
 
