@@ -273,9 +273,16 @@ class _Finding:
         projection = below(site.reader, scope)
         if site.core is None:
             read_at = projection.rpartition(".")[0]
-            tap = Tap(read_at, "input", -1, layout.width, 0, layout.width)
-            slices = layout.head_slices
-            axis = Axis(":neurons", "", Kind.NEURONS, layout.heads, slices, (tap,))
+            places = [read_at, *(below(name, scope).rpartition(".")[0] for name in site.also)]
+            axis = Axis(
+                name=f":{Kind.NEURONS}",
+                module="",
+                kind=Kind.NEURONS,
+                size=layout.heads,
+                slices=layout.head_slices,
+                taps=tuple(Tap(p, "input", -1, layout.width, 0, layout.width) for p in places),
+                attributes=tuple(_at(size, scope) for size in site.sizes),
+            )
             versions: tuple[tuple[Axis, ...], ...] = ((axis,),)
         else:
             core = below(site.core, scope)

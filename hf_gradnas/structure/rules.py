@@ -185,8 +185,7 @@ def _join_operand(step: Step, base: Tensor, x: Tensor, whole: Tensor, *, plain: 
     elif present and plain:
         if dims & present:
             labels.later.append((core(base, dims | present), core(whole, dims | present)))
-    elif present:
-        labels.refuse(core(base, dims), MEETS_OTHERS)
+    elif present:  # an outer product: the result has the entries of one of them
         labels.refuse(core(whole, present), MEETS_OTHERS)
     elif is_nobody(whole):
         if not plain:

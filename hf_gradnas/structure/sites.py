@@ -1,12 +1,13 @@
 """Find the attentions and the pairs of linear layers in what the labels of a forward say.
 
 An attention is a softmax over a product of two values; its units are the entries that meet there.
-The neurons of a pair are read by one linear weight and by nothing else.
+The neurons of a pair are read whole by one linear weight, or by several, and by nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch.nn.modules.conv import _ConvNd
@@ -35,6 +36,7 @@ class Site:
         roots: Labels of the units and of the groups that they stand in.
         layout: The rows of the units, and of their groups.
         sizes: Sizes that no tensor repeats.
+        also: Names of other weights that read all of the neurons, and nothing else.
         reason: Why they cannot be cut; "" if they can, as far as is known.
     """
 
@@ -46,6 +48,7 @@ class Site:
     roots: frozenset[int]
     layout: HeadLayout = NO_LAYOUT
     sizes: tuple[Attribute, ...] = ()
+    also: tuple[str, ...] = ()
     reason: str = ""
 
 
@@ -183,7 +186,7 @@ def _whole(entries: Entries, units: Units) -> tuple[int, int, int]:
 
 
 def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
-    """Linear weights that alone read what linear weights make."""
+    """Linear weights that read what linear weights make, alone or together with others."""
     kept = {OUTPUT, EMBEDDED, MEETS_NOBODY}
     streams = {root for root, reasons in reading.reasons.items() if not kept.isdisjoint(reasons)}
     read_by: dict[int, list[str]] = {}
@@ -204,33 +207,68 @@ def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
             continue
         if NOBODY in entries.roots or roots & inside or roots & normed:
             continue
-        makers = {weight for root in roots for weight in reading.makers.get(root, ())}
         tensors = [rows.tensor for rows in reading.touched(roots)]
-        reasons = _reasons(reading, roots)
-        if not makers or any(_convolves(reading, name) for name in tensors):
-            continue
-        paths = tuple(_owner(reading, name) for name in (reader.tensor, *sorted(makers)))
-        site = Site(Kind.NEURONS, time, reader.tensor, None, paths, roots)
-        others = {name for root in roots for name in read_by[root]} - {reader.tensor}
-        if others:
-            site = replace(site, paths=paths[:1])
-            yield _told(site, reasons, f"{min(others)} reads them too")
-            continue
-        units = {root: number for number, root in enumerate(dict.fromkeys(entries.roots))}
-        try:
-            _check_reader(reading, reader)
-            width, *_ = _whole(entries, units)
-            layout = HeadLayout(len(units), len(units), width, reading.slices(units), ())
-        except IrregularRows as error:
-            yield _told(site, reasons, str(error))
-        else:
-            yield _told(replace(site, layout=layout), reasons, "")
+        is_made = any(reading.makers.get(root) for root in roots)
+        if is_made and not any(_convolves(reading, name) for name in tensors):
+            others = {name for root in roots for name in read_by[root]} - {reader.tensor}
+            yield from _pair(reading, reader, time, others)
+
+
+def _pair(reading: Reading, reader: Rows, time: int, others: Set[str]) -> Iterator[Site]:
+    """The site of neurons that a weight reads; none where it is not the last of several.
+
+    Args:
+        reading: What the labels say.
+        reader: The weight.
+        time: When it runs.
+        others: Names of other weights that read any of them.
+    """
+    entries = reading.rows[reader]
+    roots, reasons = entries.present, _reasons(reading, entries.present)
+    same = {r.tensor: r for r in reading.readers if reading.rows[r].present == roots}
+    also = {name: rows for name, rows in same.items() if name in others}
+    if also and not _owned_once(reading, (rows.tensor for rows in reading.touched(roots))):
+        also = {}
+    if len(also) == len(others) and reader.tensor != list(same)[-1]:
+        return
+    makers = {weight for root in roots for weight in reading.makers.get(root, ())}
+    first, *more = (_owner(reading, name) for name in (reader.tensor, *sorted({*makers, *also})))
+    site = Site(Kind.NEURONS, time, reader.tensor, None, (first, *more), roots)
+    if len(also) < len(others):
+        site = replace(site, paths=(first,))
+        yield _told(site, reasons, f"{min(others - also.keys())} reads them too")
+        return
+    units = {root: number for number, root in enumerate(dict.fromkeys(entries.roots))}
+    try:
+        for rows in (*also.values(), reader):
+            _check_reader(reading, rows)
+            width, *_ = _whole(reading.rows[rows], units)
+        layout = HeadLayout(len(units), len(units), width, reading.slices(units), ())
+        sizes = reading.sizes_of(units, ":neurons")
+    except IrregularRows as error:
+        yield _told(site, reasons, str(error))
+    else:
+        yield _told(replace(site, layout=layout, sizes=sizes, also=tuple(also)), reasons, "")
+
+
+def _owned_once(reading: Reading, names: Iterable[str]) -> bool:
+    """Whether each of these tensors belongs to one module alone."""
+    held = [dict(module.named_parameters(recurse=False)) for module in reading.modules.values()]
+    owners = Counter(id(parameter) for own in held for parameter in own.values())
+    tensors = (name.rpartition(".") for name in names)
+    return all(owners[id(getattr(reading.modules[path], leaf))] <= 1 for path, _, leaf in tensors)
 
 
 def _convolves(reading: Reading, name: str) -> bool:
-    """Whether a tensor belongs to a convolution, or has more dimensions than a matrix."""
+    """Whether a tensor belongs to a convolution, or has more dimensions than a matrix.
+
+    The kernel of a depthwise convolution that is no call of its module follows the neurons: it has
+    no output at which channels could be masked.
+    """
     path, _, leaf = name.rpartition(".")
     module = reading.modules[path]
+    if isinstance(module, _ConvNd) and path not in reading.forward.calls:
+        return not module.groups == module.in_channels == module.out_channels
     long = sum(size > 1 for size in getattr(module, leaf).shape)
     return isinstance(module, _ConvNd) or long > MATRIX
 
