@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -287,6 +288,22 @@ class Reading:
             return True
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         return isinstance(module, NORMS) and not tensors
+
+    def is_elementwise(self, path: str) -> bool:
+        """Whether each entry of what a module returns is computed from that of its input alone.
+
+        Then it matters to nothing that is masked where it is read.
+        """
+        module, (x, *rest) = self.modules[path], self.forward.calls[path].args or (None,)
+        if isinstance(module, NORMS) or not isinstance(x, Tensor) or rest:
+            return False
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            x = torch.randn_like(x.detach()).requires_grad_()
+            out = module(x)
+            if not isinstance(out, Tensor) or out.shape != x.shape or not out.requires_grad:
+                return False
+            (gradient,) = torch.autograd.grad(out[..., 0].sum(), x)
+        return not bool(gradient[..., 1:].any())
 
     def reason_of(self, name: str) -> str:
         """Why a parameter is not pruned, if no axis holds it."""

@@ -197,7 +197,8 @@ def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
     normed = {
         root
         for path, _, entries in reading.norms
-        if reading.mixes(path, entries)
+        if not entries.present <= streams and reading.mixes(path, entries)
+        if not reading.is_elementwise(path)
         for root in entries.present
     }
     for reader, time in reading.readers.items():
