@@ -160,17 +160,17 @@ class _Measured:
             values = torch.randn(*shape, generator=generator, dtype=torch.float64)
             return values / shape[-1] ** 0.5
 
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.module = module
-        self.others = {
-            name: tensor.detach().double() if tensor.is_floating_point() else tensor
-            for name, tensor in named.items()
-        }
         is_stacked = any(tensor.ndim == STACKED_DIMS for tensor in module.parameters())
         self.values = {
             name: random([len(tensor) // size * (experts or size), *tensor.shape[1:]])
             for name, tensor in module.named_parameters()
             if tensor.ndim > 1 and (tensor.shape[0] == size or is_flat(tensor, size) > is_stacked)
+        }
+        self.others = {
+            name: tensor.detach().double() if tensor.is_floating_point() else tensor
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+            if name not in self.values
         }
         for value in self.values.values():
             value.requires_grad_()

@@ -19,6 +19,10 @@ from .products import EMBEDDED
 from .reading import ACTIVATIONS, Entries, IrregularRows, Reading, Units
 from .steps import MEETS_NOBODY
 
+TOGETHER = (
+    "all values that it reads go together, since a norm, a product or the embeddings span them, so "
+    "that none of them can go alone"
+)
 NO_LAYOUT = HeadLayout(0, 0, 0, (), ())
 MATRIX = 2
 
@@ -204,15 +208,25 @@ def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
     for reader, time in reading.readers.items():
         entries = reading.rows[reader]
         roots = entries.present
-        if not roots.isdisjoint(streams) or len(roots) < MATRIX:
-            continue
         if NOBODY in entries.roots or roots & inside or roots & normed:
+            continue
+        if len(roots) == 1 < len(entries.roots) and _is_read_once(reading, roots):
+            owner = _owner(reading, reader.tensor)
+            yield Site(Kind.NEURONS, time, reader.tensor, None, (owner,), roots, reason=TOGETHER)
+        if not roots.isdisjoint(streams) or len(roots) < MATRIX:
             continue
         tensors = [rows.tensor for rows in reading.touched(roots)]
         is_made = any(reading.makers.get(root) for root in roots)
         if is_made and not any(_convolves(reading, name) for name in tensors):
             others = {name for root in roots for name in read_by[root]} - {reader.tensor}
             yield from _pair(reading, reader, time, others)
+
+
+def _is_read_once(reading: Reading, roots: Set[int]) -> bool:
+    """Whether a weight makes these labels, and one alone reads them: a stream has many readers."""
+    readers = [rows for rows in reading.readers if reading.rows[rows].present & roots]
+    is_made = any(reading.makers.get(root) for root in roots)
+    return is_made and len(readers) == 1 and not _convolves(reading, readers[0].tensor)
 
 
 def _pair(reading: Reading, reader: Rows, time: int, others: Set[str]) -> Iterator[Site]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 import zoo
 
+from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import masked
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Kind
@@ -48,3 +50,22 @@ def test_the_narrow_stream_of_a_mobilebert_layer_is_cut_with_its_elementwise_nor
     with torch.no_grad(), zoo.float64_throughout():
         found = model(**inputs).last_hidden_state
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def test_values_that_a_norm_ties_together_are_refused_by_name():
+    config = transformers.Mamba2Config(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_heads=4,
+        head_dim=8,
+        expand=2,
+        state_size=4,
+        n_groups=2,
+        chunk_size=4,
+    )
+    torch.manual_seed(0)
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    reason = r"layers\.0\.mixer\.out_proj neurons: all values that it reads go together"
+    with pytest.raises(StructureError, match=reason):
+        find_structure(model, {"input_ids": torch.randint(3, 60, (2, 9))})
