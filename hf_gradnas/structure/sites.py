@@ -23,6 +23,7 @@ TOGETHER = (
     "all values that it reads go together, since a norm, a product or the embeddings span them, so "
     "that none of them can go alone"
 )
+ACROSS = "{} is a norm across them, so that none of them can go without a change of the others"
 NO_LAYOUT = HeadLayout(0, 0, 0, (), ())
 MATRIX = 2
 
@@ -199,7 +200,7 @@ def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
         for root in present if present.isdisjoint(streams) else ():
             read_by.setdefault(root, []).append(rows.tensor)
     normed = {
-        root
+        root: path
         for path, _, entries in reading.norms
         if not entries.present <= streams and reading.mixes(path, entries)
         if not reading.is_elementwise(path)
@@ -208,12 +209,14 @@ def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
     for reader, time in reading.readers.items():
         entries = reading.rows[reader]
         roots = entries.present
-        if NOBODY in entries.roots or roots & inside or roots & normed:
+        if NOBODY in entries.roots or roots & inside:
             continue
-        if len(roots) == 1 < len(entries.roots) and _is_read_once(reading, roots):
+        reason = TOGETHER if len(roots) == 1 < len(entries.roots) else ""
+        reason = next((ACROSS.format(normed[root]) for root in roots & normed.keys()), reason)
+        if reason and _is_read_once(reading, roots):
             owner = _owner(reading, reader.tensor)
-            yield Site(Kind.NEURONS, time, reader.tensor, None, (owner,), roots, reason=TOGETHER)
-        if not roots.isdisjoint(streams) or len(roots) < MATRIX:
+            yield Site(Kind.NEURONS, time, reader.tensor, None, (owner,), roots, reason=reason)
+        if reason or not roots.isdisjoint(streams) or len(roots) < MATRIX:
             continue
         tensors = [rows.tensor for rows in reading.touched(roots)]
         is_made = any(reading.makers.get(root) for root in roots)
