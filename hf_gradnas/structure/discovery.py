@@ -6,7 +6,8 @@ Knows labels and modules; knows no architecture. What it returns is optimistic:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from .._compat import implementations
-from ..errors import StructureError, described
+from ..errors import DataError, StructureError, described
 from ..routing import STACKED_DIMS, follows_interface
 from ..surgery.modeling_gradnas import table_of
 from ..surgery.rows import above, below
@@ -37,6 +38,7 @@ from .labels import NOBODY, Labels
 from .places import Discovery, Place, Template, axes_at
 from .products import STACKED
 from .reading import Reading
+from .repeats import Group, UnlikeLayers, equal_layers
 from .sites import Site, find_sites
 from .trace import Call, common_path, telling
 
@@ -56,25 +58,45 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         DataError: The model cannot run the inputs.
         StructureError: Its outputs do not depend on its parameters through autograd.
     """
-    return _Finding(model, read_forward(model, args, kwargs)).found(Call(args, kwargs, ()))
+    call = Call(args, kwargs, ())
+    groups = equal_layers(model) if isinstance(model, PreTrainedModel) else []
+    if groups:
+        with suppress(UnlikeLayers, DataError, StructureError):
+            return _Finding(model, read_forward(model, args, kwargs, groups=groups)).found(call)
+    return _Finding(model, read_forward(model, args, kwargs)).found(call)
 
 
-def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reading:
+def read_forward(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    groups: Sequence[Group] = (),
+) -> Reading:
     """Run the model once under eager attention, follow the labels, and read them.
+
+    Args:
+        model: Any module; it is left as it was.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        groups: Equal layers, of which some are passed over.
 
     Raises:
         DataError: The model cannot run the inputs.
         StructureError: Its outputs do not depend on its parameters through autograd.
+        UnlikeLayers: Layers of a group are not equal.
     """
     with implementations(model, attention="eager"):
         with telling(model, args, kwargs):
-            forward = trace_graph(model, args, kwargs)
+            forward = trace_graph(model, args, kwargs, groups=groups)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         tables = _shared_tables(model, forward)
         flow = Flow(forward.functions, names, constants=tables)
         outside = _made_outside(forward, flow.labels)
         if outside:
             flow = Flow(forward.functions, names, constants=[*tables, *outside])
+        if not all(flow.is_same(came, left) for came, left in forward.repeats.streams):
+            raise UnlikeLayers("what comes out of a layer is not what comes in")
         return Reading(model, forward, flow)
 
 
@@ -120,11 +142,12 @@ class _Finding:
 
     def found(self, call: Call) -> Discovery:
         """Everything, heads and neurons before the channels that they leave."""
-        found: list[tuple[int, Place]] = []
+        found: list[tuple[float, Place]] = []
         refusals: list[Refusal] = []
-        sites = find_sites(self.reading, is_known=isinstance(self.model, PreTrainedModel))
+        is_known, repeats = isinstance(self.model, PreTrainedModel), self.forward.repeats
+        sites = [(site.time, site) for site in find_sites(self.reading, is_known=is_known)]
         table = ""
-        for site in sites:
+        for time, site in repeats.spread(sites, lambda site: site.names):
             scope = self._scope(site)
             if site.reason:
                 refusals.append(Refusal(scope, str(site.kind), site.reason))
@@ -140,21 +163,36 @@ class _Finding:
             own = self.forward.calls[scope]
             runner = self._taker(scope)
             tied = "" if is_free else table
-            found.append((site.time, Place(scope, template, own, tied, runner)))
+            found.append((time, Place(scope, template, own, tied, runner)))
         found += self._experts(refusals)
         found += self._stacks([place for _, place in found], refusals)
         places = [place for _, place in sorted(found, key=lambda item: item[0])]
         taken = axes_at(places)
-        channels, others = read_channels(self.reading, taken, {r for s in sites for r in s.roots})
+        channels, others = self._channels(taken, {r for _, site in sites for r in site.roots})
         axes = [*taken, *channels]
         refusals += self._stacked({part.tensor for axis in axes for part in axis.slices})
         reasons = {n: self.reading.reason_of(n) for n, _ in self.model.named_parameters()}
+        for repeat in repeats.passed:
+            reasons |= {repeat.moved(n): repeat.moved(reasons[n]) for n in repeat.inner(reasons)}
         return Discovery(tuple(places), channels, tuple(refusals), others, call, reasons)
 
-    def _experts(self, refusals: list[Refusal]) -> Iterator[tuple[int, Place]]:
+    def _channels(
+        self, taken: Sequence[Axis], roots: Set[int]
+    ) -> tuple[tuple[Axis, ...], tuple[Refusal, ...]]:
+        """As `read_channels`, with those of layers that were passed over."""
+        repeats, began = self.forward.repeats, self.forward.began
+        axes, refusals = read_channels(self.reading, taken, roots)
+        found = repeats.spread([(began[axis.module], axis) for axis in axes], _names_of)
+        seen = [(began[refusal.module], refusal) for refusal in refusals]
+        # One of a stream is named after the first layer only.
+        others = repeats.spread(seen, lambda refusal: [refusal.module], is_compared=False)
+        return tuple(axis for _, axis in found), tuple(refusal for _, refusal in others)
+
+    def _experts(self, refusals: list[Refusal]) -> Iterator[tuple[float, Place]]:
         """Blocks of experts, and when they ran; others are added to the refusals."""
         known, kind = set(), str(Kind.EXPERTS)
-        for routing in find_routings(self.reading):
+        routings = [(routing.time, routing) for routing in find_routings(self.reading)]
+        for time, routing in self.forward.repeats.spread(routings, lambda routing: routing.names):
             known.add(routing.experts)
             try:
                 versions = self._expert_versions(routing)
@@ -164,16 +202,16 @@ class _Finding:
             shared = counted_with_others(self.model, routing)
             if shared:
                 refusals.append(Refusal(routing.block, kind, shared))
-            yield from self._placed(routing.block, versions, routing.time)
+            yield from self._placed(routing.block, versions, time)
         for path, call in self.forward.calls.items():
             if path not in known and follows_interface(self.modules[path]):
                 versions = versions_without_router(self.modules[path], call)
                 refusals.append(Refusal(path, kind, UNROUTED))
-                yield from self._placed(path, versions, self._time_of(path))
+                yield from self._placed(path, versions, self.forward.began[path])
 
     def _placed(
-        self, path: str, versions: tuple[tuple[Axis, ...], ...], time: int
-    ) -> Iterator[tuple[int, Place]]:
+        self, path: str, versions: tuple[tuple[Axis, ...], ...], time: float
+    ) -> Iterator[tuple[float, Place]]:
         if versions:
             yield time, Place(path, self._template_of(path, versions), self.forward.calls[path])
 
@@ -191,7 +229,7 @@ class _Finding:
 
     def _stacks(
         self, places: Sequence[Place], refusals: list[Refusal]
-    ) -> Iterator[tuple[int, Place]]:
+    ) -> Iterator[tuple[float, Place]]:
         """Other modules that hold stacks of matrices with neurons, and when they ran."""
         held = {part.tensor for axis in axes_at(places) for part in axis.slices}
         known: dict[Any, Axis | None] = {}
@@ -209,7 +247,7 @@ class _Finding:
             axis = known[key]
             if axis is not None:
                 refusals[:] = [r for r in refusals if (r.module, r.kind) != (path, str(axis.kind))]
-                yield from self._placed(path, ((axis,),), self._time_of(path))
+                yield from self._placed(path, ((axis,),), self.forward.began[path])
 
     def _stacked(self, held: set[str]) -> list[Refusal]:
         """Modules whose tensors hold the weights of several experts, which are not cut."""
@@ -233,9 +271,6 @@ class _Finding:
         if around not in self.takers:
             self.takers[around] = taker_of(self.modules, around, self.forward.calls)
         return self.takers[around]
-
-    def _time_of(self, path: str) -> int:
-        return next(time for time, running in self.forward.moments if running == path)
 
     def _scope(self, site: Site) -> str:
         """The nearest called module around all that a site names, or owns."""
@@ -306,6 +341,12 @@ class _Finding:
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
         key = (type(module), shapes, versions, shares)
         return self.templates.setdefault(key, Template(versions))
+
+
+def _names_of(axis: Axis) -> list[str]:
+    """Modules and tensors that belong to an axis."""
+    places: tuple[Any, ...] = (*axis.taps, *axis.norms, *axis.attributes)
+    return [*(part.tensor for part in axis.slices), *(place.module for place in places)]
 
 
 def _below(rows: Any, scope: str) -> Any:

@@ -9,7 +9,7 @@ can tell which tensors and sizes follow.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from torch import Tensor, nn
@@ -45,7 +45,12 @@ class Routing:
     experts: str
     size: int
     chosen: int
-    time: int
+    time: int = field(compare=False)
+
+    @property
+    def names(self) -> list[str]:
+        """Modules and tensors that belong to it."""
+        return [self.block, self.router.tensor, self.experts]
 
 
 def find_routings(reading: Reading) -> Iterator[Routing]:

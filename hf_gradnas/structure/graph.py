@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..running.wrappers import evaluating, unfrozen
-from .labels import Labels, Rows, nobody, spread
+from .labels import Labels, Rows, nobody, spread, strided
+from .repeats import Group, Repeats
 from .rules import MAKING, is_product, rule_of
 from .steps import Edge, Function, Step, is_leaf, kind_of, unknown
 from .trace import Call, map_tensors
@@ -43,6 +44,8 @@ class Forward:
         outputs: The model's outputs.
         calls: First call of each module by path, as they begin.
         moments: Moments at which another module began to run, and its path, in order.
+        began: Moment at which each module first ran.
+        repeats: Layers that were passed over; they have calls, but no runs.
     """
 
     functions: tuple[Function, ...]
@@ -50,6 +53,8 @@ class Forward:
     outputs: tuple[Edge, ...]
     calls: Mapping[str, Call]
     moments: Sequence[tuple[int, str]]
+    began: Mapping[str, float]
+    repeats: Repeats
 
     def running(self, time: int) -> str:
         """Path of the module that ran at a moment."""
@@ -57,10 +62,22 @@ class Forward:
         return self.moments[place][1] if place >= 0 else ""
 
 
-def trace_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward:
+def trace_graph(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    groups: Sequence[Group] = (),
+) -> Forward:
     """Run the model in eval mode, and collect the graph of the forward.
 
     The model is left as it was; whatever its forward raises is raised.
+
+    Args:
+        model: Any module.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        groups: Equal layers, of which some are passed over.
     """
     watch = _Watch()
     with ExitStack() as stack:
@@ -73,6 +90,8 @@ def trace_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             before = module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
             stack.callback(before.remove)  # first: what came, not what other hooks make of it
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        for group in groups:
+            stack.enter_context(group.watched())
         output = model(*map_tensors(args, _joined), **map_tensors(dict(kwargs), _joined))
     _let_go(model)
     results = [x for x in _tensors(output) if x.grad_fn is not None]
@@ -83,9 +102,13 @@ def trace_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             "without torch.no_grad()."
         )
     outputs = tuple((x.grad_fn, x.output_nr) for x in results)
-    runs = tuple(watch.runs.values())
+    began: dict[str, float] = {path: time for time, path in reversed(watch.moments)}
+    repeats = Repeats.of(groups, began)
+    calls, began = repeats.with_inner(watch.calls, began)
+    passed = {repeat.path for repeat in repeats.passed}
+    runs = tuple(run for path, run in watch.runs.items() if path not in passed)
     ends = [f for f, _ in (*outputs, *(run.edge for run in runs))]
-    return Forward(_in_order(ends), runs, outputs, watch.calls, watch.moments)
+    return Forward(_in_order(ends), runs, outputs, calls, watch.moments, began, repeats)
 
 
 def _let_go(model: nn.Module) -> None:
@@ -215,6 +238,11 @@ class Flow:
             return None
         found = self._leaf(function.variable) if is_leaf(function) else self._values.get(edge)
         return None if found is None else self.labels.settled(found)
+
+    def is_same(self, first: Edge, second: Edge) -> bool:
+        """Whether the values behind two edges have the same labels."""
+        one, other = self.at(first), self.at(second)
+        return one is not None and other is not None and torch.equal(strided(one), strided(other))
 
     def _leaf(self, variable: Tensor) -> Tensor:
         """A parameter is labelled entry by entry, but for the matrices of products."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch.nn.modules.conv import _ConvNd
 
@@ -46,15 +46,25 @@ class Site:
     """
 
     kind: Kind
-    time: int
+    time: int = field(compare=False)
     reader: str
     core: str | None
     paths: tuple[str, ...]
-    roots: frozenset[int]
+    roots: frozenset[int] = field(compare=False)
     layout: HeadLayout = NO_LAYOUT
     sizes: tuple[Attribute, ...] = ()
     also: tuple[str, ...] = ()
     reason: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Modules and tensors that belong to it."""
+        layout = self.layout
+        tensors = [part.tensor for part in (*layout.head_slices, *layout.group_slices)]
+        norms = [norm.module for norm in (*layout.norms, *layout.group_norms)]
+        sizes = [size.module for size in self.sizes]
+        found = [self.reader, self.core, *self.also, *self.paths, *tensors, *norms, *sizes]
+        return [name for name in found if name]
 
 
 def find_sites(reading: Reading, *, is_known: bool) -> list[Site]:
