@@ -153,8 +153,9 @@ class Labels:
     def reasons(self) -> dict[int, list[str]]:
         """Why labels cannot be cut, by root; `OUTPUT` first."""
         found: dict[int, list[str]] = {}
-        for label, reasons in self._reasons.items():
-            found.setdefault(int(self.find(torch.tensor(label))), []).extend(reasons)
+        roots = self.roots(torch.tensor(list(self._reasons), dtype=torch.long))
+        for root, reasons in zip(roots, self._reasons.values(), strict=True):
+            found.setdefault(root, []).extend(reasons)
         return {root: sorted(why, key=lambda w: w != OUTPUT) for root, why in found.items()}
 
     def along(self, labels: Tensor, dim: int, why: str) -> Tensor:

@@ -466,7 +466,7 @@ def _slice(model: nn.Module, modules: Modules, wanted: Wanted, rows: Rows | None
         shape, kept = wanted[key], (rows or {}).get(_join(*key), {})
         if old.shape == shape and not kept:
             continue
-        new: Any = _kept(old.detach(), shape, kept).clone(memory_format=torch.contiguous_format)
+        new: Any = _kept(old.detach(), shape, kept).contiguous()
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for store, attribute, module in places[id(old)]:

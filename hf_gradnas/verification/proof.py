@@ -237,6 +237,7 @@ def prove_channels(
     made = {s.module for axis in axes for s in axis.slices if s.role != "reads"}
     readers = {s.module for axis in axes for s in axis.readers} - made if until_read else set()
     trial = Trial(model, Call(args, kwargs, ()), tables=tables, until=sorted(readers))
+    trial = trial.on_what_it_calls() if readers else trial
     kept = _irregular(axes)
     reasons = _without_effect(trial, axes, kept)
     faint = [axis for axis in axes if FAINT in reasons.get(axis.name, "")]

@@ -54,6 +54,7 @@ class Trial:
         until: Modules whose outputs are compared instead; the forward ends with the last of them.
         is_drawn: Parameters have drawn values, so that all units have an effect: those of a module
             may be 0 or next to nothing before training, or by the design of a gate.
+        is_partial: Only what the forward calls is in float64.
     """
 
     model: nn.Module
@@ -64,6 +65,8 @@ class Trial:
     every: bool = True
     until: Sequence[str] = ()
     is_drawn: bool = False
+    is_partial: bool = False
+    _last: tuple[Any, Any, nn.Module] | None = field(default=None, init=False)
     _twin: nn.Module | None = field(default=None, init=False)
     _whole: dict[tuple[str, float], list[Tensor]] = field(default_factory=dict, init=False)
 
@@ -103,9 +106,7 @@ class Trial:
         """Difference between masked and cut, and effect of the mask, by the largest value."""
         whole = self.whole(kernel, scale)
         reference = self.masked(axes, kept, kernel=kernel, scale=scale)
-        part = self.copied()
-        cut(part, axes, kept, tables=self.tables)
-        result = self._run(part.double(), kernel, scale)
+        result = self._run(self._part(axes, kept), kernel, scale)
         return largest_difference(result, reference, whole), largest_difference(
             reference, whole, whole
         )
@@ -132,15 +133,32 @@ class Trial:
 
     def _double(self) -> nn.Module:
         if self._twin is None:
-            self._twin = self.copied().double()
+            self._twin = self._in_float64(self.copied())
         return self._twin
+
+    def _part(self, axes: Sequence[Axis], kept: Mapping[str, Sequence[int]]) -> nn.Module:
+        """The model cut; the last one is kept for other kernels and scales."""
+        if self._last is None or self._last[:2] != (axes, kept):
+            self._last = None
+            part = _copy(self._double())
+            cut(part, axes, kept, tables=self.tables)
+            self._last = (axes, kept, self._in_float64(part))
+        return self._last[2]
+
+    def _in_float64(self, model: nn.Module) -> nn.Module:
+        return _double_when_called(model) if self.is_partial else model.double()
 
     def on_few_positions(self) -> Trial:
         """The trial on the first positions of its call, if the module runs on them; or itself."""
         short = cropped(self.call)
-        if short is self.call:
-            return self
-        trial = replace(self, call=short)
+        return self if short is self.call else self._or(replace(self, call=short))
+
+    def on_what_it_calls(self) -> Trial:
+        """The trial with only what its forward calls in float64, if that runs; or itself."""
+        return self._or(replace(self, is_partial=True))
+
+    def _or(self, trial: Trial) -> Trial:
+        """Another trial, if it runs; or this one."""
         try:
             trial.whole()
         except torch.OutOfMemoryError:
@@ -151,9 +169,10 @@ class Trial:
 
     def copied(self) -> nn.Module:
         """A copy of the model, with drawn values if that is asked for."""
-        part = _copy(self.model)
-        if self.is_drawn:
-            _draw(part)
+        if not self.is_drawn:
+            return _copy(self.model)
+        part = _copy(self.model, shared=False)
+        _draw(part)
         return part
 
     def _run(self, model: nn.Module, kernel: str, scale: float) -> list[Tensor]:
@@ -200,13 +219,32 @@ class _Until:
         return kind is _Enough
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """Copy of a module in eval mode that *shares* its config objects.
+def _copy(module: nn.Module, *, shared: bool = True) -> nn.Module:
+    """Copy of a module in eval mode that *shares* its config objects, and the values of parameters.
 
-    A copied config would no longer follow a switch of the attention kernel.
+    A copied config would no longer follow a switch of the attention kernel. A cut makes tensors
+    anew, and no forward writes into parameters.
     """
-    memo = {id(config): config for config in configs_of(module)}
+    memo: dict[int, Any] = {id(config): config for config in configs_of(module)}
+    for parameter in module.parameters() if shared else ():
+        if type(parameter) is nn.Parameter:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     return copy.deepcopy(module, memo).eval().requires_grad_(False)
+
+
+def _double_when_called(model: nn.Module) -> nn.Module:
+    """Put modules in float64 as the forward calls them, and what is directly inside of them.
+
+    The stem of a model is proved without the layers after it, which are most of its parameters.
+    """
+
+    def double(module: nn.Module, args: Any) -> None:
+        for part in (module, *module.children()):
+            part._apply(lambda x: x.double() if x.is_floating_point() else x, recurse=False)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(double)
+    return model
 
 
 def _draw(module: nn.Module) -> None:

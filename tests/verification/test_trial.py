@@ -119,3 +119,45 @@ def test_a_trial_ends_with_the_modules_that_are_compared():
     unreached = nn.ModuleDict({"run": nn.Linear(6, 2), "idle": nn.Linear(2, 2)})
     (output,) = Trial(unreached, call, path="run", until=["idle"]).whole()
     assert output.shape == (3, 2)
+
+
+class Stem(nn.Module):
+    """Two layers, and many after them; `direct` uses a weight of one that it does not call."""
+
+    def __init__(self, *, direct: bool) -> None:
+        super().__init__()
+        self.direct = direct
+        self.stem = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+        self.rest = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.direct:
+            x = x @ self.rest[0].weight.new_ones(6, 6)
+        return self.rest(self.stem(x))
+
+
+def test_what_the_forward_does_not_call_needs_no_float64() -> None:
+    call = Call((torch.randn(3, 6),), {}, ())
+    trial = Trial(Stem(direct=False), call, until=["stem.1"])
+    partial = trial.on_what_it_calls()
+    assert partial.is_partial
+    assert torch.equal(partial.whole()[0], trial.whole()[0])
+    twin = partial._double()
+    assert twin.stem[1].weight.dtype is torch.float64
+    assert twin.rest[1].weight.dtype is torch.float32
+
+
+def test_a_forward_that_needs_more_in_float64_than_it_calls_gets_it() -> None:
+    trial = Trial(Stem(direct=True), Call((torch.randn(3, 6),), {}, ()), until=["stem.1"])
+    assert trial.on_what_it_calls() is trial
+
+
+@pytest.mark.parametrize("is_drawn", [False, True])
+def test_copies_of_a_trial_write_nothing_into_the_model(is_drawn: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    before = copy.deepcopy(model.state_dict())
+    trial = Trial(model, Call((torch.randn(3, 6),), {}, ()), is_drawn=is_drawn)
+    shared = trial.copied()[0].weight.data_ptr() == model[0].weight.data_ptr()
+    assert shared is not is_drawn
+    trial.whole()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
