@@ -29,9 +29,11 @@ class HeadLayout:
     Attributes:
         heads: Number of query heads.
         groups: Number of KV groups (equal to `heads` without grouping, 1 for multi-query).
-        width: Values per head at the input of the out-projection.
+        width: Values per head that stand together at the input of the out-projection.
         head_slices: Rows that belong to one head.
         group_slices: Rows that belong to one KV group and to no single head.
+        taps: Inputs of all weights that read heads, the out-projection's first.
+        group_taps: The same of KV groups.
         norms: Norms across heads.
         group_norms: Norms across KV groups.
     """
@@ -41,6 +43,8 @@ class HeadLayout:
     width: int
     head_slices: tuple[Slice, ...]
     group_slices: tuple[Slice, ...]
+    taps: tuple[Tap, ...] = ()
+    group_taps: tuple[Tap, ...] = ()
     norms: tuple[Tap, ...] = ()
     group_norms: tuple[Tap, ...] = ()
 
@@ -48,6 +52,11 @@ class HeadLayout:
     def is_grouped(self) -> bool:
         """Whether there are KV groups that can go one by one (not one per head, not a single)."""
         return 1 < self.groups < self.heads
+
+    @property
+    def minimum(self) -> int:
+        """Fewest heads: a module that replaces them all puts out what one projection does."""
+        return int(len({tap.module for tap in (*self.taps, *self.group_taps)}) > 1)
 
 
 def attention_versions(
@@ -72,27 +81,18 @@ def attention_versions(
         sizes: Attributes that no tensor repeats and no table of names knows.
     """
     removals = _removals(module, core=core, projection=projection, call=call, shares=shares)
-    read_at = projection.rpartition(".")[0]
-    grouped, in_group = layout.is_grouped, layout.width * layout.heads // layout.groups
+    grouped = layout.is_grouped
     heads = Axis(
         name=":heads",
         module="",
         kind=Kind.HEADS,
         size=layout.heads,
         slices=layout.head_slices,
-        taps=(Tap(read_at, "input", -1, layout.width, 0, layout.width),),
+        taps=layout.taps,
+        minimum=layout.minimum,
         attributes=_attributes(module, layout, couplings.WIDTHS) + sizes,
         parent=":kv_groups" if grouped else None,
         norms=layout.norms,
-    )
-    groups = Axis(
-        name=":kv_groups",
-        module="",
-        kind=Kind.KV_GROUPS,
-        size=layout.groups,
-        slices=layout.group_slices,
-        taps=(Tap(read_at, "input", -1, in_group, 0, in_group),),
-        norms=layout.group_norms,
     )
     widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
     numbers = _numbers(module, layout, known={(a.module, a.name) for a in heads.attributes})
@@ -105,7 +105,19 @@ def attention_versions(
         for extra in extras
         for removal in removals
     ]
-    return tuple((groups, version) if grouped else (version,) for version in versions)
+    if not grouped:
+        return tuple((version,) for version in versions)
+    groups = Axis(
+        name=":kv_groups",
+        module="",
+        kind=Kind.KV_GROUPS,
+        size=layout.groups,
+        slices=layout.group_slices,
+        taps=layout.group_taps,
+        minimum=layout.minimum,
+        norms=layout.group_norms,
+    )
+    return tuple((groups, version) for version in versions)
 
 
 def _adaptations(

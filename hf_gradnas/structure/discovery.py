@@ -302,6 +302,8 @@ class _Finding:
             site.layout,
             head_slices=tuple(_below(s, scope) for s in (*site.layout.head_slices, *own)),
             group_slices=tuple(_below(s, scope) for s in site.layout.group_slices),
+            taps=tuple(_at(tap, scope) for tap in site.layout.taps),
+            group_taps=tuple(_at(tap, scope) for tap in site.layout.group_taps),
             norms=tuple(_at(norm, scope) for norm in site.layout.norms),
             group_norms=tuple(_at(norm, scope) for norm in site.layout.group_norms),
         )

@@ -83,7 +83,8 @@ def product(step: Step) -> list[Tensor]:
     weight, read = step.parameter(step.edges[w]), step.operands[x]
     if weight is not None and weight[0] in step.labels.constants:
         return []
-    if read is not None and any(dim != read.ndim - 1 for dim in varying(read)):
+    inside = read is not None and any(dim != read.ndim - 1 for dim in varying(read))
+    if read is not None and inside and not step.plain[x]:  # a learned sequence is no unit a row
         return [_inside(step, read, shape)]
     lin = nobody((1,)) if read is None else step.labels.along(read, -1, step.why)
     made = _make(step, shape[-1], weight, lin)

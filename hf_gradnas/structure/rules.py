@@ -98,8 +98,8 @@ def _join(step: Step) -> list[Tensor]:
     if not dims or dim in dims:
         return [torch.cat(known, dim)]
     base = max(known, key=lambda x: len(varying(x)))
-    constants = [x for x, given in zip(parts, step.operands, strict=True) if given is None]
-    for part in [x for x in known if not any(x is other for other in constants)]:
+    layers = [x for x, given in zip(parts, step.operands, strict=True) if given is not None]
+    for part in [step.labels.settled(x) for x in layers if x is not None and x.numel()]:
         step.labels.tie(core(base, dims), core(part, dims), step.why)
     return [core(base, dims).reshape(kept(shape, dims)).expand(shape)]
 

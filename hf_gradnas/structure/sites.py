@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from ..types import Attribute, Kind
+from ..types import Attribute, Kind, Tap
 from .attention import HeadLayout
 from .labels import NOBODY, OUTPUT, Rows
 from .products import EMBEDDED
@@ -111,18 +112,20 @@ def _attention(reading: Reading, roots: set[int], time: int) -> Site:
     every = frozenset(roots | groups)
     held = roots | groups if len(groups) > 1 else roots
     reasons = _reasons(reading, held, apart=(OUTPUT, EMBEDDED))
-    readers = [r for r in reading.readers if not reading.rows[r].present.isdisjoint(roots)]
+    readers = _reading(reading, roots)
     site = Site(Kind.HEADS, time, "", core, (core,), every)
     if not readers:
         return _told(site, reasons, "no weight reads what its heads put out")
-    reader = readers[0]
+    reader = max(reversed(readers), key=lambda r: len(reading.rows[r].roots))
     path = _owner(reading, reader.tensor)
     site = Site(Kind.HEADS, reading.readers[reader], reader.tensor, core, (core, path), every)
+    others = [r for r in readers if r != reader]
+    others += [r for r in _reading(reading, held - roots) if r not in readers]
+    joined = _joined(reading, core, every, [reader, *others]) if others else ""
+    if joined:
+        return _told(replace(site, paths=(core,)), reasons, joined)
     try:
-        if len(readers) > 1:
-            raise IrregularRows(f"{readers[1].tensor} reads its heads too")
-        _check_reader(reading, reader)
-        layout, units, numbers = _head_layout(reading, reading.rows[reader], roots, groups)
+        layout, units, numbers = _head_layout(reading, [reader, *others], roots, groups)
     except IrregularRows as error:
         return _told(site, reasons, str(error))
     met = [place for place in reading.norms if not every.isdisjoint(place[2].present)]
@@ -134,6 +137,35 @@ def _attention(reading: Reading, roots: set[int], time: int) -> Site:
     )
     sizes = reading.sizes_of(units, ":heads")
     return _told(replace(site, layout=layout, sizes=sizes), reasons, "")
+
+
+def _reading(reading: Reading, roots: Set[int]) -> list[Rows]:
+    """Weights that read any of the roots, in running order."""
+    return [r for r in reading.readers if not reading.rows[r].present.isdisjoint(roots)]
+
+
+def _joined(reading: Reading, core: str, roots: Set[int], readers: Sequence[Rows]) -> str:
+    """Why heads that several weights read cannot be cut; "" if they stay inside of the attention.
+
+    What others make too, before the attention or once they were read, is a stream of many layers.
+    """
+    has_weights = next(reading.modules[core].parameters(), None) is not None
+    own = core if has_weights else core.rpartition(".")[0]
+    inside = f".{own}." if own else "."
+
+    def is_met(labels: Tensor) -> bool:
+        return not roots.isdisjoint(reading.labels.roots(labels))
+
+    last = max(softmax.time for softmax in reading.labels.softmaxes if is_met(softmax.labels))
+    times = (reading.readers[rows] for rows in readers)
+    read = min((time for time in times if time > last), default=0)
+    makers = [made for made in reading.labels.made if is_met(made.labels)]
+    if all(made.time < read and f".{made.weight}".startswith(inside) for made in makers):
+        return ""
+    return (
+        "without an out-projection its heads, or their values, are added to the stream of values "
+        f"that all layers share ({readers[1].tensor} reads it too)"
+    )
 
 
 def _told(site: Site, reasons: Sequence[str], reason: str) -> Site:
@@ -165,19 +197,28 @@ def _check_reader(reading: Reading, reader: Rows) -> None:
 
 
 def _head_layout(
-    reading: Reading, entries: Entries, roots: set[int], groups: set[int]
+    reading: Reading, readers: Sequence[Rows], roots: set[int], groups: set[int]
 ) -> tuple[HeadLayout, Units, Units]:
-    """Rows of the heads as the out-projection reads them, and the numbers of heads and groups."""
+    """Rows of the heads as the out-projection reads them, and the numbers of heads and groups.
+
+    Args:
+        reading: What the labels say.
+        readers: The out-projection, and other weights that read heads or groups.
+        roots: Labels of the heads.
+        groups: Labels of the KV groups.
+    """
+    entries = reading.rows[readers[0]]
     heads = [root for root in dict.fromkeys(entries.roots) if root in roots]
     if set(heads) != roots:
         raise IrregularRows(f"{entries.where} reads {len(heads)} of {len(roots)} heads")
     units = {root: number for number, root in enumerate(heads)}
+    for reader in readers:
+        _check_reader(reading, reader)
     width, *_ = _whole(entries, units)
-    slices = reading.slices(units)
+    layout = HeadLayout(len(heads), 1 if groups else len(heads), width, reading.slices(units), ())
     in_group = dict.fromkeys(reading.standing.get(root) for root in heads)
     if len(in_group) <= 1:
-        alone = HeadLayout(len(heads), 1 if groups else len(heads), width, slices, ())
-        return alone, units, {}
+        return replace(layout, taps=_taps(reading, readers, units)), units, {}
     if None in in_group or len(heads) % len(in_group):
         raise IrregularRows(f"{len(heads)} heads do not fall into {len(in_group)} even groups")
     order = [reading.standing[root] for root in heads]
@@ -185,8 +226,21 @@ def _head_layout(
     if order != [group for group in in_group for _ in range(size)]:
         raise IrregularRows("the heads of a group do not stand side by side")
     numbers = {group: number for number, group in enumerate(g for g in in_group if g is not None)}
-    layout = HeadLayout(len(heads), len(in_group), width, slices, reading.slices(numbers))
+    in_groups = {root: numbers[group] for root, group in zip(heads, order, strict=True)}
+    layout = replace(
+        layout,
+        groups=len(in_group),
+        group_slices=reading.slices(numbers),
+        taps=_taps(reading, readers, units),
+        group_taps=_taps(reading, readers, {**numbers, **in_groups}),
+    )
     return layout, units, numbers
+
+
+def _taps(reading: Reading, readers: Sequence[Rows], units: Units) -> tuple[Tap, ...]:
+    """Where the units are among what weights read."""
+    places = [(_owner(reading, r.tensor), -1, reading.rows[r]) for r in readers]
+    return reading.taps(places, units, side="input")
 
 
 def _whole(entries: Entries, units: Units) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ What is done to the modules is in `surgery.modeling_gradnas`, which also loads a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -113,6 +113,16 @@ def apply_cut(
         for name, dims in planned.rows.items()
     }
     modeling_gradnas.resize(model, planned.record, rows=rows, new_tensors=new_tensors)
+    _forget_results(model, {name.rpartition(".")[0] for name in rows})
+
+
+def _forget_results(model: nn.Module, paths: Set[str]) -> None:
+    """Empty the dictionaries of results that modules keep, made of tensors as they were (LeViT)."""
+    for path, module in model.named_modules():
+        for name, kept in vars(module).items() if path in paths else ():
+            is_own = type(kept) is dict and not name.startswith("_")
+            if is_own and kept and all(isinstance(value, Tensor) for value in kept.values()):
+                kept.clear()
 
 
 def cut(

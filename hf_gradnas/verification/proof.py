@@ -116,6 +116,7 @@ def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str], *, is_draw
         kernels if is_attention else kernels[:1],
         tables,
         every=not _returns_units(place),
+        alike=len({tap.module for axis in place.template.versions[0] for tap in axis.taps}) > 1,
         is_drawn=is_drawn,
     ).on_few_positions()
 

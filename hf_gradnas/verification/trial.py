@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Trial:
         kernels: Attention kernels.
         tables: Shared tables by name (see `surgery.cut`).
         every: Compare all tensors that it returns; otherwise the first.
+        alike: Compare the others too that have the same shape masked and cut.
         until: Modules whose outputs are compared instead; the forward ends with the last of them.
         is_drawn: Parameters have drawn values, so that all units have an effect: those of a module
             may be 0 or next to nothing before training, or by the design of a gate.
@@ -66,6 +68,7 @@ class Trial:
     until: Sequence[str] = ()
     is_drawn: bool = False
     is_partial: bool = False
+    alike: bool = False
     _last: tuple[Any, Any, nn.Module] | None = field(default=None, init=False)
     _twin: nn.Module | None = field(default=None, init=False)
     _whole: dict[tuple[str, float], list[Tensor]] = field(default_factory=dict, init=False)
@@ -107,6 +110,10 @@ class Trial:
         whole = self.whole(kernel, scale)
         reference = self.masked(axes, kept, kernel=kernel, scale=scale)
         result = self._run(self._part(axes, kept), kernel, scale)
+        if self.alike and not self.every:
+            same = [a.shape == b.shape for a, b in zip(result, reference, strict=False)]
+            same[:1] = [True]
+            result, reference, whole = (list(compress(x, same)) for x in (result, reference, whole))
         return largest_difference(result, reference, whole), largest_difference(
             reference, whole, whole
         )
@@ -185,7 +192,7 @@ class Trial:
         found = list(floating(output))
         if not found and not self.every:
             raise TypeError(f"it returns {type(output).__name__}, no tensor of numbers")
-        return found if self.every else found[:1]
+        return found if self.every or self.alike else found[:1]
 
 
 class _Enough(Exception):
