@@ -186,7 +186,8 @@ def _attributes(
                 found.append(Attribute(path, name, ":heads"))
             elif name in couplings.KV_COUNTS and value == layout.groups != 1:
                 found.append(Attribute(path, name, groups_axis))
-            elif name in couplings.HEADS_PER_GROUP and value > 1:  # MQA: one group of all heads
+            elif name in couplings.HEADS_PER_GROUP and value > 1 and layout.groups != layout.heads:
+                # MQA: one group of all heads; where each unit is a group, it keeps its heads
                 per = ":kv_groups" if grouped else None
                 found.append(Attribute(path, name, ":heads", per=per))
             elif name in widths and value == layout.heads * layout.width:

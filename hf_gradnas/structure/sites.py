@@ -226,6 +226,10 @@ def _head_layout(
     if order != [group for group in in_group for _ in range(size)]:
         raise IrregularRows("the heads of a group do not stand side by side")
     numbers = {group: number for number, group in enumerate(g for g in in_group if g is not None)}
+    if size == 1:  # a group of a single unit goes together with it
+        units |= numbers
+        slices, taps = reading.slices(units), _taps(reading, readers, units)
+        return replace(layout, groups=len(heads), head_slices=slices, taps=taps), units, {}
     in_groups = {root: numbers[group] for root, group in zip(heads, order, strict=True)}
     layout = replace(
         layout,
