@@ -101,7 +101,8 @@ class Group:
         if len({(x.shape, x.dtype, x.device) for x in (stream, shown, out)}) > 1:
             return False
         given = (args, tuple(kwargs[name] for name in shown_kwargs))
-        return _is_same(given, (shown_args, tuple(shown_kwargs.values())), {id(stream): id(shown)})
+        shown_given = (shown_args, tuple(shown_kwargs.values()))
+        return _is_alike(given, shown_given, {id(stream): id(shown)})
 
 
 def equal_layers(model: nn.Module) -> list[Group]:
@@ -142,51 +143,46 @@ def equal_layers(model: nn.Module) -> list[Group]:
     return list(visit("", model))
 
 
-def _is_equal(module: nn.Module, other: nn.Module, shift: int) -> bool:
+def _is_equal(module: nn.Module | None, other: nn.Module | None, shift: int) -> bool:
     """Whether modules are equal, but for numbers that differ by as much as their places."""
+    if module is None or other is None or type(module) is not type(other):
+        return module is other
     own, others = vars(module), vars(other)
-    if type(module) is not type(other) or own.keys() != others.keys():
+    inner, outer = own["_modules"], others["_modules"]
+    if own.keys() != others.keys() or inner.keys() != outer.keys():
         return False
-    for held in ("_parameters", "_buffers"):
-        if _forms(own[held]) != _forms(others[held]):
-            return False
-    for name in own.keys() - OF_EVERY_MODULE:
-        value, second = own[name], others[name]
-        is_number = type(value) is int and type(second) is int and second - value == shift
-        if not is_number and not _is_same(value, second):
-            return False
-    pairs = zip(module._modules.items(), other._modules.items(), strict=False)
-    return len(module._modules) == len(other._modules) and all(
-        name == second and (a is b if a is None or b is None else _is_equal(a, b, shift))
-        for (name, a), (second, b) in pairs
-    )
+    names = (own.keys() - OF_EVERY_MODULE) | {"_parameters", "_buffers"}
+    same = (_is_same(own[name], others[name], shift) for name in names)
+    return all(same) and all(_is_equal(inner[name], outer[name], shift) for name in inner)
 
 
-def _forms(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    return {n: None if x is None else (x.shape, x.dtype, x.device) for n, x in tensors.items()}
-
-
-def _is_same(value: Any, other: Any, streams: Mapping[int, int] | None = None) -> bool:
-    """Whether values are one object or plain and equal.
-
-    Args:
-        value: An attribute, or an argument of a call.
-        other: The same of another.
-        streams: In calls, the streams of the other by those of the one (by ``id``); layers may
-            leave something in lists and dicts, so that these are never the same.
-    """
-    if streams is not None and id(value) in streams:
-        return id(other) == streams[id(value)]
-    if type(value) is not type(other) or (streams is not None and isinstance(value, list | dict)):
-        return False
+def _is_same(value: Any, other: Any, shift: int) -> bool:
+    """Whether attributes are one object, plain and equal, or tensors of one form."""
+    if value is other or type(value) is not type(other):
+        return value is other
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype, value.device) == (other.shape, other.dtype, other.device)
     if isinstance(value, partial):
         value, other = ((part.func, part.args, part.keywords) for part in (value, other))
     if isinstance(value, dict):
         value, other = tuple(value.items()), tuple(other.items())
     if isinstance(value, tuple | list):
         pairs = zip(value, other, strict=False)
-        return len(value) == len(other) and all(_is_same(a, b, streams) for a, b in pairs)
-    return value is other or (isinstance(value, PLAIN) and bool(value == other))
+        return len(value) == len(other) and all(_is_same(a, b, shift) for a, b in pairs)
+    is_shifted = type(value) is int and other - value == shift
+    return is_shifted or (isinstance(value, PLAIN) and bool(value == other))
+
+
+def _is_alike(value: Any, other: Any, streams: Mapping[int, int]) -> bool:
+    """Whether arguments are one object, plain and equal, or the streams of a pair (by ``id``)."""
+    if id(value) in streams:
+        return id(other) == streams[id(value)]
+    if isinstance(value, list | dict):  # layers may leave something there
+        return False
+    if type(value) is tuple and type(other) is tuple:
+        pairs = zip(value, other, strict=False)
+        return len(value) == len(other) and all(_is_alike(a, b, streams) for a, b in pairs)
+    return value is other or (isinstance(value, PLAIN) and _is_same(value, other, 0))
 
 
 def _stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
