@@ -169,8 +169,14 @@ class _Finding:
         places = [place for _, place in sorted(found, key=lambda item: item[0])]
         taken = axes_at(places)
         channels, others = self._channels(taken, {r for _, site in sites for r in site.roots})
-        axes = [*taken, *channels]
-        refusals += self._stacked({part.tensor for axis in axes for part in axis.slices})
+        held = {part.tensor for axis in (*taken, *channels) for part in axis.slices}
+        refusals += self._stacked(held)
+        found_after_all = {
+            Refusal(self._scope(site), str(site.kind), site.reason)
+            for _, site in sites
+            if not site.roots and site.reader in held
+        }
+        refusals = [refusal for refusal in refusals if refusal not in found_after_all]
         reasons = {n: self.reading.reason_of(n) for n, _ in self.model.named_parameters()}
         for repeat in repeats.passed:
             reasons |= {repeat.moved(n): repeat.moved(reasons[n]) for n in repeat.inner(reasons)}

@@ -39,7 +39,8 @@ class Site:
         reader: Name of that weight.
         core: Path of the module that runs the softmax; None for neurons.
         paths: Paths of all modules that take part.
-        roots: Labels of the units and of the groups that they stand in.
+        roots: Labels of the units and of the groups that they stand in; none where channels may
+            have them.
         layout: The rows of the units, and of their groups.
         sizes: Sizes that no tensor repeats.
         also: Names of other weights that read all of the neurons, and nothing else.
@@ -282,8 +283,8 @@ def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
         reason = TOGETHER if len(roots) == 1 < len(entries.roots) else ""
         reason = next((ACROSS.format(normed[root]) for root in roots & normed.keys()), reason)
         if reason and _is_read_once(reading, roots):
-            owner = _owner(reading, reader.tensor)
-            yield Site(Kind.NEURONS, time, reader.tensor, None, (owner,), roots, reason=reason)
+            owner, nothing = _owner(reading, reader.tensor), frozenset[int]()
+            yield Site(Kind.NEURONS, time, reader.tensor, None, (owner,), nothing, reason=reason)
         if reason or not roots.isdisjoint(streams) or len(roots) < MATRIX:
             continue
         tensors = [rows.tensor for rows in reading.touched(roots)]
@@ -294,10 +295,14 @@ def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
 
 
 def _is_read_once(reading: Reading, roots: Set[int]) -> bool:
-    """Whether a weight makes these labels, and one alone reads them: a stream has many readers."""
+    """Whether a weight makes these labels, and one alone reads them: a stream has many readers.
+
+    No convolution is among them, whose channels are found otherwise.
+    """
     readers = [rows for rows in reading.readers if reading.rows[rows].present & roots]
     is_made = any(reading.makers.get(root) for root in roots)
-    return is_made and len(readers) == 1 and not _convolves(reading, readers[0].tensor)
+    tensors = [rows.tensor for rows in reading.touched(roots)]
+    return is_made and len(readers) == 1 and not any(_convolves(reading, n) for n in tensors)
 
 
 def _pair(reading: Reading, reader: Rows, time: int, others: Set[str]) -> Iterator[Site]:
