@@ -144,6 +144,7 @@ class _Finding:
         """Everything, heads and neurons before the channels that they leave."""
         found: list[tuple[float, Place]] = []
         refusals: list[Refusal] = []
+        readers: dict[Refusal, str] = {}
         is_known, repeats = isinstance(self.model, PreTrainedModel), self.forward.repeats
         sites = [(site.time, site) for site in find_sites(self.reading, is_known=is_known)]
         table = ""
@@ -151,6 +152,7 @@ class _Finding:
             scope = self._scope(site)
             if site.reason:
                 refusals.append(Refusal(scope, str(site.kind), site.reason))
+                readers[refusals[-1]] = "" if site.roots else site.reader
                 continue
             table = self._shared_table(site, table)
             try:
@@ -171,12 +173,7 @@ class _Finding:
         channels, others = self._channels(taken, {r for _, site in sites for r in site.roots})
         held = {part.tensor for axis in (*taken, *channels) for part in axis.slices}
         refusals += self._stacked(held)
-        found_after_all = {
-            Refusal(self._scope(site), str(site.kind), site.reason)
-            for _, site in sites
-            if not site.roots and site.reader in held
-        }
-        refusals = [refusal for refusal in refusals if refusal not in found_after_all]
+        refusals = [r for r in refusals if readers.get(r, "") not in held]  # or they are channels
         reasons = {n: self.reading.reason_of(n) for n, _ in self.model.named_parameters()}
         for repeat in repeats.passed:
             reasons |= {repeat.moved(n): repeat.moved(reasons[n]) for n in repeat.inner(reasons)}
