@@ -7,7 +7,7 @@ token, the indices of those that were chosen and their weights. Knows nothing of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,9 +271,18 @@ def reading_neurons(model: nn.Module, reads: Mapping[nn.Module, Read]) -> Iterat
         model: The model.
         reads: Per module what is done with its neurons.
     """
-    if not reads:
+    with own_kernel(model, reads) if reads else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def own_kernel(model: nn.Module, reads: Mapping[nn.Module, Read]) -> Iterator[None]:
+    """Run stacked experts one after another, within the block, with weights or without.
+
+    Args:
+        model: The model.
+        reads: Per module what is done with its neurons.
+    """
 
     def run(
         module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -304,6 +313,8 @@ def run_experts(
     """
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, name), module.down_proj
+    if x.is_meta:  # nobody knows what is chosen: all by the first, which costs as much
+        indices, up, down = torch.zeros(indices.shape, dtype=torch.long), up[:1], down[:1]
     order = indices.reshape(-1).argsort(stable=True)  # (tokens · chosen,), by expert
     experts = indices.reshape(-1)[order]
     inside = int((experts < len(up)).sum())
@@ -322,7 +333,7 @@ def run_experts(
     if getattr(module, "has_post_expert_norm", False):
         rows = module.post_expert_norm(rows)
     rows = rows * weights.reshape(-1)[order, None]
-    return torch.zeros_like(x).index_add(0, tokens, rows.to(x.dtype))
+    return torch.zeros_like(x).index_add(0, tokens.to(x.device), rows.to(x.dtype))
 
 
 def _products(module: Any, x: Tensor, stack: Tensor, counts: Sequence[int]) -> Tensor:

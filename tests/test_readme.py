@@ -52,7 +52,7 @@ def test_every_flag_in_the_readme_is_a_field_of_the_recipe():
     from hf_gradnas.config.sweep import Sweep
 
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
-    others = {"recipe", "set", "help", "index-url", "json", *Sweep.model_fields}
+    others = {"recipe", "set", "help", "index-url", "json", "no-weights", *Sweep.model_fields}
     names = {flag.removeprefix("no-").replace("-", "_") for flag in flags - others}
     assert names <= set(Recipe.model_fields)
 

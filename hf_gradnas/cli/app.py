@@ -69,6 +69,7 @@ def inspect_command(**options: Any) -> int:
 
     Needs no data: the model runs on random input. For example:
     hf-gradnas inspect --model bert-base-uncased
+    With --no-weights not even a download: --model deepseek-ai/DeepSeek-V3 --no-weights
     """
     from .inspect import inspect_from_options
 
@@ -182,8 +183,9 @@ def with_options(
         field = Recipe.model_fields[name]
         parameters.append(_field_parameter(name, field, description=text))
     for name, text in flags.items():
-        flag = "--" + name.removeprefix("as_")
-        parameters.append(_parameter(name, bool, flag, text, "", panel="Output"))
+        flag = "--" + name.removeprefix("as_").replace("_", "-")
+        panel = "Output" if name in _OUTPUT_FLAGS else "Model"
+        parameters.append(_parameter(name, bool, flag, text, "", panel=panel))
     return _with_parameters(command, parameters)
 
 
@@ -268,7 +270,12 @@ _INSPECTED: dict[str, str | None] = {
     **dict.fromkeys(("image_column", "audio_column", "max_length", "flops_length")),
     **dict.fromkeys(("layout", "axes", "exclude", "min_units", "seed")),
 }
-_INSPECT_FLAGS = {"as_json": _JSON, "quiet": "Print no warnings and no progress."}
+_INSPECT_FLAGS = {
+    "no_weights": "Load no weights: the config says enough, in seconds whatever the size.",
+    "as_json": _JSON,
+    "quiet": "Print no warnings and no progress.",
+}
+_OUTPUT_FLAGS = frozenset(["as_json", "quiet"])
 
 _SWEPT: dict[str, str | None] = {
     "model": "Hub id or folder of the model.",

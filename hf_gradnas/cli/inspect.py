@@ -18,6 +18,7 @@ from ..errors import GradNASError, StructureError
 from ..jobs.early import check_inspected, model_folder
 from ..jobs.idle import Known, check_idle
 from ..types import Axis, Budget, Prunable
+from .layers import merge_layers
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -75,12 +76,17 @@ class Inspection:
 
 
 def inspect_from_options(
-    flags: Mapping[str, Any], *, as_json: bool = False, quiet: bool = False
+    flags: Mapping[str, Any],
+    *,
+    no_weights: bool = False,
+    as_json: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Run the command with the options that were given; errors become a message and a code.
 
     Args:
         flags: Options by field name of `Recipe`.
+        no_weights: Load none: look at the config alone.
         as_json: Write one JSON object to standard output, and nothing else.
         quiet: No warnings and no progress.
 
@@ -90,15 +96,19 @@ def inspect_from_options(
     screen = Screen(results=not as_json, notes=not quiet)
     try:
         recipe = build_recipe(flags)
-        check_inspected(recipe, given=frozenset(flags))
+        check_inspected(recipe, given=frozenset(flags), needs_weights=not no_weights)
         with quiet_libraries(screen):
-            found = inspect_recipe(recipe, given=frozenset(flags))
+            if no_weights:
+                from .unloaded import inspect_config as inspect
+            else:
+                inspect = inspect_recipe
+            found = inspect(recipe, given=frozenset(flags))
     except KeyboardInterrupt:
         screen.error("interrupted; nothing was changed.")
         return INTERRUPTED
     except GradNASError as error:
         screen.error(str(error))
-        return NOTHING if isinstance(error, _NothingError) else BAD_INPUT
+        return NOTHING if isinstance(error, NothingError) else BAD_INPUT
     for note in found.notes:
         screen.warn(note)
     if as_json:
@@ -108,7 +118,7 @@ def inspect_from_options(
     return DONE
 
 
-class _NothingError(StructureError):
+class NothingError(StructureError):
     """Nothing in the model can be pruned."""
 
 
@@ -128,7 +138,7 @@ def inspect_recipe(recipe: Recipe, *, given: frozenset[str] = frozenset()) -> In
         StructureError: Nothing can be pruned, or a glob matches nothing.
         PlanError: Layout ``stock`` was asked for, and the class can express nothing.
     """
-    from ..data.loading import load_model, open_source, resolve_max_length
+    from ..data.loading import load_model
 
     folder = model_folder(recipe.model)
     if recipe.dataset is not None:
@@ -136,13 +146,10 @@ def inspect_recipe(recipe: Recipe, *, given: frozenset[str] = frozenset()) -> In
     else:
         from ..data.random_batch import random_batch
 
-        source = open_source(recipe, folder, needs_processor=False)
-        check_idle(recipe, given, Known(source.task.head, source.input))
-        max_length = resolve_max_length(recipe, source)
+        source, max_length = opened(recipe, given)
         model, missing = load_model(recipe, source, folder)
         batch = random_batch(source, model, max_length=max_length, seed=recipe.seed)
         length = recipe.flops_length or max_length
-    has_tokens = source.input == "text" or bool(source.config.is_encoder_decoder)
     notes = []
     if missing:
         shown = ", ".join(missing[:_MISSING_SHOWN]) + (", …" if missing[_MISSING_SHOWN:] else "")
@@ -153,10 +160,24 @@ def inspect_recipe(recipe: Recipe, *, given: frozenset[str] = frozenset()) -> In
         source,
         layout=recipe.layout,
         rules=parse_rules(recipe.rules()),
-        flops_length=length if has_tokens else None,
+        flops_length=length if has_tokens(source) else None,
         layers="layers" in recipe.axes,
         notes=tuple(notes),
     )
+
+
+def opened(recipe: Recipe, given: frozenset[str]) -> tuple[Source, int]:
+    """The source of a recipe without data, and its tokens per example."""
+    from ..data.loading import open_source, resolve_max_length
+
+    source = open_source(recipe, model_folder(recipe.model), needs_processor=False)
+    check_idle(recipe, given, Known(source.task.head, source.input))
+    return source, resolve_max_length(recipe, source)
+
+
+def has_tokens(source: Source) -> bool:
+    """Whether FLOPs depend on a number of tokens."""
+    return source.input == "text" or bool(source.config.is_encoder_decoder)
 
 
 def _with_data(
@@ -196,7 +217,6 @@ def inspect_model(
     """
     from ..batches.batch import to_device
     from ..checkpoint.prunable import find_prunable
-    from ..costs.counting import counted
 
     rules = rules or {}
     try:
@@ -209,23 +229,30 @@ def inspect_model(
             layers=layers,
         )
     except StructureError as error:
-        raise _NothingError(str(error)) from error
+        raise NothingError(str(error)) from error
+    return inspected(model, found, source, rules, flops_length, notes)
+
+
+def inspected(
+    model: PreTrainedModel,
+    found: Prunable,
+    source: Source,
+    rules: Rules,
+    flops_length: int | None,
+    notes: tuple[str, ...] = (),
+) -> Inspection:
+    """What was found, with the lowest budgets in all layouts."""
+    from ..costs.counting import counted
+
     check_rules(rules, found.structure)
-    lowest = {
-        layout: _lowest(
-            counted(model, found.structure, found.sample, space=found.space, layout=layout), rules
-        )
+    others = {
+        layout: counted(model, found.structure, found.sample, space=found.space, layout=layout)
         for layout in LAYOUTS
-        if layout == "per_layer" or found.space.groups
+        if layout != found.layout and (layout == "per_layer" or found.space.groups)
     }
-    return Inspection(
-        source,
-        found,
-        rules,
-        lowest,
-        flops_length,
-        notes,
-    )
+    layouts = {**others, found.layout: found}
+    lowest = {name: _lowest(layouts[name], rules) for name in LAYOUTS if name in layouts}
+    return Inspection(source, found, rules, lowest, flops_length, notes)
 
 
 def _lowest(prunable: Prunable, rules: Rules) -> dict[str, float]:
@@ -253,11 +280,11 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
         kind = str(axis.kind)
         rows.append((axis.module, kind, state, str(axis.size), str(axis.width), *units))
     headers = ("module", "axis", "state", "units", "width", *(f"{c}/unit" for c in prunable.costs))
-    screen.table("Axes", headers, rows, right=3 + len(prunable.costs) - 1)
+    screen.table("Axes", headers, merge_layers(rows), right=3 + len(prunable.costs) - 1)
     refusals = prunable.structure.refusals
     if refusals:
-        told = [(r.module, r.kind, r.reason) for r in refusals[:_REFUSALS_SHOWN]]
-        hidden = len(refusals) - len(told)
+        rows = merge_layers([(r.module, str(r.kind), r.reason) for r in refusals])
+        told, hidden = rows[:_REFUSALS_SHOWN], len(rows[_REFUSALS_SHOWN:])
         told += [(f"and {hidden} more (all with --json)", "", "")] if hidden else []
         screen.table("Seen but not pruned", ("module", "kind", "reason"), told)
     whole = Counter(prunable.structure.unpruned.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from .._compat import implementations
+from ..routing import own_kernel
 from ..running.wrappers import evaluating, frozen
 from ..structure.trace import Matmul, Trace, rows_of, trace_forward
 from ..types import KINDS, Axis, CostModel, Prunable, Refusal, StockSpace, Structure
@@ -103,11 +105,13 @@ def count_params(
 def count_flops(
     model: nn.Module, inputs: Mapping[str, Any], *, args: tuple[Any, ...] = ()
 ) -> tuple[float, Trace]:
-    """FLOPs of one forward under eager attention, and its trace."""
+    """FLOPs of one forward under eager attention, and its trace; of unloaded models too."""
     counter = FlopCounterMode(display=False)
+    is_unloaded = any(parameter.is_meta for parameter in model.parameters())
     with (
         evaluating(model),
         implementations(model, attention="eager", experts="eager"),
+        own_kernel(model, {}) if is_unloaded else nullcontext(),
         frozen(model),
         counter,
     ):

@@ -84,8 +84,8 @@ def check_early(recipe: Recipe, *, given: Set[str]) -> Recipe:
     return recipe
 
 
-def check_inspected(recipe: Recipe, *, given: Set[str]) -> None:
-    """The same for inspect, which writes nothing.
+def check_inspected(recipe: Recipe, *, given: Set[str], needs_weights: bool = True) -> None:
+    """The same for inspect, which writes nothing and may do without weights.
 
     Raises:
         RecipeError: An option, or a combination of them, cannot be used.
@@ -96,11 +96,11 @@ def check_inspected(recipe: Recipe, *, given: Set[str]) -> None:
             f"--model {QUICKSTART}: is trained by prune only; inspect the folder that it leaves."
         )
     parse_rules(recipe.rules())
-    _check_inputs(recipe, given)
+    _check_inputs(recipe, given, needs_weights=needs_weights)
 
 
-def _check_inputs(recipe: Recipe, given: Set[str]) -> None:
-    check_model(recipe.model)
+def _check_inputs(recipe: Recipe, given: Set[str], *, needs_weights: bool = True) -> None:
+    check_model(recipe.model, needs_weights=needs_weights)
     if recipe.device is not None:
         check_device(recipe.device)
     task = named_task(recipe.task) if recipe.task is not None else None
@@ -123,7 +123,7 @@ def is_local(name: str) -> bool:
     return name != QUICKSTART and _kind(name, "model") != ""
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, *, needs_weights: bool = True) -> None:
     """Check that a model could be loaded from there: its folder, or the form of its Hub id.
 
     Raises:
@@ -138,7 +138,7 @@ def check_model(name: str) -> None:
             "its config.json."
         )
     if kind == "folder":
-        _check_model_folder(name, path)
+        _check_model_folder(name, path, needs_weights=needs_weights)
     elif name.startswith((".", "/", "~")):
         raise RecipeError(
             f"--model {name}: there is no such folder; check the path, or give a Hub id."
@@ -150,7 +150,7 @@ def check_model(name: str) -> None:
         )
 
 
-def _check_model_folder(name: str, folder: Path) -> None:
+def _check_model_folder(name: str, folder: Path, *, needs_weights: bool) -> None:
     config = folder / "config.json"
     adapter = (folder / "adapter_config.json").is_file()
     if (folder / "modules.json").is_file() and not config.is_file():
@@ -178,7 +178,7 @@ def _check_model_folder(name: str, folder: Path) -> None:
             f"--model {name}: cannot be loaded, its config.json holds {type(content).__name__}, "
             "needed an object; restore it, or save the model again."
         )
-    if not _holds(folder, _WEIGHTS):
+    if needs_weights and not _holds(folder, _WEIGHTS):
         raise RecipeError(
             f"--model {name}: its weights cannot be loaded, the folder holds none (such as "
             "model.safetensors); check that the model was saved or downloaded whole."

@@ -161,10 +161,16 @@ class _Limits:
             return np.array([self.size])
         step = (self.multiple or default) if self.chosen is None else (self.multiple or 1)
         regular = np.arange(0, self.size, step)
-        regular = regular[regular >= self.least]
+        return np.append(regular[self.permits(regular)], self.size)
+
+    def permits(self, counts: np.ndarray) -> np.ndarray:
+        """Which of some counts are permitted, but for the default step."""
+        if self.fixed:
+            return counts == self.size
+        regular = (counts >= self.least) & (counts % (self.multiple or 1) == 0)
         if self.chosen is not None:
-            regular = regular[np.isin(regular, sorted(self.chosen))]
-        return np.append(regular, self.size)
+            regular &= np.isin(counts, sorted(self.chosen))
+        return regular | (counts == self.size)
 
 
 def _limits(
@@ -270,8 +276,8 @@ def _nested_counts(
         for each in (_steps(per_group, step) if kept else [0])
     ]
     free = heads if multiple is None else replace(heads, multiple=1, fixed=False)
-    permitted = set(free.counts().tolist())
-    table = np.array([pair for pair in pairs if pair[0] in permitted])
+    table = np.array(pairs)
+    table = table[free.permits(table[:, 0])]
     return table[:, 0], table[:, 1]
 
 

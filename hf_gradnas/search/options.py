@@ -182,7 +182,7 @@ def make_block(
 
     Args:
         axes: All axes of the block.
-        members: Their scores.
+        members: Their scores; none where nothing but costs is asked for.
         counts: ``(options,)`` kept units of every axis of a kind; one option keeps everything.
         costs: Cost models, the budgeted ones or all.
     """
@@ -192,9 +192,10 @@ def make_block(
     weight = (table / np.where(largest > 0, largest, 1.0)).sum(axis=0)
     order = np.lexsort((-units, -weight))
     counts = {kind: values[order] for kind, values in counts.items()}
-    losses = members[0].losses(counts)
-    for member in members[1:]:
-        losses = losses + member.losses(counts)
+    parts = [member.losses(counts) for member in members]
+    losses = parts[0] if parts else Losses(np.zeros(units.size), np.zeros(units.size))
+    for part in parts[1:]:
+        losses = losses + part
     return Block(
         axes=tuple(axes),
         members=tuple(members),

@@ -141,10 +141,10 @@ def lowest_costs(
         PlanError: The layout is unknown, or does not fit the axes; or choices do not.
     """
     names = _names(budgets, prunable.costs) if budgets else tuple(prunable.costs)
-    nothing = {axis.name: np.zeros(axis.size) for axis in prunable.axes}
-    *_, layers = layer_choices(prunable, nothing, names, rules=rules or {})
+    of_layers = {axis.name: np.zeros(axis.size) for axis in prunable.axes if axis.is_layer}
+    *_, layers = layer_choices(prunable, of_layers, names, rules=rules or {})
     return build_space(
-        prunable, nothing, names, rules=rules or {}, choices=choices, layers=layers
+        prunable, None, names, rules=rules or {}, choices=choices, layers=layers
     ).lowest()
 
 

@@ -78,7 +78,7 @@ class Space:
 
 def build_space(
     prunable: Prunable,
-    scores: Mapping[str, np.ndarray],
+    scores: Mapping[str, np.ndarray] | None,
     names: Sequence[str],
     *,
     rules: Rules,
@@ -90,7 +90,7 @@ def build_space(
 
     Args:
         prunable: Axes, costs and layout of the model.
-        scores: ``(size,)`` per axis name.
+        scores: ``(size,)`` per axis name; None: all options lose nothing, and keep no units.
         names: Budgeted costs.
         rules: Limits per glob over module paths.
         choices: Permitted counts of some axes, in place of rules and default multiples.
@@ -113,7 +113,7 @@ def build_space(
             members, group, rules=rules, step_ratios=step_ratios, choices=choices, whole=whole
         )
         if any(values.size > 1 for values in counts.values()):
-            selections = make_members(members, scores, tie=group is not None)
+            selections = make_members(members, scores, tie=group is not None) if scores else ()
             blocks.append(make_block(members, members=selections, counts=counts, costs=costs))
     decided = {axis.name for block in blocks for axis in block.axes}
     rest = {axis.name: 0 if axis.name in decided else axis.size for axis in axes}

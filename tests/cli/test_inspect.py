@@ -13,6 +13,8 @@ from cli_cases import save_bert, save_llama, save_t5, save_vit, save_whisper, wr
 from hf_gradnas import GradNASPruner
 from hf_gradnas.cli.app import main
 from hf_gradnas.cli.inspect import inspect_recipe
+from hf_gradnas.cli.layers import merge_layers
+from hf_gradnas.config.limits import format_amount
 from hf_gradnas.config.recipe_files import build_recipe
 from hf_gradnas.errors import BudgetError, GradNASWarning
 
@@ -125,8 +127,8 @@ def test_a_bert_in_tables(inspect, folders):
     for said in (
         "BertForSequenceClassification",
         "input: random text",
-        "bert.encoder.layer.1.attention heads proved 4 4",
-        "bert.encoder.layer.1 neurons proved 32 1",
+        "bert.encoder.layer.{0-1}.attention heads proved 4 4",
+        "bert.encoder.layer.{0-1} neurons proved 32 1",
         "Layout per_layer: the unmodified class cannot express fewer heads",
         "cost now lowest per_layer lowest stock",
         "FLOPs are counted for 40 tokens",
@@ -208,6 +210,81 @@ def test_random_input_fits_every_kind_of_model(answer, name):
     assert found["input"] == f"random {kinds.get(name, 'text')}"
     if name.startswith("t5"):
         assert len(found["axes"]) == 10
+
+
+# --- without weights ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit"])
+def test_without_weights_all_is_said_that_is_said_with_them(answer, name):
+    assert answer(name, "--no-weights") == answer(name)
+
+
+def test_without_weights_a_config_is_enough(tmp_path, inspect, folders):
+    """A mixture of billions of parameters."""
+    config = tf.Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=64,
+        moe_intermediate_size=512,
+    )
+    config.save_pretrained(tmp_path)
+    code, out, err = inspect("--model", tmp_path, "--no-weights", "--flops-length", "8")
+    assert (code, err) == (0, "")
+    said = " ".join(out.split())
+    assert "model.layers.{0-23}.self_attn heads proved 16 64" in said
+    assert "model.layers.{0-23}.mlp experts proved 64 1" in said
+    with torch.device("meta"):
+        model = tf.Qwen3MoeForCausalLM(config)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    assert number > 2e9
+    assert f"params {format_amount(number)}" in said
+    code, _, err = inspect("--model", tmp_path)
+    assert code == 2
+    assert "holds none" in err
+
+
+def test_rules_reach_layers_that_are_not_run(answer):
+    found = answer("llama", "--no-weights", "--exclude", "*layers.1*")
+    assert {axis["kept_by_rules"] for axis in found["axes"] if "layers.1" in axis["name"]} == {True}
+
+
+def test_without_weights_nothing_is_loaded_or_read(inspect, folders, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.data.loading.load_model", None)
+    assert inspect("--model", folders("bert"), "--no-weights")[0] == 0
+    for option, value in (("--dataset", "x.tsv"), ("--device", "cpu")):
+        (folders("bert") / "x.tsv").write_text("text\tlabel\na\t0\n", encoding="utf-8")
+        given = folders("bert") / value if option == "--dataset" else value
+        code, _, err = inspect("--model", folders("bert"), "--no-weights", option, given)
+        assert code == 2
+        assert "--no-weights runs a small model on random input" in err
+
+
+def test_without_weights_nothing_to_prune_has_its_code(inspect, folders):
+    code, _, err = inspect("--model", folders("empty"), "--no-weights")
+    assert code == 1
+    assert "found nothing to prune" in err
+
+
+def test_layers_with_equal_rows_are_one_row():
+    rows = [
+        ("a.0.b", "x", "1"),
+        ("a.1.b", "x", "1"),
+        ("a.3.b", "x", "1"),
+        ("a.1.c", "x", "2"),
+        ("", "y", ""),
+    ]
+    assert merge_layers(rows) == [
+        ("a.{0-1,3}.b", "x", "1"),
+        ("a.1.c", "x", "2"),
+        ("", "y", ""),
+    ]
+    twice = [(f"s.{i}.b.{j}", "x") for i in range(2) for j in range(3)]
+    assert merge_layers(twice) == [("s.{0-1}.b.{0-2}", "x")]
 
 
 # --- options --------------------------------------------------------------------------------------
