@@ -266,11 +266,23 @@ def _write_head_dim(
     for axis in structure.axes:
         key = KINDS[axis.kind].width_key
         if key and axis.name in keys and keys[axis.name].config == path:
-            widths.setdefault(real_key(scope, key), set()).add(axis.width)
+            widths.setdefault(real_key(scope, key), set()).add(_head_width(scope, axis))
     for key, found in widths.items():
         is_computed = isinstance(getattr_static(type(scope), key, None), property)
         if not is_computed and stored(scope).get(key) is None and len(found) == 1:
             setattr(scope, key, found.pop())
+
+
+def _head_width(scope: PreTrainedConfig, axis: Axis) -> int:
+    """Width of one head of an axis, whose units may be several that go together."""
+    values = stored(scope)
+    hidden, heads = (
+        values.get(real_key(scope, name)) for name in ("hidden_size", "num_attention_heads")
+    )
+    if not (isinstance(hidden, int) and isinstance(heads, int)):
+        return axis.width
+    derived = hidden // heads
+    return derived if heads > axis.size and axis.width % max(derived, 1) == 0 else axis.width
 
 
 def _write_overrides(

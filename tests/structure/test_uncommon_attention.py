@@ -6,38 +6,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_gradnas import GradNASPruner
 from hf_gradnas.verification import find_structure
 
-from .test_kinds_of_attention import IDS, check_a_cut, heads_of
+from .test_kinds_of_attention import ENCODER, IDS, built, check_a_cut, heads_of
 
 
-class Crossed(nn.Module):
-    """Four heads over 16 features, whose queries come from another stream than keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
-
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        q, k, v = (z.view(*z.shape[:2], -1, 4).transpose(1, 2) for z in self.project(x, hidden))
-        context = (q @ k.transpose(-1, -2)).softmax(-1) @ v
-        return self.out(context.transpose(1, 2).flatten(2))
-
-    def project(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q(x), self.k(hidden), self.v(hidden)
-
-
-class Twice(Crossed):
+class Twice(nn.Module):
     """Values that a weight reads before the softmax, to make a bias for each head of it."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups, self.repeats = groups, 4 // groups
+        self.q, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
         self.k, self.v = nn.Linear(16, 4 * groups), nn.Linear(16, 4 * groups)
         self.gate = nn.Linear(4 * groups, groups)
 
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        q, k, v = self.q(x), self.k(hidden), self.v(hidden)
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
         gate = self.gate(v).transpose(1, 2)[:, :, None]  # (batch, groups, 1, tokens)
         q, k, v = (z.view(*z.shape[:2], -1, 4).transpose(1, 2) for z in (q, k, v))
         k, v, gate = (z.repeat_interleave(self.repeats, 1) for z in (k, v, gate))
@@ -55,7 +41,7 @@ class Around(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embeddings(input_ids)
-        return self.score(x + self.attention(x, x))
+        return self.score(x + self.attention(x))
 
 
 @pytest.mark.parametrize(("groups", "size"), [(4, 4), (2, 2)])
@@ -69,3 +55,10 @@ def test_heads_whose_values_are_read_twice_are_masked_at_both_places(
     assert [tap.module for tap in heads.taps] == ["attention.out", "attention.gate"]
     assert (heads.size, heads.minimum) == (size, 1)
     check_a_cut(model, IDS, structure, {heads.name: [size - 1]})
+
+
+def test_the_config_keeps_the_width_of_a_head_where_heads_of_a_group_go_together() -> None:
+    model = built("DogeForCausalLM", **ENCODER, num_key_value_heads=2).float()
+    pruner = GradNASPruner(model)
+    structure = pruner.discover(IDS)  # which loads what it would write
+    assert [axis.size for axis in heads_of(structure)] == [2, 2]
