@@ -39,7 +39,7 @@ FAMILIES = [
     "mixtral",
     "segformer",
 ]
-DECODERS = ["gpt2", "opt", "gpt_neox", "llama", "qwen3", "gemma2", "phi3", "mixtral", "dots1"]
+DECODERS = ["gpt2", "llama", "gemma2", "dots1"]  # more in tests/zoo
 ONLY_LAYERS = {f"*:{kind}": None for kind in Kind if kind is not Kind.LAYERS}
 
 
@@ -115,8 +115,9 @@ def test_a_layer_that_runs_several_times_is_none():
 
 
 def test_a_model_without_other_axes_has_layers():
-    config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=3)
-    model = transformers.MambaForCausalLM(config).eval()
+    sizes = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "n_groups": 1}
+    config = transformers.Mamba2Config(vocab_size=40, num_hidden_layers=3, **sizes)
+    model = transformers.Mamba2ForCausalLM(config).eval()
     structure = find_structure(model, {"input_ids": torch.tensor([[3, 4, 5, 6]])}, layers=True)
     assert [axis.module for axis in structure.axes] == [f"backbone.layers.{n}" for n in range(3)]
 
@@ -298,7 +299,7 @@ def drop(model, inputs, gone: list[int], *, layout: str) -> tuple[GradNASPruner,
 
 
 @pytest.mark.parametrize("layout", ["stock", "per_layer"])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mixtral", "segformer")])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "whisper", "vit"])
 def test_what_is_saved_loads_as_it_was(family, layout, tmp_path):
     model, inputs = zoo.build(family)
     stock = type(model)
