@@ -228,6 +228,25 @@ def _softmax(step: Step) -> list[Tensor]:
     return [x]
 
 
+def _sample(step: Step) -> list[Tensor]:
+    """Values at places: images ``(n, channels, …)``, places ``(n, …, coordinates)``.
+
+    Where both are of heads, folded into the batch, a head has its own places.
+    """
+    labels, places = step.labels, step.operands[1]
+    labels.fix(step.x, range(2, step.x.ndim), step.why)
+    if places is not None:
+        labels.fix(places, range(1, places.ndim), step.why)
+        if 0 in varying(places) and 0 in varying(step.x):
+            parts = (core(x, {0, *varying(x)}).reshape(len(x), -1) for x in (step.x, places))
+            labels.merge(torch.cat(list(parts), 1), step.why)
+        else:
+            labels.refuse(core(places, varying(places)), step.why)
+    x, shape = labels.settled(step.x), step.shapes[0]
+    dims = varying(x)
+    return [core(x, dims).reshape(kept(shape, dims)).expand(shape)]
+
+
 def _choose(step: Step) -> list[Tensor]:
     """The largest entries along a dimension, or those of given indices: a router's choice."""
     dims, x, shape = step.dims(), step.x, step.shapes[0]
@@ -270,6 +289,7 @@ RULES: dict[str, Rule] = {
         torch.channel_shuffle(step.x.contiguous(), step.saved("groups"))
     ],
     "Glu": _glu,
+    **dict.fromkeys("GridSampler2D GridSampler3D".split(), _sample),
     **dict.fromkeys("Topk Gather Max".split(), _choose),
     "GroupedMm": stacked,
     "NativeLayerNorm": _layer_norm,

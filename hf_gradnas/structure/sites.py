@@ -91,6 +91,10 @@ def find_sites(reading: Reading, *, is_known: bool) -> list[Site]:
 
 def _attentions(reading: Reading) -> Iterator[Site]:
     met = {r for m in reading.labels.meetings for r in reading.labels.roots(m.labels)}
+    for softmax in reading.labels.softmaxes:  # weights that a layer makes, of values of another
+        weights = set(reading.labels.roots(softmax.labels)) - {NOBODY}
+        if all(len(reading.makers.get(root, ())) > 1 for root in weights) and len(weights) > 1:
+            met |= weights
     known: list[tuple[set[int], int]] = []
     for softmax in reading.labels.softmaxes:
         roots = set(reading.labels.roots(softmax.labels)) & met - {NOBODY}

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import grid_sample
 
 from hf_gradnas.masks import masked
 from hf_gradnas.surgery.cut import cut
@@ -65,14 +66,33 @@ class Attention(nn.Module):
         return self.out(context), x
 
 
+class Deformable(nn.Module):
+    """Each of four heads weighs the values at places of its own (Deformable DETR)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_heads, self.d_model = 4, 16
+        self.values, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.places, self.weights = nn.Linear(16, 4 * 3 * 2), nn.Linear(16, 4 * 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, t, _ = x.shape
+        values = self.values(x).view(b, t, self.n_heads, self.d_model // self.n_heads)
+        images = values.flatten(2).transpose(1, 2).reshape(b * self.n_heads, -1, 1, t)
+        places = self.places(x).view(b, t, self.n_heads, 3, 2).tanh()
+        places = places.transpose(1, 2).flatten(0, 1)
+        weights = self.weights(x).view(b, t, self.n_heads, 3).softmax(-1)
+        found = grid_sample(images, places, align_corners=False)
+        parts = found * weights.transpose(1, 2).reshape(b * self.n_heads, 1, t, 3)
+        context = parts.sum(-1).view(b, -1, t)
+        return self.out(context.transpose(1, 2)), weights
+
+
 class Encoder(nn.Module):
     def __init__(self, style: str, *, queries: bool = False) -> None:
         super().__init__()
-        self.stem, self.attention, self.score = (
-            nn.Linear(16, 16),
-            Attention(style),
-            nn.Linear(16, 3),
-        )
+        self.stem, self.score = nn.Linear(16, 16), nn.Linear(16, 3)
+        self.attention = Deformable() if style == "deformable" else Attention(style)
         self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
         self.rest = nn.Linear(6, 3) if style == "two results" else None
         self.queries = nn.Parameter(torch.randn(5, 16)) if queries else None
@@ -148,3 +168,43 @@ def test_what_an_attention_keeps_of_its_last_run_is_made_anew() -> None:
     model(**X)  # fills it
     check_a_cut(model, structure, [1, 3])
     assert model.attention.cache["cpu"].shape == (4, 5, 5)
+
+
+def test_heads_that_weigh_values_at_places_of_their_own_are_found() -> None:
+    model = built("deformable")
+    structure = find_structure(model, X)
+    assert heads_of(structure).size == 4
+    assert not [refusal for refusal in structure.refusals if refusal.kind == Kind.HEADS]
+    check_a_cut(model, structure, [0, 3])
+    check_a_cut(model, structure, [])
+
+
+def test_a_softmax_over_what_one_layer_makes_is_no_attention() -> None:
+    class Router(Encoder):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = x + self.down(torch.relu(self.up(x)))
+            return self.score(
+                x * self.attention.weights(x).unflatten(-1, (4, 3)).softmax(-1).mean()
+            )
+
+    torch.manual_seed(0)
+    structure = find_structure(Router("deformable").double().eval(), X)
+    assert not [axis for axis in structure.axes if axis.kind is Kind.HEADS]
+    assert not [refusal for refusal in structure.refusals if refusal.kind == Kind.HEADS]
+
+
+def test_values_at_places_stay_channels_where_places_are_of_no_head() -> None:
+    class Warped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.flow = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1)
+            self.last = nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = self.flow(x).tanh().permute(0, 2, 3, 1)
+            return self.last(grid_sample(torch.relu(self.first(x)), places, align_corners=False))
+
+    torch.manual_seed(0)
+    structure = find_structure(Warped().double().eval(), {"x": torch.randn(2, 3, 6, 6).double()})
+    assert [(axis.name, axis.size) for axis in structure.axes] == [("first:channels", 8)]
