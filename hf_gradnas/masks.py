@@ -50,6 +50,7 @@ def check_place(axis: Axis, tap: Tap, shape: Sequence[int]) -> None:
     entries = shape[dim] if 0 <= dim < len(shape) else 0
     needed = tap.end(axis.size)
     is_all = tap.side == "input" and tap.offset == 0 and tap.stride == tap.width
+    is_all = is_all and [t for t in axis.taps if t.module == tap.module] == [tap]
     if entries < needed or (is_all and entries != needed):
         raise StructureError(
             f"{axis.name}: the {tap.side} of {tap.module} holds {entries} values in dimension "

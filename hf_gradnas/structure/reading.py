@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..types import Attribute, Role, Slice, Tap
 from .graph import Flow, Forward, Run
-from .labels import ATTRIBUTE, NOBODY, OUTPUT, Rows, core, nobody, varying
+from .labels import ATTRIBUTE, NOBODY, OUTPUT, Labels, Rows, core, nobody, varying
 from .products import EMBEDDED
 
 CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
@@ -121,6 +121,7 @@ class Reading:
         producers, norms = self._stand(producing, made_by), self._stand(following, made_by)
         sizes = [size for run in following for size in self._follow(run)]
         sizes += [(r.tensor, "groups", x) for r, x in self.labels.rows.items() if r.dim < 0]
+        _tie_side_by_side(self.labels, forward)
         self.labels.standing()  # which may tie
 
         def entries(where: str, labels: Tensor) -> Entries:
@@ -329,6 +330,24 @@ class Reading:
                 if isinstance(self.modules[path], OPAQUE) or ".parametrizations." in f".{name}":
                     return f"{path or 'the model'} ({type(self.modules[path]).__name__})"
         return None
+
+
+def _tie_side_by_side(labels: Labels, forward: Forward) -> None:
+    """Tie the heads of two attentions of a module, if one weight reads all of one, then the other.
+
+    Such a module has one number of heads (ConvBERT): what is first goes with what is first.
+    """
+    met = {root for meeting in labels.meetings for root in labels.roots(meeting.labels)}
+    heads: dict[str, list[set[int]]] = {}
+    for softmax in labels.softmaxes:
+        roots = set(labels.roots(softmax.labels)) & met - {NOBODY}
+        heads.setdefault(forward.running(softmax.time), []).append(roots)
+    for found in (found for found in heads.values() if len(found) > 1):
+        for rows in labels.readers:
+            order = list(dict.fromkeys(labels.roots(labels.rows[rows])))
+            first, second = order[: len(order) // 2], order[len(order) // 2 :]
+            if len(first) > 1 and set(first) in found and set(second) in found:
+                labels.tie(torch.tensor(first), torch.tensor(second), "one weight reads both")
 
 
 def _features_dim(module: nn.Module, last: int) -> int:

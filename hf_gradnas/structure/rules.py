@@ -17,6 +17,8 @@ from .labels import Choice, Meeting, core, is_nobody, kept, nobody, strided, var
 from .products import batched, convolution, fused_attention, lookup, product, stacked, tie_groups
 from .steps import MEETS_NOBODY, Shape, Step, fits, signed, unknown
 
+HEADED = 3
+"""Dimensions of weights of heads: (heads, queries, keys)."""
 MEETS_OTHERS = "they meet other channels along another dimension"
 
 
@@ -223,9 +225,19 @@ def _layer_norm(step: Step) -> list[Tensor]:
 def _softmax(step: Step) -> list[Tensor]:
     x = step.x
     step.labels.fix(x, step.dims(), step.why)
-    if x.ndim >= 3 and not is_nobody(x):  # noqa: PLR2004 - (heads, queries, keys)
+    if x.ndim >= HEADED and not is_nobody(x):
         step.labels.softmaxes.append(Meeting(strided(x).flatten(), step.time))
     return [x]
+
+
+def _windows(step: Step) -> list[Tensor]:
+    """Windows of images ``(n, channels, …)`` as columns ``(n, channels · window, windows)``."""
+    x, shape = step.x, step.shapes[0]
+    if len(shape) != 3:  # noqa: PLR2004 - an image without a batch
+        return unknown(step)
+    step.labels.fix(x, range(2, x.ndim), step.why)
+    x = step.labels.settled(x)[..., 0, 0].repeat_interleave(shape[1] // x.shape[1], 1)
+    return [x.unsqueeze(-1).expand(shape)]
 
 
 def _sample(step: Step) -> list[Tensor]:
@@ -289,6 +301,7 @@ RULES: dict[str, Rule] = {
         torch.channel_shuffle(step.x.contiguous(), step.saved("groups"))
     ],
     "Glu": _glu,
+    "Im2Col": _windows,
     **dict.fromkeys("GridSampler2D GridSampler3D".split(), _sample),
     **dict.fromkeys("Topk Gather Max".split(), _choose),
     "GroupedMm": stacked,
@@ -319,7 +332,7 @@ UNKNOWN = tuple(
 def _foreign(step: Step) -> list[Tensor]:
     """A function with a backward of its own: measured; of a product, it may be a softmax."""
     found = unknown(step)
-    if any(step.products) and found[0].ndim >= 3:  # noqa: PLR2004 - (heads, queries, keys)
+    if any(step.products) and found[0].ndim >= HEADED:
         step.labels.softmaxes.append(Meeting(strided(found[0]).flatten(), step.time))
     return found
 
@@ -334,5 +347,10 @@ def rule_of(step: Step) -> Rule:
 
 
 def is_product(step: Step, rule: Rule) -> bool:
-    """Whether the results are computed from a product of two values, and by no weight since."""
-    return rule in (batched, fused_attention) or (any(step.products) and rule not in MAKING)
+    """Whether the results are computed from a product of two values, and by no weight since.
+
+    What a softmax makes of the values of a layer is weights as well: it takes all values of a head.
+    """
+    weighs = rule is _softmax and len(step.shapes[0]) >= HEADED
+    made = rule in (batched, fused_attention) or weighs
+    return made or (any(step.products) and rule not in MAKING)

@@ -91,10 +91,9 @@ def find_sites(reading: Reading, *, is_known: bool) -> list[Site]:
 
 def _attentions(reading: Reading) -> Iterator[Site]:
     met = {r for m in reading.labels.meetings for r in reading.labels.roots(m.labels)}
-    for softmax in reading.labels.softmaxes:  # weights that a layer makes, of values of another
+    for softmax in reading.labels.softmaxes:
         weights = set(reading.labels.roots(softmax.labels)) - {NOBODY}
-        if all(len(reading.makers.get(root, ())) > 1 for root in weights) and len(weights) > 1:
-            met |= weights
+        met |= weights if _weighs(reading, weights) else set()
     known: list[tuple[set[int], int]] = []
     for softmax in reading.labels.softmaxes:
         roots = set(reading.labels.roots(softmax.labels)) & met - {NOBODY}
@@ -106,6 +105,14 @@ def _attentions(reading: Reading) -> Iterator[Site]:
             known.append((roots, time))
     for roots, time in known:
         yield _attention(reading, roots, time)
+
+
+def _weighs(reading: Reading, roots: Set[int]) -> bool:
+    """Whether a layer makes weights of what others make: one for several values of each head."""
+    readers = [reading.rows[rows] for rows in _reading(reading, roots)]
+    is_wide = any(len(entries.roots) > len(roots) for entries in readers)
+    made = all(len(reading.makers.get(root, ())) > 1 for root in roots)
+    return len(roots) > 1 and is_wide and made
 
 
 def _attention(reading: Reading, roots: set[int], time: int) -> Site:
@@ -219,7 +226,7 @@ def _head_layout(
     units = {root: number for number, root in enumerate(heads)}
     for reader in readers:
         _check_reader(reading, reader)
-    width, *_ = _whole(entries, units)
+    width = _whole(entries, units, parts=2)
     layout = HeadLayout(len(heads), 1 if groups else len(heads), width, reading.slices(units), ())
     in_group = dict.fromkeys(reading.standing.get(root) for root in heads)
     if len(in_group) <= 1:
@@ -252,15 +259,17 @@ def _taps(reading: Reading, readers: Sequence[Rows], units: Units) -> tuple[Tap,
     return reading.taps(places, units, side="input")
 
 
-def _whole(entries: Entries, units: Units) -> tuple[int, int, int]:
-    """The one pattern of a weight that reads all units in order, and nothing else."""
+def _whole(entries: Entries, units: Units, *, parts: int = 1) -> int:
+    """Width of the units in a weight that reads all of them in order, and nothing else.
+
+    With `parts`, of the first of so many parts, each of which has all of them in order.
+    """
     patterns = entries.patterns(units)
-    if NOBODY in entries.roots or not entries.present <= set(units) or len(patterns) != 1:
+    if NOBODY in entries.roots or not entries.present <= set(units) or len(patterns) > parts:
         raise IrregularRows(f"{entries.where} reads other values between them")
-    width, offset, stride = patterns[0]
-    if offset or stride != width:
+    if patterns[0][1] or any(stride != width for width, _, stride in patterns):
         raise IrregularRows(f"{entries.where} reads them in another order")
-    return width, offset, stride
+    return patterns[0][0]
 
 
 def _pairs(reading: Reading, inside: frozenset[int]) -> Iterator[Site]:
@@ -337,7 +346,7 @@ def _pair(reading: Reading, reader: Rows, time: int, others: Set[str]) -> Iterat
     try:
         for rows in (*also.values(), reader):
             _check_reader(reading, rows)
-            width, *_ = _whole(reading.rows[rows], units)
+            width = _whole(reading.rows[rows], units)
         layout = HeadLayout(len(units), len(units), width, reading.slices(units), ())
         sizes = reading.sizes_of(units, ":neurons")
     except IrregularRows as error:

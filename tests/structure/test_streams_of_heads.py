@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, unfold
 
 from hf_gradnas.masks import masked
 from hf_gradnas.surgery.cut import cut
@@ -88,11 +88,33 @@ class Deformable(nn.Module):
         return self.out(context.transpose(1, 2)), weights
 
 
+class Windowed(nn.Module):
+    """Four heads, and beside them four that weigh the values in a window (ConvBERT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.width = 4, 16
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.near, self.window, self.out = nn.Linear(16, 16), nn.Linear(16, 12), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, t, _ = x.shape
+        shape = (b, t, self.num_heads, -1)
+        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q, self.k, self.v))
+        far = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
+        weights = self.window(self.q(x) * self.k(x)).reshape(-1, 3, 1).softmax(1)
+        columns = unfold(self.near(x).transpose(1, 2)[..., None], (3, 1), padding=(1, 0))
+        columns = columns.transpose(1, 2).reshape(-1, self.width // self.num_heads, 3)
+        near = (columns @ weights).view(shape)
+        return self.out(torch.cat([far, near], 2).view(b, t, 2 * self.width)), x
+
+
 class Encoder(nn.Module):
     def __init__(self, style: str, *, queries: bool = False) -> None:
         super().__init__()
         self.stem, self.score = nn.Linear(16, 16), nn.Linear(16, 3)
-        self.attention = Deformable() if style == "deformable" else Attention(style)
+        others = {"deformable": Deformable, "windowed": Windowed}
+        self.attention = others[style]() if style in others else Attention(style)
         self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
         self.rest = nn.Linear(6, 3) if style == "two results" else None
         self.queries = nn.Parameter(torch.randn(5, 16)) if queries else None
@@ -179,6 +201,15 @@ def test_heads_that_weigh_values_at_places_of_their_own_are_found() -> None:
     check_a_cut(model, structure, [])
 
 
+def test_two_attentions_side_by_side_with_one_number_of_heads_are_one_axis() -> None:
+    model = built("windowed")
+    structure = find_structure(model, X)
+    heads = heads_of(structure)
+    at_out = [tap for tap in heads.taps if tap.module == "attention.out"]
+    assert [(tap.width, tap.offset, tap.stride) for tap in at_out] == [(4, 0, 4), (4, 16, 4)]
+    check_a_cut(model, structure, [0, 3])
+
+
 def test_a_softmax_over_what_one_layer_makes_is_no_attention() -> None:
     class Router(Encoder):
         def forward(self, x: Tensor) -> Tensor:
@@ -192,6 +223,21 @@ def test_a_softmax_over_what_one_layer_makes_is_no_attention() -> None:
     structure = find_structure(Router("deformable").double().eval(), X)
     assert not [axis for axis in structure.axes if axis.kind is Kind.HEADS]
     assert not [refusal for refusal in structure.refusals if refusal.kind == Kind.HEADS]
+
+
+def test_channels_that_are_weighed_one_by_one_are_no_heads() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weights = nn.Conv1d(3, 8, 3), nn.Conv1d(3, 8, 3)
+            self.last = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((self.first(x) * self.weights(x).softmax(-1)).sum(-1))
+
+    torch.manual_seed(0)
+    structure = find_structure(Pooled().double().eval(), {"x": torch.randn(2, 3, 6).double()})
+    assert [(axis.name, axis.size) for axis in structure.axes] == [("first:channels", 8)]
 
 
 def test_values_at_places_stay_channels_where_places_are_of_no_head() -> None:
