@@ -120,12 +120,15 @@ class MultiplyStack:
     def attach(self, stack: ExitStack, module: nn.Module, when: When | None) -> None:
         """Hook into the module until `stack` closes."""
         add_pre_hook(stack, module, only_when(self._begin, when))
-        add_hook(stack, module, self._end, always_call=True)
+        # The last that multiplied is the first to put back what it found.
+        add_hook(stack, module, self._end, always_call=True, prepend=True)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         holder = module.get_submodule(self.path)
-        own = holder.get_parameter(self.leaf)
-        self._own.append(holder._parameters[self.leaf])
+        own = holder._parameters[self.leaf]  # or what another mask made of it
+        self._own.append(own)
+        if own is None:
+            return
         holder._parameters[self.leaf] = own * self._factors(own)  # type: ignore[assignment]
 
     def _factors(self, own: Tensor) -> Tensor:

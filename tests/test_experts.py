@@ -23,7 +23,8 @@ from hf_gradnas.types import Kind, Plan, Structure
 from hf_gradnas.verification import find_structure
 
 ALL = sorted(zoo.MIXTURES)
-TOLD = sorted(zoo.MIXTURES.keys() - set(zoo.ALL_RUN))
+CHOSEN = sorted(zoo.MIXTURES.keys() - set(zoo.ALL_RUN))
+TOLD = [name for name in CHOSEN if name != "jetmoe"]  # by indices
 BEHIND_INTERFACE = sorted(zoo.MIXTURES.keys() - set(zoo.OWN_KERNELS))
 EXPERTS, NEURONS = 6, 24
 
@@ -141,7 +142,7 @@ def test_gradients_are_those_of_masks_and_finite_differences(found):
             assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient[unit]), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "dots1", "llama4", "dbrx"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "dots1", "llama4", "dbrx", "jetmoe"])
 def test_the_gradient_of_an_expert_is_the_sum_of_its_neurons(name):
     model, inputs = zoo.build(name)
     structure = find_structure(model, inputs)
@@ -205,7 +206,7 @@ def test_experts_that_all_run_cost_time(name):
     assert flops.of(whole) - flops.of(fewer) == pytest.approx(2 * tokens * matrices)
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_fewer_experts_cost_parameters_and_no_time(name):
     model, inputs = zoo.build(name, dtype=torch.float32)
     pruner = GradNASPruner(model)
@@ -300,7 +301,7 @@ def test_a_masked_model_is_as_before_when_its_forward_fails(found):
         pytest.raises((IndexError, RuntimeError)),
     ):
         model(input_ids=torch.full((1, 4), zoo.VOCAB + 9))
-    broken = model.get_submodule(experts_of(structure)[0].taps[0].module)
+    broken = model.get_submodule(experts_of(structure)[0].taps[0].owner)
     hook = broken.act_fn.register_forward_hook(_fail) if hasattr(broken, "act_fn") else None
     if hook is not None:
         with masked(model, structure.axes, irregular(structure)), pytest.raises(ZeroDivisionError):

@@ -53,13 +53,13 @@ def add_hook(
     *,
     with_kwargs: bool = False,
     always_call: bool = False,
+    prepend: bool = False,
 ) -> None:
     """Register a forward hook that goes when `stack` closes, the undo being pushed first."""
     handles: list[RemovableHandle] = []
     stack.callback(_remove, handles)
-    handles.append(
-        module.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=always_call)
-    )
+    settings = {"with_kwargs": with_kwargs, "always_call": always_call, "prepend": prepend}
+    handles.append(module.register_forward_hook(hook, **settings))
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

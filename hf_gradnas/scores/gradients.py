@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import StructureError
 from ..masks import check_place
 from ..routing import (
+    STACKED_DIMS,
     Chosen,
     Routed,
     chosen_in,
@@ -236,7 +237,8 @@ class GradientRecorder:
         if number is not None:
             routed = self._rows_taken(site, x)
             experts = torch.full_like(routed.tokens, number)
-            routed = replace(routed, experts=experts, number=axis.size // x.shape[-1])
+            whole = len(weight) if weight.ndim == STACKED_DIMS else axis.size // x.shape[-1]
+            routed = replace(routed, experts=experts, number=whole)
         else:
             routed = rows_of_all(weight, x, apart=any(part.each for part in axis.readers))
         return self._watch_stack(site, x, routed)

@@ -76,13 +76,14 @@ def sites_of(model: nn.Module, axes: Iterable[Axis]) -> list[Site]:
     Raises:
         StructureError: The model has no such module.
     """
-    found: dict[tuple[nn.Module, str, int], list[tuple[Axis, Tap]]] = {}
+    found: dict[tuple[nn.Module, str, int, str], list[tuple[Axis, Tap]]] = {}
     for axis in axes:
         for tap in axis.taps:
-            key = (module_at(model, axis, tap.owner), tap.side, tap.dim)
+            own = tap.module if tap.side == "stack" else ""
+            key = (module_at(model, axis, tap.owner), tap.side, tap.dim, own)
             found.setdefault(key, []).append((axis, tap))
     sites = []
-    for (module, side, dim), places in found.items():
+    for (module, side, dim, _), places in found.items():
         axis, tap = places[0]
         runner = module_at(model, axis, tap.runner) if tap.runner else None
         sites.append(Site(module, tap.module, side, dim, tuple(places), runner))

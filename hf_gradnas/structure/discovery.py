@@ -215,8 +215,12 @@ class _Finding:
     def _placed(
         self, path: str, versions: tuple[tuple[Axis, ...], ...], time: float
     ) -> Iterator[tuple[float, Place]]:
-        if versions:
-            yield time, Place(path, self._template_of(path, versions), self.forward.calls[path])
+        if not versions:
+            return
+        template, call = self._template_of(path, versions), self.forward.calls[path]
+        # Of experts whose matrices are in several modules, the block takes the rows out.
+        is_block = any(tap.side == "stack" and tap.width > 1 for tap in versions[0][0].taps)
+        yield time, Place(path, template, call, runner=path if is_block else "")
 
     def _expert_versions(self, routing: Routing) -> tuple[tuple[Axis, ...], ...]:
         """The versions of a router's experts, measured once for each kind of block."""
@@ -225,9 +229,8 @@ class _Finding:
         router = replace(routing.router, tensor=below(routing.router.tensor, routing.block))
         key = (type(block), shapes, router, below(routing.experts, routing.block), routing.chosen)
         if key not in self.experts:
-            call = self.forward.calls.get(routing.experts, Call((), {}, ()))
-            is_fixed = bool(counted_with_others(self.model, routing))
-            self.experts[key] = expert_versions(self.model, routing, call, is_fixed=is_fixed)
+            is_fixed, calls = bool(counted_with_others(self.model, routing)), self.forward.calls
+            self.experts[key] = expert_versions(self.model, routing, calls, is_fixed=is_fixed)
         return self.experts[key]
 
     def _stacks(

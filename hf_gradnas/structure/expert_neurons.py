@@ -117,6 +117,27 @@ def neurons_of_all(module: nn.Module, call: Call) -> Axis | None:
     )
 
 
+def neurons_in_block(block: nn.Module, call: Call, size: int) -> list[Slice]:
+    """Rows of each neuron of experts whose stacks are in several modules, those that read first.
+
+    Empty where they cannot be told.
+
+    Args:
+        block: Holds a router and the experts.
+        call: Its arguments.
+        size: Number of experts.
+    """
+    try:
+        measured = _Measured(block, None, call, size, experts=0)
+        reader, slices = measured.slices()
+        is_apart = measured.is_apart(reader)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the module's own code may raise anything
+        return []
+    return slices if is_apart and all(part.each for part in slices) else []
+
+
 def all_run(module: nn.Module, call: Call, size: int) -> bool:
     """Whether every expert runs for all tokens: its own part of the rows, with its own matrices."""
     rows = [x for x in call.args if isinstance(x, Tensor) and x.is_floating_point()]
@@ -193,14 +214,22 @@ class _Measured:
 
     def _reader(self) -> str:
         """The stack that the last product reads with."""
-        names: list[str] = []
+        return self._products()[-1][0]
+
+    def is_apart(self, name: str) -> bool:
+        """Whether every product reads with one matrix of a stack."""
+        return all(number is not None for other, number in self._products() if other == name)
+
+    def _products(self) -> list[tuple[str, int | None]]:
+        """Stack and number of the matrix of each product, in running order."""
+        found: list[tuple[str, int | None]] = []
 
         def note(name: str, x: Tensor, number: int | None) -> Tensor:
-            names.append(name)
+            found.append((name, number))
             return x
 
         self._run(self.values, Products(self.values, note))
-        return names[-1]
+        return found
 
     def each(self, reader: str, dim: int) -> int:
         """Neurons in an expert."""

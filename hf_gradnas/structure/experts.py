@@ -8,7 +8,7 @@ can tell which tensors and sizes follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -19,7 +19,7 @@ from ..routing import STACKED_DIMS, find_chosen
 from ..surgery.rows import above, below
 from ..types import KINDS, Attribute, Axis, Kind, Slice, Tap
 from . import couplings
-from .expert_neurons import all_run, is_flat, neurons_of
+from .expert_neurons import all_run, is_flat, neurons_in_block, neurons_of
 from .labels import NOBODY
 from .reading import IrregularRows, Reading
 from .trace import Call
@@ -142,7 +142,7 @@ def counted_with_others(model: nn.Module, routing: Routing) -> str:
 
 
 def expert_versions(
-    model: nn.Module, routing: Routing, call: Call, *, is_fixed: bool = False
+    model: nn.Module, routing: Routing, calls: Mapping[str, Call], *, is_fixed: bool = False
 ) -> tuple[tuple[Axis, ...], ...]:
     """The axes of the experts and of the neurons in them, by names in their block.
 
@@ -151,7 +151,7 @@ def expert_versions(
     Args:
         model: The model.
         routing: A router, and its block.
-        call: How the module of the experts was called.
+        calls: How the modules were called.
         is_fixed: Whether all experts stay.
 
     Raises:
@@ -160,30 +160,18 @@ def expert_versions(
     block = model.get_submodule(routing.block)
     router = replace(routing.router, tensor=below(routing.router.tensor, routing.block))
     inside = below(routing.experts, routing.block)
-    module = block.get_submodule(inside)
+    module, call = block.get_submodule(inside), calls.get(routing.experts, Call((), {}, ()))
     chosen = find_chosen(call.args, call.kwargs)
+    apart: list[Slice] = []
     if chosen is None and not all_run(module, call, routing.size):
-        raise StructureError(UNTOLD)
-    own = tuple(_slices(block, router, inside, routing.size))
-    loose = tuple(_loose(block, own, routing.size))
-    sizes, config = _attributes(block, routing.size)
-    experts = Axis(
-        name=f":{Kind.EXPERTS}",
-        module="",
-        kind=Kind.EXPERTS,
-        size=routing.size,
-        slices=own,
-        taps=(Tap(inside, "choice" if chosen else "every", -1),),
-        attributes=sizes,
-        minimum=max(routing.chosen, KINDS[Kind.EXPERTS].minimum),
-    )
-    grouped = _grouped(experts, block.get_submodule(router.module))
-    alone = [
-        replace(axis, slices=(*own, *more), attributes=(*sizes, *read))
-        for axis, more, read in product(
-            grouped, dict.fromkeys([loose, ()]), dict.fromkeys([(), config])
-        )
-    ]
+        apart, inside = neurons_in_block(block, calls[routing.block], routing.size), ""
+        if not apart:
+            raise StructureError(UNTOLD)
+    side = "choice" if chosen else "every"
+    alone = _experts_alone(block, routing, router, Tap(inside, side, -1))
+    if apart:
+        return _in_several(alone, apart, is_fixed=is_fixed)
+    experts = alone[0]
     neurons = neurons_of(module, inside, chosen, call, experts)
     if neurons is None and not any(is_stack(p, routing.size) for p in module.parameters()):
         raise StructureError("its experts are rows of one matrix, and no neurons of them were told")
@@ -197,6 +185,68 @@ def expert_versions(
         *((axis,) for axis in alone if any(part.each for part in neurons.slices)),
         (fixed, replace(neurons, minimum=experts.size)),
     )
+
+
+def _experts_alone(block: nn.Module, routing: Routing, router: Slice, tap: Tap) -> list[Axis]:
+    """The axis of the experts, by names in their block, in every choice of what may follow.
+
+    Args:
+        block: Around router and experts.
+        routing: The router.
+        router: Its rows.
+        tap: Where the experts are.
+    """
+    own = tuple(_slices(block, router, tap.module, routing.size))
+    loose = tuple(_loose(block, own, routing.size))
+    sizes, config = _attributes(block, routing.size)
+    experts = Axis(
+        name=f":{Kind.EXPERTS}",
+        module="",
+        kind=Kind.EXPERTS,
+        size=routing.size,
+        slices=own,
+        taps=(tap,),
+        attributes=sizes,
+        minimum=max(routing.chosen, KINDS[Kind.EXPERTS].minimum),
+    )
+    return [
+        replace(axis, slices=(*own, *more), attributes=(*sizes, *read))
+        for axis, more, read in product(
+            _grouped(experts, block.get_submodule(router.module)),
+            dict.fromkeys([loose, ()]),
+            dict.fromkeys([(), config]),
+        )
+    ]
+
+
+def _in_several(
+    alone: Sequence[Axis], slices: Sequence[Slice], *, is_fixed: bool
+) -> tuple[tuple[Axis, ...], ...]:
+    """Axes of experts whose matrices are in several modules: they are measured by their neurons.
+
+    Args:
+        alone: The experts in every choice of what may follow.
+        slices: Rows of their neurons, those that read first.
+        is_fixed: Whether all experts stay.
+    """
+    reader, each = slices[0].tensor, slices[0].each
+    versions = []
+    for axis in alone[:1] if is_fixed else alone:
+        own = tuple(replace(s, role="reads") if s.tensor == reader else s for s in axis.slices)
+        tap = Tap(reader, "stack", -1, each, 0, each)
+        fewest = axis.size if is_fixed else axis.minimum
+        neurons = Axis(
+            name=f":{Kind.NEURONS}",
+            module="",
+            kind=Kind.NEURONS,
+            size=axis.size * each,
+            slices=tuple(slices),
+            taps=(Tap(reader, "stack", -1),),
+            parent=axis.name,
+            minimum=fewest,
+        )
+        versions.append((replace(axis, slices=own, taps=(tap,), minimum=fewest), neurons))
+    return tuple(versions)
 
 
 UNROUTED = "no router was seen that chooses among its experts; neurons in them can go"
@@ -244,7 +294,8 @@ def _slices(block: nn.Module, router: Slice, experts: str, size: int) -> Iterato
     for path, module in block.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         is_router = path == router.module
-        if not (is_router or path == experts or path.startswith(f"{experts}.")):
+        is_inside = not experts or f"{path}.".startswith(f"{experts}.")
+        if not (is_router or is_inside):
             continue
         for leaf, tensor in own:
             name = f"{path}.{leaf}".lstrip(".")

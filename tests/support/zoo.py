@@ -401,10 +401,21 @@ MIXTURES: dict[str, Family] = {
             **SPECIAL,
         },
     ),
+    "jetmoe": Family(
+        "JetMoeConfig",
+        "JetMoeForCausalLM",
+        "causal",
+        {
+            **MIXTURE,
+            "kv_channels": 16,
+            "intermediate_size": 24,
+            "num_local_experts": 6,
+        },
+    ),
 }
 ALL_RUN = ("llama4",)
 """Mixtures whose experts all run for every token, on inputs that are 0 where one is not chosen."""
-OWN_KERNELS = (*ALL_RUN, "dbrx")
+OWN_KERNELS = (*ALL_RUN, "dbrx", "jetmoe")
 """Mixtures whose experts do not run behind Transformers' interface."""
 
 
