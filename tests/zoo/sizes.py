@@ -1,0 +1,16 @@
+"""Sizes of the tiny models of every type."""
+
+HIDDEN = 64
+HEADS = 4
+GROUPS = 2
+HEAD = 16
+FFN = 96
+EXPERT_WIDTH = 48
+EXPERTS = 4
+TOP = 2
+VOCABULARY = 160
+POSITIONS = 128
+LAYERS = 2
+BATCH = 2
+TOKENS = 12
+TARGETS = 7
