@@ -97,7 +97,8 @@ def attention_versions(
     widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
     numbers = _numbers(module, layout, known={(a.module, a.name) for a in heads.attributes})
     wide = tuple(a for a in numbers if a.factor > 1)
-    extras = dict.fromkeys([(), widths, config, widths + config, wide, numbers])
+    several = _multiples(module, layout)
+    extras = dict.fromkeys([(), several, widths, config, widths + config, wide, numbers])
     needs = _adaptations(module.get_submodule(core), layout, core_path=core, call=call)
     versions = [
         replace(heads, attributes=heads.attributes + extra, removal=removal, adaptation=need)
@@ -189,10 +190,22 @@ def _attributes(
             elif name in couplings.HEADS_PER_GROUP and value > 1 and layout.groups != layout.heads:
                 # MQA: one group of all heads; where each unit is a group, it keeps its heads
                 per = ":kv_groups" if grouped else None
-                found.append(Attribute(path, name, ":heads", per=per))
+                each = 1 if grouped else max(value // layout.heads, 1)
+                found.append(Attribute(path, name, ":heads", each, per=per))
             elif name in widths and value == layout.heads * layout.width:
                 found.append(Attribute(path, name, ":heads", layout.width))
     return tuple(found)
+
+
+def _multiples(module: nn.Module, layout: HeadLayout) -> tuple[Attribute, ...]:
+    """Numbers of heads below `module`, where each unit is several of them."""
+    return tuple(
+        Attribute(path, name, ":heads", value // layout.heads)
+        for path, child in module.named_modules()
+        for name, value in vars(child).items()
+        if name in couplings.HEAD_COUNTS and type(value) is int
+        if value > layout.heads > 1 and value % layout.heads == 0
+    )
 
 
 def _numbers(

@@ -27,6 +27,10 @@ from .steps import MEETS_NOBODY, Parameter, Shape, Step, fits, unknown
 
 COMPUTED = "the weight that makes or reads them is computed (a parametrization), no tensor to slice"
 STACKED = "one tensor holds several matrices, such as those of all experts, which is not cut"
+OF_GROUPS = (
+    "a weight reads them in groups, of which each has all of one or a part of it, and whose number "
+    "is fixed"
+)
 EMBEDDED = "an embedding table makes them"
 
 
@@ -110,6 +114,9 @@ def batched(step: Step) -> list[Tensor]:
     """Products of two values (Bmm, Baddbmm, Mm and Addmm without a weight)."""
     first = 1 if step.kind in ("Addmm", "Baddbmm") else 0
     (left, right), shape = (first, first + 1), step.shapes[0]
+    grouped = step.blocks(step.edges[right]) if step.kind == "Bmm" else None
+    if grouped is not None:
+        return [_in_groups(step, grouped)]
     operands = []
     for place in (left, right):
         edge, labels = step.edges[place], step.operands[place]
@@ -132,6 +139,20 @@ def batched(step: Step) -> list[Tensor]:
         if labelled and varying(result) and varying(step.operands[0]):
             step.labels.tie(result, step.operands[0].expand(shape), MEETS_NOBODY)
     return [result]
+
+
+def _in_groups(step: Step, weight: str) -> Tensor:
+    """A product with a matrix for each of several groups, which are the rows of one weight.
+
+    All groups share its columns: what is at the same position of every group goes together.
+    """
+    groups, _, size = step.shapes[0]
+    lin = step.labels.along(step.x, -1, OF_GROUPS)  # (m,)
+    made = step.labels.fresh(size)
+    step.labels.made.append(Made(weight, made, step.time))
+    step.labels.bind(Rows(weight, 1), lin, time=step.time)
+    step.labels.bind(Rows(weight, 0), made.repeat(groups))
+    return spread(made, -1, step.shapes[0])
 
 
 def _read_table(step: Step, x: Tensor, weight: str, y: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ MEETS_NOBODY = (
 UNSIGNED = 2**64
 VIEWS = frozenset("T Transpose Permute View UnsafeView Unsqueeze Squeeze ToCopy".split())
 """Operations behind which a parameter is still known."""
+SPLITS = frozenset("View UnsafeView ReshapeAlias".split())
+"""Operations that may split a dimension in two."""
 
 Function = Any  # torch.autograd.graph.Node; its saved values are attributes that no stub knows
 Edge = tuple[Function | None, int]
@@ -116,6 +118,22 @@ class Step:
         if kind_of(function) in VIEWS and function.next_functions:
             found = self.parameter(function.next_functions[0])
         return None if found is None else self._viewed(function, *found)
+
+    def blocks(self, edge: Edge) -> str | None:
+        """Name of a matrix ``(g·r, m)`` of which a view makes one for each group: ``(g, m, r)``."""
+        turned = edge[0]
+        if turned is None or kind_of(turned) != "Transpose":
+            return None
+        view, _ = turned.next_functions[0]
+        places = {signed(d) % 3 for d in (turned._saved_dim0, turned._saved_dim1)}
+        if view is None or kind_of(view) not in SPLITS or places != {1, 2}:
+            return None
+        leaf, _ = view.next_functions[0]
+        shape = tuple(view._input_metadata[0].shape)
+        if leaf is None or not is_leaf(leaf) or len(shape) != 3:  # noqa: PLR2004 - (g, r, m)
+            return None
+        is_split = tuple(leaf.variable.shape) == (shape[0] * shape[1], shape[2])
+        return self.names.get(id(leaf.variable)) if is_split and shape[0] > 1 else None
 
     def _viewed(self, function: Function, name: str, dims: tuple[int, ...]) -> Parameter | None:
         """The parameter behind one more view, which may insert or take out dimensions of size 1."""

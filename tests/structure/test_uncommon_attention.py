@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from hf_gradnas import GradNASPruner
@@ -62,3 +63,36 @@ def test_the_config_keeps_the_width_of_a_head_where_heads_of_a_group_go_together
     pruner = GradNASPruner(model)
     structure = pruner.discover(IDS)  # which loads what it would write
     assert [axis.size for axis in heads_of(structure)] == [2, 2]
+
+
+def grouped_heads(groups: int) -> transformers.PreTrainedModel:
+    """Two layers of four heads whose out-projection has a matrix for each group of them."""
+    values = {"num_key_value_heads": 1, "head_dim": 8, "q_lora_rank": 12, "o_lora_rank": 6}
+    routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    kinds = {"layer_types": ["sliding_attention"] * 2, "mlp_layer_types": ["moe"] * 2}
+    config = {**ENCODER, **values, **routed, **kinds, "o_groups": groups, "qk_rope_head_dim": 4}
+    model = built("DeepseekV4ForCausalLM", **config)
+    model.set_experts_implementation("eager")  # in float64
+    return model
+
+
+def test_heads_at_the_same_position_of_groups_that_share_a_weight_go_together() -> None:
+    model = grouped_heads(2)
+    structure = find_structure(model, IDS)
+    first, second = heads_of(structure)
+    assert (first.size, first.minimum) == (2, 1)
+    assert [(part.offset, part.width) for part in first.slices if "q_b_proj" in part.tensor] == [
+        (0, 8),
+        (16, 8),
+    ]
+    smaller = check_a_cut(model, IDS, structure, {first.name: [1], second.name: [0]})
+    assert smaller.model.layers[0].self_attn.num_key_value_groups == 2
+
+
+def test_heads_with_a_weight_of_their_own_are_refused_in_words() -> None:
+    structure = find_structure(grouped_heads(4), IDS)
+    reasons = [
+        r.reason for r in structure.refusals if r.kind == "heads" and "self_attn" in r.module
+    ]
+    assert len(reasons) == 2
+    assert all("whose number is fixed" in reason for reason in reasons)
