@@ -54,6 +54,11 @@ class HeadLayout:
         return 1 < self.groups < self.heads
 
     @property
+    def read_width(self) -> int:
+        """Values per head that the out-projection reads, in all places."""
+        return sum(tap.width for tap in self.taps if tap.module == self.taps[0].module)
+
+    @property
     def minimum(self) -> int:
         """Fewest heads: a module that replaces them all puts out what one projection does."""
         return int(len({tap.module for tap in (*self.taps, *self.group_taps)}) > 1)
@@ -135,7 +140,7 @@ def _adaptations(
         if isinstance(x, Tensor) and x.ndim >= STACK and x.shape[-STACK] > 1
         if x.shape[-STACK] % size == 0
     )
-    width = next((a.width[0] for a in before if a.width), layout.heads * layout.width)
+    width = next((a.width[0] for a in before if a.width), layout.heads * layout.read_width)
     choices = [((), 0), *(((name,), 0) for name in per_head), (per_head, 0)]
     choices += [((), width), (per_head, width)]
     return [
@@ -194,6 +199,8 @@ def _attributes(
                 found.append(Attribute(path, name, ":heads", each, per=per))
             elif name in widths and value == layout.heads * layout.width:
                 found.append(Attribute(path, name, ":heads", layout.width))
+            elif name in widths and value == layout.heads * layout.read_width:
+                found.append(Attribute(path, name, ":heads", layout.read_width))
     return tuple(found)
 
 

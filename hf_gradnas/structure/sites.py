@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from ..types import Attribute, Kind, Tap
+from ..types import Attribute, Kind, Slice, Tap
 from .attention import HeadLayout
 from .labels import NOBODY, OUTPUT, Rows
 from .products import EMBEDDED
@@ -25,6 +26,10 @@ TOGETHER = (
     "that none of them can go alone"
 )
 ACROSS = "{} is a norm across them, so that none of them can go without a change of the others"
+UNREAD = (
+    "no layer reads what its heads put out; a product with a parameter that is no layer's is "
+    "not followed"
+)
 NO_LAYOUT = HeadLayout(0, 0, 0, (), ())
 MATRIX = 2
 
@@ -127,7 +132,7 @@ def _attention(reading: Reading, roots: set[int], time: int) -> Site:
     readers = _reading(reading, roots)
     site = Site(Kind.HEADS, time, "", core, (core,), every)
     if not readers:
-        return _told(site, reasons, "no weight reads what its heads put out")
+        return _told(site, reasons, UNREAD)
     reader = max(reversed(readers), key=lambda r: len(reading.rows[r].roots))
     path = _owner(reading, reader.tensor)
     site = Site(Kind.HEADS, reading.readers[reader], reader.tensor, core, (core, path), every)
@@ -223,15 +228,16 @@ def _head_layout(
     heads = [root for root in dict.fromkeys(entries.roots) if root in roots]
     if set(heads) != roots:
         raise IrregularRows(f"{entries.where} reads {len(heads)} of {len(roots)} heads")
-    units = {root: number for number, root in enumerate(heads)}
     for reader in readers:
         _check_reader(reading, reader)
-    width = _whole(entries, units, parts=2)
-    layout = HeadLayout(len(heads), 1 if groups else len(heads), width, reading.slices(units), ())
+    units, slices = _numbered(reading, heads)
+    count = max(units.values()) + 1
+    width = _whole(entries, units, parts=max(2, len(heads) // count))
+    layout = HeadLayout(count, 1 if groups else count, width, slices, ())
     in_group = dict.fromkeys(reading.standing.get(root) for root in heads)
     if len(in_group) <= 1:
         return replace(layout, taps=_taps(reading, readers, units)), units, {}
-    if None in in_group or len(heads) % len(in_group):
+    if None in in_group or len(heads) % len(in_group) or count < len(heads):
         raise IrregularRows(f"{len(heads)} heads do not fall into {len(in_group)} even groups")
     order = [reading.standing[root] for root in heads]
     size = len(heads) // len(in_group)
@@ -251,6 +257,23 @@ def _head_layout(
         group_taps=_taps(reading, readers, {**numbers, **in_groups}),
     )
     return layout, units, numbers
+
+
+def _numbered(reading: Reading, heads: Sequence[int]) -> tuple[Units, tuple[Slice, ...]]:
+    """Number of each head, and rows; where these are regular in blocks only, that in its block.
+
+    A projection may hold the queries of some heads, their keys and values, and so on with the next
+    ones (CodeGen): heads at the same place of each block go together.
+    """
+    units = {root: number for number, root in enumerate(heads)}
+    try:
+        return units, reading.slices(units)
+    except IrregularRows:
+        for size in (n for n in range(len(heads) // 2, 1, -1) if len(heads) % n == 0):
+            in_block = {root: number % size for root, number in units.items()}
+            with suppress(IrregularRows):
+                return in_block, reading.slices(in_block)
+        raise
 
 
 def _taps(reading: Reading, readers: Sequence[Rows], units: Units) -> tuple[Tap, ...]:

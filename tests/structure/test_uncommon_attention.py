@@ -96,3 +96,14 @@ def test_heads_with_a_weight_of_their_own_are_refused_in_words() -> None:
     ]
     assert len(reasons) == 2
     assert all("whose number is fixed" in reason for reason in reasons)
+
+
+def test_heads_whose_rows_are_regular_in_blocks_go_together_across_blocks() -> None:
+    values = {"n_embd": 16, "n_layer": 2, "vocab_size": 19, "n_positions": 16, "rotary_dim": 2}
+    model = built("CodeGenModel", **values, n_head=8)
+    structure = find_structure(model, IDS)
+    first, second = heads_of(structure)
+    assert (first.size, len(first.taps)) == (2, 4)  # four blocks, two heads in each
+    smaller = check_a_cut(model, IDS, structure, {first.name: [1], second.name: [0]})
+    assert smaller.h[0].attn.num_attention_heads == 4
+    check_a_cut(model, IDS, structure, {first.name: [], second.name: [0, 1]})
