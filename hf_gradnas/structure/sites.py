@@ -259,7 +259,7 @@ def _head_layout(
     return layout, units, numbers
 
 
-def _numbered(reading: Reading, heads: Sequence[int]) -> tuple[Units, tuple[Slice, ...]]:
+def _numbered(reading: Reading, heads: Sequence[int]) -> tuple[dict[int, int], tuple[Slice, ...]]:
     """Number of each head, and rows; where these are regular in blocks only, that in its block.
 
     A projection may hold the queries of some heads, their keys and values, and so on with the next
