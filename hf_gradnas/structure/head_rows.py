@@ -25,7 +25,7 @@ def check_reader(reading: Reading, reader: Rows) -> None:
     """Raise where no hook at a module's input can mask what a weight reads."""
     path, _, leaf = reader.tensor.rpartition(".")
     if leaf != "weight" or path not in reading.forward.calls:
-        raise IrregularRows(f"the out-projection {reader.tensor} is not a module of its own")
+        raise IrregularRows(f"{reader.tensor} reads them in no call of a layer, to be masked there")
 
 
 def head_layout(
