@@ -28,7 +28,13 @@ from ..structure.trace import map_tensors
 from ..types import Prunable, StockSpace, Structure
 from ..verification import find_structure
 from .carrying import carried
-from .layers import NeedsWeightsError, build_unloaded, said_of_all, shortened
+from .layers import (
+    NeedsWeightsError,
+    SpansLayersError,
+    build_unloaded,
+    said_of_all,
+    shortened,
+)
 from .shrinking import shrunk
 
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -80,18 +86,32 @@ def find_blueprint(
     """
     rules = rules or {}
     whole = build_unloaded(cls, config)
-    short_config, stacks = shortened(whole)
-    short = build_unloaded(cls, short_config)
-    structure = _found(
-        short, partial(_examined, layout=layout, rules=rules, layers=layers), batch_of
-    )
-    space = find_stock_space(short, structure)
-    structure, space = said_of_all(structure, space, stacks)
+    examined = partial(_examined, layout=layout, rules=rules, layers=layers)
+    try:
+        structure, space = _by_few_layers(whole, examined, batch_of)
+    except SpansLayersError:
+        structure = _found(whole, examined, batch_of)
+        space = find_stock_space(whole, structure)
     allowed = [axis for axis in structure.axes if rule_for(axis, rules) is not None]
     chosen, reason = layout_for(space, allowed, requested=layout)
     batch = batch_of(whole.config, whole)
     sample = flops_inputs(batch, flops_length, decoder=bool(config.is_encoder_decoder))
     return Blueprint(whole, _counted(whole, structure, sample, (space, chosen, reason)))
+
+
+def _by_few_layers(
+    whole: PreTrainedModel, examined: Callable[..., Structure], batch_of: BatchOf
+) -> tuple[Structure, StockSpace]:
+    """Structure and stock space, found in the first layers of every stack.
+
+    Raises:
+        SpansLayersError: Units of an axis are in several layers of a stack.
+        StructureError: As of `find_blueprint`.
+    """
+    config, stacks = shortened(whole)
+    short = build_unloaded(type(whole), config)
+    structure = _found(short, examined, batch_of)
+    return said_of_all(structure, find_stock_space(short, structure), stacks)
 
 
 def _counted(

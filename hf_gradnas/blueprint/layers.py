@@ -32,6 +32,10 @@ class NeedsWeightsError(StructureError):
     """The model can only be examined with its weights."""
 
 
+class SpansLayersError(StructureError):
+    """What holds of some layers says nothing of the others."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """A list of layers of which only the first were kept.
@@ -224,7 +228,7 @@ def said_of_all(
     """Structure and stock space of the model with all layers.
 
     Raises:
-        NeedsWeightsError: An axis spans several layers of a stack.
+        SpansLayersError: Units of an axis are in several layers of a stack.
     """
     for stack in stacks:
         inner = [axis for axis in structure.axes if not axis.is_layer]
@@ -233,7 +237,8 @@ def said_of_all(
             axis for part in (inner, whole) for axis in _for_all(part, stack, lambda a: a.module)
         ]
         for axis in inner:
-            _check_within(axis.name, axis.module, (s.tensor for s in axis.makers), stack)
+            tensors = (part.tensor for part in axis.slices if part.tensor != axis.tied)
+            _check_within(axis.name, axis.module, tensors, stack)
         unpruned = dict(_for_all(list(structure.unpruned.items()), stack, lambda item: item[0]))
         refusals = _for_all(structure.refusals, stack, _place)
         structure = Structure(tuple(axes), tuple(refusals), unpruned)
@@ -259,9 +264,8 @@ def _check_within(name: str, module: str, tensors: Iterable[str], stack: Stack) 
     own = stack.member_of(module)
     inside = {stack.member_of(tensor) for tensor in tensors} - {None}
     if inside - {own}:
-        raise NeedsWeightsError(
-            f"{name}: its units span several layers of {stack.path}, so that what holds of the "
-            "first layers says nothing of all; omit --no-weights, so that the model is loaded."
+        raise SpansLayersError(
+            f"{name}: its units are in several layers of {stack.path}; examine all of them."
         )
 
 

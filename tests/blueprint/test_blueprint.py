@@ -110,6 +110,25 @@ def test_layers_that_are_left_out_are_said_like_their_equals(make):
 
 
 @pytest.mark.usefixtures("small_units")
+def test_stacks_whose_layers_share_channels_are_examined_whole():
+    """A unit of one convolution is read by the next, and the last one makes the stream."""
+    config = tf.HubertConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        conv_dim=[8] * 5,
+        conv_stride=[5, 2, 2, 2, 2],
+        conv_kernel=[10, 3, 3, 3, 3],
+        num_feat_extract_layers=5,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+    )
+    model = tf.HubertModel(config).eval()
+    check_equal(model, {"input_values": torch.randn(2, 800)})
+
+
+@pytest.mark.usefixtures("small_units")
 def test_whole_layers_are_said_of_all():
     ids = torch.arange(24).reshape(2, 12)
     check_equal(deep_llama().eval(), {"input_ids": ids}, layers=True)

@@ -17,10 +17,10 @@ from tiny_configs import all_types, mapped
 
 # Encoders, decoders, both, mixtures, latent attention, scans, towers, images, audio, series.
 SPREAD = (
-    "bert deberta-v2 modernbert albert gpt2 opt bloom mpt falcon gemma3_text olmo2 mixtral "
+    "bert deberta-v2 modernbert albert gpt2 bloom mpt falcon gemma3_text olmo2 mixtral "
     "qwen3_moe gpt_oss llama4_text dbrx deepseek_v3 longcat_flash mamba jamba granitemoehybrid "
-    "qwen3_next rwkv t5 prophetnet encoder-decoder whisper wav2vec2 hubert vit swin dinov2 "
-    "convnext mobilenet_v2 segformer videomae detr clip blip llava qwen2_5_vl layoutlmv3 "
+    "qwen3_next rwkv t5 prophetnet whisper hubert vit dinov2 "
+    "convnext mobilenet_v2 segformer videomae detr clip llava qwen2_5_vl layoutlmv3 "
     "sam_vision_model patchtst perceiver"
 ).split()
 
