@@ -7,10 +7,11 @@ offered, since only the proof (`hf_gradnas.verification`) can tell which is righ
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..surgery.modeling_gradnas import adapters_of, table_of
 from ..surgery.rows import below
@@ -18,6 +19,7 @@ from ..types import Adaptation, Attribute, Axis, Kind, Removal, Slice, Tap
 from . import couplings
 from .trace import Call
 
+Parts = Mapping[str, nn.Module]
 STACK = 3
 """Dimensions of one matrix of queries and keys for each head."""
 
@@ -85,6 +87,7 @@ def attention_versions(
         shares: Whether it takes a bias from a table of another attention, or gives it one.
         sizes: Attributes that no tensor repeats and no table of names knows.
     """
+    parts = _parts_of(module, core)
     removals = _removals(module, core=core, projection=projection, call=call, shares=shares)
     grouped = layout.is_grouped
     heads = Axis(
@@ -95,14 +98,14 @@ def attention_versions(
         slices=layout.head_slices,
         taps=layout.taps,
         minimum=layout.minimum,
-        attributes=_attributes(module, layout, couplings.WIDTHS) + sizes,
+        attributes=_attributes(parts, layout, couplings.WIDTHS) + sizes,
         parent=":kv_groups" if grouped else None,
         norms=layout.norms,
     )
-    widths, config = _model_widths(module, layout), _config_counts(module, layout, core)
-    numbers = _numbers(module, layout, known={(a.module, a.name) for a in heads.attributes})
+    widths, config = _model_widths(parts, layout), _config_counts(module, layout, core)
+    numbers = _numbers(parts, layout, known={(a.module, a.name) for a in heads.attributes})
     wide = tuple(a for a in numbers if a.factor > 1)
-    several = _multiples(module, layout)
+    several = _multiples(parts, layout)
     extras = dict.fromkeys([(), several, widths, config, widths + config, wide, numbers])
     needs = _adaptations(module.get_submodule(core), layout, core_path=core, call=call)
     versions = [
@@ -158,8 +161,8 @@ def _removals(
     features = 0
     if inside:
         weight = module.get_parameter(projection)
-        linear = isinstance(module.get_submodule(owner), nn.Linear)
-        features = weight.shape[0 if linear else 1]
+        is_turned = isinstance(module.get_submodule(owner), Conv1D)
+        features = weight.shape[1 if is_turned else 0]
     shared = table_of(module.get_submodule(core))
     plain = Removal(
         module=core,
@@ -177,14 +180,26 @@ def _removals(
     return (plain, *(replace(plain, norm=name) for name in norms if inside))
 
 
-def _attributes(
-    module: nn.Module, layout: HeadLayout, widths: frozenset[str]
-) -> tuple[Attribute, ...]:
-    """Attributes below `module` that repeat a number of heads."""
+def _parts_of(module: nn.Module, core: str) -> Parts:
+    """Modules below `module` by path, without the other members of lists that the core is in."""
+    parts, names = dict(module.named_modules()), core.split(".")
+    for depth in range(1, len(names)):
+        owner, member = (".".join(names[:n]) for n in (depth, depth + 1))
+        if isinstance(parts[owner], nn.ModuleList):
+            parts = {
+                path: part
+                for path, part in parts.items()
+                if not path.startswith(f"{owner}.") or f"{path}.".startswith(f"{member}.")
+            }
+    return parts
+
+
+def _attributes(parts: Parts, layout: HeadLayout, widths: frozenset[str]) -> tuple[Attribute, ...]:
+    """Attributes of parts that repeat a number of heads."""
     grouped = layout.is_grouped
     groups_axis = ":kv_groups" if grouped else ":heads"
     found = []
-    for path, child in module.named_modules():
+    for path, child in parts.items():
         for name, value in vars(child).items():
             if isinstance(value, bool) or not isinstance(value, int):
                 continue
@@ -204,11 +219,11 @@ def _attributes(
     return tuple(found)
 
 
-def _multiples(module: nn.Module, layout: HeadLayout) -> tuple[Attribute, ...]:
-    """Numbers of heads below `module`, where each unit is several of them."""
+def _multiples(parts: Parts, layout: HeadLayout) -> tuple[Attribute, ...]:
+    """Numbers of heads where each unit is several of them."""
     return tuple(
         Attribute(path, name, ":heads", value // layout.heads)
-        for path, child in module.named_modules()
+        for path, child in parts.items()
         for name, value in vars(child).items()
         if name in couplings.HEAD_COUNTS and type(value) is int
         if value > layout.heads > 1 and value % layout.heads == 0
@@ -216,26 +231,26 @@ def _multiples(module: nn.Module, layout: HeadLayout) -> tuple[Attribute, ...]:
 
 
 def _numbers(
-    module: nn.Module, layout: HeadLayout, *, known: Collection[tuple[str, str]]
+    parts: Parts, layout: HeadLayout, *, known: Collection[tuple[str, str]]
 ) -> tuple[Attribute, ...]:
-    """Attributes of any name below `module` whose value is a size of heads or groups."""
+    """Attributes of any name whose value is a size of heads or groups."""
     width, groups_axis = layout.width, ":kv_groups" if layout.is_grouped else ":heads"
     sizes = {layout.heads: (":heads", 1), layout.heads * width: (":heads", width)}
     if layout.is_grouped:
         sizes |= {layout.groups: (groups_axis, 1), layout.groups * width: (groups_axis, width)}
     return tuple(
         Attribute(path, name, *sizes[value])
-        for path, child in module.named_modules()
+        for path, child in parts.items()
         if not type(child).__module__.startswith("torch.nn")
         for name, value in vars(child).items()
         if type(value) is int and value in sizes and (path, name) not in known
     )
 
 
-def _model_widths(module: nn.Module, layout: HeadLayout) -> tuple[Attribute, ...]:
+def _model_widths(parts: Parts, layout: HeadLayout) -> tuple[Attribute, ...]:
     return tuple(
         a
-        for a in _attributes(module, layout, couplings.MODEL_WIDTHS)
+        for a in _attributes(parts, layout, couplings.MODEL_WIDTHS)
         if a.name in couplings.MODEL_WIDTHS
     )
 

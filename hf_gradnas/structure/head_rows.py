@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from torch.nn.modules.conv import _ConvNd
+
 from ..types import Slice, Tap
 from .attention import HeadLayout
 from .labels import NOBODY, Rows
@@ -47,7 +49,7 @@ def head_layout(
         check_reader(reading, reader)
     units, slices = _numbered(reading, heads)
     count = max(units.values()) + 1
-    width = whole_width(entries, units, parts=max(2, len(heads) // count))
+    width = whole_width(entries, units, parts=len(entries.roots))
     layout = HeadLayout(count, 1 if groups else count, width, slices, ())
     in_group = dict.fromkeys(reading.standing.get(root) for root in heads)
     if len(in_group) <= 1:
@@ -93,7 +95,9 @@ def _numbered(reading: Reading, heads: Sequence[int]) -> tuple[dict[int, int], t
 
 def _taps(reading: Reading, readers: Sequence[Rows], units: Units) -> tuple[Tap, ...]:
     """Where the units are among what weights read."""
-    places = [(owner_of(reading, r.tensor), -1, reading.rows[r]) for r in readers]
+    paths = {rows: owner_of(reading, rows.tensor) for rows in readers}
+    convolve = {rows for rows, path in paths.items() if isinstance(reading.modules[path], _ConvNd)}
+    places = [(path, 1 if r in convolve else -1, reading.rows[r]) for r, path in paths.items()]
     return reading.taps(places, units, side="input")
 
 

@@ -42,6 +42,9 @@ MAX_TRIES = 3
 HOLDER = "module"
 FEW_EXPERTS = 16
 """Experts of a block that are proved; twice as many as have to stay, if that is more."""
+WHOLE = (
+    "its heads are one unit (what makes them keeps parts of all, or there is one), and as a whole"
+)
 FAINT = "next to nothing"
 
 
@@ -101,7 +104,9 @@ def _first_proved(
             return tuple(replace(axis, minimum=1) for axis in staying)
         if not any(NO_EFFECT in reason for reason in reasons):
             break
-    return next((r for r in reasons if NOT_RUNNING not in r), reasons[0])
+    reason = next((r for r in reasons if NOT_RUNNING not in r), reasons[0])
+    attends = place.template.kind is Kind.HEADS
+    return f"{WHOLE}: {reason}" if attends and axes[-1].size == 1 else reason
 
 
 def _trial_of(model: nn.Module, place: Place, kernels: Sequence[str], *, is_drawn: bool) -> Trial:

@@ -107,3 +107,25 @@ def test_heads_whose_rows_are_regular_in_blocks_go_together_across_blocks() -> N
     smaller = check_a_cut(model, IDS, structure, {first.name: [1], second.name: [0]})
     assert smaller.h[0].attn.num_attention_heads == 4
     check_a_cut(model, IDS, structure, {first.name: [], second.name: [0, 1]})
+
+
+def squeezed(heads: int) -> transformers.PreTrainedModel:
+    values = {**ENCODER, "num_attention_heads": heads, "embedding_size": 16}
+    return built("SqueezeBertModel", **values)
+
+
+def test_heads_of_a_convolution_in_groups_are_masked_in_its_dimension() -> None:
+    model = squeezed(8)
+    structure = find_structure(model, IDS)
+    first, second = heads_of(structure)
+    assert (first.size, first.minimum) == (2, 1)  # of each of four groups, one head
+    assert {tap.dim for tap in first.taps} == {1}
+    smaller = check_a_cut(model, IDS, structure, {first.name: [1], second.name: [0]})
+    assert smaller.encoder.layers[0].attention.num_attention_heads == 4
+
+
+def test_heads_that_all_go_together_are_refused_in_words() -> None:
+    structure = find_structure(squeezed(4), IDS)
+    reasons = [r.reason for r in structure.refusals if r.kind == "heads"]
+    assert len(reasons) == 2
+    assert all("one unit" in reason for reason in reasons)
