@@ -102,11 +102,8 @@ def attention_versions(
         parent=":kv_groups" if grouped else None,
         norms=layout.norms,
     )
-    widths, config = _model_widths(parts, layout), _config_counts(module, layout, core)
-    numbers = _numbers(parts, layout, known={(a.module, a.name) for a in heads.attributes})
-    wide = tuple(a for a in numbers if a.factor > 1)
-    several = _multiples(parts, layout)
-    extras = dict.fromkeys([(), several, widths, config, widths + config, wide, numbers])
+    known = {(a.module, a.name) for a in heads.attributes}
+    extras = _extras(parts, layout, config=_config_counts(module, layout, core), known=known)
     needs = _adaptations(module.get_submodule(core), layout, core_path=core, call=call)
     versions = [
         replace(heads, attributes=heads.attributes + extra, removal=removal, adaptation=need)
@@ -127,6 +124,20 @@ def attention_versions(
         norms=layout.group_norms,
     )
     return tuple((groups, version) for version in versions)
+
+
+def _extras(
+    parts: Parts,
+    layout: HeadLayout,
+    *,
+    config: tuple[Attribute, ...],
+    known: Collection[tuple[str, str]],
+) -> list[tuple[Attribute, ...]]:
+    """Further attributes that may repeat a size, nothing first."""
+    widths, numbers = _model_widths(parts, layout), _numbers(parts, layout, known=known)
+    wide = tuple(a for a in numbers if a.factor > 1)
+    several = _multiples(parts, layout)
+    return list(dict.fromkeys([(), several, widths, config, widths + config, wide, numbers]))
 
 
 def _adaptations(
