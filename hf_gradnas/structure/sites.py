@@ -180,8 +180,8 @@ def _joined(reading: Reading, core: str, roots: Set[int], readers: Sequence[Rows
     if all(made.time < read and f".{made.weight}".startswith(inside) for made in makers):
         return ""
     return (
-        "without an out-projection its heads, or their values, are added to the stream of values "
-        f"that all layers share ({readers[1].tensor} reads it too)"
+        "its heads, or their values, meet the stream of values that all layers share, with no "
+        f"out-projection between ({readers[1].tensor} reads it too)"
     )
 
 

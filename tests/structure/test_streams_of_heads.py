@@ -166,7 +166,9 @@ def test_heads_that_several_weights_read_are_masked_at_each(style: str) -> None:
 def test_heads_that_are_added_to_the_stream_are_refused_in_plain_words(style: str) -> None:
     structure = find_structure(built(style), X)
     (refusal,) = [refusal for refusal in structure.refusals if refusal.kind == Kind.HEADS]
-    assert "are added to the stream of values that all layers share" in refusal.reason
+    assert (
+        "meet the stream of values that all layers share, with no out-projection" in refusal.reason
+    )
     assert refusal.module == "attention"
 
 
