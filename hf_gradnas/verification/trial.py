@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import compress
+from math import isnan
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ POSITIONS = 32
 """Positions of a sequence that a module is run on, where it runs on so few."""
 _SEQUENCE_DIMS = 3
 NO_EFFECT = "has no effect on the input"
+NAN = "NaN instead of numbers (all that it attends to may be masked out)"
 NOT_RUNNING = "it does not run"
 KERNEL = "eager"
 TINY = torch.finfo(torch.float64).tiny
@@ -89,7 +91,8 @@ class Trial:
                 if not TOLERANCE < difference < ROUNDING:
                     break
             if not effect > EFFECT:
-                return f"masking down to {units} {NO_EFFECT}"
+                why = f", on which it puts out {NAN}" if isnan(effect) else ""
+                return f"masking down to {units} {NO_EFFECT}{why}"
             if not difference <= TOLERANCE:
                 return (
                     f"cut to {units} it differs from masked by {difference:.1e} "

@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.errors import StructureError
 from hf_gradnas.verification import find_structure
 
 from .test_kinds_of_attention import ENCODER, IDS, built, check_a_cut, heads_of
@@ -129,3 +130,21 @@ def test_heads_that_all_go_together_are_refused_in_words() -> None:
     reasons = [r.reason for r in structure.refusals if r.kind == "heads"]
     assert len(reasons) == 2
     assert all("one unit" in reason for reason in reasons)
+
+
+class Masked(nn.Module):
+    """An attention all of whose positions are masked out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (z(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for z in (self.q, self.k, self.v))
+        context = (q @ k.transpose(-1, -2) - torch.inf).softmax(-1) @ v
+        return self.out(context.transpose(1, 2).flatten(2))
+
+
+def test_an_attention_that_puts_out_no_numbers_is_refused_in_words() -> None:
+    with pytest.raises(StructureError, match="NaN instead of numbers"):
+        find_structure(Around(Masked()).double().eval(), IDS)
