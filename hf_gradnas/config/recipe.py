@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from .defaults import DEFAULT_SCORE, Score
-from .strict import Settings, read_label_map, read_targets
+from .inputs import Inputs, named
+from .strict import Settings, read_targets
 
 FORMAT = 1
 """Version of recipe files that is read and written."""
@@ -20,9 +21,6 @@ QUICKSTART = "quickstart"
 """Name of the model that the prune command trains on the spot."""
 
 _Extra = dict[str, Any]
-_MODEL: _Extra = {"panel": "Model"}
-_DATA: _Extra = {"panel": "Calibration data"}
-_EVAL: _Extra = {"panel": "Evaluation"}
 _PLAN: _Extra = {"panel": "Scores and plan"}
 _RECOVERY: _Extra = {"panel": "Recovery"}
 _OUTPUT: _Extra = {"panel": "Output"}
@@ -33,10 +31,6 @@ BY_FLAG_ONLY = {
     "push_to_hub": "it publishes the result",
 }
 """Options that no recipe file switches on, and none keeps, with the reason."""
-
-
-def _named(panel: _Extra, metavar: str) -> _Extra:
-    return {**panel, "metavar": metavar}
 
 
 def _default_target() -> dict[str, float | str]:
@@ -55,148 +49,15 @@ class Training(Settings):
     scores_from: Literal["private", "training"] = "private"
 
 
-class Recipe(Settings):
+class Recipe(Inputs):
     """All options of ``hf-gradnas prune``."""
-
-    format_version: Literal[1] = Field(default=1, description="Version of this file format.")
-
-    model: str = Field(
-        description="Hub id or folder of the model; 'quickstart' trains a small one on the spot.",
-        json_schema_extra=_named(_MODEL, "ID|FOLDER"),
-    )
-    task: str | None = Field(
-        default=None,
-        description="What the model is for, e.g. text-classification, fill-mask, text-generation, "
-        "summarization, image-classification. Default: from config.architectures.",
-        json_schema_extra=_named(_MODEL, "TASK"),
-    )
-    revision: str | None = Field(
-        default=None,
-        description="Branch, tag or commit of the model on the Hub.",
-        json_schema_extra=_named(_MODEL, "REVISION"),
-    )
-    trust_remote_code: bool = Field(
-        default=False,
-        description="Run model code that comes with the checkpoint. Not from a recipe file.",
-        json_schema_extra=_MODEL,
-    )
-    allow_new_head: bool = Field(
-        default=False,
-        description="Go on with a head of --task that the checkpoint has no weights for, so that "
-        "they are random, or that was trained for another task.",
-        json_schema_extra=_MODEL,
-    )
-    device: str | None = Field(
-        default=None,
-        description="Where to run, e.g. cpu, cuda, cuda:1, mps. Default: the accelerator if any.",
-        json_schema_extra=_named(_MODEL, "DEVICE"),
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="Number type of the weights; auto is that of the checkpoint.",
-        json_schema_extra=_MODEL,
-    )
-
-    dataset: str | None = Field(
-        default=None,
-        description="Hub id (config after a colon, nyu-mll/glue:sst2) or a csv, tsv, json, jsonl, "
-        "txt or parquet file or a folder. Default: the public-domain prose in this package.",
-        json_schema_extra=_named(_DATA, "ID|PATH"),
-    )
-    split: str = Field(
-        default="train",
-        description="Split of the data set to calibrate on.",
-        json_schema_extra=_named(_DATA, "NAME"),
-    )
-    text_column: str | None = Field(
-        default=None,
-        description="Column with the text; two columns of a pair are given as A,B.",
-        json_schema_extra=_named(_DATA, "NAME"),
-    )
-    label_column: str | None = Field(
-        default=None,
-        description="Column with the label.",
-        json_schema_extra=_named(_DATA, "NAME"),
-    )
-    target_column: str | None = Field(
-        default=None,
-        description="Column with the text to generate: summary, translation, transcript.",
-        json_schema_extra=_named(_DATA, "NAME"),
-    )
-    image_column: str | None = Field(
-        default=None,
-        description="Column with the image, or with the path of one.",
-        json_schema_extra=_named(_DATA, "NAME"),
-    )
-    audio_column: str | None = Field(
-        default=None,
-        description="Column with the audio, or with the path of a file.",
-        json_schema_extra=_named(_DATA, "NAME"),
-    )
-    num_examples: int = Field(
-        default=512,
-        ge=1,
-        description="Examples to calibrate on: the first ones in file order unless --shuffle.",
-        json_schema_extra=_DATA,
-    )
-    shuffle: bool = Field(
-        default=False,
-        description="Draw the examples at random (with --seed) instead of taking the first.",
-        json_schema_extra=_DATA,
-    )
-    batch_size: int = Field(
-        default=16, ge=1, description="Examples per batch.", json_schema_extra=_DATA
-    )
-    max_length: int | None = Field(
-        default=None,
-        ge=2,
-        description="Tokens per example. Default: 128, or the model's positions if fewer.",
-        json_schema_extra=_DATA,
-    )
-    labels: Literal["data", "model"] | None = Field(
-        default=None,
-        description="Labels from the data, or sampled from the model's own prediction. Default: "
-        "data where the data or the kind of head has them, else model.",
-        json_schema_extra=_DATA,
-    )
-    label_map: dict[str, int] = Field(
-        default_factory=dict,
-        description="The model's number of each label of the data, positive=1,negative=0, where "
-        "neither the model's own names (label2id) nor the data say it. Repeatable.",
-        json_schema_extra=_named(_DATA, "NAME=NUMBER"),
-    )
-
-    eval: bool = Field(
-        default=True,
-        description="Measure loss and accuracy or perplexity before and after; without "
-        "--eval-dataset on examples that are held out from the calibration data.",
-        json_schema_extra=_EVAL,
-    )
-    eval_dataset: str | None = Field(
-        default=None,
-        description="Data set to measure loss and accuracy or perplexity on, before and after; "
-        "same forms as --dataset. Default: examples held out from the calibration data.",
-        json_schema_extra=_named(_EVAL, "ID|PATH"),
-    )
-    eval_split: str | None = Field(
-        default=None,
-        description="Split to evaluate on, of --eval-dataset or else of --dataset.",
-        json_schema_extra=_named(_EVAL, "NAME"),
-    )
-    eval_num_examples: int | None = Field(
-        default=None,
-        ge=1,
-        description="Evaluate on the first N examples only, or hold out so many. Default: all, or "
-        "one held out for every four that are scored.",
-        json_schema_extra=_EVAL,
-    )
 
     target: dict[str, float | str] = Field(
         default_factory=_default_target,
         min_length=1,
         description="Budget to keep to: flops or params as a share of the original (60%) or a "
         "number (66e6, 1.2G). Repeatable; all hold at once. Default: flops=60%.",
-        json_schema_extra=_named(_PLAN, "NAME=VALUE"),
+        json_schema_extra=named(_PLAN, "NAME=VALUE"),
     )
     flops_length: int | None = Field(
         default=None,
@@ -231,25 +92,25 @@ class Recipe(Settings):
     scores: str | None = Field(
         default=None,
         description="Use these complete scores instead of scoring.",
-        json_schema_extra=_named(_PLAN, "FILE"),
+        json_schema_extra=named(_PLAN, "FILE"),
     )
     save_scores: str | None = Field(
         default=None,
         description="Where the scores go, also partial ones to resume from. "
         "Default: <output>.scores.safetensors.",
-        json_schema_extra=_named(_PLAN, "FILE"),
+        json_schema_extra=named(_PLAN, "FILE"),
     )
     axes: tuple[Literal["heads", "neurons", "experts", "channels", "layers"], ...] = Field(
         default=(),
         description="Kinds of units that may go, such as heads,neurons; heads with their KV "
         "groups. Default: all that are found but whole layers.",
-        json_schema_extra=_named(_PLAN, "KIND"),
+        json_schema_extra=named(_PLAN, "KIND"),
     )
     exclude: tuple[str, ...] = Field(
         default=(),
         description="Glob over module paths, or names such as '*:experts', that stay untouched. "
         "Repeatable.",
-        json_schema_extra=_named(_PLAN, "GLOB"),
+        json_schema_extra=named(_PLAN, "GLOB"),
     )
     min_units: int = Field(
         default=0,
@@ -270,7 +131,7 @@ class Recipe(Settings):
         allow_inf_nan=False,
         description="Train the pruned model for so many epochs of --dataset, with the original as "
         "its teacher; 0 does not. The original is loaded a second time for it.",
-        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+        json_schema_extra=named(_RECOVERY, "NUMBER"),
     )
     recover_num_examples: int | None = Field(
         default=None,
@@ -289,7 +150,7 @@ class Recipe(Settings):
         gt=0,
         allow_inf_nan=False,
         description="Highest learning rate of recovery. Default: 1e-4, or 1e-3 with LoRA.",
-        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+        json_schema_extra=named(_RECOVERY, "NUMBER"),
     )
     recover_temperature: float = Field(
         default=2.0,
@@ -297,7 +158,7 @@ class Recipe(Settings):
         allow_inf_nan=False,
         description="Softens the predictions of both models where they are compared; above 1, "
         "unlikely answers of the teacher count for more.",
-        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+        json_schema_extra=named(_RECOVERY, "NUMBER"),
     )
     recover_alpha: float = Field(
         default=0.5,
@@ -305,7 +166,7 @@ class Recipe(Settings):
         le=1,
         description="Share of the teacher's predictions in the loss; the rest is that of the "
         "labels. Data without labels is learnt from the teacher alone.",
-        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+        json_schema_extra=named(_RECOVERY, "NUMBER"),
     )
     recover_hidden_weight: float = Field(
         default=0.0,
@@ -313,7 +174,7 @@ class Recipe(Settings):
         allow_inf_nan=False,
         description="Weight of the difference between the hidden states of the two models; 0 does "
         "not compare them.",
-        json_schema_extra=_named(_RECOVERY, "NUMBER"),
+        json_schema_extra=named(_RECOVERY, "NUMBER"),
     )
     recover_lora_rank: int | None = Field(
         default=None,
@@ -327,13 +188,13 @@ class Recipe(Settings):
         default=None,
         description="For GradNASCallback.from_recipe, not for the command: when, schedule, "
         "start_ratio, end_ratio, stages, mask, scores_from.",
-        json_schema_extra=_named({"panel": "Training"}, "MAPPING"),
+        json_schema_extra=named({"panel": "Training"}, "MAPPING"),
     )
 
     output: str | None = Field(
         default=None,
         description="Folder of the pruned model. Default: ./<last part of model>-gradnas.",
-        json_schema_extra=_named(_OUTPUT, "FOLDER"),
+        json_schema_extra=named(_OUTPUT, "FOLDER"),
     )
     dry_run: bool = Field(
         default=False,
@@ -354,7 +215,7 @@ class Recipe(Settings):
         default=None,
         description="Repository of the Hub to push the result to; made if it is not there. Not "
         "from a recipe file.",
-        json_schema_extra=_named(_OUTPUT, "USER/NAME"),
+        json_schema_extra=named(_OUTPUT, "USER/NAME"),
     )
     private: bool = Field(
         default=False, description="Make the repository private.", json_schema_extra=_OUTPUT
@@ -364,11 +225,6 @@ class Recipe(Settings):
     @classmethod
     def _read_targets(cls, value: Any) -> Any:
         return read_targets(value)
-
-    @field_validator("label_map", mode="before")
-    @classmethod
-    def _read_label_map(cls, value: Any) -> Any:
-        return read_label_map(value)
 
     @field_validator("axes", mode="before")
     @classmethod
