@@ -79,7 +79,7 @@ def counts_of(lines: Mapping[str, str]) -> str:
     failing = [name for name, line in lines.items() if "**fails**" in line]
     stock = [name for name in some if _cells(lines[name])[4] == "stock"]
     counts = [
-        ("types of Transformers", len(lines)),
+        ("types that are built", len(lines)),
         ("something is pruned", len(some)),
         ("nothing is refused", len(whole)),
         *((f"{title} are pruned", _with(kinds, kind)) for kind, title in COLUMNS.items()),

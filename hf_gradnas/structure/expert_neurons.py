@@ -51,13 +51,10 @@ def neurons_of(
     flat = any(is_flat(p, experts.size) for p in module.parameters())
     if chosen is not None and not (is_known or flat):
         return None
-    try:
-        measured = _Measured(module, chosen, call, experts.size)
-        reader, slices = measured.slices()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # the module's own code may raise anything
+    found = _measured(module, chosen, call, experts.size)
+    if found is None:
         return None
+    measured, reader, slices = found
     return Axis(
         name=f":{Kind.NEURONS}",
         module="",
@@ -101,12 +98,10 @@ def neurons_of_all(module: nn.Module, call: Call) -> Axis | None:
     if len(sizes) != 1:
         return None
     (size,) = sizes
-    try:
-        reader, slices = _Measured(module, None, call, size, experts=0).slices()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # the module's own code may raise anything
+    found = _measured(module, None, call, size, experts=0)
+    if found is None:
         return None
+    _, reader, slices = found
     return Axis(
         name=f":{Kind.NEURONS}",
         module="",
@@ -156,6 +151,19 @@ def all_run(module: nn.Module, call: Call, size: int) -> bool:
     except Exception:  # the module's own code may raise anything
         return False
     return True
+
+
+def _measured(
+    module: nn.Module, chosen: Chosen | None, call: Call, size: int, *, experts: int = 1
+) -> tuple[_Measured, str, list[Slice]] | None:
+    """What is measured, its reading stack and rows; None where they cannot be told."""
+    try:
+        measured = _Measured(module, chosen, call, size, experts=experts)
+        return (measured, *measured.slices())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the module's own code may raise anything
+        return None
 
 
 class _Measured:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -340,24 +341,26 @@ def prove_layers(
         inputs: Keyword arguments of its forward.
     """
     choices = [choice for choice in (layers[1:], layers[::2], layers[1::2]) if choice]
-    if not any(_layers_disproof(model, choice, inputs) for choice in choices):
+    whole = _outputs(model, inputs)
+    disproof = partial(_layers_disproof, model, inputs, whole)
+    if not any(map(disproof, choices)):
         return tuple(layers), ()
-    reasons = {layer.name: _layers_disproof(model, [layer], inputs) for layer in layers}
+    reasons = {layer.name: disproof([layer]) for layer in layers}
     good: list[Axis] = []
     for layer in layers:
-        if not reasons[layer.name]:
-            reasons[layer.name] = _layers_disproof(model, [*good, layer], inputs) if good else ""
+        if good and not reasons[layer.name]:
+            reasons[layer.name] = disproof([*good, layer])
         good += [] if reasons[layer.name] else [layer]
     bad = [layer for layer in layers if reasons[layer.name]]
     return tuple(good), tuple(Refusal(a.module, str(a.kind), reasons[a.name]) for a in bad)
 
 
-@torch.no_grad()
-def _layers_disproof(model: nn.Module, layers: Sequence[Axis], inputs: Mapping[str, Any]) -> str:
+def _layers_disproof(
+    model: nn.Module, inputs: Mapping[str, Any], whole: Sequence[Tensor], layers: Sequence[Axis]
+) -> str:
     """Why bypassing and removing layers differ, or cannot be compared; "" if they agree."""
     kept: dict[str, list[int]] = {layer.name: [] for layer in layers}
     try:
-        whole = _outputs(model, inputs)
         with masked(model, layers, kept):
             reference = _outputs(model, inputs)
         with _without(model, layers):
@@ -377,7 +380,7 @@ def _layers_disproof(model: nn.Module, layers: Sequence[Axis], inputs: Mapping[s
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Outputs of one forward, from a seed of its own."""
-    with evaluating(model), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return list(floating(model(**inputs)))
 
