@@ -11,7 +11,7 @@ Layers are taken out of the model itself, which is left as it was.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -388,16 +388,9 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
 @contextmanager
 def _without(model: nn.Module, layers: Sequence[Axis]) -> Iterator[None]:
     """The model without layers, within the block."""
-    owners = []
-    try:
+    with ExitStack() as stack:
         for layer in layers:
-            path, _, name = layer.module.rpartition(".")
-            owner = model.get_submodule(path)
-            owners.append((owner, name, owner._modules[name]))
-            owner._modules[name] = RemovedAttention(
-                model.get_submodule(layer.module), **removal_spec(layer)
-            )
+            module = model.get_submodule(layer.module)
+            stack.callback(model.set_submodule, layer.module, module)
+            model.set_submodule(layer.module, RemovedAttention(module, **removal_spec(layer)))
         yield
-    finally:
-        for owner, name, module in owners:
-            owner._modules[name] = module
