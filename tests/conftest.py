@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Of tiny tensors, threads only wait for each other: here and in new processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 # New processes find the checkout from any folder.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -28,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 import hf_gradnas  # noqa: E402 - per-layer loading is installed in every test
 from hf_gradnas.stock.trials import Shapes, tensor_shapes  # noqa: E402
 
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 

@@ -10,10 +10,10 @@ import torch
 import transformers as tf
 from cli_cases import write_text
 
+from hf_gradnas import flow
 from hf_gradnas.cli.app import main
 from hf_gradnas.data.datasets import bundled_text
 from hf_gradnas.errors import CheckpointError
-from hf_gradnas.jobs import quickstart
 from hf_gradnas.jobs.quickstart import Training, make_quickstart, split_text, unigram_perplexity
 
 SMALL = Training(
@@ -103,7 +103,7 @@ def test_unigram_perplexity():
 
 def test_the_recipe_trains_prunes_saves_reloads_and_measures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quickstart, "Training", lambda seed: SMALL)
+    monkeypatch.setattr(flow, "Training", lambda seed: SMALL)
     arguments = ["--recipe", "quickstart", "--num-examples", "8", "--max-length", "32"]
     assert main(["prune", *arguments, "--eval-num-examples", "8", "--target", "flops=80%"]) == 0
     out = capsys.readouterr().out
