@@ -17,11 +17,14 @@ from tiny_configs import all_types, mapped
 
 # Encoders, decoders, both, mixtures, latent attention, scans, towers, images, audio, series.
 SPREAD = (
-    "bert deberta-v2 modernbert albert gpt2 bloom mpt falcon gemma3_text olmo2 mixtral "
-    "qwen3_moe gpt_oss llama4_text dbrx deepseek_v3 longcat_flash mamba jamba granitemoehybrid "
-    "qwen3_next rwkv t5 prophetnet whisper hubert vit dinov2 "
-    "convnext mobilenet_v2 segformer videomae detr clip llava qwen2_5_vl layoutlmv3 "
-    "sam_vision_model patchtst perceiver"
+    "bert roberta deberta-v2 modernbert albert electra longformer funnel convbert squeezebert "
+    "gpt2 bloom mpt falcon gpt_neox gptj codegen opt llama qwen3 gemma3_text phi3 cohere "
+    "olmo2 glm4 gpt_neo mixtral qwen3_moe gpt_oss llama4_text dbrx deepseek_v3 jetmoe "
+    "ernie4_5_moe switch_transformers longcat_flash mamba jamba granitemoehybrid qwen3_next "
+    "rwkv bamba lfm2 recurrent_gemma t5 bart prophetnet pegasus m2m_100 whisper wav2vec2 "
+    "hubert speecht5 musicgen vit dinov2 convnext mobilenet_v2 segformer videomae swin resnet "
+    "levit beit efficientnet detr deformable_detr yolos dpt clip siglip llava "
+    "qwen2_5_vl paligemma idefics3 blip-2 layoutlmv3 sam_vision_model patchtst perceiver"
 ).split()
 
 
