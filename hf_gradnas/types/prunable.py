@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from .costs import CostModel
+from .records import read_document, to_document
 from .structure import Axis, StockSpace, Structure
+from .structure_checks import check_prunable
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,22 @@ class Prunable:
     space: StockSpace = field(default_factory=lambda: StockSpace(()))
     sample: Mapping[str, Any] = field(default_factory=dict)
 
+    FORMAT_VERSION: ClassVar[int] = 1
+
     @property
     def axes(self) -> tuple[Axis, ...]:
         """The axes that can be cut."""
         return self.structure.axes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the sample, as JSON can hold it; fields at their default are left out."""
+        return to_document(replace(self, sample={}))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Prunable:
+        """Inverse of `to_dict`; there is no sample.
+
+        Raises:
+            StructureError: The data is no such noun, holds nonsense, or is of another format.
+        """
+        return read_document(cls, data, check_prunable)

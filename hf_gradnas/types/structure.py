@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import StructureError
 from .kinds import KINDS, Kind
+from .records import read_document, to_document
+from .structure_checks import check_structure
 
 Role = Literal["makes", "reads", "follows"]
 """What rows do for a unit: make its values, read them, or follow (biases, norms, statistics)."""
@@ -307,6 +309,8 @@ class Structure:
     refusals: tuple[Refusal, ...] = ()
     unpruned: Mapping[str, str] = field(default_factory=dict)
 
+    FORMAT_VERSION: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         names = Counter(axis.name for axis in self.axes)
         twice = [name for name, times in names.items() if times > 1]
@@ -321,6 +325,19 @@ class Structure:
             if axis.name == name:
                 return axis
         raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The structure as JSON can hold it; fields at their default are left out."""
+        return to_document(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Structure:
+        """Inverse of `to_dict`.
+
+        Raises:
+            StructureError: The data is no structure, holds nonsense, or is of another format.
+        """
+        return read_document(cls, data, check_structure)
 
 
 @dataclass(frozen=True, slots=True)
