@@ -102,7 +102,7 @@ def test_words_as_labels_need_names(prune, bert, tsv, tmp_path, monkeypatch):
     (tmp_path / "words.tsv").write_text(words, encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr("hf_gradnas.data.loading.load_model", _never)
+        patch.setattr("hf_gradnas.jobs.preparation.load_model", _never)
         for files in (["words.tsv"], [tsv, "--eval-dataset", "words.tsv"]):
             code, _, err = prune("--model", bert, "--dataset", *files, *PLAIN)
             assert code == 2
@@ -384,7 +384,7 @@ EARLY = {
 @pytest.mark.parametrize("case", EARLY)
 def test_bad_input_is_refused_before_the_weights_are_read(case, prune, bert, tsv, monkeypatch):
     arguments, message = EARLY[case]
-    monkeypatch.setattr("hf_gradnas.data.loading.load_model", _never)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.load_model", _never)
     code, _, err = prune("--model", bert, "--dataset", tsv, *arguments)
     assert code == 2
     assert re.search(message, err, re.DOTALL), err
@@ -392,7 +392,7 @@ def test_bad_input_is_refused_before_the_weights_are_read(case, prune, bert, tsv
 
 
 def test_a_label_column_that_is_missing_names_the_others(prune, bert, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_gradnas.data.loading.load_model", _never)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.load_model", _never)
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": "good", "note": "x"}])
     code, _, err = prune("--model", bert, "--dataset", data)
     assert code == 2
@@ -401,7 +401,7 @@ def test_a_label_column_that_is_missing_names_the_others(prune, bert, tmp_path, 
 
 
 def test_labels_of_data_need_data(prune, bert, monkeypatch):
-    monkeypatch.setattr("hf_gradnas.data.loading.load_model", _never)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.load_model", _never)
     code, _, err = prune("--model", bert, "--labels", "data")
     assert code == 2
     assert "--labels data: found no --dataset" in err
@@ -429,7 +429,7 @@ def test_an_output_that_exists_is_kept_unless_overwritten(prune, bert, tsv, tmp_
 
 @pytest.mark.parametrize("feeds", ["image", "audio"])
 def test_a_model_that_text_cannot_feed_names_the_flags(feeds, prune, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_gradnas.data.loading.load_model", _never)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.load_model", _never)
     save = {"image": save_vit, "audio": save_whisper}[feeds]
     code, _, err = prune("--model", save(tmp_path / "m"))
     assert code == 2
@@ -535,7 +535,7 @@ def test_labels_in_another_order_are_warned_of(prune, bert, tsv, tmp_path):
 
 
 def test_options_that_this_model_does_not_read_are_refused(prune, bert, tsv, monkeypatch):
-    monkeypatch.setattr("hf_gradnas.data.loading.load_model", _never)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.load_model", _never)
     for option in ("--target-column", "--image-column", "--audio-column"):
         code, _, err = prune("--model", bert, "--dataset", tsv, option, "text")
         assert code == 2

@@ -141,7 +141,7 @@ EARLY = {
 @pytest.mark.parametrize("case", EARLY)
 def test_bad_input_is_refused_before_the_weights_are_read(case, prune, bert, tsv, monkeypatch):
     arguments, message = EARLY[case]
-    monkeypatch.setattr("hf_gradnas.data.loading.load_model", _never)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.load_model", _never)
     monkeypatch.setattr("hf_gradnas.repair.lora.find_spec", lambda name: None)
     code, _, err = prune("--model", bert, "--dataset", tsv, *arguments)
     assert code == 2

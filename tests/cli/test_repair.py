@@ -176,7 +176,7 @@ def test_a_repair_that_cannot_be_saved_is_a_warning(prune, options, monkeypatch)
 
 
 def test_another_file_in_its_place_is_refused_at_once(prune, options, monkeypatch) -> None:
-    monkeypatch.setattr("hf_gradnas.data.loading.load_model", None)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.load_model", None)
     Path(REPAIR).write_text("kept")
     code, _, err = prune(*options)
     assert code == 2

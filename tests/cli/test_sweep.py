@@ -168,7 +168,7 @@ def test_slips_are_found_before_anything_is_loaded(name, sweep, bert, tmp_path, 
     (tmp_path / "mine/sweep.csv").write_text("a,b\n", encoding="utf-8")
     (tmp_path / "full/pruned").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("hf_gradnas.data.loading.open_source", _never)
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.open_source", _never)
     arguments, said = BAD[name]
     base = [] if name == "no model" or "--model" in arguments else ["--model", "bert"]
     code, out, err = sweep(*base, *arguments)
