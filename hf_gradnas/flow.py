@@ -226,6 +226,7 @@ class Run:
                 file=self.recipe.save_scores,
                 progress=progress,
                 seed=self.recipe.seed,
+                checkpointing=self.recipe.checkpointing or None,
             )
         self.scoring = False
         self.report.line(

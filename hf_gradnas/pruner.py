@@ -112,6 +112,7 @@ class GradNASPruner(ExaminedModel):
         file: str | Path | None = None,
         progress: Progress | None = None,
         seed: int = 0,
+        checkpointing: bool | None = None,
     ) -> Scores:
         """Measure what every unit is worth, in one pass of forwards and backwards.
 
@@ -122,6 +123,7 @@ class GradNASPruner(ExaminedModel):
             file: Where scores are kept while running; a broken-off run resumes from it.
             progress: Called with examples done and the total (None: not known).
             seed: For sampled labels and the ``random`` score.
+            checkpointing: As of `scores.collect_scores`: less memory, the same scores.
 
         Raises:
             DataError: Batches that the model cannot be scored with.
@@ -145,6 +147,7 @@ class GradNASPruner(ExaminedModel):
             file=file,
             progress=progress,
             accelerator=self._processes.accelerator,
+            checkpointing=checkpointing,
         )
         return self._scores
 
@@ -172,8 +175,7 @@ class GradNASPruner(ExaminedModel):
         if self.score_method != AUTO:
             return self._planned(scores, budgets)
         plans = [self._planned(scores.of(method), budgets) for method in scores.methods]
-        given = {"processes": self._processes}
-        return closest(self.model, self._held_out, plans, self.masked, **given)
+        return closest(self.model, self._held_out, plans, self.masked, processes=self._processes)
 
     def _planned(self, scores: Scores, budgets: tuple[Budget, ...]) -> Plan:
         """The plan of one method."""

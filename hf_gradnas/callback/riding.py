@@ -41,6 +41,7 @@ class _Recorder(GradientRecorder):
     """Keeps what a forward left for its backward when the hooks go."""
 
     is_kept = False
+    is_replayed = False
 
     def _forget(self) -> None:
         if not self.is_kept:

@@ -282,7 +282,7 @@ _SWEPT: dict[str, str | None] = {
     **dict.fromkeys(("task", "revision", "trust_remote_code", "allow_new_head", "device", "dtype")),
     **dict.fromkeys(("dataset", "split", "text_column", "label_column", "target_column")),
     **dict.fromkeys(("image_column", "audio_column", "num_examples", "shuffle", "batch_size")),
-    **dict.fromkeys(("max_length", "labels", "label_map")),
+    **dict.fromkeys(("max_length", "labels", "label_map", "checkpointing")),
     **dict.fromkeys(("eval_dataset", "eval_split", "eval_num_examples", "flops_length")),
     **dict.fromkeys(("search", "layout", "repair", "axes", "exclude", "min_units", "seed")),
     "output": "Folder of the results: sweep.json, .csv, .md, .png, .svg, and the scores. What is "

@@ -139,6 +139,7 @@ def _sweep(
         file=Path(str(recipe.output), SWEEP_FILE),
         document=_document(job, sweep, given),
         progress=screen.progress,
+        checkpointing=recipe.checkpointing or None,
     )
     processes.from_main(partial(_write, frontier, Path(str(recipe.output))))
     _show(frontier, f"{original.examples:,} examples {job.evaluation}", screen)

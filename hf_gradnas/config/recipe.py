@@ -100,6 +100,12 @@ class Recipe(Inputs):
         "Default: <output>.scores.safetensors.",
         json_schema_extra=named(_PLAN, "FILE"),
     )
+    checkpointing: bool = Field(
+        default=False,
+        description="Run each layer again in the backward of scoring instead of keeping its "
+        "activations: less memory and a quarter more time, the same scores.",
+        json_schema_extra=_PLAN,
+    )
     axes: tuple[Literal["heads", "neurons", "experts", "channels", "layers"], ...] = Field(
         default=(),
         description="Kinds of units that may go, such as heads,neurons; heads with their KV "

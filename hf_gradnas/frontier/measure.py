@@ -56,6 +56,7 @@ def measure_frontier(  # noqa: PLR0913 - one call says all of a sweep
     document: Mapping[str, Any] | None = None,
     progress: Bar | None = None,
     processes: Processes | None = None,
+    checkpointing: bool | None = None,
 ) -> Frontier:
     """Score each calibration subset once, plan every budget by every score, and measure the plans.
 
@@ -79,6 +80,7 @@ def measure_frontier(  # noqa: PLR0913 - one call says all of a sweep
         document: More to keep in the file.
         progress: Called with what is done; gives a context with a function of done and total.
         processes: All that work together; each measures all of `batches`.
+        checkpointing: As of `GradNASPruner.score`.
 
     Raises:
         BudgetError: A budget cannot be read or reached, or is there twice; before any scoring.
@@ -86,7 +88,7 @@ def measure_frontier(  # noqa: PLR0913 - one call says all of a sweep
         PlanError: An unknown score, no seed, or a file that holds something else.
     """
     bar, all_ = progress or _no_bar, processes or Processes()
-    run = Run(pruner, repair, labels, num_examples, file, bar, all_)
+    run = Run(pruner, repair, labels, num_examples, file, bar, all_, checkpointing)
     limits, names = _limits(pruner, budgets), _names(score, loaders)
     earlier = all_.from_main(partial(_earlier, file))
     yardstick = make_yardstick(run, batches, evaluate)
@@ -202,6 +204,7 @@ def _score(run: Run, subset: Subset, names: Sequence[str]) -> list[Scores]:
                 num_examples=run.num_examples,
                 file=scores_file(run.file, subset.seed),
                 progress=report,
+                checkpointing=run.checkpointing,
                 **options,
             )
         found = {name: joint.of(name) for name in gradients}

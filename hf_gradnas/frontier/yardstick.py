@@ -64,6 +64,7 @@ class Run:
     file: str | Path | None
     bar: Bar
     processes: Processes
+    checkpointing: bool | None
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -173,6 +173,13 @@ def _labels(recipe: Recipe, _: Known) -> str:
     return "--scores are made already, with labels of their own; omit one of the two"
 
 
+def _checkpointing(recipe: Recipe, _: Known) -> str:
+    if recipe.scores is not None:
+        return "--scores are used, and nothing is scored; omit one of the two"
+    is_by_weights = recipe.score in ("magnitude", "random")
+    return f"--score {recipe.score} runs no backward; omit it" * is_by_weights
+
+
 def _save_scores(recipe: Recipe, _: Known) -> str:
     return "" if recipe.scores is None else "--scores are made already; omit one of the two"
 
@@ -209,6 +216,7 @@ _ROWS: Mapping[str, _Reason] = {
     "eval_num_examples": _evaluation,
     "flops_length": _length,
     "save_scores": _save_scores,
+    "checkpointing": _checkpointing,
     "recover_num_examples": _recovery,
     "recover_batch_size": _recovery,
     "recover_learning_rate": _recovery,

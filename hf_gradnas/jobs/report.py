@@ -175,6 +175,7 @@ def settings_of(
         "min_units": recipe.min_units,
         "scores": recipe.scores,
         "save_scores": None if recipe.scores else recipe.save_scores,
+        "checkpointing": "yes, layers run again in the backward" if recipe.checkpointing else None,
         "device": recipe.device,
         "dtype": recipe.dtype,
         **(_recovery_settings(recipe) if recipe.recover_epochs else {}),

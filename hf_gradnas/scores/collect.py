@@ -19,6 +19,7 @@ from ..batches.batch import digest
 from ..batches.steps import HELD_OUT_EVERY, HeldOut, Step, hold_out, number_of, read_steps
 from ..config.defaults import GLOBAL_METHODS
 from ..errors import DataError, ScoresError, check_choice
+from ..running.checkpointing import check_checkpointing, checkpointed
 from ..running.processes import Processes
 from ..running.wrappers import check_parameters, uncompiled
 from ..types import Axis, Scores, is_integer
@@ -52,6 +53,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     resume: bool = True,
     held_out: HeldOut | None = None,
     accelerator: Accelerator | PartialState | None = None,
+    checkpointing: bool | None = None,
 ) -> Scores:
     """Measure how much the loss is hurt when a unit goes, for every unit, in one pass.
 
@@ -74,35 +76,43 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         resume: Go on from `file` where model, settings and data are the same; else it is not read.
         held_out: Takes every fifth batch, which is then not scored; None: all are scored.
         accelerator: For several processes, or to accumulate gradients.
+        checkpointing: Whether layers run again in the backward; None: those with that flag on.
 
     Raises:
         DataError: No batch, no labels, no loss, or gradients that are not finite or all zero.
         ScoresError: An unknown choice, a `file` of no use, or processes with different models.
-        StructureError: An axis does not fit the model.
+        StructureError: An axis does not fit the model, or no layer can be checkpointed.
     """
     axes, processes = tuple(structure_axes), Processes(accelerator)
     check_arguments(seed, file, progress)
+    check_checkpointing(model, asked=checkpointing)
     methods = check_methods(method, also)
-    is_held = held_out is not None
-    settings = settings_of(axes, methods, labels, num_examples, seed, processes, held_out=is_held)
+    chosen = (labels, num_examples, seed, processes)
+    settings = settings_of(axes, methods, *chosen, held_out=held_out is not None)
     record = _open(model, axes, settings, file, processes)
     processes.from_main(partial(record.check_writable, resume=resume))
     if method in WEIGHT_METHODS:
-        state = _from_weights(model, axes, method, seed)
-        return record.write(record.scores(state, complete=True))
-    objective: Objective = DataLoss(model, "", by_batch=set(methods) <= set(GLOBAL_METHODS))
-    if labels == "model":
-        objective = SampledLoss(model, seed, partial(number_of, batches))
+        return record.write(record.scores(_from_weights(model, axes, method, seed), complete=True))
     options: dict[str, Any] = {"progress": progress, "resume": resume, "held_out": held_out}
-    return _run(record, objective, batches, num_examples, save_every_s=save_every_s, **options)
+    options |= {"num_examples": num_examples, "save_every_s": save_every_s}
+    with scored(model, checkpointing):
+        return _run(record, _objective(model, methods, labels, seed, batches), batches, **options)
+
+
+def _objective(
+    model: nn.Module, methods: Sequence[str], labels: str, seed: int, batches: Iterable[Any]
+) -> Objective:
+    if labels == "model":
+        return SampledLoss(model, seed, partial(number_of, batches))
+    return DataLoss(model, "", by_batch=set(methods) <= set(GLOBAL_METHODS))
 
 
 def _run(
     record: Record,
     objective: Objective,
     batches: Iterable[Any],
-    num_examples: int | None,
     *,
+    num_examples: int | None,
     save_every_s: float,
     progress: Progress | None,
     resume: bool,
@@ -191,7 +201,7 @@ def _states(
     measure = Measure(model, record.axes, recorder, objective, methods)
     batch = GlobalBatch(methods, record.units, processes)
     latest = state
-    with _quiet(model), recorder.attached():
+    with recorder.attached():
         for step in stream:
             measure.agree(step, processes)
             with processes.joint():
@@ -221,8 +231,13 @@ def _after(state: State, step: Step, part: Part, normaliser: str) -> State:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Frozen parameters, eval mode per module, no cache, gradients on; all restored after."""
+def scored(model: nn.Module, checkpointing: bool | None = None) -> Iterator[None]:
+    """Frozen parameters, eval mode per module, no cache, gradients on; all restored after.
+
+    Args:
+        model: The model.
+        checkpointing: As of `collect_scores`.
+    """
     with ExitStack() as stack:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -239,6 +254,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             if hasattr(config, "use_cache"):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False
+        stack.enter_context(checkpointed(model, every=checkpointing))
         stack.enter_context(uncompiled())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -30,7 +30,7 @@ from ..running.hooks import add_hook, add_pre_hook, stream_in, stream_out
 from ..stacks import WatchProducts
 from ..tokens import Following
 from ..types import Axis
-from .products import Product, multiply, product_with
+from .products import Product, has_saving_hooks, multiply, watched
 from .rows import Positions, added, wide
 from .sites import KeptOutput, Site, check_examples, sites_of
 
@@ -41,18 +41,20 @@ class GradientRecorder:
     That is the input of every out-projection, or for channels the output of every layer that
     produces them. A module that runs several times in a forward (ALBERT's shared layer), and
     several producers of the same channels, add up before anything is squared. Sums are taken in
-    backward hooks only, so that a forward which gradient checkpointing runs again counts once.
+    the backward only, so that a forward which gradient checkpointing runs again counts once.
 
     After `split`, the tokens of each example are summed in rows (see `rows`). Where the positions
     at one place are no sequence of the batch (windows of a picture), each example is one row.
     """
+
+    is_replayed = True
+    """Whether the hooks are on in the backward too, where layers may run again."""
 
     def __init__(self, model: nn.Module, axes: Iterable[Axis]) -> None:
         self._model, self._axes = model, tuple(axes)
         self._sites = sites_of(model, self._axes)
         self._following = {s.runner: Following() for s in self._sites if s.runner is not None}
         self._sums: dict[Site, Tensor] = {}
-        self._inputs: dict[int, Product] = {}
         self._outputs: dict[int, KeptOutput] = {}
         self._overwritten: set[Site] = set()
         self._is_spoilt = False
@@ -139,7 +141,6 @@ class GradientRecorder:
 
     def _forget(self) -> None:
         self._sums.clear()
-        self._inputs.clear()
         self._outputs.clear()
         self._is_spoilt = False
 
@@ -151,14 +152,10 @@ class GradientRecorder:
         if site.runner is not None:
             return (self._watch_stack(site, x, self._rows_taken(site, x)), *args[1:])
         self._check(site, x)
-        if not x.requires_grad:
-            x = x.detach().requires_grad_()
-        self._calls += 1
-        self._inputs[self._calls] = product_with(x)
-        # A view of its own, since x may have other readers, whose gradients are not the mask's.
-        own = x.view_as(x)
-        own.register_hook(partial(self._add, site, self._calls))
-        return (own, *args[1:])
+        return (self._watched(x, partial(self._add, site)), *args[1:])
+
+    def _watched(self, x: Tensor, add: Any) -> Tensor:
+        return watched(x, add, is_replayed=self.is_replayed)
 
     def _watch_choice(
         self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -218,10 +215,7 @@ class GradientRecorder:
             return None
         (axis, _), *_ = site.places
         self._check_rows(site, len(output) // axis.size)
-        x = output if output.requires_grad else output.detach().requires_grad_()
-        own = x.view_as(x)
-        own.register_hook(partial(self._add_every, site, product_with(x)))
-        return own
+        return self._watched(output, partial(self._add_every, site))
 
     def _add_every(self, site: Site, product: Product, gradient: Tensor) -> None:
         """Tensor hook: add ``y·gradient`` of each expert to the site's sums."""
@@ -264,14 +258,10 @@ class GradientRecorder:
         """Have the gradient of what chosen experts read ``(…, entries)`` reported."""
         if not torch.is_grad_enabled():
             return x
-        if not x.requires_grad:
-            x = x.detach().requires_grad_()
         self._check_rows(site, routed.count)
-        own = x.view_as(x)
-        own.register_hook(partial(self._add_stack, site, product_with(x), routed))
-        return own
+        return self._watched(x, partial(self._add_stack, site, routed))
 
-    def _add_stack(self, site: Site, product: Product, routed: Routed, gradient: Tensor) -> None:
+    def _add_stack(self, site: Site, routed: Routed, product: Product, gradient: Tensor) -> None:
         """Tensor hook: add ``x·gradient`` to the sums of each row's expert and observation."""
         values = self._buffer(gradient)
         product(gradient, values)
@@ -312,14 +302,15 @@ class GradientRecorder:
                 f'rules={{"{site.places[0][0].module}": None}}.'
             )
         self._check(site, output)
+        if self.is_replayed and has_saving_hooks():  # what is saved must not be written over
+            return self._watched(output, partial(self._add, site)).clone()
         x = output if output.requires_grad else output.detach().requires_grad_()
         self._calls += 1
-        self._inputs[self._calls] = partial(multiply, x.detach())
         is_copied = x is not output or site in self._overwritten
         own = x.clone() if is_copied else x
         if not is_copied:
             self._outputs[self._calls] = KeptOutput(site, x.detach(), x._version)
-        own.register_hook(partial(self._add, site, self._calls))
+        own.register_hook(partial(self._add_output, site, self._calls, x.detach()))
         return own if is_copied else None
 
     def _check(self, site: Site, x: Tensor) -> None:
@@ -342,12 +333,16 @@ class GradientRecorder:
                 f'belongs to one example; exclude it with rules={{"{axis.module}": None}}.'
             )
 
-    def _add(self, site: Site, call: int, gradient: Tensor) -> None:
-        """Tensor hook: add ``x·gradient``, summed per example and unit, to the site's sums."""
+    def _add_output(self, site: Site, call: int, x: Tensor, gradient: Tensor) -> None:
+        """Tensor hook: as `_add`, unless ``x`` was overwritten."""
         if call in self._outputs:
             self._note(self._outputs.pop(call))
+        self._add(site, partial(multiply, x), gradient)
+
+    def _add(self, site: Site, multiply_by_x: Product, gradient: Tensor) -> None:
+        """Tensor hook: add ``x·gradient``, summed per example and unit, to the site's sums."""
         product = self._buffer(gradient)
-        self._inputs.pop(call)(gradient, product)
+        multiply_by_x(gradient, product)
         dim = site.dim % gradient.dim()
         if dim < gradient.dim() - 1:
             product = product.flatten(dim + 1).sum(-1)

@@ -1,6 +1,7 @@
 """``x·∂L/∂x`` without keeping ``x``, where autograd keeps what it was made from.
 
-Knows autograd functions; knows nothing of units.
+Where a layer is run again in the backward (gradient checkpointing), ``x`` comes from there. Knows
+autograd functions; knows nothing of units.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 Replay = Callable[[Any, Tensor], Any]
 # Writes x·∂L/∂x into its second argument, given ∂L/∂x.
 Product = Callable[[Tensor, Tensor], None]
+# Takes the product with x, and ∂L/∂x.
+Add = Callable[[Product, Tensor], None]
 
 
 def _replay_gelu(node: Any, out: Tensor) -> None:
@@ -38,6 +41,43 @@ REPLAYS: dict[str, Replay] = {
     "SiluBackward0": _replay_silu,
     "MulBackward0": _replay_mul,
 }
+
+
+def watched(x: Tensor, add: Add, *, is_replayed: bool) -> Tensor:
+    """A view of ``x``; `add` is called with its gradient, and with what multiplies it by ``x``.
+
+    A view of its own, since ``x`` may have other readers, whose gradients are not the mask's.
+
+    Args:
+        x: The values.
+        add: Called in the backward.
+        is_replayed: Whether this function is called again where the forward runs again in the
+            backward. Then ``x`` is kept no longer than autograd keeps what it saves itself.
+    """
+    if not x.requires_grad:
+        x = x.detach().requires_grad_()
+    if is_replayed and has_saving_hooks():
+        view: Tensor = _Watched.apply(x, add)
+        return view
+    own = x.view_as(x)
+    own.register_hook(partial(add, product_with(x)))
+    return own
+
+
+class _Watched(torch.autograd.Function):
+    """A view of ``x`` that saves ``x`` as operations save their inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, add: Add) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.add = add
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.add(partial(multiply, x.detach()), gradient)
+        return gradient, None
 
 
 def product_with(x: Tensor) -> Product:
@@ -73,10 +113,15 @@ def _saves_inputs(node: Any) -> bool:
     It keeps both factors of a product if both need a gradient. Under saved-tensor hooks, such as
     those of checkpointing, a kept tensor may be read only once, which is for autograd to do.
     """
-    if any(function is None for function, _ in node.next_functions):
-        return False
+    return all(function is not None for function, _ in node.next_functions) and (
+        not has_saving_hooks()
+    )
+
+
+def has_saving_hooks() -> bool:
+    """Whether saved-tensor hooks are in force, such as those of checkpointing."""
     try:
         with disable_saved_tensors_hooks("asked by hf_gradnas"):
-            return True
+            return False
     except RuntimeError:
-        return False
+        return True

@@ -258,7 +258,7 @@ def test_no_graph_is_kept_alive(tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             gc.collect()
             recorder = callback._run._riding._recorder
-            assert not recorder._inputs
+            assert not recorder._outputs
             assert not recorder._sums
 
     trainer.add_callback(Look())

@@ -13,7 +13,7 @@ FLAGS = """--model --task --dataset --split --text-column --label-column --targe
 --image-column --audio-column --eval-dataset --eval-split --target --output --score --search
 --layout --num-examples --shuffle --batch-size --max-length --flops-length --labels --scores
 --save-scores --axes --exclude --min-units --device --dtype --revision --trust-remote-code --recipe
---set --seed --dry-run --overwrite""".split()
+--set --seed --checkpointing --dry-run --overwrite""".split()
 
 
 @pytest.fixture

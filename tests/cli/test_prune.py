@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cli_cases
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -59,6 +60,16 @@ def tsv(tmp_path):
 @pytest.fixture
 def dev(tmp_path):
     return write_tsv(tmp_path / "dev.tsv")
+
+
+def test_checkpointing_changes_no_score(prune, bert, tsv, tmp_path):
+    options = ("--model", bert, "--dataset", tsv, "--dry-run", *TINY)
+    assert prune(*options, "--save-scores", "plain.safetensors")[0] == 0
+    code, out, _ = prune(*options, "--save-scores", "again.safetensors", "--checkpointing")
+    assert code == 0
+    assert "layers run again in the backward" in out
+    plain, again = Scores.load("plain.safetensors"), Scores.load("again.safetensors")
+    assert all(np.array_equal(plain.values[name], again.values[name]) for name in plain.values)
 
 
 def test_a_classifier_with_evaluation(prune, bert, tsv, dev, tmp_path):

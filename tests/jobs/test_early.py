@@ -201,6 +201,12 @@ IDLE = {
     ),
     "labels of scores": (CLASSIFIER, {**HUB, **SCORED, "labels": "model"}, "are made already"),
     "scores of scores": (Known(), {**SCORED, "save_scores": "x"}, "are made already"),
+    "checkpointing of scores": (Known(), {**SCORED, "checkpointing": True}, "nothing is scored"),
+    "checkpointing of weights": (
+        Known(),
+        {"score": "magnitude", "checkpointing": True},
+        "runs no backward",
+    ),
     "revision of a folder": (Known(), {"model": ".", "revision": "x"}, "not come from the Hub"),
     "revision of the quickstart": (Known(), {"model": "quickstart", "revision": "x"}, "the Hub"),
     "no recovery": (Known(), {"recover_lora_rank": 8}, "give --recover-epochs"),

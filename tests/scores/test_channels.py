@@ -95,8 +95,9 @@ def test_recorded_gradients_are_those_of_explicit_masks(case: str) -> None:
             leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True
         ):
             assert torch.allclose(found[name].sum(0), total, rtol=1e-10, atol=1e-13), name
-    # Networks that write over a producer's output run once more; a ReLU after a norm does not.
-    assert passes == (2 if case in ("overwritten", "plain", "twice", "checkpointed") else 1)
+    # Networks that write over a producer's output run once more; a ReLU after a norm does not, nor
+    # do layers that run again in the backward, whose outputs are copied.
+    assert passes == (2 if case in ("overwritten", "plain", "twice") else 1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,7 +150,6 @@ def test_outputs_that_nothing_overwrites_are_not_copied() -> None:
         assert kept["layers.outer"] == seen[0]
         loss.backward()
         assert not recorder._outputs
-        assert not recorder._inputs
 
 
 def test_an_axis_that_the_loss_does_not_depend_on_has_gradients_of_zero() -> None:
