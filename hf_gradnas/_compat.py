@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import run_as_future
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, masking_utils
 from transformers.utils import hub as transformers_hub
 
 
@@ -86,3 +86,18 @@ def peft_reads_an_old_name() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         yield
+
+
+@contextmanager
+def masks_by_shape() -> Iterator[None]:
+    """Let Transformers make attention masks without a look at the values of padding.
+
+    Cause: it asks whether a mask is of ones, to do without, but for models that are traced. Remove
+    when tensors on the meta device count as traced.
+    """
+    asks = masking_utils.is_tracing
+    try:
+        masking_utils.is_tracing = lambda tensor=None: True
+        yield
+    finally:
+        masking_utils.is_tracing = asks

@@ -12,7 +12,7 @@ import zoo
 from transformers import Trainer, TrainingArguments
 
 from hf_gradnas import GradNASPruner, Plan, Scores
-from hf_gradnas.costs.counting import count_flops
+from hf_gradnas.costs.flops import count_flops
 from hf_gradnas.errors import (
     BudgetError,
     CheckpointError,

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..batches.batch import to_device
@@ -24,7 +23,6 @@ from ..costs.counting import counted
 from ..errors import DataError, StructureError
 from ..stock.space import find_stock_space, layout_for
 from ..stock.trials import silence
-from ..structure.trace import map_tensors
 from ..types import Prunable, StockSpace, Structure
 from ..verification import find_structure
 from .carrying import carried
@@ -37,7 +35,6 @@ from .layers import (
 )
 from .shrinking import shrunk
 
-MASKS = ("attention_mask", "decoder_attention_mask")
 BatchOf = Callable[[PreTrainedConfig, PreTrainedModel], Mapping[str, Any]]
 
 
@@ -120,30 +117,15 @@ def _counted(
     sample: Mapping[str, Any],
     decision: tuple[StockSpace, str, str],
 ) -> Prunable:
-    """The structure of an unloaded model with its costs.
-
-    A mask of ones says nothing, and a forward may ask whether it is one; another may ask about
-    positions where there is no mask.
-    """
+    """The structure of an unloaded model with its costs."""
     space, layout, reason = decision
-    inputs = map_tensors(dict(sample), _unloaded)
-    bare = {name: value for name, value in inputs.items() if name not in MASKS}
-    given: dict[str, Any] = {"space": space, "layout": layout, "reason": reason}
     try:
-        return counted(model, structure, bare, **given)
-    except DataError:
-        pass
-    try:
-        return counted(model, structure, inputs, **given)
+        return counted(model, structure, sample, space=space, layout=layout, reason=reason)
     except DataError as error:
         raise NeedsWeightsError(
             f"{type(model).__name__}: its forward depends on values, so that its cost cannot be "
             f"counted without weights ({error}); omit --no-weights, so that they are loaded."
         ) from error
-
-
-def _unloaded(tensor: Tensor) -> Tensor:
-    return tensor.to("meta")
 
 
 def _found(

@@ -1,30 +1,24 @@
-"""Measure what the closed forms of costs need: one forward of the whole model.
+"""Count what the closed forms of costs need, in one forward of the whole model.
 
-Knows how to run a model and read its trace; the formulas are in `costs.closed_form`.
+Knows how to read its trace; the forward is in `costs.flops`, the formulas in `costs.closed_form`.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from .._compat import implementations
-from ..routing import own_kernel
-from ..running.wrappers import evaluating, frozen
-from ..structure.trace import Matmul, Trace, rows_of, trace_forward
+from ..structure.trace import Trace, rows_of
 from ..types import KINDS, Axis, CostModel, Prunable, Refusal, StockSpace, Structure
 from .closed_form import flops_cost, params_cost
-
-ATTENTION_DIMS = 4
+from .flops import count_flops, heads_of
 
 
 def count_costs(
@@ -52,10 +46,11 @@ def count_costs(
     axes = _with_counted_names(model, structure.axes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     total_flops, trace = count_flops(model, inputs, args=args)
-    rows: dict[str, float] = defaultdict(float)
+    macs: dict[str, int] = defaultdict(int)
     for event in trace.events:
-        if event.parameter is not None:  # of a stack of experts, one matrix
-            rows[event.parameter] += rows_of(event, model.get_parameter(event.parameter))
+        if event.parameter is not None:
+            macs[event.parameter] += event.macs
+    rows = {name: rows_of(macs[name], model.get_parameter(name)) for name in macs}
     flops = flops_cost(
         axes,
         shapes,
@@ -102,23 +97,6 @@ def count_params(
     return round(params_cost(named, shapes, layout=layout, tied=_tied(model)).of(kept))
 
 
-def count_flops(
-    model: nn.Module, inputs: Mapping[str, Any], *, args: tuple[Any, ...] = ()
-) -> tuple[float, Trace]:
-    """FLOPs of one forward under eager attention, and its trace; of unloaded models too."""
-    counter = FlopCounterMode(display=False)
-    is_unloaded = any(parameter.is_meta for parameter in model.parameters())
-    with (
-        evaluating(model),
-        implementations(model, attention="eager", experts="eager"),
-        own_kernel(model, {}) if is_unloaded else nullcontext(),
-        frozen(model),
-        counter,
-    ):
-        trace = trace_forward(model, inputs, args=args)
-    return float(counter.get_total_flops()), trace
-
-
 def _tied(model: nn.Module) -> list[str]:
     """The one name of every parameter that several modules have."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -149,7 +127,7 @@ def _macs_per_head(axis: Axis, trace: Trace) -> float:
         for event in trace.events
         if event.parameter is None
         and event.module == axis.removal.module
-        and _heads_of(event) == axis.size
+        and heads_of(event) == axis.size
     )
     return macs / axis.size
 
@@ -157,11 +135,6 @@ def _macs_per_head(axis: Axis, trace: Trace) -> float:
 def _flops_in(path: str, trace: Trace) -> float:
     """FLOPs of all products that a module and those in it run."""
     return 2.0 * sum(e.macs for e in trace.events if f"{e.module}.".startswith(f"{path}."))
-
-
-def _heads_of(event: Matmul) -> int:
-    """Heads of a product ``(1, heads, …)``, or ``(heads, …)`` where batch and heads are one."""
-    return event.out_shape[1 if len(event.out_shape) == ATTENTION_DIMS else 0]
 
 
 def counted(

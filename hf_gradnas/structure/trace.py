@@ -180,13 +180,13 @@ def _macs(function: str, x: Tensor, weight: Tensor, out: Tensor) -> int:
     return channels.numel() * weight[0].numel()
 
 
-def rows_of(event: Matmul, weight: Tensor) -> float:
-    """Number of row vectors that a recorded product multiplied with `weight`.
+def rows_of(macs: int, weight: Tensor) -> float:
+    """Number of row vectors that products of so many MACs multiplied with `weight`.
 
     For a convolution its output positions, for a transposed one its input positions: whatever the
     groups, they do not depend on the channels. For one matrix of a stack, their share in all of it.
     """
-    return event.macs / weight.numel() if weight.numel() else 0.0
+    return macs / weight.numel() if weight.numel() else 0.0
 
 
 @torch.no_grad()

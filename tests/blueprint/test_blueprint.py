@@ -167,7 +167,7 @@ def test_a_model_whose_cost_depends_on_values_needs_its_weights(monkeypatch):
     plain = tf.LlamaForCausalLM.forward
 
     def forward(self, input_ids, **kwargs):
-        assert input_ids.sum().item() >= 0
+        assert self.lm_head.weight.sum().item() is not None
         return plain(self, input_ids, **kwargs)
 
     monkeypatch.setattr(tf.LlamaForCausalLM, "forward", forward)

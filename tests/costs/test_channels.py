@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_gradnas.costs.counting import count_costs, count_flops
+from hf_gradnas.costs.counting import count_costs
+from hf_gradnas.costs.flops import count_flops
 from hf_gradnas.errors import DataError
 from hf_gradnas.structure.trace import Matmul, trace_forward
 from hf_gradnas.types import Axis, CostModel, Kind, Product, Slice, Structure, Tap

@@ -9,7 +9,8 @@ import torch
 import zoo
 
 from hf_gradnas.batches.longest import flops_inputs
-from hf_gradnas.costs.counting import count_costs, count_flops
+from hf_gradnas.costs.counting import count_costs
+from hf_gradnas.costs.flops import count_flops
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import CostModel, Kind, Structure
 from hf_gradnas.verification import find_structure

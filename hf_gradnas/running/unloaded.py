@@ -1,0 +1,70 @@
+"""A copy of a model without its weights, to run it for shapes alone.
+
+Knows modules and tensors, and nothing of what is counted with the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})
+CONTAINERS = frozenset({dict, list, set, OrderedDict})
+
+
+def can_be_unloaded(model: nn.Module) -> bool:
+    """Whether all weights are plain tensors: those of ZeRO-3, FSDP2 and many quantizers are not."""
+    tensors = (tensor for module in model.modules() for tensor in _held(module))
+    return all(type(x) in PLAIN and "ds_id" not in vars(x) for x in tensors)
+
+
+def unloaded(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, in eval mode, that takes no memory for weights.
+
+    Modules and what they hold are new, so that a forward of the copy leaves nothing in the model;
+    configs and hooks are those of the model. Parameters that are shared are shared in the copy.
+
+    Args:
+        model: Its weights are plain tensors (`can_be_unloaded`), on any device.
+    """
+    tensors: dict[int, Tensor] = {}
+    twins: dict[int, nn.Module] = {}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in tensors:
+            new = torch.empty_like(tensor, device="meta", requires_grad=False)
+            is_weight = isinstance(tensor, nn.Parameter)
+            tensors[id(tensor)] = nn.Parameter(new, requires_grad=False) if is_weight else new
+        return tensors[id(tensor)]
+
+    def twin_of(module: nn.Module) -> nn.Module:
+        if id(module) in twins:
+            return twins[id(module)]
+        twin = twins[id(module)] = type(module).__new__(type(module))
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                value = empty(value)  # noqa: PLW2901
+            elif type(value) in CONTAINERS:
+                value = copy.copy(value)  # noqa: PLW2901
+            elif isinstance(value, MethodType) and value.__self__ is module:
+                value = MethodType(value.__func__, twin)  # noqa: PLW2901
+            vars(twin)[name] = value
+        own = vars(twin)
+        own["training"], own["_compiled_call_impl"] = False, None
+        for held in (own["_parameters"], own["_buffers"]):
+            held.update({name: x if x is None else empty(x) for name, x in held.items()})
+        inner = own["_modules"]
+        inner.update({name: m if m is None else twin_of(m) for name, m in inner.items()})
+        return twin
+
+    return twin_of(model)
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    held: list[Any] = [*module._parameters.values(), *module._buffers.values()]
+    return [tensor for tensor in held if tensor is not None]
