@@ -151,7 +151,7 @@ class ExaminedModel:
         Raises:
             BudgetError: It cannot be read, or not be reached; the message says what can.
         """
-        budgets = parse_budgets(budget, self.totals)
+        budgets = parse_budgets(budget, self.totals, self.prunable.absent)
         warns = self._processes.is_main and budgets not in self._checked
         check_budgets(self.prunable, budgets, rules=self.rules, warns=warns)
         self._checked.add(budgets)

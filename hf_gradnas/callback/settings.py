@@ -22,7 +22,7 @@ from ..scores.methods import GRADIENT_METHODS
 from ..scores.normaliser import own_loss
 from ..search.solver import STRATEGIES
 from ..stock.space import LAYOUTS
-from ..types import Budget, is_integer
+from ..types import COSTS, Budget, is_integer
 
 WHENS = ("end", "begin", "gradual")
 SOURCES = ("private", "training")
@@ -64,7 +64,7 @@ class Settings:
         check_choice("scores_from", self.scores_from, SOURCES)
         check_choice("repair", self.repair, REPAIRS)
         parse_rules(self.rules)
-        parse_budgets(self.budget, {"flops": math.inf, "params": math.inf})
+        parse_budgets(self.budget, dict.fromkeys(COSTS, math.inf))
         if not is_none_or_positive(self.num_examples):
             raise PlanError(
                 f"num_examples={self.num_examples}: needed is 1 or more, or None for all of the "

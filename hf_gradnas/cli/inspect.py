@@ -17,7 +17,7 @@ from ..config.recipe_files import build_recipe
 from ..errors import GradNASError, StructureError
 from ..jobs.early import check_inspected, model_folder
 from ..jobs.idle import Known, check_idle
-from ..types import Axis, Budget, Prunable
+from ..types import USUAL, Axis, Budget, Prunable
 from .layers import merge_layers
 from .show import Screen, quiet_libraries
 
@@ -275,12 +275,12 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
     screen.line(f"{source.cls.__name__} ({recipe.model}), input: {_input(recipe, found)}.")
     rows = []
     for axis in prunable.structure.axes:
-        units = [format_amount(found.unit_cost(axis, name)) for name in prunable.costs]
+        units = [format_amount(found.unit_cost(axis, name)) for name in USUAL]
         state = "proved, kept by --exclude" if found.is_kept(axis) else "proved"
         kind = str(axis.kind)
         rows.append((axis.module, kind, state, str(axis.size), str(axis.width), *units))
-    headers = ("module", "axis", "state", "units", "width", *(f"{c}/unit" for c in prunable.costs))
-    screen.table("Axes", headers, merge_layers(rows), right=3 + len(prunable.costs) - 1)
+    headers = ("module", "axis", "state", "units", "width", *(f"{cost}/unit" for cost in USUAL))
+    screen.table("Axes", headers, merge_layers(rows), right=3 + len(USUAL) - 1)
     refusals = prunable.structure.refusals
     if refusals:
         rows = merge_layers([(r.module, str(r.kind), r.reason) for r in refusals])

@@ -17,8 +17,9 @@ from ..config.recipe import Recipe
 from ..config.recipe_files import build_recipe, check_inputs, shareable
 from ..config.sweep import Sweep, build_sweep
 from ..errors import BudgetError, CheckpointError, DataError, GradNASError, RecipeError
-from ..jobs.early import COSTS, check_inspected, is_local, local_path, model_folder
+from ..jobs.early import check_inspected, is_local, local_path, model_folder
 from ..jobs.measuring import doubts
+from ..types import COSTS
 from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from .prune import is_main, is_out_of_memory, launched, say
 from .show import Screen, quiet_libraries

@@ -13,14 +13,18 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
+from types import MappingProxyType
 
 from pydantic import Field, ValidationError
 
 from ..errors import BudgetError, GradNASWarning, PlanError, StructureError
-from ..types import KINDS, Axis, Budget, CostModel, Kind, Structure
+from ..types import BYTES, KINDS, Axis, Budget, CostModel, Kind, Structure
 from .strict import Settings
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_BYTES = {f"{letter}B": 1e3**power for power, letter in enumerate("KMGT", 1)}
+_BYTES |= {letter: 1e3**power for power, letter in enumerate("KMGT", 1)}
+_BYTES |= {f"{letter}IB": 1024.0**power for power, letter in enumerate("KMGT", 1)}
 _PERCENT = 100
 _LONGEST = 1024  # bits of the largest float
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(E[+-]?[0-9]+)?")
@@ -29,19 +33,26 @@ NEAR_RATIO = 0.1
 EXAMPLE = '{"flops": "50%"}'
 
 
-def parse_budgets(budget: Mapping[str, object], totals: Mapping[str, float]) -> tuple[Budget, ...]:
+def parse_budgets(
+    budget: Mapping[str, object],
+    totals: Mapping[str, float],
+    absent: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Budget, ...]:
     """Read a user's budgets, e.g. ``{"flops": "50%", "params": 66e6}``.
 
     A percentage is the share of the original cost that is kept; a number, or a string such as
-    ``"1.2G"`` (K, M, G = B, T), is in the cost's own unit.
+    ``"1.2G"`` (K, M, G = B, T), is in the cost's own unit; costs in bytes also take ``"500MB"`` and
+    ``"1.5GiB"``.
 
     Args:
         budget: Limit per cost name.
         totals: Cost of the original model per known cost name.
+        absent: Why costs are not among them that other models have.
 
     Raises:
-        BudgetError: `budget` is not a mapping or is empty; a cost is unknown; a limit is not a
-            number, is a bare fraction, is not positive, or exceeds the original cost.
+        BudgetError: `budget` is not a mapping or is empty; a cost is unknown, or this model has
+            none of it; a limit is not a number, is a bare fraction, is not positive, or exceeds the
+            original cost.
     """
     if not isinstance(budget, Mapping):
         raise BudgetError(
@@ -53,6 +64,11 @@ def parse_budgets(budget: Mapping[str, object], totals: Mapping[str, float]) -> 
             f"budget: found an empty mapping, needed at least one limit; "
             f"write for example {EXAMPLE}."
         )
+    for name in budget:
+        if name in absent:
+            raise BudgetError(
+                f"budget {name}: {absent[name]}; limit one of {', '.join(sorted(totals))}."
+            )
     return tuple(_parse_one(name, limit, totals) for name, limit in budget.items())
 
 
@@ -165,8 +181,10 @@ def _read(name: str, limit: object) -> tuple[float, bool]:
     """The number in `limit`, and whether it is a share of the original (50 % is 0.5)."""
     text = limit.strip().upper() if isinstance(limit, str) else ""
     is_share = text.endswith("%")
-    factor = SUFFIXES.get(text[-1:], 1.0)
-    digits = (text[:-1] if is_share or text[-1:] in SUFFIXES else text).strip()
+    units = _BYTES if name in BYTES else SUFFIXES
+    unit = next((unit for unit in units if text.endswith(unit)), "")
+    factor = units.get(unit, 1.0)
+    digits = (text[:-1] if is_share else text.removesuffix(unit)).strip()
     amount = math.nan
     try:
         if isinstance(limit, str):  # float() also reads other scripts' digits and 1_000

@@ -55,8 +55,9 @@ class Recipe(Inputs):
     target: dict[str, float | str] = Field(
         default_factory=_default_target,
         min_length=1,
-        description="Budget to keep to: flops or params as a share of the original (60%) or a "
-        "number (66e6, 1.2G). Repeatable; all hold at once. Default: flops=60%.",
+        description="Budget to keep to: flops, params, memory, kv_cache or active_params, as a "
+        "share of the original (60%) or a number (66e6, 1.2G, 500MB). Repeatable; all "
+        "hold at once. Default: flops=60%.",
         json_schema_extra=named(_PLAN, "NAME=VALUE"),
     )
     flops_length: int | None = Field(

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs as closed forms of kept units.
+"""Parameters, bytes and FLOPs as closed forms of kept units.
 
 Knows shapes and measured row counts; does not run models (`costs.counting` does).
 """
@@ -15,9 +15,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def params_cost(
-    axes: Sequence[Axis], shapes: Shapes, *, layout: str = "stock", tied: Collection[str] = ()
+    axes: Sequence[Axis],
+    shapes: Shapes,
+    *,
+    layout: str = "stock",
+    tied: Collection[str] = (),
+    name: str = "params",
+    weights: Mapping[str, float] | None = None,
+    routed: Set[str] = frozenset(),
 ) -> CostModel:
-    """Number of parameters, tied ones once.
+    """Number of parameters, tied ones once, or what they cost.
 
     Args:
         axes: All axes.
@@ -26,34 +33,57 @@ def params_cost(
         layout: In ``"per_layer"`` an attention that took its bias from a shared table gets its own
             columns of it, which adds to what its heads cost (T5).
         tied: Names of parameters that another module has too, and keeps when one of them goes.
+        name: Name of the cost.
+        weights: Cost of one element of each parameter, by name; None: 1 each.
+        routed: Names of those of experts; `weights` has the share of it that a token meets, so that
+            they cost what the neurons in one expert cost, however many experts there are.
     """
-    products, stacks = _products(axes, shapes, dict.fromkeys(shapes, 1.0)), _stacks(axes)
+    weights = dict.fromkeys(shapes, 1.0) if weights is None else weights
+    products, stacks = _products(axes, shapes, weights), _stacks(axes)
     alone = {name: shape for name, shape in shapes.items() if name not in tied}
     per_unit = {
-        axis.name: float(sum(_share(s, shapes) for s in _linear(axis, shapes, products, stacks)))
+        axis.name: sum(
+            _share(s, shapes) * weights[s.tensor]
+            for s in _linear(axis, shapes, products, stacks)
+            if not (axis.is_chosen and s.tensor in routed)
+        )
         for axis in axes
     }
+    rates = _rates(axes, per_unit) if routed else {}
     while_kept = {
-        axis.name: float(sum(_rest(axis, axes, alone).values()))
+        axis.name: sum(size * weights[name] for name, size in _rest(axis, axes, alone).items())
         for axis in axes
         if axis.removal is not None and not axis.is_layer
     }
-    total = float(sum(prod(shape) for shape in shapes.values()))
-    model = _close("params", total, axes, per_unit, while_kept, products)
-    in_layers = {axis.name: _elements_in(axis.module, alone) for axis in axes if axis.is_layer}
-    model = _with_layers(model, axes, in_layers)
+    total = float(sum(prod(shape) * weights[name] for name, shape in shapes.items()))
+    model = _close(name, total, axes, per_unit, while_kept, products, rates)
+    in_layers = {
+        axis.name: _cost_below(axis.module, alone, weights) for axis in axes if axis.is_layer
+    }
+    model = with_layers(model, axes, in_layers)
     if layout == "per_layer":
-        own = {axis.name: float(_own_table_rows(axis, shapes)) for axis in axes}
+        own = {axis.name: _own_table(axis, shapes, weights) for axis in axes}
         per_unit = {name: value + own[name] for name, value in model.per_unit.items()}
         return replace(model, per_unit=per_unit, shared=tuple(_shared(axes, own)))
     return model
 
 
-def _own_table_rows(axis: Axis, shapes: Shapes) -> int:
-    """Parameters that one head adds when its layer gets its own columns of a shared table."""
+def _rates(axes: Sequence[Axis], per_unit: dict[str, float]) -> dict[str, Rate]:
+    """What units in chosen ones cost, taken out of `per_unit`."""
+    sizes = {axis.name: axis.size for axis in axes}
+    chosen = {axis.name for axis in axes if axis.is_chosen}
+    return {
+        axis.name: Rate(axis.parent, per_unit.pop(axis.name) * sizes[axis.parent])
+        for axis in axes
+        if axis.parent in chosen
+    }
+
+
+def _own_table(axis: Axis, shapes: Shapes, weights: Mapping[str, float]) -> float:
+    """What one head adds when its layer gets its own columns of a shared table."""
     if not axis.tied or any(s.tensor == axis.tied for s in axis.slices) or axis.removal is None:
-        return 0
-    return shapes[axis.tied][0]
+        return 0.0
+    return shapes[axis.tied][0] * weights[axis.tied]
 
 
 def _shared(axes: Sequence[Axis], own: Mapping[str, float]) -> Iterator[Shared]:
@@ -87,7 +117,7 @@ def flops_cost(
         in_layers: FLOPs of each layer, per axis of a layer.
     """
     products = _products(axes, shapes, {name: 2.0 * rows.get(name, 0) for name in shapes})
-    stacks, sizes = _stacks(axes), {axis.name: axis.size for axis in axes}
+    stacks = _stacks(axes)
     per_unit = {
         axis.name: 2.0
         * sum(
@@ -98,12 +128,7 @@ def flops_cost(
         + 2.0 * macs_per_head.get(axis.name, 0.0)
         for axis in axes
     }
-    chosen = {axis.name for axis in axes if axis.is_chosen}
-    rates = {
-        axis.name: Rate(axis.parent, per_unit.pop(axis.name) * sizes[axis.parent])
-        for axis in axes
-        if axis.parent in chosen
-    }
+    rates = _rates(axes, per_unit)
     while_kept = {
         axis.name: 2.0
         * sum(size * rows.get(name, 0) for name, size in _rest(axis, axes, shapes).items())
@@ -111,15 +136,16 @@ def flops_cost(
         if axis.removal is not None and not axis.is_layer
     }
     model = _close("flops", total_flops, axes, per_unit, while_kept, products, rates)
-    return _with_layers(model, axes, in_layers or {})
+    return with_layers(model, axes, in_layers or {})
 
 
-def _elements_in(path: str, shapes: Shapes) -> float:
-    """Parameters below a path."""
-    return float(sum(prod(size) for name, size in shapes.items() if name.startswith(f"{path}.")))
+def _cost_below(path: str, shapes: Shapes, weights: Mapping[str, float]) -> float:
+    """Cost of the parameters below a path."""
+    names = (name for name in shapes if name.startswith(f"{path}."))
+    return float(sum(prod(shapes[name]) * weights[name] for name in names))
 
 
-def _with_layers(
+def with_layers(
     model: CostModel, axes: Sequence[Axis], in_layers: Mapping[str, float]
 ) -> CostModel:
     """The closed form in which a layer costs what is in it beside the axes that are in it.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..structure.trace import Trace, rows_of
 from ..types import KINDS, Axis, CostModel, Prunable, Refusal, StockSpace, Structure
+from .cache import cache_cost
 from .closed_form import flops_cost, params_cost
 from .flops import count_flops, heads_of
 
@@ -29,7 +30,7 @@ def count_costs(
     layout: str,
     args: tuple[Any, ...] = (),
 ) -> dict[str, CostModel]:
-    """Closed forms of parameters and FLOPs.
+    """Closed forms of FLOPs, parameters, bytes of weights and of the cache.
 
     Args:
         model: The model that holds the axes of `structure`.
@@ -39,9 +40,11 @@ def count_costs(
         args: Positional arguments before the keywords.
 
     Returns:
-        ``{"flops": …, "params": …}``; FLOPs are 2 x MACs of all matmuls and convolutions of one
-        forward under eager attention, as `FlopCounterMode` counts them; look-ups are 0. A weight
-        that a forward computes first (weight norm) is not known by name: its FLOPs are constant.
+        By name: ``flops``, ``params``, ``memory``, ``kv_cache``, and ``active_params`` where a
+        token runs through a few of many experts. FLOPs are 2 x MACs of all matmuls and convolutions
+        of one forward under eager attention, as `FlopCounterMode` counts them; look-ups are 0. A
+        weight that a forward computes first (weight norm) is not known by name: its FLOPs are
+        constant.
     """
     axes = _with_counted_names(model, structure.axes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -59,18 +62,55 @@ def count_costs(
         total_flops=total_flops,
         in_layers={a.name: _flops_in(a.module, trace) for a in axes if a.is_layer},
     )
-    params = params_cost(axes, shapes, layout=layout, tied=_tied(model))
     elements = {name: float(prod(shape)) for name, shape in shapes.items()}
-    flops_of = {name: 2.0 * rows.get(name, 0) * size for name, size in elements.items()}
     rest = partial(parts_of_rest, model, axes, structure.refusals)
-    return {
-        "flops": replace(
-            flops, parts=rest(costs=flops_of, constant=flops.constant), unit=_flops_unit(inputs)
-        ),
-        "params": replace(
-            params, parts=rest(costs=elements, constant=params.constant), unit="parameters"
-        ),
-    }
+    flops_of = {name: 2.0 * rows.get(name, 0) * size for name, size in elements.items()}
+    parts = rest(costs=flops_of, constant=flops.constant)
+    costs = {"flops": replace(flops, parts=parts, unit=_flops_unit(inputs))}
+    given: dict[str, Any] = {"layout": layout, "tied": _tied(model)}
+    for name, (weights, routed, unit) in _weights(model, axes, rows).items():
+        cost = params_cost(axes, shapes, name=name, weights=weights, routed=routed, **given)
+        costs_of = {tensor: size * weights[tensor] for tensor, size in elements.items()}
+        parts = rest(costs=costs_of, constant=cost.constant)
+        costs[name] = replace(cost, parts=parts, unit=unit)
+    return costs | {"kv_cache": cache_cost(axes, trace.cached, layout=layout)}
+
+
+def _weights(
+    model: nn.Module, axes: Sequence[Axis], rows: Mapping[str, float]
+) -> dict[str, tuple[dict[str, float], frozenset[str], str]]:
+    """What an element of each parameter counts, per cost; those that are routed; and the unit."""
+    parameters = dict(model.named_parameters())
+    ones = dict.fromkeys(parameters, 1.0)
+    sizes = {name: float(parameter.element_size()) for name, parameter in parameters.items()}
+    whole: frozenset[str] = frozenset()
+    found = {"params": (ones, whole, "parameters"), "memory": (sizes, whole, "bytes")}
+    shares = _shares_of_experts(axes, {n: p.dim() for n, p in parameters.items()}, rows)
+    if shares:
+        unit = "parameters that a token runs through"
+        found["active_params"] = ({**ones, **shares}, frozenset(shares), unit)
+    return found
+
+
+def _shares_of_experts(
+    axes: Sequence[Axis], dims: Mapping[str, int], rows: Mapping[str, float]
+) -> dict[str, float]:
+    """Which share of the experts a token runs through, per parameter of chosen experts.
+
+    One with a number for each expert, such as a bias of the router, is none of theirs.
+    """
+    shares: dict[str, float] = {}
+    for experts in axes:
+        if experts.is_chosen:
+            own = {s.tensor for s in experts.slices if s.role != "makes" and dims.get(s.tensor)}
+            own = {tensor for tensor in own if dims[tensor] > 1}
+            inside = (axis for axis in axes if axis.parent == experts.name)
+            own |= {s.tensor for axis in inside for s in axis.slices if s.tensor in dims}
+            tokens = max((rows.get(s.tensor, 0.0) for s in experts.makers), default=0.0)
+            runs = max((rows.get(tensor, 0.0) for tensor in own), default=0.0)
+            if runs and tokens:
+                shares |= dict.fromkeys(own, min(runs / tokens, 1.0))
+    return shares
 
 
 def _flops_unit(inputs: Mapping[str, Any]) -> str:
@@ -156,10 +196,26 @@ def counted(
         layout: ``"stock"`` or ``"per_layer"``.
         reason: Why this layout, as a sentence.
     """
-    costs = count_costs(model, structure, sample, layout=layout)
+    found = count_costs(model, structure, sample, layout=layout)
     sizes = {axis.name: axis.size for axis in structure.axes}
-    totals = {name: cost.of(sizes) for name, cost in costs.items()}
-    return Prunable(structure, costs, totals, layout, reason, space, sample)
+    totals = {name: cost.of(sizes) for name, cost in found.items()}
+    absent = {name: why for name, why in _ABSENT.items() if not totals.get(name)}
+    absent |= {
+        name: f"is {totals[name]:.6g} {cost.unit} whatever is pruned"
+        for name, cost in found.items()
+        if name in _ABSENT and name not in absent and cost.is_constant
+    }
+    costs = {name: cost for name, cost in found.items() if name not in absent}
+    totals = {name: totals[name] for name in costs}
+    return Prunable(structure, costs, totals, layout, reason, space, sample, absent)
+
+
+_ABSENT = {
+    "kv_cache": "is 0: this model keeps no keys and values of the tokens before",
+    "active_params": "is no cost of its own: no experts of this model of which a token runs "
+    "through a few can be pruned, so that all parameters count (params)",
+}
+"""Why a model has no such cost."""
 
 
 # --- what holds the cost that no plan can change, in words ----------------------------------------

@@ -26,7 +26,8 @@ from ..routing import own_kernel
 from ..running.unloaded import can_be_unloaded, unloaded
 from ..running.wrappers import evaluating, frozen
 from ..structure.repeats import SHOWN, Group, UnlikeLayers, equal_layers
-from ..structure.trace import Matmul, Trace, map_tensors, trace_forward
+from ..structure.trace import Cached, Matmul, Trace, map_tensors, trace_forward
+from .cache import caching
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 LONG = 4096
@@ -67,6 +68,7 @@ def _count_as_it_is(model: nn.Module, inputs: Mapping[str, Any], args: tuple[Any
         implementations(model, attention="eager", experts="eager"),
         own_kernel(model, {}) if is_unloaded else nullcontext(),
         frozen(model),
+        caching(model),
         counter,
     ):
         trace = trace_forward(model, inputs, args=args)
@@ -139,6 +141,7 @@ def _count_twin(
         implementations(twin, attention="eager", experts="eager"),
         own_kernel(twin, {}),
         masks_by_shape(),
+        caching(twin),
         counter,
         _Unseen(),
         ExitStack() as stack,
@@ -147,7 +150,7 @@ def _count_twin(
             stack.enter_context(group.watched())
         trace = trace_forward(twin, inputs, args=args)
     per_module = counter.get_flop_counts()
-    flops, events = counter.get_total_flops(), list(trace.events)
+    flops, events, cached = counter.get_total_flops(), list(trace.events), list(trace.cached)
     for group, last in groups:
         if not group.passed:
             continue
@@ -159,7 +162,13 @@ def _count_twin(
             raise UnlikeLayers(f"{first}, {shown} and {last} run other products")
         flops += sum(costs) * len(group.passed)
         events += [event for path in group.passed for event in _moved(ran[0], shown, path)]
-    return flops, Trace(events)
+        kept = [entry for entry in trace.cached if f"{entry.module}.".startswith(f"{shown}.")]
+        cached += [
+            replace(entry, module=f"{path}{entry.module.removeprefix(shown)}")
+            for path in group.passed
+            for entry in kept
+        ]
+    return flops, Trace(events, cached)
 
 
 _OPERANDS = ("query", "key", "value")
@@ -217,10 +226,12 @@ def _count_shorter(
         return None
     lengths = [length % STEP + STEP * (1 + place) for place in range(POINTS)]
     found: list[dict[_Kind | None, int]] = []  # of all products: None
+    cached: list[Cached] = []
     try:
         for short in lengths:
             flops, trace = count_flops(model, _cut(inputs, length, short), args=args)
             found.append(_by_kind(trace) | {None: int(flops)})
+            cached = trace.cached
     except DataError:  # as where images need all of their tokens
         return None
     *known, checked = found
@@ -231,7 +242,8 @@ def _count_shorter(
     if any(kinds.keys() != checked.keys() for kinds in known) or dict(checked) != at(lengths[-1]):
         return None
     macs = {kind: int(value) for kind, value in at(length).items()}
-    return macs[None], Trace([kind.event(n) for kind, n in macs.items() if kind is not None])
+    events = [kind.event(n) for kind, n in macs.items() if kind is not None]
+    return macs[None], Trace(events, cached)
 
 
 def _cut(inputs: Mapping[str, Any], length: int, short: int) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from ..config.recipe_files import check_inputs
 from ..data.files import READERS
 from ..data.tasks import named_task
 from ..errors import CheckpointError, DataError, HubError, RecipeError, ScoresError
+from ..types import COSTS
 from .idle import Known, check_idle
 
 if TYPE_CHECKING:
     from ..types import Scores
 
-COSTS = ("flops", "params")
 # Devices of torch and of its better-known extensions.
 _DEVICES = (
     "cpu", "cuda", "mps", "xpu", "xla", "hpu", "npu", "mlu", "musa", "mtia", "maia", "hip", "ipu",

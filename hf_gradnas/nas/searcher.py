@@ -231,7 +231,7 @@ class GradientBinarySearcher:
         structure = space.needed_structure()
         self.prunable = counted(self.model, structure, inputs)
         self.original = dict(self.prunable.totals)
-        self.budgets = parse_budgets(self.constraints, self.original)
+        self.budgets = parse_budgets(self.constraints, self.original, self.prunable.absent)
         least = self._cost_of({name: h.choices[0] for name, h in searched.items()})
         for budget in self.budgets:
             if least[budget.cost] > budget.limit:

@@ -15,7 +15,7 @@ import yaml
 
 from .._redaction import sayable, shareable, visible
 from ..config.limits import format_share
-from ..types import Plan, Scores
+from ..types import COSTS, USUAL, Plan, Scores
 from .metadata import CARD, Origin, card_data, data_name, final_metrics
 from .plots import draw_all
 from .sentences import SHARES, code, fenced, plain, say_prediction, say_repair, what_was_lost
@@ -127,10 +127,10 @@ def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
     base = plain(origin.base_model or "")
     if base and origin.is_hub:
         base = f"[{base}](https://huggingface.co/{base})"
-    units = {"params": "parameters", "flops": "FLOPs"}
     kept = " and ".join(
-        f"{format_share(cost.kept_ratio, digits=1)} of its {units.get(cost.name, cost.name)}"
+        f"{format_share(cost.kept_ratio, digits=1)} of its {COSTS.get(cost.name, cost.name)}"
         for cost in summary.costs
+        if cost.name in USUAL or cost.limit is not None
     )
     yield f"# {plain(summary.name)}"
     yield (

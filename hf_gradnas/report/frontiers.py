@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config.limits import format_share
-from ..types import MASKED, STATES, Budget, Frontier, Point
+from ..types import COSTS, MASKED, STATES, Budget, Frontier, Point
 from .plots import add_title, drawing_style, render
 from .sentences import plain
 from .summary import markdown_table
@@ -188,7 +188,6 @@ _LABEL_ROOM = 0.36
 """Width for the names of the lines, relative to that of the budgets."""
 _LABEL_STEP = 0.066
 """Least distance of two names, as a fraction of the panel's height."""
-_WORDS = {"flops": "FLOPs", "params": "parameters"}
 _KL = "KL from the unpruned model (nats)"
 
 
@@ -228,7 +227,7 @@ def draw_frontier(frontier: Frontier) -> Figure:
                 panel = figure.add_subplot(len(costs), len(shown), row * len(shown) + column + 1)
                 whole = None if name is None else frontier.original[name]
                 _draw_panel(panel, lines, whole)
-                panel.set_xlabel(f"% of the {_WORDS.get(cost, cost)} kept", loc="left")
+                panel.set_xlabel(f"% of the {COSTS.get(cost, cost)} kept", loc="left")
                 panel.set_title(_KL if name is None else name)
     seeds = len({point.seed for point in frontier.points})
     over = f", mean and standard deviation of {seeds} calibration subsets" if seeds > 1 else ""

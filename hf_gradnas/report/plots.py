@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config.limits import format_amount, format_share
-from ..types import KINDS, Plan, Scores
+from ..types import COSTS, KINDS, Plan, Scores
 from .summary import AxisWidth, Summary, short_names
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _DECADES = 6
 _VEIL = 0.72
 _NUMBERED_ROWS = 24
 _WORDS: dict[str, str] = {str(kind): row.title for kind, row in KINDS.items()}
-_WORDS |= {"flops": "FLOPs", "params": "parameters"}
+_WORDS |= COSTS
 
 
 def draw_all(summary: Summary, plan: Plan, scores: Scores | None) -> dict[str, bytes]:

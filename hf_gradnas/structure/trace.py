@@ -5,7 +5,7 @@ Knows torch functions and module paths. Knows no architecture and draws no concl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import Cache
 
 from ..errors import DataError, GradNASError
 
@@ -22,6 +23,8 @@ MATMULS = CONVS | frozenset(
 )
 CASTS = frozenset("to type type_as float double half bfloat16".split())
 """Functions whose result is still known as the parameter that they take."""
+CACHED_DIMS = 4
+"""Keys and values are ``(batch, heads, tokens, features)``."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,29 @@ class Call:
     returns: tuple[tuple[int, ...] | str | None, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """What a module hands to the cache for one token, keys and values together.
+
+    Attributes:
+        module: Its path.
+        heads: How many keys and values it has for a token; 0 where their shape does not say it.
+        bytes: Bytes of all of them.
+        least: Bytes of one number of each.
+    """
+
+    module: str
+    heads: int
+    bytes: float
+    least: float
+
+
 @dataclass
 class Trace:
-    """Products in the order in which they ran."""
+    """Products in the order in which they ran, and what was cached."""
 
     events: list[Matmul] = field(default_factory=list)
+    cached: list[Cached] = field(default_factory=list)
 
 
 class Recorder(TorchFunctionMode):
@@ -131,6 +152,12 @@ def record(model: nn.Module) -> Iterator[Trace]:
     """
     recorder = Recorder(model)
 
+    update = Cache.update
+
+    def recorded(cache: Cache, keys: Tensor, values: Tensor, *args: Any, **more: Any) -> Any:
+        recorder.trace.cached.append(_cached(recorder.running[-1:], keys, values))
+        return update(cache, keys, values, *args, **more)
+
     def enter(path: str) -> Callable[..., None]:
         return lambda module, args: recorder.running.append(path)
 
@@ -142,8 +169,21 @@ def record(model: nn.Module) -> Iterator[Trace]:
         for path, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(enter(path)).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        stack.callback(setattr, Cache, "update", update)
+        Cache.update = recorded
         stack.enter_context(recorder)
         yield recorder.trace
+
+
+def _cached(running: Sequence[str], keys: Tensor, values: Tensor) -> Cached:
+    is_usual = keys.ndim == values.ndim == CACHED_DIMS and keys.shape[1] == values.shape[1]
+    amount = sum(t.numel() * t.element_size() / (len(t) * t.shape[-2]) for t in (keys, values))
+    return Cached(
+        module="".join(running),
+        heads=keys.shape[1] if is_usual else 0,
+        bytes=amount,
+        least=float(keys.element_size() + values.element_size()),
+    )
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

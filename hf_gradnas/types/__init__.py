@@ -8,7 +8,7 @@ so that the command line can refuse a slip without it.
 from typing import TYPE_CHECKING
 
 from .._lazy import getter
-from .costs import Budget, CostModel, Product, Rate, Shared
+from .costs import BYTES, COSTS, USUAL, Budget, CostModel, Product, Rate, Shared
 from .cuts import Copied, Cut
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from .plans import Plan, Scores
 
 __all__ = [
+    "BYTES",
+    "COSTS",
     "KINDS",
     "MASKED",
     "PARENTS",
     "REPAIRED",
     "REPAIR_MARK",
     "STATES",
+    "USUAL",
     "Adaptation",
     "Attribute",
     "Axis",

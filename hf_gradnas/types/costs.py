@@ -5,6 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+COSTS: Mapping[str, str] = {
+    "flops": "FLOPs",
+    "params": "parameters",
+    "memory": "bytes of weights",
+    "kv_cache": "bytes of keys and values per token",
+    "active_params": "active parameters",
+}
+"""Names of the costs that are counted, in words; not every model has all of them."""
+USUAL = ("flops", "params")
+"""Costs that every model has, and that tables show which have no room for all."""
+BYTES = frozenset({"memory", "kv_cache"})
+"""Costs in bytes, whose limits may end in MB or MiB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -72,7 +85,7 @@ class CostModel:
     search may leave `shared` out: it is an upper bound then, and exact as soon as a unit goes.
 
     Attributes:
-        name: ``"flops"`` or ``"params"``.
+        name: One of `COSTS`, or of a user's own.
         constant: What no plan can change.
         per_unit: Cost of one unit, per axis name.
         while_kept: Cost that goes only when the axis loses its last unit (q/k norms of a head).
@@ -106,6 +119,12 @@ class CostModel:
             total += rate.amount * kept[axis] / max(kept[rate.of], 1)
         total += sum(product.of(kept) for product in self.products)
         return total - sum(shared.of(kept) for shared in self.shared)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is the same whatever is pruned."""
+        parts = (*self.per_unit.values(), *self.while_kept.values(), *self.rates.values())
+        return not any(parts) and not self.products
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class Prunable:
         layout_reason: Why, as a sentence; empty where nobody chose.
         space: What the stock class can express; layout ``"stock"`` needs groups of it.
         sample: Arguments of the one forward that FLOPs are counted for.
+        absent: Costs that this model has not, or that no plan changes, and why.
     """
 
     structure: Structure
@@ -33,6 +34,7 @@ class Prunable:
     layout_reason: str = ""
     space: StockSpace = field(default_factory=lambda: StockSpace(()))
     sample: Mapping[str, Any] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     FORMAT_VERSION: ClassVar[int] = 1
 

@@ -155,7 +155,11 @@ def test_numbers_are_those_of_pruning(answer, folders):
     heads, neurons = found["axes"][0], found["axes"][1]
     # Queries, keys, values and output of 4 columns on 16, three biases; rows, a bias, a column.
     assert heads["cost_per_unit"]["params"] == 4 * 4 * 16 + 3 * 4
-    assert neurons["cost_per_unit"] == {"flops": 2 * 2 * 40 * 16, "params": 16 + 1 + 16}
+    assert neurons["cost_per_unit"] == {
+        "flops": 2 * 2 * 40 * 16,
+        "params": 16 + 1 + 16,
+        "memory": 4 * (16 + 1 + 16),
+    }
     assert heads["cost_per_unit"]["flops"] == 2 * 40 * 4 * (4 * 16 + 2 * 40)
     assert [axis["units"] for axis in found["axes"]] == [4, 32, 4, 32]
     assert "derives the head size" in heads["not_in_stock"]

@@ -161,9 +161,11 @@ def test_several_constraints_hold_at_once(reduce):
     history = prune(model, args, {"flops": "85%", "params": 0.6 * params}, reduce=reduce)
     assert flops_of(model, args) <= 0.85 * flops
     assert params_of(model) <= 0.6 * params
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert history["best"]["constraints"] == {
         "flops": flops_of(model, args),
         "params": params_of(model),
+        "memory": weights,
     }
 
 
