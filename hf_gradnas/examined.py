@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .batches.batch import to_device
 from .batches.longest import Batch, check_inputs, from_main, longest_of_all, reiterable
 from .checkpoint.apply import check_uncut
-from .checkpoint.prunable import find_prunable
+from .checkpoint.prunable import find_prunables
 from .checkpoint.savable import check_savable
 from .config.limits import check_rules, parse_budgets, parse_rules
 from .errors import DataError, OrderError, check_choice
@@ -25,9 +25,9 @@ from .repair.repairs import Repair, check_repair, check_unsharded, repaired
 from .running.processes import Processes
 from .running.wrappers import body_of, check_parameters, uncompiled
 from .search.solver import check_budgets
-from .stock.space import LAYOUTS
+from .stock.layouts import LAYOUTS
 from .surgery.cut import check_plan
-from .types import Budget, CostModel, Plan, Prunable, Structure
+from .types import Basis, Budget, CostModel, Plan, Prunable, Structure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -67,6 +67,8 @@ class ExaminedModel:
         self._layers = layers
         self.layout_reason = ""
         self._prunable: Prunable | None = None
+        self._others: tuple[Prunable, ...] = ()
+        self._checkpoint: Mapping[str, str] = {}
         self._checked: set[tuple[Budget, ...]] = set()
         self._plan: Plan | None = None
         self._applied = False
@@ -80,6 +82,15 @@ class ExaminedModel:
         """
         found: Prunable = need(self._prunable, "structure", "discover(batch) or score(dataloader)")
         return found
+
+    @property
+    def basis(self) -> Basis:
+        """What plans are made from besides scores, also where the model is not.
+
+        Raises:
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        return Basis.of((self.prunable, *self._others), self._checkpoint)
 
     @property
     def structure(self) -> Structure:
@@ -108,12 +119,22 @@ class ExaminedModel:
         """
         return cast(dict[str, float], self.prunable.totals)
 
-    def discover(self, batch: Batch, *, flops_length: int | None = None) -> Structure:
+    def discover(
+        self,
+        batch: Batch,
+        *,
+        flops_length: int | None = None,
+        every_layout: bool = False,
+        checkpoint: Mapping[str, str] | None = None,
+    ) -> Structure:
         """Find and prove the axes, decide the layout, and count the costs.
 
         Args:
             batch: Keyword arguments of the model's forward (tensors are moved to its device).
             flops_length: Tokens of the one sequence that FLOPs are counted for; None: the batch's.
+            every_layout: Examine the layouts that are not chosen, too, so that the scores alone
+                say what a plan in any of them needs.
+            checkpoint: What the model was loaded from, unchanged since; see `types.Basis`.
 
         Raises:
             CheckpointError: The model's config or generation config cannot be saved.
@@ -139,8 +160,11 @@ class ExaminedModel:
         ):
             batch = to_device(from_main(batch, self._processes), self.model)
             check_savable(self.model, batch)
-            found = find_prunable(self.model, batch, layout=self._requested, **given)
+            found, *others = find_prunables(
+                self.model, batch, layout=self._requested, every=every_layout, **given
+            )
         check_rules(self.rules, found.structure)
+        self._others, self._checkpoint = tuple(others), dict(checkpoint or {})
         self.layout, self.layout_reason = found.layout, found.layout_reason
         self._prunable = found
         return found.structure

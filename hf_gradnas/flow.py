@@ -80,6 +80,9 @@ class Run:
         subset: Seed of the examples that calibrate, drawn as a sweep draws them; None: the first.
     """
 
+    UNREAD: frozenset[str] = frozenset()
+    """Options that are not shown, since no step reads them."""
+
     def __init__(
         self,
         recipe: Recipe,
@@ -115,6 +118,8 @@ class Run:
         # Structure: axes of units, each proved; the rest refused by name. A budget that cannot be
         # reached fails here.
         pruner = self._discover(model, loader, job)
+        pruner.check(self.recipe.target)
+        self.report.structure(pruner.structure, pruner.layout, pruner.layout_reason)
         before = self._evaluate(model, evaluation, job, "Evaluating the original")
         if before is not None:
             for doubt in doubts(before, job.source.task.head, model.config):
@@ -186,7 +191,8 @@ class Run:
             job = self.processes.main_first(partial(with_subset, job, self.subset))
         self.recipe = job.recipe
         pushed = push_settings(self.repository, private=self.private)
-        self.report.settings([*job.settings, *pushed])
+        shown = [row for row in job.settings if row[0] not in self.UNREAD]
+        self.report.settings([*shown, *pushed])
         for note in job.notes:
             self.report.line(f"Note: {note}.")
         for warning in job.warnings:
@@ -195,14 +201,14 @@ class Run:
 
     # -- before the cut ---------------------------------------------------------------------------
 
-    def _discover(self, model: PreTrainedModel, loader: DataLoader[Any], job: Job) -> GradNASPruner:
+    def _discover(
+        self, model: PreTrainedModel, loader: DataLoader[Any], job: Job, **more: Any
+    ) -> GradNASPruner:
         pruner = make_pruner(model, self.recipe, job, self.processes)
         self._batch, self._length = next(iter(loader)), flops_length_of(job)
-        pruner.discover(self._batch, flops_length=self._length)
+        pruner.discover(self._batch, flops_length=self._length, **more)
         if job.scores is not None:
             pruner.use_scores(job.scores)
-        pruner.check(self.recipe.target)
-        self.report.structure(pruner.structure, pruner.layout, pruner.layout_reason)
         return pruner
 
     def _evaluate(

@@ -23,6 +23,7 @@ from .errors import check_choice
 from .examined import ExaminedModel, Progress, need
 from .frontier import Limits, measure_frontier
 from .hub import push
+from .planning import plans_of
 from .repair.closeness import closest
 from .repair.repairs import CHOICES as REPAIRS
 from .repair.repairs import Repair, attempted, check_repair, mended, swaps
@@ -30,8 +31,7 @@ from .repair.swaps import swap_neurons
 from .report import say_repair
 from .running.wrappers import check_parameters, gathered, is_sharded
 from .scores import METHODS, check_scores, collect_scores
-from .scores.methods import with_prediction
-from .search.solver import STRATEGIES, find_plan
+from .search.solver import STRATEGIES
 from .surgery.cut import check_plan
 from .types import Budget, Frontier, Plan, Scores
 
@@ -148,6 +148,7 @@ class GradNASPruner(ExaminedModel):
             progress=progress,
             accelerator=self._processes.accelerator,
             checkpointing=checkpointing,
+            basis=self.basis,
         )
         return self._scores
 
@@ -180,10 +181,9 @@ class GradNASPruner(ExaminedModel):
     def _planned(self, scores: Scores, budgets: tuple[Budget, ...]) -> Plan:
         """The plan of one method."""
         found, search, rules = self.prunable, self.search, self.rules
-        plan = self._processes.from_main(
-            lambda: find_plan(found, scores, budgets, search=search, rules=rules)
+        return self._processes.from_main(
+            lambda: plans_of(found, scores, [budgets], search=search, rules=rules)[0]
         )
-        return with_prediction(plan, scores)
 
     def swap(
         self,

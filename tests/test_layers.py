@@ -16,7 +16,7 @@ LAYERS = (
     ("config", "report", "running", "batches"),
     ("stacks", "tokens", "routing", "surgery", "structure", "costs", "search", "masks"),
     ("verification", "stock", "scores", "repair", "checkpoint", "blueprint"),
-    ("hub", "examined", "frontier", "pruner", "nas"),
+    ("hub", "examined", "frontier", "planning", "pruner", "nas"),
     ("callback", "data"),
     ("jobs", "flow", "cli", "prune", "inspect", "sweep", "verify", "__main__", "__init__"),
 )
@@ -34,6 +34,7 @@ THIRD_PARTY = {
     "types": {"numpy", "safetensors"},
     "config": {"pydantic", "pydantic_core", "yaml"},  # read before torch is imported
     "search": {"numpy"},
+    "planning": set(),
 }
 # Travels inside checkpoints as one file, so it stands alone and may be longer.
 SELF_CONTAINED = "surgery/modeling_gradnas.py"

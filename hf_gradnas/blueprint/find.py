@@ -21,7 +21,8 @@ from ..checkpoint.prunable import rehearsed
 from ..config.limits import Rules, rule_for
 from ..costs.counting import counted
 from ..errors import DataError, StructureError
-from ..stock.space import find_stock_space, layout_for
+from ..stock.layouts import layout_for
+from ..stock.space import find_stock_space
 from ..stock.trials import silence
 from ..types import Prunable, StockSpace, Structure
 from ..verification import find_structure

@@ -21,7 +21,7 @@ from ..scores import METHODS
 from ..scores.methods import GRADIENT_METHODS
 from ..scores.normaliser import own_loss
 from ..search.solver import STRATEGIES
-from ..stock.space import LAYOUTS
+from ..stock.layouts import LAYOUTS
 from ..types import COSTS, Budget, is_integer
 
 WHENS = ("end", "begin", "gradual")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers import PreTrainedModel
 from ..batches.longest import flops_inputs
 from ..config.limits import Rules, rule_for
 from ..costs.counting import counted
-from ..errors import StructureError, described
-from ..stock.space import find_stock_space, layout_for
+from ..errors import PlanError, StructureError, described
+from ..stock.layouts import LAYOUTS, layout_for
+from ..stock.space import find_stock_space
 from ..structure.layers import put_within
 from ..types import KINDS, Axis, Kind, Plan, Prunable, Refusal, StockSpace, Structure
 from ..verification import find_structure
@@ -52,17 +54,56 @@ def find_prunable(
         PlanError: Layout ``"stock"`` was asked for, and the class can express nothing.
         StructureError: Nothing can be pruned.
     """
+    more: dict[str, Any] = {"rules": rules, "flops_length": flops_length, "layers": layers}
+    return find_prunables(model, batch, layout=layout, **more)[0]
+
+
+def find_prunables(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    *,
+    layout: str = "auto",
+    rules: Rules | None = None,
+    flops_length: int | None = None,
+    layers: bool = False,
+    every: bool = False,
+) -> list[Prunable]:
+    """As `find_prunable`, which gives the first of them.
+
+    Args:
+        model: As of `find_prunable`, and so are the others.
+        batch: The batch.
+        layout: The layout.
+        rules: The rules.
+        flops_length: Tokens that FLOPs are counted for.
+        layers: Whether whole layers may go.
+        every: Whether the other layout comes after the one that was asked for or chosen, where
+            anything can be pruned in it.
+
+    Raises:
+        DataError: As of `find_prunable`, and so are the others.
+        PlanError: The class can express nothing.
+        StructureError: Nothing can be pruned.
+    """
     rules = rules or {}
-
-    def decide(structure: Structure) -> tuple[StockSpace, str, str]:
-        space = find_stock_space(model, structure)
-        allowed = [axis for axis in structure.axes if rule_for(axis, rules) is not None]
-        return space, *layout_for(space, allowed, requested=layout)
-
-    found = find_structure(model, batch, layers=layers)
-    structure, space, chosen, reason = rehearsed(model, found, batch, decide)
+    structure = find_structure(model, batch, layers=layers)
     sample = flops_inputs(batch, flops_length, decoder=bool(model.config.is_encoder_decoder))
-    return counted(model, structure, sample, space=space, layout=chosen, reason=reason)
+
+    def examined(requested: str) -> Prunable:
+        def decide(structure: Structure) -> tuple[StockSpace, str, str]:
+            space = find_stock_space(model, structure)
+            allowed = [axis for axis in structure.axes if rule_for(axis, rules) is not None]
+            return space, *layout_for(space, allowed, requested=requested)
+
+        found, space, chosen, reason = rehearsed(model, structure, batch, decide)
+        return counted(model, found, sample, space=space, layout=chosen, reason=reason)
+
+    found = [examined(layout)]
+    for other in LAYOUTS if every else ():
+        if other not in ("auto", found[0].layout):
+            with suppress(PlanError, StructureError):  # it can express nothing
+                found.append(examined(other))
+    return found
 
 
 # --- the rehearsal --------------------------------------------------------------------------------

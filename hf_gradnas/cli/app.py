@@ -13,6 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ..config.plans import Plans
 from ..config.recipe import NOT_FLAGS, Recipe
 from ..config.sweep import Sweep
 
@@ -62,6 +63,28 @@ def prune_command(**options: Any) -> int:
     recipe, settings = options.pop("recipe"), options.pop("settings") or []
     code = prune_from_options(given_flags(options), settings=settings, file=recipe)
     raise typer.Exit(code)
+
+
+def score_command(**options: Any) -> int:
+    """Score a model: a file from which plans for any budget are made, without the model.
+
+    For example: hf-gradnas score --model bert-base-uncased --output bert.scores.safetensors
+    """
+    from .score import score_from_options
+
+    raise typer.Exit(score_from_options(given_flags(options)))
+
+
+def plan_command(**options: Any) -> int:
+    """Plan what stays within a budget, from scores alone: no model is loaded.
+
+    For example: hf-gradnas plan bert.scores.safetensors --target flops=60% --output plan.json
+    """
+    from .plan import plan_from_options
+
+    file = options.pop("file")
+    own = {name: options.pop(name) for name in Plans.model_fields}
+    raise typer.Exit(plan_from_options(file, given_flags(options), given_flags(own)))
 
 
 def inspect_command(**options: Any) -> int:
@@ -169,6 +192,8 @@ def with_options(
     fields: Mapping[str, str | None],
     flags: Mapping[str, str],
     own: Mapping[str, FieldInfo] | None = None,
+    argument: tuple[str, str] | None = None,
+    output: str = "",
 ) -> Callable[..., int]:
     """Give `command` the options of some fields of `Recipe`, and options of its own.
 
@@ -177,11 +202,15 @@ def with_options(
         fields: Names of fields; a text takes the place of the field's own description.
         flags: Help text per flag without a value; ``as_json`` is ``--json``.
         own: Fields of other settings, by name.
+        argument: Name and help text of ``file``, its one argument, if it has one.
+        output: What ``--output`` names, where it is no folder.
     """
-    parameters = [_field_parameter(name, field) for name, field in (own or {}).items()]
+    parameters = [_argument(*argument)] if argument else []
+    parameters += [_field_parameter(name, field) for name, field in (own or {}).items()]
     for name, text in fields.items():
         field = Recipe.model_fields[name]
-        parameters.append(_field_parameter(name, field, description=text))
+        metavar = output if name == "output" else ""
+        parameters.append(_field_parameter(name, field, description=text, metavar=metavar))
     for name, text in flags.items():
         flag = "--" + name.removeprefix("as_").replace("_", "-")
         panel = "Output" if name in _OUTPUT_FLAGS else "Model"
@@ -208,7 +237,7 @@ def given_flags(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _field_parameter(
-    name: str, field: FieldInfo, *, description: str | None = None
+    name: str, field: FieldInfo, *, description: str | None = None, metavar: str = ""
 ) -> inspect.Parameter:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     flag = "--" + name.replace("_", "-")
@@ -226,7 +255,7 @@ def _field_parameter(
         help_text += f" Default: {field.default}."
     if kind is bool and field.default and not description:
         help_text += " Default: yes."
-    metavar = str(extra.get("metavar") or ("CHOICE" if choices else "INTEGER"))
+    metavar = metavar or str(extra.get("metavar") or ("CHOICE" if choices else "INTEGER"))
     return _parameter(
         name, kind, flag, help_text, "" if kind is bool else metavar, panel=str(extra["panel"])
     )
@@ -238,6 +267,11 @@ def _choices(annotation: Any) -> tuple[str, ...]:
         if get_origin(part) is Literal:
             return get_args(part)
     return ()
+
+
+def _argument(metavar: str, description: str) -> inspect.Parameter:
+    annotation = Annotated[str, typer.Argument(metavar=metavar, help=description)]
+    return inspect.Parameter("file", inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
 
 
 def _parameter(
@@ -291,8 +325,39 @@ _SWEPT: dict[str, str | None] = {
     "report": "Write report/ beside the model of --save. Default: yes.",
 }
 
+_OF_DATA = ("dataset", "split", "text_column", "label_column", "target_column", "image_column")
+_SCORED: dict[str, str | None] = {
+    "model": "Hub id or folder of the model.",
+    **dict.fromkeys(("task", "revision", "trust_remote_code", "allow_new_head", "device", "dtype")),
+    **dict.fromkeys((*_OF_DATA, "audio_column", "num_examples", "shuffle", "batch_size")),
+    **dict.fromkeys(("checkpointing", "max_length", "labels", "label_map")),
+    "eval": "Hold out the examples that prune would measure on, so that the scores are those of "
+    "prune. Default: yes.",
+    "flops_length": None,
+    "score": "How heads and neurons are scored; auto is for prune alone. Default: tempered.",
+    "axes": "layers: look for whole layers, too, which plan --axes layers needs. All other kinds "
+    "are scored in any case.",
+    "seed": None,
+    "output": "File of the scores, also of partial ones to resume from. Default: ./<last part of "
+    "model>-gradnas.scores.safetensors.",
+}
+_PLANNED: dict[str, str | None] = {
+    "target": None,
+    "score": "Which of the scores in the file, where there are several. Default: the first.",
+    **dict.fromkeys(("search", "layout", "axes", "exclude", "min_units")),
+    "output": "File of the plan, or folder of several. Default: the name of the scores with "
+    ".plan.json, or .plans.",
+}
+_FILE = ("SCORES", "File of hf-gradnas score.")
+
 app.command("prune", epilog=EXIT_CODES.format(one="pruning or verification failed"))(
     with_recipe_options(prune_command)
+)
+app.command("score", epilog=EXIT_CODES.format(one="out of memory"))(
+    with_options(score_command, _SCORED, {}, output="FILE")
+)
+app.command("plan", epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.")(
+    with_options(plan_command, _PLANNED, {}, Plans.model_fields, _FILE, output="PATH")
 )
 app.command("inspect", epilog=EXIT_CODES.format(one="nothing in it can be pruned"))(
     with_options(inspect_command, _INSPECTED, _INSPECT_FLAGS)

@@ -6,7 +6,7 @@ One that is started in the plain way stays alone: no process group is made for i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,16 +42,35 @@ def prune_from_options(
     Returns:
         0 done, 1 pruning or verification failed, 2 bad input, 130 interrupted, 143 terminated.
     """
+
+    def check() -> tuple[Recipe, frozenset[str]]:
+        recipe = build_recipe(flags, settings=settings, file=file)
+        given = frozenset(recipe.model_fields_set)
+        return check_early(recipe, given=given), given
+
+    def kind() -> type[Run]:
+        from ..flow import Run
+
+        return Run
+
+    return run_checked(check, kind)
+
+
+def run_checked(
+    check: Callable[[], tuple[Recipe, frozenset[str]]], kind: Callable[[], type[Run]]
+) -> int:
+    """Run all steps on a screen; errors become a message and a code.
+
+    Args:
+        check: Gives the recipe, checked before torch is imported, and which options were given.
+        kind: Imports the run.
+    """
     screen = Screen(quiet=not is_main())
     run: Run | None = None
     try:
-        recipe = build_recipe(flags, settings=settings, file=file)
-        given = frozenset(recipe.model_fields_set)
-        recipe = check_early(recipe, given=given)
+        recipe, given = check()
         with launched(recipe) as (own, processes), quiet_libraries(screen):
-            from ..flow import Run
-
-            run = Run(own, screen, processes, given=given)
+            run = kind()(own, screen, processes, given=given)
             run.execute()
     except KeyboardInterrupt:
         screen.error(run.interruption() if run else "interrupted; nothing was written.")

@@ -229,6 +229,14 @@ class Screen(Report):
 
 
 @contextmanager
+def shown_warnings(screen: Screen) -> Iterator[None]:
+    """Show Python's warnings on `screen`."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: screen.warn(str(message))
+        yield
+
+
+@contextmanager
 def quiet_libraries(screen: Screen) -> Iterator[None]:
     """Show warnings on `screen`, and none of the libraries' own progress bars and logs."""
     import datasets as datasets_bars
@@ -238,8 +246,7 @@ def quiet_libraries(screen: Screen) -> Iterator[None]:
     verbosities = (transformers_logging, datasets_logging)
     previous = [module.get_verbosity() for module in verbosities]
     bars = transformers_logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: screen.warn(str(message))
+    with shown_warnings(screen):
         try:
             for module in verbosities:
                 module.set_verbosity_error()

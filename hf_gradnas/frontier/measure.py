@@ -205,6 +205,7 @@ def _score(run: Run, subset: Subset, names: Sequence[str]) -> list[Scores]:
                 file=scores_file(run.file, subset.seed),
                 progress=report,
                 checkpointing=run.checkpointing,
+                basis=run.pruner.basis,
                 **options,
             )
         found = {name: joint.of(name) for name in gradients}

@@ -24,7 +24,7 @@ from ..repair.closeness import divergences
 from ..repair.repairs import plan_digest
 from ..running.processes import Processes
 from ..scores import model_fingerprint
-from ..types import MASKED, REPAIRED, STATES, Budget, Plan, Point, Scores, Structure
+from ..types import MASKED, REPAIRED, STATES, Basis, Budget, Plan, Point, Scores, Structure
 
 if TYPE_CHECKING:
     from ..repair.repairs import Repair
@@ -43,6 +43,8 @@ class Pruner(Protocol):
     model: PreTrainedModel
     layout: str
 
+    @property
+    def basis(self) -> Basis: ...  # noqa: D102 - see GradNASPruner
     @property
     def structure(self) -> Structure: ...  # noqa: D102 - see GradNASPruner
     @property

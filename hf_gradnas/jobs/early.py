@@ -288,37 +288,45 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     if not recipe.dry_run:
         check_target(output, overwrite=recipe.overwrite, source=source)
     if recipe.scores is None:
-        _check_scores_place(recipe, Path(save_scores), output)
+        by = f"--save-scores {save_scores}" if recipe.save_scores else f"--output {output}"
+        check_scores_place(Path(save_scores), by)
+        _check_outside(Path(save_scores), output, by)
     if recipe.repair != "none":
         _check_repair_place(repair_file(output))
     own = {"output": output, "save_scores": save_scores, "scores": scores}
     return recipe.model_copy(update=own)
 
 
-def _check_scores_place(recipe: Recipe, file: Path, output: str) -> None:
-    option = "save_scores" if recipe.save_scores else "output"
-    given = f"--save-scores {file}" if recipe.save_scores else f"--output {output}"
+def check_scores_place(file: Path, by: str) -> None:
+    """Check that scores can be written to a file, which an option says; `by` is that option.
+
+    Raises:
+        RecipeError: They cannot.
+    """
+    option = by.split(maxsplit=1)[0][2:]
     folder = file.absolute().parent
     if _kind(str(folder), option) != "folder" or not os.access(folder, os.W_OK):
         raise RecipeError(
-            f"{given}: {folder} is not a folder that can be written to; "
-            "make it, or give another file."
+            f"{by}: {folder} is not a folder that can be written to; make it, or give another file."
         )
     if _kind(str(file), option) == "folder":
-        raise RecipeError(f"{given}: {file} is a folder, needed a file; give another name.")
-    place, target = file.resolve(), Path(output).resolve()
-    if target in (place, *place.parents):
-        raise RecipeError(
-            f"{given}: {'is' if place == target else 'is in'} the output folder {output}, which is "
-            "written as a whole at the end; give a file beside it."
-        )
+        raise RecipeError(f"{by}: {file} is a folder, needed a file; give another name.")
     if file.exists() and file.stat().st_size:
         from ..types import Scores
 
         if not Scores.is_file(file):
             raise RecipeError(
-                f"{given}: {file} holds no scores, and only scores are replaced; give another file."
+                f"{by}: {file} holds no scores, and only scores are replaced; give another file."
             )
+
+
+def _check_outside(file: Path, output: str, by: str) -> None:
+    place, target = file.resolve(), Path(output).resolve()
+    if target in (place, *place.parents):
+        raise RecipeError(
+            f"{by}: {'is' if place == target else 'is in'} the output folder {output}, which is "
+            "written as a whole at the end; give a file beside it."
+        )
 
 
 def repair_file(output: str) -> Path:

@@ -37,7 +37,7 @@ from ..errors import RepairError
 from ..running.hooks import add_pre_hook
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
-from ..scores.methods import with_prediction
+from ..search.prediction import with_prediction
 from ..types import Axis, Plan, Scores
 from .closeness import at_least_float32, running
 from .first import default_bound, first_readers

@@ -22,7 +22,7 @@ from ..errors import DataError, ScoresError, check_choice
 from ..running.checkpointing import check_checkpointing, checkpointed
 from ..running.processes import Processes
 from ..running.wrappers import check_parameters, uncompiled
-from ..types import Axis, Scores, is_integer
+from ..types import Axis, Basis, Scores, is_integer
 from ..types.plans import POWERS
 from .fingerprints import axes_fingerprint, check_same_everywhere, model_fingerprint
 from .gradients import GradientRecorder
@@ -54,6 +54,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     held_out: HeldOut | None = None,
     accelerator: Accelerator | PartialState | None = None,
     checkpointing: bool | None = None,
+    basis: Basis | None = None,
 ) -> Scores:
     """Measure how much the loss is hurt when a unit goes, for every unit, in one pass.
 
@@ -77,6 +78,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
         held_out: Takes every fifth batch, which is then not scored; None: all are scored.
         accelerator: For several processes, or to accumulate gradients.
         checkpointing: Whether layers run again in the backward; None: those with that flag on.
+        basis: Kept with the scores, for plans without a model.
 
     Raises:
         DataError: No batch, no labels, no loss, or gradients that are not finite or all zero.
@@ -89,10 +91,9 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     methods = check_methods(method, also)
     chosen = (labels, num_examples, seed, processes)
     settings = settings_of(axes, methods, *chosen, held_out=held_out is not None)
-    record = _open(model, axes, settings, file, processes)
-    processes.from_main(partial(record.check_writable, resume=resume))
+    record = _open(model, axes, settings, file, processes, basis=basis, resume=resume)
     if method in WEIGHT_METHODS:
-        return record.write(record.scores(_from_weights(model, axes, method, seed), complete=True))
+        return _from_weights(record, model, method, seed)
     options: dict[str, Any] = {"progress": progress, "resume": resume, "held_out": held_out}
     options |= {"num_examples": num_examples, "save_every_s": save_every_s}
     with scored(model, checkpointing):
@@ -144,18 +145,23 @@ def _open(
     settings: Mapping[str, object],
     file: str | Path | None,
     processes: Processes,
+    *,
+    basis: Basis | None,
+    resume: bool,
 ) -> Record:
-    """What stays the same during the pass, after a check that it is so on all processes."""
+    """What stays the same during the pass, after checks that it is so on all, and can be kept."""
     check_parameters(model, "score", shards=True)
     path = None if file is None else Path(file)
-    record = Record(axes, settings, model_fingerprint(model), path, processes)
+    record = Record(axes, settings, model_fingerprint(model), path, processes, basis)
     check_same_everywhere(record.model, settings, processes)
+    processes.from_main(partial(record.check_writable, resume=resume))
     return record
 
 
-def _from_weights(model: nn.Module, axes: Iterable[Axis], method: str, seed: int) -> State:
-    found = WEIGHT_METHODS[method](model, axes, seed)
-    return State(np.concatenate([found[axis.name] for axis in axes]), normaliser="none")
+def _from_weights(record: Record, model: nn.Module, method: str, seed: int) -> Scores:
+    found = WEIGHT_METHODS[method](model, record.axes, seed)
+    totals = np.concatenate([found[axis.name] for axis in record.axes])
+    return record.write(record.scores(State(totals, normaliser="none"), complete=True))
 
 
 def _begin(

@@ -31,18 +31,16 @@ them going together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..running.wrappers import whole
-from ..types import Axis, Plan, Scores
+from ..types import Axis
 from ..types.plans import CHOICE_KEYS
-from .normaliser import TOKEN_COUNTS
 from .rows import wide
 
 PerBatch = Callable[[Tensor, int], Tensor]
@@ -224,36 +222,3 @@ def _squared_norms(rows: Mapping[str, Tensor], axes: Sequence[Axis]) -> Tensor:
 
 
 # --- what a sum of pruned scores says of the loss -------------------------------------------------
-
-
-LOSS_FACTORS: Mapping[str, float] = {"fisher": 0.5, "taylor": 1.0}
-"""What a sum of scores is multiplied by to be a change of the loss sum."""
-
-
-def with_prediction(plan: Plan, scores: Scores) -> Plan:
-    """The plan with its sum of pruned scores in nats per label, where the scores say so much.
-
-    Scores of older files do not tell the loss that was scored; the sum then stays what it is.
-    """
-    metadata = scores.metadata
-    loss, labels = _number(metadata, "loss_sum"), _number(metadata, "labels_scored")
-    if plan.score not in LOSS_FACTORS or not labels > 0 or not math.isfinite(loss):
-        return plan
-    increase = LOSS_FACTORS[plan.score] * plan.loss_increase / labels
-    unit = f"nats per {_label(metadata, labels)}"
-    return replace(plan, loss_increase=increase, loss_unit=unit, loss_before=loss / labels)
-
-
-def _label(metadata: Mapping[str, str], labels: float) -> str:
-    """What one label is given to."""
-    if metadata.get("normaliser") in TOKEN_COUNTS:
-        return "token"
-    return "example" if labels == _number(metadata, "examples") else "label"
-
-
-def _number(metadata: Mapping[str, str], name: str) -> float:
-    """A number of the metadata; NaN where it is missing or is none."""
-    try:
-        return float(metadata[name])
-    except (KeyError, ValueError):
-        return math.nan

@@ -30,7 +30,7 @@ from ..batches.batch import digest
 from ..batches.steps import Step
 from ..errors import GradNASWarning, ScoresError
 from ..running.processes import Processes
-from ..types import Axis, Scores, parse_json
+from ..types import Axis, Basis, Scores, parse_json
 from .fingerprints import check_values
 from .methods import chosen, sums_of
 from .normaliser import COUNTS
@@ -89,6 +89,7 @@ class Record:
         model: Fingerprint of the model.
         file: Where scores are kept; None: nowhere.
         processes: All that score; the main one writes.
+        basis: Of plans that are made from the scores.
     """
 
     axes: Sequence[Axis]
@@ -96,6 +97,7 @@ class Record:
     model: str
     file: Path | None
     processes: Processes = field(default_factory=Processes)
+    basis: Basis | None = None
 
     def scores(self, state: State, *, complete: bool) -> Scores:
         """Scores of a state; those of an unfinished pass are its sums so far."""
@@ -120,7 +122,7 @@ class Record:
         }
         for choice in found.values():
             metadata |= choice.metadata()
-        return Scores(first, metadata, also, sums)
+        return Scores(first, metadata, also, sums, basis=self.basis)
 
     @property
     def methods(self) -> tuple[str, ...]:

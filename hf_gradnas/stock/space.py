@@ -8,12 +8,11 @@ as their slices say, and no other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import PlanError
 from ..surgery.rows import Shapes, shapes_of
 from ..types import KINDS, Axis, Kind, StockGroup, StockSpace, Structure
 from .layers import layer_groups
@@ -27,7 +26,6 @@ from .trials import (
 )
 from .values import scopes, set_value, stored
 
-LAYOUTS = ("auto", "stock", "per_layer")
 MULTIPLES = (2, 4, 8, 16, 32, 64, 128, 256)
 """Steps tried for the neurons of a class that does not accept every number."""
 
@@ -279,69 +277,6 @@ def _single_kind(trial: Trial) -> str | None:
     return next((kind for kind in trial.sizes if not KINDS[Kind(kind)].is_few), None)
 
 
-def layout_for(
-    space: StockSpace, axes_allowed: Iterable[Axis], *, requested: str = "auto"
-) -> tuple[str, str]:
-    """Decide how the result is written, before the search.
-
-    Args:
-        space: What the stock class can express.
-        axes_allowed: The axes that the rules let shrink.
-        requested: ``"auto"``, ``"stock"`` or ``"per_layer"``. ``auto`` drops no axis to reach
-            stock: one that the stock class cannot express decides for ``per_layer``.
-
-    Returns:
-        ``"stock"`` or ``"per_layer"``, and the reason as a sentence for the user.
-
-    Raises:
-        PlanError: An unknown layout, or ``"stock"`` where the stock class can express nothing.
-    """
-    if requested not in LAYOUTS:
-        raise PlanError(
-            f"layout: there is no layout {requested!r}; choose one of {', '.join(LAYOUTS)}."
-        )
-    if requested == "per_layer":
-        return "per_layer", "Layout per_layer, as asked for."
-    allowed = list(axes_allowed)
-    # The only unit of an axis goes with its whole module: no width can say that.
-    axes = [axis for axis in allowed if axis.size > 1 or axis.is_layer] or allowed
-    stuck = _inexpressible(space, axes, allowed)
-    if not stuck:
-        kinds = _listed({axis.kind.value for axis in axes})
-        can = f"the unmodified class can express fewer {kinds}" if axes else "no axis may be pruned"
-        return "stock", f"Layout stock: {can}."
-    first = next(iter(stuck))
-    kinds = _listed({axis.kind.value for axis in axes if axis.name in stuck})
-    why = f"{kinds} ({len(stuck)} of {len(axes)} axes, the first {first}: {stuck[first]})"
-    if requested == "auto":
-        return "per_layer", f"Layout per_layer: the unmodified class cannot express fewer {why}."
-    if len(stuck) == len(axes):
-        raise PlanError(
-            "layout: 'stock' leaves nothing to prune: the unmodified class cannot express fewer "
-            f"{why}; choose layout='per_layer' or 'auto'."
-        )
-    return "stock", f"Layout stock, as asked for, keeps what the class cannot express whole: {why}."
-
-
-def _inexpressible(
-    space: StockSpace, axes: Collection[Axis], allowed: Collection[Axis]
-) -> dict[str, str]:
-    """Reason per allowed axis that a stock checkpoint would have to keep whole."""
-    names = {axis.name for axis in allowed}
-    stuck = {axis.name: space.refused[axis.name] for axis in axes if axis.name in space.refused}
-    for group in space.groups:
-        members = [axis.name for axis in axes if axis.name in group.axes]
-        kept = [name for name in group.axes if name not in names]
-        kept = [] if str(Kind.LAYERS) in group.keys else kept  # each goes by itself
-        keys = _listed(group.keys.values())
-        if kept:
-            reason = f"{keys} also sets {kept[0]}, which the rules keep whole"
-            stuck.update(dict.fromkeys(members, reason))
-        elif group.allowed is not None and len(group.allowed) == 1:
-            stuck.update(dict.fromkeys(members, f"no smaller value of {keys} is accepted"))
-    return stuck
-
-
 def _differing(structure: Structure, base: Shapes, actual: Shapes) -> dict[str, str]:
     """Axes with a tensor that is not the one which the class builds from the config."""
     refused: dict[str, str] = {}
@@ -374,8 +309,3 @@ def _line(error: Exception) -> str:
     """First line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def _listed(words: Iterable[str]) -> str:
-    *first, last = sorted(words) or [""]
-    return f"{', '.join(first)} and {last}" if first else last

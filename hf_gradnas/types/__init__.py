@@ -8,6 +8,7 @@ so that the command line can refuse a slip without it.
 from typing import TYPE_CHECKING
 
 from .._lazy import getter
+from .basis import Basis
 from .costs import BYTES, COSTS, USUAL, Budget, CostModel, Product, Rate, Shared
 from .cuts import Copied, Cut
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
@@ -47,6 +48,7 @@ __all__ = [
     "Adaptation",
     "Attribute",
     "Axis",
+    "Basis",
     "Budget",
     "Copied",
     "CostModel",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .._files import write_text, write_whole
-from ..errors import PlanError, ScoresError
+from ..errors import PlanError, ScoresError, StructureError
+from .basis import Basis
 from .costs import Budget
 from .documents import metadata_of, parse_json, read_object
 from .plan_checks import check_values
@@ -33,6 +34,8 @@ POWERS = "row_powers"
 """Key of a pass's settings: what such methods choose between."""
 UNSCORED = "unscored"
 """Key of a scores file's metadata: which axes have no scores, with commas between them."""
+BASIS = "basis"
+"""Key of a scores file's metadata: what plans are made from besides, as JSON."""
 ALSO = "also"
 """Key of a scores file's metadata: which further methods it holds, with commas between them."""
 
@@ -62,6 +65,7 @@ class Plan:
         tried: KL to the original on held-out rows, in nats per label, of the plans of all scores
             that were tried for this budget; empty where one score was asked for.
         format_version: Of its file; `former_names` reads the names of format 1.
+        basis: What it was made from, in its layout, where no model was at hand; None elsewhere.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -77,6 +81,7 @@ class Plan:
     loss_before: float | None = None
     tried: Mapping[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    basis: Basis | None = field(default=None, compare=False, repr=False)
 
     def counts(self) -> dict[str, int]:
         """Number of kept units per axis name."""
@@ -84,9 +89,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
-        data = asdict(self)
+        data = asdict(replace(self, kept={}, basis=None))
+        del data["basis"]
         data["kept"] = {name: [int(unit) for unit in units] for name, units in self.kept.items()}
         data["sizes"] = {name: int(size) for name, size in self.sizes.items()}
+        if self.basis is not None:
+            data["basis"] = self.basis.to_dict()
         return data
 
     @classmethod
@@ -108,8 +116,10 @@ class Plan:
         try:
             values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
             values["kept"] = {name: _units_of(units) for name, units in values["kept"].items()}
+            if "basis" in values:
+                values["basis"] = Basis.from_dict(values["basis"])
             plan = cls(**values)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, StructureError) as error:
             raise PlanError(f"Plan: not a plan of hf_gradnas ({error}); make it again.") from error
         check_values(plan)
         return plan
@@ -169,6 +179,7 @@ class Scores:
         sums: Of methods that choose between several formulas, all their sums, as `scores.methods`
             lays them out, by method: what a pass that broke off goes on from.
         format_version: Of their file; `former_names` reads the names of format 1.
+        basis: What plans are made from besides; None where it is not known.
     """
 
     values: Mapping[str, np.ndarray]
@@ -176,6 +187,7 @@ class Scores:
     also: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    basis: Basis | None = field(default=None, repr=False)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -208,7 +220,7 @@ class Scores:
         if not sums:
             metadata = {key: text for key, text in metadata.items() if key not in CHOICE_KEYS}
         values = self.also.get(method, self.values)
-        return Scores(values, metadata, sums=sums, format_version=self.format_version)
+        return replace(self, values=values, metadata=metadata, also={}, sums=sums)
 
     def save(self, file: str | Path) -> None:
         """Write the scores as safetensors, one tensor per axis; the file is there whole or not.
@@ -232,6 +244,8 @@ class Scores:
             metadata[ALSO] = ",".join(self.also)
         if self.sums:
             metadata[SUMS] = ",".join(self.sums)
+        if self.basis is not None:
+            metadata[BASIS] = json.dumps(self.basis.to_dict())
         metadata[DIGEST] = _digest(tensors, metadata)
         try:
             write_whole(
@@ -284,7 +298,22 @@ class Scores:
         sums = {method: values.pop(f"{method}/") for method in summed}
         methods = [name for name in metadata.pop(ALSO, "").split(",") if name]
         also = {method: _part(values, f"{method}/") for method in methods}
-        return cls(values, metadata, also, sums, int(version))
+        basis = _basis_of(metadata.pop(BASIS, None), file)
+        return cls(values, metadata, also, sums, int(version), basis)
+
+
+def _basis_of(text: str | None, file: str | Path) -> Basis | None:
+    """The basis in a file's metadata.
+
+    Raises:
+        ScoresError: The text is none.
+    """
+    try:
+        return None if text is None else Basis.from_dict(parse_json(text))
+    except ValueError as error:
+        raise ScoresError(
+            f"Scores: {file} does not say what plans are made from ({error}); score again."
+        ) from error
 
 
 def _settings_of(text: str) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .costs import CostModel
-from .records import read_document, to_document
+from .records import UNSAVED, read_document, to_document
 from .structure import Axis, StockSpace, Structure
 from .structure_checks import check_prunable
 
@@ -33,7 +33,7 @@ class Prunable:
     layout: str = "per_layer"
     layout_reason: str = ""
     space: StockSpace = field(default_factory=lambda: StockSpace(()))
-    sample: Mapping[str, Any] = field(default_factory=dict)
+    sample: Mapping[str, Any] = field(default_factory=dict, metadata=UNSAVED)
     absent: Mapping[str, str] = field(default_factory=dict)
 
     FORMAT_VERSION: ClassVar[int] = 1
@@ -45,7 +45,7 @@ class Prunable:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the sample, as JSON can hold it; fields at their default are left out."""
-        return to_document(replace(self, sample={}))
+        return to_document(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> Prunable:

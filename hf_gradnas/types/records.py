@@ -1,6 +1,7 @@
 """Frozen data as JSON can hold it, and back by the types of its fields, read strictly.
 
-Fields that hold their default are left out. Knows dataclasses, and nothing of what they mean.
+Fields that hold their default are left out, and those that are `UNSAVED`. Knows dataclasses, and
+nothing of what they mean.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ..errors import StructureError
 
 Record = TypeVar("Record")
 VERSION = "format_version"
+UNSAVED = {"unsaved": True}
+"""Metadata of a field that no file holds."""
 
 
 def to_document(value: Any) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def read_document(kind: type[Record], data: Any, check: Callable[[Record], None]
 def to_record(value: Any) -> Any:
     """A value of a frozen dataclass, or what is in one, as JSON can hold it."""
     if is_dataclass(value):
-        held = ((field, getattr(value, field.name)) for field in fields(value))
+        held = ((field, getattr(value, field.name)) for field in _saved(value))
         return {f.name: to_record(found) for f, found in held if not _is_default(f, found)}
     if isinstance(value, Mapping):
         return {_plain(key): to_record(found) for key, found in value.items()}
@@ -76,6 +79,11 @@ def from_record(kind: type[Record], data: Any, where: str) -> Record:
         ValueError: A value is missing, unknown, or not of its type; the message names its place.
     """
     return cast(Record, _read(kind, data, where))
+
+
+def _saved(kind: Any) -> list[Field[Any]]:
+    """Fields that files hold."""
+    return [field for field in fields(kind) if not field.metadata.get("unsaved")]
 
 
 def _is_default(field: Field[Any], value: Any) -> bool:
@@ -127,11 +135,12 @@ def _read_value(kind: Any, data: Any, where: str) -> Any:
 
 def _read_record(kind: Any, data: Any, where: str) -> Any:
     _check(isinstance(data, dict), data, where, "an object")
-    known = _types_of(kind)
+    types_of, saved = _types_of(kind), _saved(kind)
+    known = {field.name: types_of[field.name] for field in saved}
     for name in data:
         if name not in known:
             raise ValueError(f"{where} holds {name!r:.80}, needed some of {', '.join(known)}")
-    for field in fields(kind):
+    for field in saved:
         is_needed = field.default is MISSING and field.default_factory is MISSING
         if is_needed and field.name not in data:
             raise ValueError(f"{where} holds no {field.name!r}, which is needed")

@@ -53,8 +53,6 @@ def check_prunable(prunable: Prunable) -> None:
         ValueError: They are not; the message names what is not.
     """
     check_structure(prunable.structure)
-    if prunable.sample:
-        raise ValueError("sample is there, which is not read from files")
     sizes = {axis.name: axis.size for axis in prunable.axes}
     if prunable.layout not in LAYOUTS:
         raise ValueError(f"layout is {prunable.layout!r}, known are {', '.join(LAYOUTS)}")

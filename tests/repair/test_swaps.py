@@ -19,7 +19,7 @@ from hf_gradnas.repair.repairs import Repair, mended, plan_digest
 from hf_gradnas.repair.swaps import RIDGE, eliminated
 from hf_gradnas.report import say_swap
 from hf_gradnas.running.processes import Processes
-from hf_gradnas.scores.methods import with_prediction
+from hf_gradnas.search.prediction import with_prediction
 from hf_gradnas.types import Kind
 
 BUDGET = {"flops": "60%"}

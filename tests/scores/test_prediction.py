@@ -15,7 +15,7 @@ from hf_gradnas import GradNASPruner, Plan, Scores
 from hf_gradnas.masks import mask_leaves
 from hf_gradnas.report import say_prediction
 from hf_gradnas.scores import METHODS, collect_scores
-from hf_gradnas.scores.methods import with_prediction
+from hf_gradnas.search.prediction import with_prediction
 
 TOKENS = {"bert": 1, "llama": 12}  # predictions per example
 

@@ -14,7 +14,8 @@ import zoo
 from huggingface_hub.dataclasses import strict
 
 from hf_gradnas.errors import PlanError
-from hf_gradnas.stock.space import find_stock_space, layout_for
+from hf_gradnas.stock.layouts import layout_for
+from hf_gradnas.stock.space import find_stock_space
 from hf_gradnas.stock.trials import tensor_shapes
 from hf_gradnas.stock.values import AxisKey, locate_axes
 from hf_gradnas.types import Axis, Kind, Slice, StockGroup, StockSpace, Structure
