@@ -18,6 +18,7 @@ from places import ROOT
 import hf_gradnas
 from hf_gradnas import nas, repair
 from hf_gradnas.cli.app import app, given_flags, main
+from hf_gradnas.config.plans import Plans, build_plans
 from hf_gradnas.config.recipe_files import build_recipe, shipped_recipes
 from hf_gradnas.config.sweep import Sweep, build_sweep
 from hf_gradnas.scores import methods
@@ -110,6 +111,10 @@ def test_command_lines_parse(page):
         elif name == "sweep":
             build_sweep(given_flags({key: options.pop(key) for key in Sweep.model_fields}))
             build_recipe(given_flags(options))
+        elif name == "plan":
+            options.pop("file")
+            build_plans(given_flags({key: options.pop(key) for key in Plans.model_fields}))
+            build_recipe({"model": "none", **given_flags(options)})
 
 
 def test_commands_on_files_run(own_folder, capsys):
@@ -117,7 +122,8 @@ def test_commands_on_files_run(own_folder, capsys):
     done = []
     for command in chain.from_iterable(OWN.values()):
         # `verify` starts processes, for which test_cli_verify.py has the time.
-        if f"./{CLASSIFIER}" in command and command not in done:
+        is_ready = f"./{CLASSIFIER}" in command or command[0] == "plan"
+        if is_ready and command not in done:
             more = ["--overwrite"] if command[0] == "prune" else []
             if command[0] == "sweep":  # repairs are those of prune, one for each plan
                 more += ["--repair", "none"]
@@ -125,7 +131,7 @@ def test_commands_on_files_run(own_folder, capsys):
                 more += ["--no-report"] if command[0] == "prune" else []
             assert main([*command, *more]) == 0, (command, capsys.readouterr())
             done.append(command)
-    assert {command[0] for command in done} == {"prune", "inspect", "sweep"}
+    assert {command[0] for command in done} == {"prune", "inspect", "sweep", "score", "plan"}
 
 
 def scripts_of(page):

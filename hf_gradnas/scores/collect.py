@@ -89,8 +89,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     check_arguments(seed, file, progress)
     check_checkpointing(model, asked=checkpointing)
     methods = check_methods(method, also)
-    chosen = (labels, num_examples, seed, processes)
-    settings = settings_of(axes, methods, *chosen, held_out=held_out is not None)
+    settings = settings_of(axes, methods, labels, num_examples, seed, processes, held_out=held_out)
     record = _open(model, axes, settings, file, processes, basis=basis, resume=resume)
     if method in WEIGHT_METHODS:
         return _from_weights(record, model, method, seed)
@@ -336,7 +335,7 @@ def settings_of(
     seed: int,
     processes: Processes,
     *,
-    held_out: bool = False,
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Everything that scores depend on besides model and data; the seed only where it is used.
 
@@ -350,7 +349,7 @@ def settings_of(
         "accumulation_steps": processes.accumulation_steps if is_global else 1,
         "also": also,
         "axes": axes_fingerprint(axes),
-        "held_out_every": HELD_OUT_EVERY if held_out else None,
+        "held_out_every": None if held_out is None else HELD_OUT_EVERY,
         "labels": labels,
         "mask_place": _mask_place(axes),
         "method": method,

@@ -109,12 +109,12 @@ def test_scores_resume_after_an_interruption(run, bert, monkeypatch):
 
 def test_several_budgets_are_a_folder_of_plans(run, bert):
     assert run("score", *DATA, "--output", FILE)[0] == 0
-    asked = ["--targets", "flops=90%,70%", "--targets", "params=5.8K"]
+    asked = ["--targets", "flops=90%,80%", "--targets", "params=5.8K"]
     code, out, err = run("plan", FILE, *asked, "--layout", "stock")
     assert (code, err) == (0, "")
-    assert names_in("b.plans") == ["flops-70.json", "flops-90.json", "params-5.8K.json"]
+    assert names_in("b.plans") == ["flops-80.json", "flops-90.json", "params-5.8K.json"]
     assert "Plans (stock)" in out
-    assert "flops-70.json" in out
+    assert "flops-80.json" in out
     one = ["--target", "params=5.8K", "--layout", "stock", "--output", "one.json"]
     assert run("plan", FILE, *one)[0] == 0
     assert Plan.load("one.json") == Plan.load("b.plans/params-5.8K.json")

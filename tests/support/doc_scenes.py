@@ -94,6 +94,13 @@ def saved_classifier_scene() -> Scene:
     return {}
 
 
+def scored_scene() -> Scene:
+    """Scores of a classifier, in a file."""
+    scene = classifier_scene()
+    hf_gradnas.GradNASPruner(scene["model"]).score(scene["loader"], file="bert.scores.safetensors")
+    return {}
+
+
 def quickstart_scene() -> Scene:
     """Files alone: the page says everything else itself."""
     write_files()
@@ -150,6 +157,7 @@ STORIES = {
 # Blocks of the other pages run on their own. The first line that a block contains decides.
 SCENES = {
     "import hf_gradnas.nas as mtp": convolution_scene,
+    "from hf_gradnas.planning import": scored_scene,
     'AutoModelForSequenceClassification.from_pretrained("smaller")': saved_classifier_scene,
     'AutoModelForCausalLM.from_pretrained("smaller"': checkpoint_scene,
     "AutoModelForCausalLM.from_pretrained(name)": decoder_scene,
