@@ -8,8 +8,8 @@ too long, shorter ones tell how FLOPs grow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._compat import implementations, masks_by_shape
@@ -143,7 +142,7 @@ def _count_twin(
         masks_by_shape(),
         caching(twin),
         counter,
-        _Unseen(),
+        _fused_attention_uncounted(),
         ExitStack() as stack,
     ):
         for group, _ in groups:
@@ -171,24 +170,21 @@ def _count_twin(
     return flops, Trace(events, cached)
 
 
-_OPERANDS = ("query", "key", "value")
+@contextmanager
+def _fused_attention_uncounted() -> Iterator[None]:
+    """Fused attention gives its shape only: the counter does not see its products on a CPU."""
+    attend = nn.functional.scaled_dot_product_attention
+    try:
+        nn.functional.scaled_dot_product_attention = _shape_of_attention
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = attend
 
 
-class _Unseen(TorchFunctionMode):
-    """Gives what fused attention puts out, whose products the counter does not see on a CPU."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        given = {**dict(zip(_OPERANDS, args, strict=False)), **(kwargs or {})}
-        query, value = given["query"], given["value"]
-        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+def _shape_of_attention(
+    query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
+) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def _without_last(groups: Sequence[Group]) -> list[tuple[Group, str]]:

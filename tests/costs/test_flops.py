@@ -186,19 +186,22 @@ def test_weights_that_are_no_plain_tensors_run_as_they_are(monkeypatch):
 
 
 class Built(nn.Module):
-    """Attention by PyTorch's own kernel, called by place or by name."""
+    """Attention by PyTorch's own kernel, called by place, by name, or by a module of PyTorch."""
 
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 4)
+        self.heads = nn.MultiheadAttention(4, 2)
 
     def forward(self, x):
         x = self.linear(x)
         attend = nn.functional.scaled_dot_product_attention
-        return attend(x, x, value=x), attend(x, key=x, value=x)
+        attend(x, x, value=x)
+        attend(x, key=x, value=x)
+        return self.heads(x[0], x[0], x[0], need_weights=False)
 
 
 def test_fused_attention_is_not_counted_as_on_a_cpu():
     x = {"x": torch.zeros(1, 2, 3, 4)}
     counted = count_flops(Built(), x)[0]
-    assert counted == _count_as_it_is(Built(), x, ())[0] == 2 * 6 * 4 * 4
+    assert counted == _count_as_it_is(Built(), x, ())[0] == 5 * 2 * 6 * 4 * 4
