@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,7 @@ def _draw_heat_map(
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8)
     bar.ax.minorticks_off()
+    _write_powers(bar.ax)
     bar.set_label("score", fontsize=8)
 
 
@@ -127,6 +129,21 @@ def _scale(values: Sequence[np.ndarray]) -> Any:
     top = float(positive.max())
     bottom = max(float(positive.min()), top * 10.0**-_DECADES)
     return LogNorm(bottom if bottom < top else top / 10, top, clip=True)
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _write_powers(panel: Axes) -> None:
+    """Powers of ten as plain text: a formula of each is parsed and set whenever it is measured."""
+    if panel.get_yscale() == "log":
+        panel.yaxis.set_major_formatter(_power)
+
+
+def _power(value: float, _: int) -> str:
+    exponent = round(math.log10(value))
+    is_power = math.isclose(value, 10.0**exponent)
+    return f"10{str(exponent).translate(_RAISED)}" if is_power else f"{value:g}"
 
 
 def _legend() -> list[Any]:
@@ -320,10 +337,12 @@ def render(figure: Figure) -> dict[str, bytes]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
 
     figure.dpi = DPI
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # it is laid out once; both files then look alike
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)  # once, and without a picture: both files then look alike
+    figure.set_layout_engine("none")
     png, svg = io.BytesIO(), io.BytesIO()
     # `savefig` would draw everything twice as often.
-    FigureCanvasAgg(figure).print_png(png)
+    FigureCanvasAgg(figure).print_png(png, pil_kwargs={"compress_level": 4})
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
     return {"png": png.getvalue(), "svg": svg.getvalue()}
