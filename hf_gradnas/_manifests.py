@@ -21,16 +21,12 @@ OLD_FILES = "sha256"
 """Key of ``gradnas.json`` for weights and code alone; all that checkpoints of 0.1 have."""
 RECORDS = ("gradnas.json", "quickstart.json")
 MOST_FOREIGN = 1000
-_CHUNK = 1 << 20
 
 
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    state = hashlib.sha256()
     with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            state.update(chunk)
-    return state.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:

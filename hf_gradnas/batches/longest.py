@@ -175,8 +175,12 @@ def flops_inputs(
         length: Tokens, of the decoder too; None keeps the batch's own length.
         decoder: The model is an encoder-decoder.
     """
-    longest = max((t.shape[1] for t in _token_tensors(inputs, decoder=decoder).values()), default=0)
-    return _sample(inputs, 1, length or longest, decoder=decoder)
+    return _sample(inputs, 1, length or longest_of(inputs, decoder=decoder), decoder=decoder)
+
+
+def longest_of(inputs: Mapping[str, Any], *, decoder: bool = False) -> int:
+    """Tokens of the longest sequences of a batch, a decoder's too; 0 where there are none."""
+    return max((t.shape[1] for t in _token_tensors(inputs, decoder=decoder).values()), default=0)
 
 
 def _sample(

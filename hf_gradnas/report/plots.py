@@ -140,7 +140,7 @@ def _write_powers(panel: Axes) -> None:
         panel.yaxis.set_major_formatter(_power)
 
 
-def _power(value: float, _: int) -> str:
+def _power(value: float, _: float) -> str:
     exponent = round(math.log10(value))
     is_power = math.isclose(value, 10.0**exponent)
     return f"10{str(exponent).translate(_RAISED)}" if is_power else f"{value:g}"

@@ -89,7 +89,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
-        data = asdict(replace(self, kept={}, basis=None))
+        data = asdict(replace(self, kept={}, sizes={}, basis=None))
         del data["basis"]
         data["kept"] = {name: [int(unit) for unit in units] for name, units in self.kept.items()}
         data["sizes"] = {name: int(size) for name, size in self.sizes.items()}
