@@ -108,7 +108,7 @@ class Run:
         Raises:
             GradNASError: One of the steps failed.
         """
-        began = time.monotonic()
+        self._began = began = time.monotonic()
         self._check_push()
         # What needs no weights: config, processor, data, and every default.
         job = self._prepare(self._folder())
@@ -314,7 +314,14 @@ class Run:
         job: Job,
         before: Metrics | None,
     ) -> Path:
-        timing = Timing(self._batch, self._length, self.processes, is_on=self.recipe.report)
+        timing = Timing(
+            self._batch,
+            self._length,
+            self.processes,
+            is_on=self.recipe.report and self.recipe.latency == "auto",
+            began=self._began,
+            bar=self.report.progress,
+        )
         timing.begin(pruner.model)
         model = pruner.apply(plan, repair)
         after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")

@@ -215,6 +215,7 @@ class Screen(Report):
 
     def latency(self, latency: Mapping[str, Any]) -> None:
         """Median time of a forward before and after, per batch size."""
+        from ..report.sentences import say_skipped
         from ..report.summary import say_speedup
 
         rows = []
@@ -226,6 +227,8 @@ class Screen(Report):
         self.table("Latency", headers, rows, right=4)
         order = "both models in turn" if latency["in_turn"] else "one model after the other"
         self.line(f"Median time of a forward ({latency['machine']}; {order}).")
+        if latency["skipped"]:
+            self.line(say_skipped(latency["skipped"]))
 
 
 @contextmanager

@@ -218,6 +218,12 @@ class Recipe(Inputs):
         description="Write tables and pictures of scores, widths, costs and latencies to report/.",
         json_schema_extra=_OUTPUT,
     )
+    latency: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto times forwards before and after the cut where a report is written: batch "
+        "size 1, and 8 if all takes at most a tenth of the run so far. off times none.",
+        json_schema_extra=_OUTPUT,
+    )
     push_to_hub: str | None = Field(
         default=None,
         description="Repository of the Hub to push the result to; made if it is not there. Not "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,18 @@ if TYPE_CHECKING:
 
     from ..running.processes import Processes
 
+Progress = Callable[[int, "int | None"], None]
+Bar = Callable[[str], AbstractContextManager[Progress]]
 BATCH_SIZES = (1, 8)
 WARM_UP, FEWEST, MOST = 3, 6, 50
 COUNTED = 2
 """Calls of one turn that count; the one before them brings the model back into the caches."""
 SECONDS = 2.0
 """Time for the forwards of one model and batch size, unless the fewest take longer."""
+SHARE = 0.1
+"""Of the time that a run took so far, for all that is timed; the smallest batch is timed always."""
+CALLS = WARM_UP + FEWEST // COUNTED * (1 + COUNTED)
+"""The fewest of each model at a batch size."""
 ROOM = 2
 """A copy of the model is kept where so many times its weights are free."""
 
@@ -39,6 +45,7 @@ def medians_ms(
     synchronize: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
     seconds: float = SECONDS,
+    progress: Progress = lambda done, total: None,
 ) -> list[float]:
     """Median milliseconds of each call, after a warm-up.
 
@@ -49,6 +56,7 @@ def medians_ms(
         synchronize: Waits for the device, before every look at the clock.
         clock: Seconds.
         seconds: No round is begun after so many of them per call, once there are `FEWEST`.
+        progress: Called after each round with their number so far and the number expected.
     """
     for run in runs:
         for _ in range(WARM_UP):
@@ -64,6 +72,9 @@ def medians_ms(
                 run()
                 synchronize()
                 own.append(clock() - began)
+        done = len(times[0])
+        expected = done * enough / max(sum(map(sum, times)), 1e-9)
+        progress(done // COUNTED, round(min(max(expected, FEWEST, done), MOST)) // COUNTED)
     return [1e3 * median(own) for own in times]
 
 
@@ -73,6 +84,8 @@ def measure_latency(
     *,
     length: int | None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
+    allowed: float | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[int, list[float]]:
     """Median milliseconds of a forward of each model in eval mode, by batch size.
 
@@ -80,20 +93,55 @@ def measure_latency(
         models: On one device; their ``training`` flags are restored.
         batch: As they are scored with; the first example is repeated.
         length: Tokens of an example, none of them padding; None keeps the batch's.
-        batch_sizes: Examples at once.
+        batch_sizes: Examples at once, the fewest first.
+        allowed: Seconds for all of it. The first batch size takes what it needs; others for which
+            too few are left are missing in what is returned. None: no limit.
+        progress: As of `medians_ms`, for each batch size.
     """
     first = models[0]
     decoder = bool(first.config.is_encoder_decoder)
     one = flops_inputs(to_device(batch, first), length, decoder=decoder)
-    found = {}
+    found: dict[int, list[float]] = {}
+    synchronize = partial(_synchronize, first.device)
+    began = time.perf_counter()
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode())
-        for size in batch_sizes:
+        for place, size in enumerate(batch_sizes):
             runs = [partial(model, **_repeated(one, size)) for model in models]
-            found[size] = medians_ms(runs, synchronize=partial(_synchronize, first.device))
+            seconds = SECONDS
+            if allowed is not None:
+                left = max(allowed - (time.perf_counter() - began), 0.0)
+                if found and not _fits(runs, synchronize, found, size, left):
+                    continue
+                share = left / len(models) / len(batch_sizes[place:])
+                seconds = min(SECONDS, share * COUNTED / (1 + COUNTED))
+            found[size] = medians_ms(
+                runs, synchronize=synchronize, seconds=seconds, progress=progress
+            )
     return found
+
+
+def _fits(
+    runs: Sequence[Callable[[], object]],
+    synchronize: Callable[[], object],
+    found: Mapping[int, Sequence[float]],
+    size: int,
+    left: float,
+) -> bool:
+    """Whether the fewest calls at a batch size take no more than so many seconds.
+
+    One call tells, where even that fits if it takes as much longer as the batch is larger.
+    """
+    known = max(found)
+    if size / known * max(found[known]) / 1e3 > left:
+        return False
+    synchronize()
+    began = time.perf_counter()
+    runs[0]()
+    synchronize()
+    return (time.perf_counter() - began) * CALLS * len(runs) <= left
 
 
 def describe_machine(device: torch.device) -> str:
@@ -102,6 +150,11 @@ def describe_machine(device: torch.device) -> str:
         return f"one {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{device.type}, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@contextmanager
+def _no_bar(what: str) -> Iterator[Progress]:
+    yield lambda done, total: None
 
 
 class Timing:
@@ -115,13 +168,24 @@ class Timing:
         length: Tokens of an example; None keeps the batch's.
         processes: That run the command together.
         is_on: Whether to measure at all.
+        began: When the run began, as ``time.monotonic`` tells: `SHARE` of the time since then is
+            enough, or batch sizes are skipped. None: no limit.
+        bar: Shows a step that takes a while, and yields what is told of its progress.
     """
 
     def __init__(
-        self, batch: Mapping[str, Any], length: int | None, processes: Processes, *, is_on: bool
+        self,
+        batch: Mapping[str, Any],
+        length: int | None,
+        processes: Processes,
+        *,
+        is_on: bool,
+        began: float | None = None,
+        bar: Bar = _no_bar,
     ) -> None:
+        self._bar = bar
         self._batch, self._length, self._processes = batch, length, processes
-        self._is_on = is_on
+        self._is_on, self._began = is_on, began
         self._whole: PreTrainedModel | None = None
         self._before: dict[int, list[float]] = {}
 
@@ -136,18 +200,24 @@ class Timing:
             return None
         return self._processes.from_main(partial(self._compare, model))
 
+    def _allowed(self) -> float | None:
+        """Seconds for all that is timed; None: no limit."""
+        return None if self._began is None else SHARE * (time.monotonic() - self._began)
+
     def _keep(self, model: PreTrainedModel) -> None:
         self._whole = _copy(model)
         if self._whole is None:
-            self._before = self._measure(model)
+            allowed = self._allowed()
+            half = None if allowed is None else allowed / 2  # the other is for the cut model
+            self._before = self._measure([model], BATCH_SIZES, half)
 
     def _compare(self, model: PreTrainedModel) -> dict[str, Any]:
         in_turn = self._whole is not None
         if self._whole is not None:
-            pairs = self._measure(self._whole, model)
-            self._whole = None
+            whole, self._whole = self._whole, None
+            pairs = self._measure([whole, model], BATCH_SIZES, self._allowed())
         else:
-            after = self._measure(model)
+            after = self._measure([model], tuple(self._before), None)
             pairs = {size: before + after[size] for size, before in self._before.items()}
         entries = [
             {"batch_size": size, "before_ms": before, "after_ms": after}
@@ -157,10 +227,19 @@ class Timing:
             "machine": describe_machine(model.device),
             "in_turn": in_turn,
             "batches": entries,
+            "skipped": [size for size in BATCH_SIZES if size not in pairs],
         }
 
-    def _measure(self, *models: PreTrainedModel) -> dict[int, list[float]]:
-        return measure_latency(models, self._batch, length=self._length)
+    def _measure(
+        self,
+        models: Sequence[PreTrainedModel],
+        sizes: Sequence[int],
+        allowed: float | None,
+    ) -> dict[int, list[float]]:
+        options: dict[str, Any] = {"batch_sizes": sizes, "allowed": allowed}
+        with self._bar("Timing forwards") as progress:
+            options |= {"length": self._length, "progress": progress}
+            return measure_latency(models, self._batch, **options)
 
 
 def _copy(model: PreTrainedModel) -> PreTrainedModel | None:

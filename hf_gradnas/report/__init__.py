@@ -5,7 +5,7 @@ Takes plans, scores and numbers as data; knows no model and writes no file.
 
 from .card import FOLDER, address, report_files
 from .metadata import Origin, fetch_card, find_origin, is_hub_id
-from .sentences import in_one_line, python_string, say_prediction, say_repair, say_swap
+from .sentences import in_one_line, python_string, say_prediction, say_repair, say_skipped, say_swap
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "report_files",
     "say_prediction",
     "say_repair",
+    "say_skipped",
     "say_swap",
     "summarise",
 ]

@@ -18,7 +18,16 @@ from ..config.limits import format_share
 from ..types import COSTS, USUAL, Plan, Scores
 from .metadata import CARD, Origin, card_data, data_name, final_metrics
 from .plots import draw_all
-from .sentences import SHARES, code, fenced, plain, say_prediction, say_repair, what_was_lost
+from .sentences import (
+    SHARES,
+    code,
+    fenced,
+    plain,
+    say_prediction,
+    say_repair,
+    say_skipped,
+    what_was_lost,
+)
 from .summary import (
     Summary,
     costs_table,
@@ -195,6 +204,8 @@ def _costs(summary: Summary, pictures: str | None) -> Iterator[str]:
         order = "both models in turn" if summary.in_turn else "one model after the other"
         yield f"Median time of a forward, measured on {plain(summary.machine)}, {order}:"
         yield latency_table(summary)
+    if summary.skipped:
+        yield say_skipped(summary.skipped)
     if pictures:
         yield f"![Cost before and after]({pictures}/costs.png)"
 
@@ -352,6 +363,7 @@ def _tables(summary: Summary) -> str:
     parts = [f"# {plain(summary.name)}", "## Costs", costs_table(summary)]
     if summary.latencies:
         parts += [f"## Latency ({plain(summary.machine)})", latency_table(summary)]
+    parts += [say_skipped(summary.skipped)] if summary.skipped else []
     if summary.metrics:
         parts += ["## Metrics", metrics_table(summary)]
     parts += ["## Plan", kinds_table(summary), plan_table(summary)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._redaction import visible
@@ -209,4 +209,16 @@ def say_swap(structure: Structure, planned: Plan, swapped: Plan) -> str:
     came = sum(len(set(swapped.kept[name]) - set(planned.kept[name])) for name in pruned)
     return (
         f"Swapped {came:,} of {total:,} neurons that stay for ones that least squares mends worse."
+    )
+
+
+def say_skipped(sizes: Sequence[int]) -> str:
+    """Batch sizes that were not timed, and why; empty where there are none."""
+    if not sizes:
+        return ""
+    several = "s" if len(sizes) > 1 else ""
+    listed = ", ".join(map(str, sizes))
+    return (
+        f"Batch size{several} {listed} not timed, which would have taken more than a tenth of the "
+        "time of the run."
     )

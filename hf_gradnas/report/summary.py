@@ -85,6 +85,7 @@ class Summary:
         machine: What they were measured on, in words.
         in_turn: Whether the two models were measured in turn; else one after the other, and what
             else the machine did is in the ratio too.
+        skipped: Batch sizes that were not timed, for want of time.
         calibration: What was scored on: ``dataset``, ``examples``, ``labels``.
         evaluation: What was measured on: ``dataset``, ``examples``, ``held_out`` from what is
             scored, ``scored_too``, ``labels``; empty where nothing was, or it is not known.
@@ -109,6 +110,7 @@ class Summary:
     latencies: tuple[Latency, ...] = ()
     machine: str = ""
     in_turn: bool = True
+    skipped: tuple[int, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     recovery: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -185,6 +187,7 @@ def summarise(
         latencies=tuple(Latency(**entry) for entry in measured.get("batches", ())),
         machine=measured.get("machine", ""),
         in_turn=measured.get("in_turn", True),
+        skipped=tuple(measured.get("skipped", ())),
         calibration=document.get("calibration") or _scored_on(document.get("scores", {})),
         evaluation=document.get("evaluation", {}),
         repair=document.get("repair", {}),

@@ -1,17 +1,22 @@
 """Latency: a median after a warm-up, with a clock of the test's own."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 import transformers as tf
 
+from hf_gradnas import flow
 from hf_gradnas.cli.show import Screen
+from hf_gradnas.config.recipe import Recipe
 from hf_gradnas.costs import latency
 from hf_gradnas.costs.latency import (
+    CALLS,
     COUNTED,
     FEWEST,
     MOST,
+    SHARE,
     WARM_UP,
     Timing,
     describe_machine,
@@ -19,6 +24,7 @@ from hf_gradnas.costs.latency import (
     measure_latency,
     medians_ms,
 )
+from hf_gradnas.jobs.report import Report
 from hf_gradnas.running.processes import Processes
 
 
@@ -111,10 +117,11 @@ class Models:
     """Stands in for `measure_latency`: notes which models are measured together."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.allowed = [], []
 
-    def __call__(self, models, batch, *, length):
+    def __call__(self, models, batch, *, length, batch_sizes, allowed, progress):
         self.calls.append(list(models))
+        self.allowed.append(allowed)
         return {1: [4.0 if len(model.bert.encoder.layer) else 1.0 for model in models]}
 
 
@@ -128,6 +135,8 @@ def timed(monkeypatch, capsys):
     del model.bert.encoder.layer[0]
     found = timing.end(model)
     Screen().latency(found)
+    assert found["skipped"] == [8]
+    assert set(measured.allowed) == {None}
     assert found["batches"] == [{"batch_size": 1, "before_ms": 4.0, "after_ms": 1.0}]
     assert found["machine"] == describe_machine(torch.device("cpu"))
     return [len(models) for models in measured.calls], found["in_turn"], capsys.readouterr().out
@@ -138,6 +147,7 @@ def test_the_whole_model_is_measured_beside_the_cut_one(monkeypatch, capsys):
     assert together == [2]
     assert in_turn
     assert "both models in turn" in shown
+    assert "Batch size 8 not timed, which would have taken more than a tenth" in shown
 
 
 def test_without_room_for_a_copy_the_two_are_measured_one_after_the_other(monkeypatch, capsys):
@@ -166,3 +176,122 @@ def test_nothing_is_measured_or_copied_where_it_is_off(monkeypatch):
     timing = Timing({}, None, Processes(), is_on=False)
     timing.begin(small_bert())
     assert timing.end(small_bert()) is None
+
+
+class Slow(torch.nn.Module):
+    """A model whose forward moves a clock on, by so much for each example."""
+
+    device = torch.device("cpu")
+    config = tf.BertConfig()
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock, self.seconds, self.sizes = clock, seconds, []
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids):
+        self.clock.now += self.seconds * len(input_ids)
+        self.sizes.append(len(input_ids))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    own = Clock()
+    monkeypatch.setattr(latency.time, "perf_counter", own)
+    monkeypatch.setitem(medians_ms.__kwdefaults__, "clock", own)
+    return own
+
+
+IDS = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
+
+
+def test_batch_sizes_that_take_longer_than_allowed_are_left_out(clock):
+    models = [Slow(clock, 0.1), Slow(clock, 0.05)]
+    assert measure_latency(models, IDS, length=None, allowed=4.0).keys() == {1}
+    assert all(model.sizes.count(1) >= CALLS for model in models)
+    assert clock.now < 4.0
+    assert models[0].sizes.count(8) <= 1  # at most a look
+    assert models[1].sizes.count(8) == 0
+
+
+def test_what_cannot_fit_is_not_even_tried(clock):
+    model = Slow(clock, 0.1)
+    measure_latency([model], IDS, length=None, allowed=0.0)
+    assert model.sizes == [1] * CALLS
+
+
+def test_all_sizes_are_timed_within_what_is_allowed(clock):
+    model = Slow(clock, 0.01)
+    found = measure_latency([model], IDS, length=None, allowed=5.0)
+    assert list(found) == [1, 8]
+    assert [*found[1], *found[8]] == pytest.approx([10.0, 80.0])
+    assert clock.now < 5.0 + WARM_UP * (0.01 + 0.08)
+
+
+def test_a_share_of_the_run_is_allowed(monkeypatch):
+    measured = Models()
+    monkeypatch.setattr(latency, "measure_latency", measured)
+    monkeypatch.setattr(latency.time, "monotonic", lambda: 150.0)
+    timing = Timing({}, None, Processes(), is_on=True, began=50.0)
+    model = small_bert()
+    timing.begin(model)
+    timing.end(model)
+    assert measured.allowed == [pytest.approx(SHARE * 100)]
+    monkeypatch.setattr(latency, "free_bytes", lambda device: 100)
+    timing.begin(model)
+    timing.end(model)
+    assert measured.allowed[1:] == [pytest.approx(SHARE * 50), None]
+
+
+def test_progress_counts_rounds_up_to_those_expected():
+    clock, told = Clock(), []
+    run = partial(clock.call, iter([0.5] * 100))
+    medians_ms([run], clock=clock, seconds=5.0, progress=lambda *at: told.append(at))
+    assert [done for done, _ in told] == [1, 2, 3, 4, 5]
+    assert {expected for _, expected in told} == {5}
+
+
+def test_a_bar_is_shown_where_something_is_timed(monkeypatch):
+    shown = []
+
+    @contextmanager
+    def bar(what):
+        shown.append(what)
+        yield lambda done, total: shown.append((done, total))
+
+    model = small_bert()
+    batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
+    for is_on in (False, True):
+        timing = Timing(batch, None, Processes(), is_on=is_on, bar=bar)
+        timing.begin(model)
+        timing.end(model)
+    assert shown[0] == "Timing forwards"
+    rounds = MOST // COUNTED
+    assert shown[1:].count((rounds, rounds)) == 2  # one and eight at once
+
+
+def test_timing_is_an_option(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(flow, "Timing", lambda *args, **kwargs: told.append(kwargs) or Off())
+    for more in ({}, {"latency": "off"}, {"report": False}):
+        given = Recipe(model="m", output=str(tmp_path / "out"), **more)
+        run = flow.Run(
+            given,
+            Report(),
+            Processes(),
+            given=frozenset(),
+        )
+        run._began, run._batch, run._length = 5.0, {}, None
+        with pytest.raises(StopIteration):
+            run._cut_and_save(Off(), None, None, None, None, None)
+    assert [kwargs["is_on"] for kwargs in told] == [True, False, False]
+    assert {kwargs["began"] for kwargs in told} == {5.0}
+
+
+class Off:
+    """A timing, and a pruner that goes no further."""
+
+    model = None
+
+    def begin(self, model):
+        raise StopIteration
