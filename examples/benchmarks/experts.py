@@ -66,8 +66,8 @@ def batch_of(texts: Sequence[Tensor], count: int, generator: torch.Generator) ->
     return {"input_ids": ids, "labels": ids}
 
 
-def trained(texts: Sequence[Tensor], *, seed: int, steps: int) -> MixtralForCausalLM:
-    """A mixture that has learned for so many steps of 16 windows."""
+def mixture(seed: int) -> MixtralForCausalLM:
+    """A mixture with random weights."""
     torch.manual_seed(seed)
     config = MixtralConfig(
         vocab_size=BYTES,
@@ -83,18 +83,22 @@ def trained(texts: Sequence[Tensor], *, seed: int, steps: int) -> MixtralForCaus
         output_router_logits=True,  # with the loss that balances experts
         router_aux_loss_coef=0.01,
     )
-    model = MixtralForCausalLM(config)
+    return MixtralForCausalLM(config)
+
+
+def train(model: nn.Module, texts: Sequence[Tensor], *, seed: int, steps: int) -> None:
+    """Let a model learn for so many steps of 16 windows."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    model.train()
     for _ in range(steps):
         model(**batch_of(texts, 16, generator)).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    model.config.output_router_logits = False
-    return model.eval()
+    model.eval()
 
 
 @torch.no_grad()
@@ -196,7 +200,9 @@ def main() -> None:
     held_out = {name: held for name, (_, held) in texts.items()}
     for seed in args.seeds:
         start = time.perf_counter()
-        model = trained(learned, seed=seed, steps=args.steps)
+        model = mixture(seed)
+        train(model, learned, seed=seed, steps=args.steps)
+        model.config.output_router_logits = False
         whole = perplexities(model, held_out)
         took = time.perf_counter() - start
         console.print(f"seed {seed}: trained in {took:.0f} s, perplexity {whole}")
