@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..types import KINDS, Axis, CostModel, Kind
+from ..types import KINDS, Axis, CostModel, Kind, Units
 
 Counts = Mapping[Kind, np.ndarray]
 
@@ -58,10 +58,9 @@ class FlatMember:
         total = sums[self.scores.size - counts[self.kind]]
         return Losses(total, total)
 
-    def kept(self, counts: Mapping[Kind, int]) -> dict[str, tuple[int, ...]]:
+    def kept(self, counts: Mapping[Kind, int]) -> dict[str, Units]:
         """Sorted kept units per axis name; among equal scores the first units stay."""
-        units = tuple(np.flatnonzero(self.ranks < counts[self.kind]).tolist())
-        return dict.fromkeys(self.axes, units)
+        return dict.fromkeys(self.axes, Units(np.flatnonzero(self.ranks < counts[self.kind])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ class NestedMember:
         picked = total[groups, heads_each]
         return Losses(picked, picked)
 
-    def kept(self, counts: Mapping[Kind, int]) -> dict[str, tuple[int, ...]]:
+    def kept(self, counts: Mapping[Kind, int]) -> dict[str, Units]:
         """Sorted kept units per axis name; among equal scores the first units stay."""
         num_heads = self.head_scores.shape[1]
         num_kept = counts[self.parent]
@@ -115,10 +114,10 @@ class NestedMember:
         pruned = np.sort(self.head_scores, axis=1)[:, : num_heads - heads_each]
         # A running sum, so that ties fall here as they do in the table of losses.
         thinned = np.cumsum(pruned, axis=1)[:, -1:] if pruned.size else np.zeros((len(pruned), 1))
-        groups = sorted(self._group_order(self._bounded(thinned))[:num_kept, 0].tolist())
+        groups = np.sort(self._group_order(self._bounded(thinned))[:num_kept, 0])
         best = np.argsort(-self.head_scores, axis=1, kind="stable")[:, :heads_each]
-        heads = sorted(int(j * num_heads + h) for j in groups for h in best[j])
-        return dict.fromkeys(self.groups, tuple(groups)) | dict.fromkeys(self.heads, tuple(heads))
+        heads = np.sort((groups[:, None] * num_heads + best[groups]).ravel())
+        return dict.fromkeys(self.groups, Units(groups)) | dict.fromkeys(self.heads, Units(heads))
 
     def _bounded(self, thinned: np.ndarray) -> np.ndarray:
         """``P_j(r)``, at most ``S_j`` where a thinner group costs less time, and one less does not.
@@ -160,10 +159,10 @@ class Block:
         """Number of options."""
         return self.units.size
 
-    def kept(self, option: int) -> dict[str, tuple[int, ...]]:
+    def kept(self, option: int) -> dict[str, Units]:
         """Sorted kept units per axis name."""
         counts = {kind: int(values[option]) for kind, values in self.counts.items()}
-        units: dict[str, tuple[int, ...]] = {}
+        units: dict[str, Units] = {}
         for member in self.members:
             units |= member.kept(counts)
         return units

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config.limits import Rules, format_amount, percent_up, say_lowest, warn_near_lowest
 from ..errors import BudgetError, PlanError, ScoresError
-from ..types import Axis, Budget, CostModel, Plan, Prunable, Scores
+from ..types import Axis, Budget, CostModel, Plan, Prunable, Scores, Units
 from .binary import search_binary
 from .choices import Choices
 from .descent import search_coupled
@@ -219,7 +219,7 @@ def _check(lowest: Mapping[str, float], budgets: Sequence[Budget], prunable: Pru
             )
 
 
-def _outcome(prunable: Prunable, kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _outcome(prunable: Prunable, kept: Mapping[str, Units]) -> dict[str, Any]:
     """Fields of a plan that say what stays and what it costs."""
     counts = {name: len(units) for name, units in kept.items()}
     return {

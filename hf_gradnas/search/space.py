@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config.limits import Rules
 from ..errors import PlanError
-from ..types import Axis, Budget, Prunable, StockGroup
+from ..types import Axis, Budget, Prunable, StockGroup, Units
 from .choices import Choices, choose_counts, step_ratios_of
 from .coupling import Coupling, Walk, couple
 from .options import Block, make_block, make_members
@@ -50,10 +50,10 @@ class Space:
         lowest = self.fixed + sum((block.costs.min(axis=1) for block in self.blocks), start=0.0)
         return dict(zip(self.names, lowest.tolist(), strict=True))
 
-    def kept(self, picks: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    def kept(self, picks: Sequence[int]) -> dict[str, Units]:
         """Sorted kept units of every axis when block ``b`` takes option ``picks[b]``."""
-        units = {axis.name: tuple(range(axis.size)) for axis in self.whole}
-        units |= {axis.name: () for axis in self.gone}
+        units = {axis.name: Units(range(axis.size)) for axis in self.whole}
+        units |= {axis.name: Units() for axis in self.gone}
         for block, option in zip(self.blocks, picks, strict=True):
             units |= block.kept(option)
         return units

@@ -34,6 +34,7 @@ from .structure import (
 if TYPE_CHECKING:
     from .former_names import present_plan, present_scores
     from .plans import Plan, Scores
+    from .units import Units
 
 __all__ = [
     "BYTES",
@@ -73,6 +74,7 @@ __all__ = [
     "StockSpace",
     "Structure",
     "Tap",
+    "Units",
     "check_indices",
     "check_values",
     "is_frontier",
@@ -89,6 +91,7 @@ __getattr__ = getter(
     {
         "Plan": "plans",
         "Scores": "plans",
+        "Units": "units",
         "present_plan": "former_names",
         "present_scores": "former_names",
     },

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .basis import Basis
 from .costs import Budget
 from .documents import metadata_of, parse_json, read_object
 from .plan_checks import check_values
+from .units import Units
 
 FORMAT_VERSION = 2
 """Of files of plans and of scores. In 1, by version 0.1, some axes had other names."""
@@ -45,7 +47,7 @@ class Plan:
     """For every axis the sorted indices of the units that stay. Pure data; JSON in and out.
 
     Attributes:
-        kept: Sorted kept indices per axis name.
+        kept: Sorted kept indices per axis name: tuples, or `Units`, which are equal to tuples.
         sizes: Number of units of each axis in the unpruned model.
         layout: ``"stock"`` or ``"per_layer"``.
         budgets: What was asked for.
@@ -68,7 +70,7 @@ class Plan:
         basis: What it was made from, in its layout, where no model was at hand; None elsewhere.
     """
 
-    kept: Mapping[str, tuple[int, ...]]
+    kept: Mapping[str, Sequence[int]]
     sizes: Mapping[str, int]
     layout: str
     budgets: tuple[Budget, ...] = ()
@@ -91,7 +93,7 @@ class Plan:
         """JSON-ready dictionary."""
         data = asdict(replace(self, kept={}, sizes={}, basis=None))
         del data["basis"]
-        data["kept"] = {name: [int(unit) for unit in units] for name, units in self.kept.items()}
+        data["kept"] = {name: _listed(units) for name, units in self.kept.items()}
         data["sizes"] = {name: int(size) for name, size in self.sizes.items()}
         if self.basis is not None:
             data["basis"] = self.basis.to_dict()
@@ -161,8 +163,17 @@ class Plan:
 
 
 def _units_of(units: Any) -> Any:
-    """Units of a list as a tuple; anything else as it is, for the check."""
-    return tuple(units) if isinstance(units, list) else units
+    """Units of a list, or a tuple where they can be none; anything else as it is, for the check."""
+    if not isinstance(units, list):
+        return units
+    if all(type(unit) is int and unit >= 0 for unit in units):
+        with suppress(TypeError):  # above 64 bits
+            return Units(units)
+    return tuple(units)
+
+
+def _listed(units: Sequence[int]) -> list[int]:
+    return units.tolist() if isinstance(units, Units) else [int(unit) for unit in units]
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def train_with_others(folder: Path) -> dict[str, Any]:
         found[kind] = {
             "scores": {name: v.tolist() for name, v in callback.scores.values.items()},
             "examples": callback.scores.metadata["examples"],
-            "kept": callback.plan.kept,
+            "kept": {name: list(units) for name, units in callback.plan.kept.items()},
             "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()),
             "is_cut": numel(trainer.model) == callback.plan.costs["params"],
         }

@@ -283,7 +283,8 @@ def pruned(folder: Path) -> Any:
             pruner.save_pretrained(directory)
             found.append("written")
     shapes = [list(parameter.shape) for parameter in pruner.model.parameters()]
-    return {"kept": plan.kept, "shapes": shapes, "saved": str(saved), "again": found}
+    kept = {name: list(units) for name, units in plan.kept.items()}
+    return {"kept": kept, "shapes": shapes, "saved": str(saved), "again": found}
 
 
 def trained_afterwards(folder: Path) -> Any:
@@ -401,7 +402,7 @@ def pruned_as_shards(output: Path, shard: Callable[[Any], Any]) -> Any:
         "scores": lists(scores),
         "model": scores.metadata["model_fingerprint"],
         "refused": refused,
-        "kept": plan.kept,
+        "kept": {name: list(units) for name, units in plan.kept.items()},
         "logits": cut(**inputs).logits.tolist(),
         "saved": str(pruner.save_pretrained(output, report=False)),
         "is_plain": not isinstance(cut, FSDPModule),
