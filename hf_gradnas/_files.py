@@ -322,6 +322,19 @@ def _is_gone(path: Path, process: int) -> bool:
 
 def _locked(folder: Path) -> int | None:
     """Open and lock a folder; None where another process has, or the file system cannot."""
+    try:
+        return lock_folder(folder)
+    except OSError:
+        return None
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Open a folder and lock it until it is closed; None on Windows, where none is locked.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+        OSError: The folder cannot be opened, or the file system cannot lock it.
+    """
     if sys.platform == "win32":
         return None
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -329,7 +342,7 @@ def _locked(folder: Path) -> int | None:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(opened)
-        return None
+        raise
     return opened
 
 

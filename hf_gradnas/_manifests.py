@@ -29,10 +29,11 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder and below it, by path with ``/``."""
+def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """SHA-256 of every file in a folder and below it, by path with ``/``; `known` ones as given."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: (known or {}).get(name) or file_sha256(file) for name, file in names.items()}
 
 
 def sealed(content: Mapping[str, Any]) -> str:

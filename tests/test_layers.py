@@ -15,7 +15,7 @@ LAYERS = (
     ("_import_path", "_lazy", "_redaction", "errors", "_manifests", "_files", "types", "_compat"),
     ("config", "report", "running", "batches"),
     ("stacks", "tokens", "routing", "surgery", "structure", "costs", "search", "masks"),
-    ("verification", "stock", "scores", "repair", "checkpoint", "blueprint"),
+    ("verification", "stock", "scores", "repair", "checkpoint", "shards", "blueprint"),
     ("hub", "examined", "frontier", "planning", "pruner", "nas"),
     ("callback", "data"),
     ("jobs", "flow", "cli", "prune", "inspect", "sweep", "verify", "__main__", "__init__"),

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,35 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
         copied = [] if companions is None else companions.write(written)
         with _reloading(model):
             reference = _check_reload(model, written, sample)
-        content = {**shareable(document), "plan": plan.to_dict(), "versions": versions()}
-        content |= {"format_version": FORMAT_VERSION, "reference": reference.to_dict()}
-        content |= {"companions": copied} if copied else {}
-        files_written = digests(written)
-        content[OLD_FILES] = {n: d for n, d in files_written.items() if n.endswith(DIGESTED)}
-        write_record(written / DOCUMENT, sealed({**content, FILES: files_written}))
+        write_document(written, document, plan, reference, copied, digests(written))
         replace_folder(written, target, before)
     return target
+
+
+def write_document(
+    folder: Path,
+    document: Mapping[str, Any],
+    plan: Plan,
+    reference: Reference,
+    copied: list[str],
+    found: Mapping[str, str],
+) -> None:
+    """Write ``gradnas.json`` beside all other files.
+
+    Args:
+        folder: The checkpoint.
+        document: What is known of how it was made.
+        plan: What was cut.
+        reference: What it computes.
+        copied: Files that came along, by path.
+        found: Digests of all files.
+    """
+    plan = replace(plan, basis=None)  # the axes of the whole model: long, and in its scores
+    content = {**shareable(document), "plan": plan.to_dict(), "versions": versions()}
+    content |= {"format_version": FORMAT_VERSION, "reference": reference.to_dict()}
+    content |= {"companions": copied} if copied else {}
+    content[OLD_FILES] = {n: d for n, d in found.items() if n.endswith(DIGESTED)}
+    write_record(folder / DOCUMENT, sealed({**content, FILES: found}))
 
 
 def versions() -> dict[str, str]:
@@ -252,7 +274,7 @@ def loading_snippet(
         directory: Where it is.
         sentence_class: Class of sentence-transformers that loads it; None: plain Transformers does.
     """
-    stock = _stock_class(model)
+    stock = stock_class(model)
     name, place = auto_class_name(stock) or stock.__name__, python_string(directory)
     lines = [f"from transformers import {name}", f"model = {name}.from_pretrained({place})"]
     if sentence_class is not None:
@@ -265,7 +287,7 @@ def loading_snippet(
     return "\n".join(lines)
 
 
-def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class of Transformers that a model is one of, per-layer or not."""
     found: type[PreTrainedModel] = vars(type(model)).get("_gradnas_stock_class", type(model))
     return found
@@ -312,9 +334,9 @@ def save_with_report(  # noqa: PLR0913 - one call writes all that is known
             f"processing_class={options['processing_class']!r}: found a name, needed the tokenizer "
             "or processor itself; load it with from_pretrained, or give none."
         )
-    content = _document(prunable, scores, repair, document or {})
-    companions = companions_of(model, _stock_class(model), owner)
-    told = _told_of(
+    content = document_of(prunable, scores, repair, document or {})
+    companions = companions_of(model, stock_class(model), owner)
+    told = told_of(
         model,
         Path(directory).resolve().name,
         prunable,
@@ -335,7 +357,7 @@ def save_with_report(  # noqa: PLR0913 - one call writes all that is known
     )
 
 
-def _document(
+def document_of(
     prunable: Prunable, scores: Scores | None, repair: Repair | None, more: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Content of ``gradnas.json``; `more` wins."""
@@ -344,7 +366,7 @@ def _document(
     return {"totals": dict(prunable.totals), "scores": metadata, **mended, **more}
 
 
-def _told_of(*args: Any, **options: Any) -> dict[str, str | bytes]:
+def told_of(*args: Any, **options: Any) -> dict[str, str | bytes]:
     """As `describe`; nothing, with a warning, where that fails."""
     try:
         return describe(*args, **options)
@@ -373,7 +395,7 @@ def describe(
     document, name = shareable(document), without_secrets(name)
     source = root_of(model.name_or_path)
     origin = find_origin(source, revision=document.get("recipe", {}).get("revision"))
-    stock = _stock_class(model)
+    stock = stock_class(model)
     summary = summarise(
         plan,
         prunable,

@@ -1,0 +1,209 @@
+"""Cuts a checkpoint to a plan from its files to new ones, without the model's weights in memory.
+
+The model is built without numbers, cut and rewritten by the very steps that cut one in memory, and
+built once more from the config that is written, to see that it loads. Only then the tensors that
+stay are read and written, a few rows at a time, into a folder that becomes the target when all is
+there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .._files import replace_folder
+from .._manifests import digests, stamps
+from ..checkpoint.apply import apply_plan
+from ..checkpoint.companions import companions_of
+from ..checkpoint.folders import check_content, check_target, failing, target_of, write_files
+from ..checkpoint.reference import Reference
+from ..checkpoint.save import document_of, stock_class, told_of, versions, write_document
+from ..checkpoint.twin import build_twin, entries
+from ..errors import CheckpointError, described
+from ..repair.repairs import Repair, check_repair
+from ..surgery.cut import check_plan
+from ..surgery.modeling_gradnas import auto_class_name
+from ..types import Plan, Prunable, Scores
+from .files import INDEX, CheckpointFiles, open_checkpoint
+from .model import lazy_model, lend_repair, model_class
+from .resuming import Unfinished, resumable
+from .writing import MIB, Progress, Weights, weights_of, write_weights
+
+MAX_SHARD_SIZE = "50GB"
+"""As upstream's ``save_pretrained``."""
+SPARE = 1 << 24
+"""Bytes for all that is not weights."""
+
+
+def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of it with defaults
+    plan: Plan,
+    checkpoint: str | Path,
+    directory: str | Path,
+    prunable: Prunable,
+    *,
+    repair: Repair | None = None,
+    scores: Scores | None = None,
+    cls: type[PreTrainedModel] | None = None,
+    dtype: str = "auto",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    document: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+    report: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the checkpoint that `GradNASPruner.apply` and ``save_pretrained`` would write.
+
+    Tensors, names, config and record are the same, bit for bit. Less than 1 GiB is in memory,
+    whatever the size; a tensor that loading does more to than choosing, joining and turning its
+    rows is in memory as a whole. A run that breaks off goes on with the first file that is not
+    complete.
+
+    Args:
+        plan: What is kept.
+        checkpoint: Folder of the whole model, in safetensors.
+        directory: Target; must not exist unless `overwrite`.
+        prunable: The axes that the plan was made for, and what the stock class can express.
+        repair: New weights for this plan.
+        scores: What the plan was made from, if it is known; for the record and the card.
+        cls: Class of the model; None: the one that its config names.
+        dtype: As of ``from_pretrained``.
+        max_shard_size: Largest file of weights, in bytes or as ``"5GB"``.
+        overwrite: Replace what hf_gradnas wrote in the target.
+        document: More to keep in ``gradnas.json``.
+        files: Further files by path.
+        report: Write the folder of the report too.
+        progress: Called with the MiB written and their number.
+
+    Returns:
+        The target folder.
+
+    Raises:
+        CheckpointError: A file of the checkpoint is missing or damaged, the target cannot be
+            written or has no room, or what would be written could not be loaded.
+        CutError: The model cannot be cut from its files.
+        PlanError: The plan is that of another model, or its class cannot express it.
+        RepairError: The repair is that of another plan or model.
+    """
+    contents = check_content(document or {}, files or {})
+    before = stamps(target_of(directory))
+    target = check_target(directory, overwrite=overwrite, source=checkpoint)
+    opened = open_checkpoint(checkpoint)
+    config = read_config(opened.folder)
+    model = lazy_model(opened, config, cls or model_class(config), dtype=dtype)
+    plan = _cut(model, plan, prunable, repair)
+    weights = weights_of(model, max_shard_size)
+    told = document_of(prunable, scores, repair, document or {})
+    companions = companions_of(model, stock_class(model), None)
+    with failing(target), resumable(target, _key(opened, weights, plan, repair)) as unfinished:
+        _check_room(target, weights.total_size, unfinished)
+        hashes = write_weights(weights, unfinished, progress)
+        written = unfinished.folder
+        # All but the weights, which the empty state keeps out.
+        model.save_pretrained(written, state_dict={}, save_original_format=False)
+        if weights.index is not None:
+            (written / INDEX).write_text(weights.index, encoding="utf-8")
+        more = {"pictures": report, "sentence_class": companions.sentence_class}
+        texts = told_of(model, target.name, prunable, plan, scores, told, **more)
+        write_files(written, {**check_content({}, texts), **contents})
+        copied = companions.write(written)
+        unfinished.finish()
+        hashes = digests(written, known=hashes)
+        write_document(written, told, plan, _reference(model), copied, hashes)
+        replace_folder(written, target, before)
+    return target
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a checkpoint.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # config classes refuse in their own ways
+        raise CheckpointError(
+            f"{folder}: its config.json cannot be read ({described(error, whole=True)}); check it, "
+            "and that this Transformers knows the model."
+        ) from error
+    return found
+
+
+def _cut(model: PreTrainedModel, plan: Plan, prunable: Prunable, repair: Repair | None) -> Plan:
+    """Cut the lazy model, and check that what its config builds has the shapes of its tensors."""
+    given, plan = plan, check_plan(prunable.axes, plan)
+    if repair is not None:
+        check_repair(repair, model, plan, given)
+        lend_repair(model, repair)
+    apply_plan(model, plan, prunable.structure, prunable.space)
+    wants = entries(build_twin(model))
+    for name, entry in entries(model).items():
+        built = wants.pop(name, None)
+        shape = None if built is None or not built.is_saved else list(built.tensor.shape)
+        if entry.is_saved and shape != list(entry.tensor.shape):
+            raise _misfit(model, name, shape, list(entry.tensor.shape))
+    more = [name for name, entry in wants.items() if entry.is_saved]
+    if more:
+        raise _misfit(model, more[0], list(wants[more[0]].tensor.shape), None)
+    return plan
+
+
+def _misfit(
+    model: PreTrainedModel, name: str, built: list[int] | None, cut: list[int] | None
+) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: is cut to {cut or 'nothing'}, but {type(model).__name__} builds "
+        f"{built or 'nothing'} from the new config, so that what is written could not be loaded; "
+        "nothing was written. Prune the model in memory, and report its class and config."
+    )
+
+
+def _check_room(target: Path, total: int, unfinished: Unfinished) -> None:
+    """Check that the disk has room for what is still to be written.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    needed = total - sum(facts["size"] for facts in unfinished.done.values()) + SPARE
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{target}: needs {needed / MIB:,.0f} MiB, and {target.parent} has {free / MIB:,.0f} "
+            "MiB free; nothing was written. Free some space, or choose another folder."
+        )
+
+
+def _reference(model: PreTrainedModel) -> Reference:
+    """How the checkpoint is loaded; no outputs are kept, as the model was not run."""
+    stock = stock_class(model)
+    return Reference(
+        model_class=stock.__name__,
+        auto_class=auto_class_name(stock),
+        dtype=str(model.dtype).rpartition(".")[2],
+        device="cpu",
+        attention=model.config._attn_implementation,
+        inputs=None,
+        output=None,
+    )
+
+
+def _key(opened: CheckpointFiles, weights: Weights, plan: Plan, repair: Repair | None) -> str:
+    """What tells this run from others: the files that are read, and what is written of them."""
+    shapes = {n: [list(part.shape), str(part.dtype)] for n, part in weights.parts.items()}
+    known = {
+        "source": str(opened.folder.resolve()),
+        "stamps": opened.stamps(),
+        "plan": plan.to_dict(),
+        "repair": None if repair is None else [repair.plan, repair.model, repair.summary()],
+        "shards": weights.shards,
+        "shapes": shapes,
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
