@@ -16,9 +16,9 @@ from pydantic_core import PydanticUndefined
 from ..config.plans import Plans
 from ..config.recipe import NOT_FLAGS, Recipe
 from ..config.sweep import Sweep
+from .file_commands import JSON, apply_command, push_command, verify_command
 
 EXIT_CODES = "Exit codes: 0 done, 1 {one}, 2 bad input, 130 interrupted, 143 terminated."
-_JSON = "Write one JSON object to standard output, and nothing else; nothing if the input is bad."
 
 app = typer.Typer(
     name="hf-gradnas",
@@ -110,56 +110,6 @@ def sweep_command(**options: Any) -> int:
 
     own = {name: options.pop(name) for name in Sweep.model_fields}
     raise typer.Exit(sweep_from_options(given_flags(options), given_flags(own)))
-
-
-def verify_command(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
-    device: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads it at run time, on Python 3.10 too
-        typer.Option(
-            "--device", metavar="DEVICE", help="Where to run. Default: as when it was saved."
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            metavar="",
-            help="Run code of the folder that hf_gradnas did not write.",
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help=_JSON)] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", metavar="", help="Print errors only.")] = False,
-) -> int:
-    """Prove again that a saved model is what it was: its files, and its outputs in a new process.
-
-    For example: hf-gradnas verify ./bert-base-uncased-gradnas
-    """
-    from .verify import verify_from_options
-
-    code = verify_from_options(
-        folder, device=device, trust_remote_code=trust_remote_code, as_json=as_json, quiet=quiet
-    )
-    raise typer.Exit(code)
-
-
-def push_command(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
-    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to push it.")],
-    private: Annotated[
-        bool, typer.Option("--private", metavar="", help="Make it private.")
-    ] = False,
-    message: Annotated[str, typer.Option(metavar="TEXT", help="Message of the commit.")] = "",
-    branch: Annotated[str, typer.Option(metavar="NAME", help="Made if it is not there.")] = "main",
-) -> None:
-    """Push a model that was pruned and saved before to the Hub, in one commit.
-
-    For example: hf-gradnas push ./bert-base-uncased-gradnas me/bert-small
-    """
-    from .prune import push_from_arguments
-
-    code = push_from_arguments(folder, repository, private=private, message=message, branch=branch)
-    raise typer.Exit(code)
 
 
 # --- options, made from the fields of `Recipe`: one source of names and help ----------------------
@@ -306,7 +256,7 @@ _INSPECTED: dict[str, str | None] = {
 }
 _INSPECT_FLAGS = {
     "no_weights": "Load no weights: the config says enough, in seconds whatever the size.",
-    "as_json": _JSON,
+    "as_json": JSON,
     "quiet": "Print no warnings and no progress.",
 }
 _OUTPUT_FLAGS = frozenset(["as_json", "quiet"])
@@ -365,6 +315,7 @@ app.command("inspect", epilog=EXIT_CODES.format(one="nothing in it can be pruned
 app.command("sweep", epilog=EXIT_CODES.format(one="the model of --save could not be saved"))(
     with_options(sweep_command, _SWEPT, {}, Sweep.model_fields)
 )
+app.command("apply", epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.")(apply_command)
 app.command("verify", epilog=EXIT_CODES.format(one="verification failed"))(verify_command)
 app.command("push", epilog=EXIT_CODES.format(one="the upload failed"))(push_command)
 

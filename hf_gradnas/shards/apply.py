@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from .._files import replace_folder
 from .._manifests import digests, stamps
 from ..checkpoint.apply import apply_plan
 from ..checkpoint.companions import companions_of
+from ..checkpoint.fingerprints import check_fingerprints
 from ..checkpoint.folders import check_content, check_target, failing, target_of, write_files
 from ..checkpoint.reference import Reference
 from ..checkpoint.save import document_of, stock_class, told_of, versions, write_document
 from ..checkpoint.twin import build_twin, entries
-from ..errors import CheckpointError, described
+from ..errors import CheckpointError, PlanError, described
 from ..repair.repairs import Repair, check_repair
 from ..surgery.cut import check_plan
 from ..surgery.modeling_gradnas import auto_class_name
+from ..surgery.rows import shapes_of
 from ..types import Plan, Prunable, Scores
 from .files import INDEX, CheckpointFiles, open_checkpoint
 from .model import lazy_model, lend_repair, model_class
@@ -45,44 +48,37 @@ def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of i
     plan: Plan,
     checkpoint: str | Path,
     directory: str | Path,
-    prunable: Prunable,
     *,
+    prunable: Prunable | None = None,
     repair: Repair | None = None,
     scores: Scores | None = None,
     cls: type[PreTrainedModel] | None = None,
     dtype: str = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
-    document: Mapping[str, Any] | None = None,
-    files: Mapping[str, str | bytes] | None = None,
     report: bool = True,
     progress: Progress | None = None,
 ) -> Path:
     """Write the checkpoint that `GradNASPruner.apply` and ``save_pretrained`` would write.
 
-    Tensors, names, config and record are the same, bit for bit. Less than 1 GiB is in memory,
-    whatever the size; a tensor that loading does more to than choosing, joining and turning its
-    rows is in memory as a whole. A run that breaks off goes on with the first file that is not
-    complete.
+    Less than 1 GiB is in memory, whatever the size; a tensor that loading does more to than
+    choosing, joining and turning its rows is in memory as a whole. A run that breaks off goes on
+    with the first file that is not complete.
 
     Args:
         plan: What is kept.
         checkpoint: Folder of the whole model, in safetensors.
         directory: Target; must not exist unless `overwrite`.
-        prunable: The axes that the plan was made for, and what the stock class can express.
+        prunable: The axes that the plan was made for, and what the stock class can express; None:
+            as its basis says, which also says of which checkpoint.
         repair: New weights for this plan.
         scores: What the plan was made from, if it is known; for the record and the card.
         cls: Class of the model; None: the one that its config names.
         dtype: As of ``from_pretrained``.
         max_shard_size: Largest file of weights, in bytes or as ``"5GB"``.
         overwrite: Replace what hf_gradnas wrote in the target.
-        document: More to keep in ``gradnas.json``.
-        files: Further files by path.
         report: Write the folder of the report too.
         progress: Called with the MiB written and their number.
-
-    Returns:
-        The target folder.
 
     Raises:
         CheckpointError: A file of the checkpoint is missing or damaged, the target cannot be
@@ -91,33 +87,66 @@ def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of i
         PlanError: The plan is that of another model, or its class cannot express it.
         RepairError: The repair is that of another plan or model.
     """
-    contents = check_content(document or {}, files or {})
-    before = stamps(target_of(directory))
+    prunable, before = prunable or _basis_of(plan), stamps(target_of(directory))
     target = check_target(directory, overwrite=overwrite, source=checkpoint)
     opened = open_checkpoint(checkpoint)
-    config = read_config(opened.folder)
-    model = lazy_model(opened, config, cls or model_class(config), dtype=dtype)
+    model = _loaded(opened, plan, cls, dtype)
     plan = _cut(model, plan, prunable, repair)
     weights = weights_of(model, max_shard_size)
-    told = document_of(prunable, scores, repair, document or {})
-    companions = companions_of(model, stock_class(model), None)
     with failing(target), resumable(target, _key(opened, weights, plan, repair)) as unfinished:
         _check_room(target, weights.total_size, unfinished)
         hashes = write_weights(weights, unfinished, progress)
-        written = unfinished.folder
-        # All but the weights, which the empty state keeps out.
-        model.save_pretrained(written, state_dict={}, save_original_format=False)
         if weights.index is not None:
-            (written / INDEX).write_text(weights.index, encoding="utf-8")
-        more = {"pictures": report, "sentence_class": companions.sentence_class}
-        texts = told_of(model, target.name, prunable, plan, scores, told, **more)
-        write_files(written, {**check_content({}, texts), **contents})
-        copied = companions.write(written)
-        unfinished.finish()
-        hashes = digests(written, known=hashes)
-        write_document(written, told, plan, _reference(model), copied, hashes)
-        replace_folder(written, target, before)
+            (unfinished.folder / INDEX).write_text(weights.index, encoding="utf-8")
+        told = document_of(prunable, scores, repair, {})
+        card = partial(told_of, model, target.name, prunable, plan, scores, told, pictures=report)
+        _write_rest(unfinished, model, plan, told, card, hashes)
+        replace_folder(unfinished.folder, target, before)
     return target
+
+
+def _loaded(
+    opened: CheckpointFiles, plan: Plan, cls: type[PreTrainedModel] | None, dtype: str
+) -> PreTrainedModel:
+    """The model of a checkpoint, lazy, after a check that the plan is for it."""
+    if plan.basis is not None:
+        check_fingerprints(opened.folder, plan.basis.checkpoint, "the plan")
+    config = read_config(opened.folder)
+    return lazy_model(opened, config, cls or model_class(config), dtype=dtype)
+
+
+def _write_rest(
+    unfinished: Unfinished,
+    model: PreTrainedModel,
+    plan: Plan,
+    told: Mapping[str, Any],
+    card: Callable[..., dict[str, str | bytes]],
+    hashes: Mapping[str, str],
+) -> None:
+    """Write what belongs beside the weights: config, card, companions and the record of all."""
+    companions = companions_of(model, stock_class(model), None)
+    folder = unfinished.folder
+    _save_settings(model, folder)
+    write_files(folder, check_content(told, card(sentence_class=companions.sentence_class)))
+    copied = companions.write(folder)
+    unfinished.finish()
+    found = digests(folder, known=hashes)
+    write_document(folder, told, plan, _reference(model), copied, found)
+
+
+def _basis_of(plan: Plan) -> Prunable:
+    """What a plan was made from.
+
+    Raises:
+        PlanError: It does not say.
+    """
+    found = None if plan.basis is None else plan.basis.prunables.get(plan.layout)
+    if found is None:
+        raise PlanError(
+            "Plan: does not say which axes it is for (it has no basis); make it with hf-gradnas "
+            "score and hf-gradnas plan, or give the scores that it was made from (--scores)."
+        )
+    return found
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -139,6 +168,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _cut(model: PreTrainedModel, plan: Plan, prunable: Prunable, repair: Repair | None) -> Plan:
     """Cut the lazy model, and check that what its config builds has the shapes of its tensors."""
     given, plan = plan, check_plan(prunable.axes, plan)
+    _check_axes(model, prunable)
     if repair is not None:
         check_repair(repair, model, plan, given)
         lend_repair(model, repair)
@@ -155,6 +185,25 @@ def _cut(model: PreTrainedModel, plan: Plan, prunable: Prunable, repair: Repair 
     return plan
 
 
+def _check_axes(model: PreTrainedModel, prunable: Prunable) -> None:
+    """Check that the units of all axes are in the model's tensors.
+
+    Raises:
+        PlanError: They are those of another model.
+    """
+    shapes = shapes_of(model)
+    for axis in prunable.axes:
+        for part in axis.slices:
+            has = shapes.get(part.tensor, ())
+            needed = part.end(part.each or axis.size)
+            if part.dim >= len(has) or has[part.dim] < needed:
+                raise PlanError(
+                    f"{axis.name}: its units are rows of {part.tensor}, at least {needed} of "
+                    f"dimension {part.dim}, and {type(model).__name__} has {list(has) or 'none'}; "
+                    "give the checkpoint that the plan was made for."
+                )
+
+
 def _misfit(
     model: PreTrainedModel, name: str, built: list[int] | None, cut: list[int] | None
 ) -> CheckpointError:
@@ -163,6 +212,18 @@ def _misfit(
         f"{built or 'nothing'} from the new config, so that what is written could not be loaded; "
         "nothing was written. Prune the model in memory, and report its class and config."
     )
+
+
+def _save_settings(model: PreTrainedModel, folder: Path) -> None:
+    """Write all that ``save_pretrained`` does but the weights, which an empty state keeps out.
+
+    In a folder of its own: upstream deletes shards that it finds and did not write.
+    """
+    own = folder / ".settings"
+    model.save_pretrained(own, state_dict={}, save_original_format=False)
+    for path in own.iterdir():
+        path.replace(folder / path.name)
+    own.rmdir()
 
 
 def _check_room(target: Path, total: int, unfinished: Unfinished) -> None:

@@ -104,6 +104,7 @@ def write_weights(
         digest = write_shard(path, {tensor: weights.parts[tensor] for tensor in tensors}, told)
         sync(path)
         unfinished.add(name, {"sha256": digest, "size": path.stat().st_size})
+    tell(total, total)
     return {name: unfinished.done[name]["sha256"] for name in weights.shards}
 
 

@@ -1,0 +1,132 @@
+"""The apply command: cuts a checkpoint from its files to new ones, without loading the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.folders import check_target
+from ..config.recipe_files import build_recipe
+from ..errors import CheckpointError, GradNASError, PlanError
+from ..jobs.early import local_path, model_folder
+from ..types import Kind
+from . import BAD_INPUT, DONE, INTERRUPTED
+from .show import Screen, quiet_libraries
+
+if TYPE_CHECKING:
+    from ..types import Plan, Prunable, Scores
+
+
+def apply_from_arguments(
+    plan: str,
+    checkpoint: str,
+    output: str,
+    *,
+    scores: str | None = None,
+    repair: str | None = None,
+    **options: Any,
+) -> int:
+    """Run the command; errors become a message and a code.
+
+    Args:
+        plan: File of the plan.
+        checkpoint: Folder of the whole model.
+        output: Folder of the cut one.
+        scores: File of the scores that the plan was made from; None: none.
+        repair: File of new weights for the plan; None: none.
+        **options: Further arguments of `shards.apply_to_checkpoint`.
+
+    Returns:
+        0 done, 2 bad input, 130 interrupted.
+    """
+    screen = Screen()
+    try:
+        with quiet_libraries(screen):
+            _apply(screen, plan, checkpoint, output, scores, repair, options)
+    except KeyboardInterrupt:
+        screen.error(
+            f"interrupted; {output} is as it was, and the same command goes on with the first "
+            "file that is not complete."
+        )
+        return INTERRUPTED
+    except GradNASError as error:
+        screen.error(str(error))
+        return BAD_INPUT
+    return DONE
+
+
+def _apply(
+    screen: Screen,
+    plan_file: str,
+    checkpoint: str,
+    output: str,
+    scores_file: str | None,
+    repair_file: str | None,
+    options: Mapping[str, Any],
+) -> None:
+    from ..types import Plan, Scores
+
+    plan = Plan.load(Path(plan_file).expanduser())
+    scores = None if scores_file is None else Scores.load(Path(scores_file).expanduser())
+    folder = Path(model_folder(str(local_path(checkpoint))))
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: is no folder; download the checkpoint (hf download), and give its "
+            "folder."
+        )
+    target = Path(output).expanduser()
+    check_target(target, overwrite=bool(options.get("overwrite")), source=folder)
+    from ..repair import Repair
+    from ..shards import apply_to_checkpoint
+
+    repair = None if repair_file is None else Repair.load(Path(repair_file).expanduser())
+    prunable = _prunable(screen, plan, scores, folder)
+    screen.line(f"Layout {plan.layout}: {_said(plan)}.")
+    with screen.progress("Writing (MiB)") as progress:
+        place = apply_to_checkpoint(
+            plan,
+            folder,
+            target,
+            prunable=prunable,
+            scores=scores,
+            repair=repair,
+            progress=progress,
+            **options,
+        )
+    screen.line(
+        f"Saved: {place}. No weights were in memory, so the model was not run; hf-gradnas verify "
+        "loads it."
+    )
+
+
+def _said(plan: Plan) -> str:
+    stay = sum(plan.counts().values())
+    return f"{stay:,} of {sum(plan.sizes.values()):,} units stay"
+
+
+def _prunable(screen: Screen, plan: Plan, scores: Scores | None, folder: Path) -> Prunable:
+    """The axes of a plan: of the plan itself, of the scores, or found from the config alone."""
+    for basis in (plan.basis, None if scores is None else scores.basis):
+        if basis is not None and plan.layout in basis.prunables:
+            if basis.checkpoint:
+                from ..checkpoint.fingerprints import check_fingerprints
+
+                check_fingerprints(folder, basis.checkpoint, "the plan")
+            return basis.prunables[plan.layout]
+    from ..blueprint import NeedsWeightsError
+    from .unloaded import inspect_config
+
+    screen.line("The plan does not say which axes it is for: they are found from the config.")
+    kinds = [str(kind) for kind in Kind if str(kind) in ("heads", "neurons", "experts", "channels")]
+    has_layers = any(name.endswith(f":{Kind.LAYERS}") for name in plan.sizes)
+    axes = [*kinds, *([str(Kind.LAYERS)] if has_layers else [])]
+    recipe = build_recipe({"model": str(folder), "layout": plan.layout, "axes": axes})
+    try:
+        return inspect_config(recipe).prunable
+    except NeedsWeightsError as error:
+        raise PlanError(
+            f"{folder}: the plan does not say which axes it is for, and the config alone cannot "
+            f"({error}); give the scores that it was made from (--scores), or make it again with "
+            "hf-gradnas score and hf-gradnas plan."
+        ) from error

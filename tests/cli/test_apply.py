@@ -1,0 +1,136 @@
+"""The apply command: from a plan and a checkpoint's files to the files that prune writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from cli_cases import save_bert, save_llama, write_tsv
+from safetensors.torch import load_file
+
+from hf_gradnas import Plan
+from hf_gradnas.cli.app import main
+
+DATA = ["--model", "bert", "--dataset", "train.tsv", "--num-examples", "12", "--batch-size", "4"]
+TARGET = ["--target", "flops=70%"]
+FILE = "b.scores.safetensors"
+
+
+@pytest.fixture
+def run(capsys, tmp_path, tmp_path_factory, monkeypatch):
+    """Runs a command; returns its exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main(list(map(str, arguments)))
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err
+        assert "Traceback" not in shown.err
+        return code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def planned(run, tmp_path):
+    """The folder of a model, with its scores and a plan."""
+    write_tsv(tmp_path / "train.tsv")
+    save_bert(tmp_path / "bert")
+    assert run("score", *DATA, "--output", FILE)[0] == 0
+    assert run("plan", FILE, *TARGET, "--output", "plan.json")[0] == 0
+    return tmp_path / "bert"
+
+
+def check_same(found: str, wanted: str) -> None:
+    ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in (found, wanted))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    configs = [json.loads(Path(f, "config.json").read_text("utf-8")) for f in (found, wanted)]
+    for config in configs:
+        config.pop("problem_type", None)  # what the first forward with labels writes
+    assert configs[0] == configs[1]
+    records = [json.loads(Path(f, "gradnas.json").read_text("utf-8")) for f in (found, wanted)]
+    assert records[0]["plan"] == records[1]["plan"]
+
+
+def test_three_commands_write_the_model_of_prune(run, planned, tmp_path):
+    code, out, err = run("apply", "plan.json", "bert", "--output", "out", "--scores", FILE)
+    assert (code, err) == (0, "")
+    assert f"Saved: {tmp_path / 'out'}" in out
+    assert "No weights were in memory" in out
+    whole = ["--repair", "none", "--no-report", "--output", "pruned"]
+    assert run("prune", *DATA, *TARGET, *whole)[0] == 0
+    check_same("out", "pruned")
+    assert Path("out/tokenizer.json").is_file()
+    assert Path("out/report").is_dir()
+    code, out, err = run("verify", "out")
+    assert (code, err) == (0, "")
+    assert "loads whole; no reference outputs were kept" in out
+
+
+def test_new_weights_of_prune_are_cut_along(run, planned):
+    assert run("prune", *DATA, *TARGET, "--no-report", "--output", "pruned")[0] == 0
+    record = json.loads(Path("pruned/gradnas.json").read_text("utf-8"))
+    Path("pruned.plan.json").write_text(json.dumps(record["plan"]), encoding="utf-8")
+    options = ["--scores", FILE, "--repair", "pruned.repair.safetensors", "--no-report"]
+    code, _, err = run("apply", "pruned.plan.json", "bert", "--output", "out", *options)
+    assert (code, err) == (0, "")
+    check_same("out", "pruned")
+
+
+def test_axes_that_no_file_says_are_found_from_the_config(run, planned):
+    plan = json.loads(Path("plan.json").read_text("utf-8"))
+    del plan["basis"]
+    Path("bare.json").write_text(json.dumps(plan), encoding="utf-8")
+    code, out, err = run("apply", "bare.json", "bert", "--output", "bare", "--no-report")
+    assert (code, err) == (0, "")
+    assert "they are found from the config" in out
+    assert run("apply", "plan.json", "bert", "--output", "out", "--no-report")[0] == 0
+    check_same("bare", "out")
+
+
+def test_several_files_and_a_target_that_exists(run, planned):
+    options = ("apply", "plan.json", "bert", "--output", "out", "--no-report")
+    assert run(*options, "--max-shard-size", "10KB")[0] == 0
+    assert len(list(Path("out").glob("*.safetensors"))) > 1
+    code, _, err = run(*options)
+    assert code == 2
+    assert "pass --overwrite" in err
+    assert run(*options, "--overwrite")[0] == 0
+    assert len(list(Path("out").glob("*.safetensors"))) == 1
+
+
+def test_bad_input_is_said_without_a_traceback(run, planned, tmp_path):
+    save_llama(tmp_path / "llama")
+    (tmp_path / "note.json").write_text("{}")
+    for arguments, message in (
+        (["none.json", "bert"], "cannot be read"),
+        (["note.json", "bert"], "format_version is None"),
+        (["plan.json", "there/is/none"], "is no folder; download the checkpoint"),
+        (["plan.json", "llama"], "is for another checkpoint (made from bert)"),
+        (["plan.json", "bert", "--scores", "no.safetensors"], "cannot be read"),
+        (["plan.json", "bert", "--repair", FILE], "no repair of this version"),
+        (["plan.json", "bert", "--max-shard-size", "big"], "is no size"),
+        (["plan.json", "bert", "--dtype", "float99"], "cannot be loaded as Bert"),
+    ):
+        code, _, err = run("apply", *arguments, "--output", "out")
+        assert code == 2, arguments
+        assert message in err
+        assert not Path("out").exists()
+    plan = Plan.load("plan.json")
+    assert plan.basis is not None
+
+
+def test_an_interruption_says_how_to_go_on(run, planned, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_gradnas.shards.writing.write_shard", stop)
+    code, _, err = run("apply", "plan.json", "bert", "--output", "out")
+    assert code == 130
+    assert "the same command goes on with the first file that is not complete" in err
+    monkeypatch.undo()

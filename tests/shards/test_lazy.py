@@ -1,0 +1,107 @@
+"""Lazy tensors: what operations make of them is what they make of the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_gradnas.errors import CutError
+from hf_gradnas.shards.lazy import LazyTensor
+from hf_gradnas.shards.parts import Stored
+
+VALUES = torch.arange(4 * 6 * 8, dtype=torch.float64).reshape(4, 6, 8) ** 2
+EACH = torch.tensor([[0, 2, 5], [1, 2, 3], [0, 4, 5], [2, 3, 4]])
+
+CHOOSING = {
+    "rows": lambda x: x.index_select(1, torch.tensor([5, 0, 2])),
+    "no rows": lambda x: x.narrow(1, 0, 0).clone(),
+    "rows of each matrix": lambda x: x.take_along_dim(EACH[..., None], 1),
+    "columns of each matrix": lambda x: x.take_along_dim(EACH[:, None], 2),
+    "rows of rows of each matrix": lambda x: x.take_along_dim(EACH[..., None], 1)[1:, 1],
+    "chunks": lambda x: torch.chunk(x, 2, dim=1)[1],
+    "splits": lambda x: torch.split(x, [1, 3, 2], dim=1)[1],
+    "one of a list": lambda x: torch.chunk(x, 4, dim=0)[2].squeeze(0),
+    "entries": lambda x: torch.unbind(x, 2)[3],
+    "stacked": lambda x: torch.stack([x, x + 0], 1)[:, 1, 2:],
+    "joined, out of order": lambda x: torch.cat([x, x[:, 1:3]], 1).index_select(
+        1, torch.tensor([7, 1, 6, 0])
+    ),
+    "turned": lambda x: x.transpose(1, 2)[:, ::2].permute(2, 0, 1),
+    "a matrix": lambda x: nn.Parameter(x[1]).detach().t(),
+    "another type": lambda x: x.to(torch.float16)[1:3],
+    "a row of all": lambda x: x.flatten()[::7],
+}
+COMPUTING = {
+    "folded": lambda x: x.view(4, 3, 2, 8).transpose(1, 2).reshape(24, 8)[3:9],
+    "added": lambda x: (x * 2 + 1)[1],
+    "of several results": lambda x: x.max(dim=1)[0],
+    "zeros": lambda x: x.new_zeros(3),
+}
+
+
+def lazy(values: torch.Tensor) -> LazyTensor:
+    return LazyTensor(Stored(lambda: values, tuple(values.shape), values.dtype))
+
+
+@pytest.mark.parametrize("case", [*CHOOSING, *COMPUTING])
+def test_an_operation_gives_the_same_numbers_once_they_are_read(case):
+    run = {**CHOOSING, **COMPUTING}[case]
+    wanted, found = run(VALUES), run(lazy(VALUES))
+    assert isinstance(found, LazyTensor)
+    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    assert torch.equal(found.part.whole(), wanted)
+    if wanted.ndim and len(wanted) > 1:
+        rest = [None] * (wanted.ndim - 1)
+        assert torch.equal(found.part.read([torch.tensor([1]), *rest]), wanted[1:2])
+
+
+@pytest.mark.parametrize("case", CHOOSING)
+def test_choosing_reads_only_what_is_asked_for(case):
+    if case not in ("stacked", "a row of all"):  # computes, and is read by outer slices
+        assert CHOOSING[case](lazy(VALUES)).part.is_streamed
+
+
+def test_rows_of_a_stack_of_files_read_one_of_them():
+    opened = []
+
+    def part(number):
+        def load():
+            opened.append(number)
+            return VALUES[number]
+
+        return LazyTensor(Stored(load, (6, 8), torch.float64))
+
+    stacks = [torch.stack([part(4 * n + i) for i in range(2)]) for n in range(1)]
+    joined = torch.cat([*stacks, torch.stack([part(2), part(3)])], dim=1)
+    row = torch.chunk(joined, 2, dim=1)[1].index_select(0, torch.tensor([1]))[0]
+    assert opened == []
+    assert torch.equal(row.part.read([torch.tensor([4]), None]), VALUES[3][4:5])
+    assert opened == [3]
+
+
+def test_answers_that_are_no_tensors_come_from_the_numbers():
+    assert lazy(VALUES).sum().item() == VALUES.sum().item()
+    assert torch.equal(lazy(VALUES), VALUES)
+
+
+def test_nothing_is_written_into_what_is_only_read():
+    before = VALUES.clone()
+    for write in (lambda x: x.zero_(), lambda x: x[0].fill_(1.0), lambda x: x.view(24, 8).zero_()):
+        with pytest.raises(CutError, match=r"would write into .* only read .* in memory"):
+            write(lazy(VALUES))
+    assert torch.equal(VALUES, before)
+
+
+def test_what_is_written_into_a_result_must_not_be_read():
+    result = lazy(VALUES) * 2
+    assert result.normal_() is result
+    with pytest.raises(CutError, match=r"normal_.* wrote into a tensor .* cut it in memory"):
+        result.part.whole()
+
+
+def test_modules_hold_them_as_parameters():
+    layer = nn.Linear(8, 6, bias=False, dtype=torch.float64)
+    layer.weight = nn.Parameter(lazy(VALUES[0]))
+    assert layer.weight.numel() == 48
+    assert torch.equal(layer.state_dict()["weight"].part.whole(), VALUES[0])
