@@ -7,11 +7,9 @@ what a report has to be told of a model; what it says and shows is made by `repo
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._files import replace_folder, temporary_sibling, write_record
-from .._manifests import FILES, OLD_FILES, digests, sealed, stamps
+from .._files import replace_folder, temporary_sibling
+from .._manifests import digests, stamps
 from .._redaction import shareable, without_secrets
 from ..batches.batch import to_device
 from ..batches.longest import flops_inputs, longest_of
@@ -39,8 +37,6 @@ from .apply import (
 )
 from .companions import Companions, companions_of
 from .folders import (
-    DOCUMENT,
-    FORMAT_VERSION,
     check_content,
     check_folder,
     check_target,
@@ -49,7 +45,8 @@ from .folders import (
     target_of,
     write_files,
 )
-from .reference import DIGESTED, Reference, make_reference
+from .record import document_of, versions, write_document
+from .reference import Reference, make_reference
 from .twin import kernels_of
 
 TOKENS = 64
@@ -111,38 +108,6 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
         write_document(written, document, plan, reference, copied, digests(written))
         replace_folder(written, target, before)
     return target
-
-
-def write_document(
-    folder: Path,
-    document: Mapping[str, Any],
-    plan: Plan,
-    reference: Reference,
-    copied: list[str],
-    found: Mapping[str, str],
-) -> None:
-    """Write ``gradnas.json`` beside all other files.
-
-    Args:
-        folder: The checkpoint.
-        document: What is known of how it was made.
-        plan: What was cut.
-        reference: What it computes.
-        copied: Files that came along, by path.
-        found: Digests of all files.
-    """
-    plan = replace(plan, basis=None)  # the axes of the whole model: long, and in its scores
-    content = {**shareable(document), "plan": plan.to_dict(), "versions": versions()}
-    content |= {"format_version": FORMAT_VERSION, "reference": reference.to_dict()}
-    content |= {"companions": copied} if copied else {}
-    content[OLD_FILES] = {n: d for n, d in found.items() if n.endswith(DIGESTED)}
-    write_record(folder / DOCUMENT, sealed({**content, FILES: found}))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a checkpoint depends on."""
-    packages = (__name__.split(".", maxsplit=1)[0], "transformers", "torch")
-    return {package: sys.modules[package].__version__ for package in packages}
 
 
 # --- does it load? --------------------------------------------------------------------------------
@@ -355,15 +320,6 @@ def save_with_report(  # noqa: PLR0913 - one call writes all that is known
         companions=companions,
         **options,
     )
-
-
-def document_of(
-    prunable: Prunable, scores: Scores | None, repair: Repair | None, more: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Content of ``gradnas.json``; `more` wins."""
-    metadata = {} if scores is None else dict(scores.metadata)
-    mended = {} if repair is None else {"repair": repair.record()}
-    return {"totals": dict(prunable.totals), "scores": metadata, **mended, **more}
 
 
 def told_of(*args: Any, **options: Any) -> dict[str, str | bytes]:

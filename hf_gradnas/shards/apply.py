@@ -24,8 +24,9 @@ from ..checkpoint.apply import apply_plan
 from ..checkpoint.companions import companions_of
 from ..checkpoint.fingerprints import check_fingerprints
 from ..checkpoint.folders import check_content, check_target, failing, target_of, write_files
+from ..checkpoint.record import document_of, versions, write_document
 from ..checkpoint.reference import Reference
-from ..checkpoint.save import document_of, stock_class, told_of, versions, write_document
+from ..checkpoint.save import stock_class, told_of
 from ..checkpoint.twin import build_twin, entries
 from ..errors import CheckpointError, PlanError, described
 from ..repair.repairs import Repair, check_repair
