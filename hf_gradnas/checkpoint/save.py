@@ -49,8 +49,8 @@ from .record import document_of, versions, write_document
 from .reference import Reference, make_reference
 from .twin import kernels_of
 
-TOKENS = 64
-"""Tokens of the sequence that the written checkpoint is run on."""
+TOKENS = 16
+"""Tokens of the sequence that the written checkpoint is run on, as those of the proof of a cut."""
 
 
 def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with defaults

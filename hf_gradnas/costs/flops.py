@@ -85,7 +85,8 @@ def _count_unloaded(
     A mask of ones says nothing, and a forward may ask whether it is one; another may ask about
     positions where there is no mask.
     """
-    if not can_be_unloaded(model):
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    if is_recurrent or not can_be_unloaded(model):  # kernels of LSTMs are counted as they are run
         return None
     twin = unloaded(model)
     bare = {name: value for name, value in inputs.items() if name not in MASKS}

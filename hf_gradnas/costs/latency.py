@@ -33,6 +33,8 @@ SECONDS = 2.0
 """Time for the forwards of one model and batch size, unless the fewest take longer."""
 SHARE = 0.1
 """Of the time that a run took so far, for all that is timed; the smallest batch is timed always."""
+LEAST_SECONDS = 1.0
+"""What may be spent even in a run of a few seconds."""
 CALLS = WARM_UP + FEWEST // COUNTED * (1 + COUNTED)
 """The fewest of each model at a batch size."""
 ROOM = 2
@@ -202,7 +204,9 @@ class Timing:
 
     def _allowed(self) -> float | None:
         """Seconds for all that is timed; None: no limit."""
-        return None if self._began is None else SHARE * (time.monotonic() - self._began)
+        if self._began is None:
+            return None
+        return max(SHARE * (time.monotonic() - self._began), LEAST_SECONDS)
 
     def _keep(self, model: PreTrainedModel) -> None:
         self._whole = _copy(model)

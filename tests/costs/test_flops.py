@@ -205,3 +205,9 @@ def test_fused_attention_is_not_counted_as_on_a_cpu():
     x = {"x": torch.zeros(1, 2, 3, 4)}
     counted = count_flops(Built(), x)[0]
     assert counted == _count_as_it_is(Built(), x, ())[0] == 5 * 2 * 6 * 4 * 4
+
+
+def test_recurrent_networks_run_as_they_are(monkeypatch):
+    monkeypatch.setattr(flops, "unloaded", refuse_to_run)
+    model, x = nn.LSTM(4, 4), torch.zeros(2, 1, 4)
+    assert count_flops(model, {}, args=(x,))[0] == _count_as_it_is(model, {}, (x,))[0]

@@ -15,6 +15,7 @@ from hf_gradnas.costs.latency import (
     CALLS,
     COUNTED,
     FEWEST,
+    LEAST_SECONDS,
     MOST,
     SHARE,
     WARM_UP,
@@ -241,6 +242,9 @@ def test_a_share_of_the_run_is_allowed(monkeypatch):
     timing.begin(model)
     timing.end(model)
     assert measured.allowed[1:] == [pytest.approx(SHARE * 50), None]
+    monkeypatch.setattr(latency.time, "monotonic", lambda: 50.5)
+    timing.begin(model)
+    assert measured.allowed[-1] == LEAST_SECONDS / 2
 
 
 def test_progress_counts_rounds_up_to_those_expected():
