@@ -5,8 +5,10 @@ Knows discovery, checks, repair and trial, which need no scores; the other steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,10 +16,11 @@ from transformers import PreTrainedModel
 
 from .batches.batch import to_device
 from .batches.longest import Batch, check_inputs, from_main, longest_of_all, reiterable
-from .checkpoint.apply import check_uncut
+from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.prunable import find_prunables
 from .checkpoint.savable import check_savable
 from .config.limits import check_rules, parse_budgets, parse_rules
+from .costs.measured import measure_table
 from .errors import DataError, OrderError, check_choice
 from .masks import masked
 from .repair.least_squares import find_repair
@@ -27,7 +30,7 @@ from .running.wrappers import body_of, check_parameters, uncompiled
 from .search.solver import check_budgets
 from .stock.layouts import LAYOUTS
 from .surgery.cut import check_plan
-from .types import Basis, Budget, CostModel, Plan, Prunable, Structure
+from .types import Basis, Budget, CostModel, LatencyTable, Plan, Prunable, Structure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -169,6 +172,68 @@ class ExaminedModel:
         self._prunable = found
         return found.structure
 
+    def measure_latency(
+        self,
+        batch: Batch,
+        *,
+        batch_size: int = 1,
+        length: int | None = None,
+        phase: str = "prefill",
+        progress: Progress | None = None,
+    ) -> LatencyTable:
+        """Time the sub-layers at several widths, here and as the model is, and budget by it.
+
+        A minute or so, once for a machine: `LatencyTable.save` keeps it for `use_latency`.
+
+        Args:
+            batch: As for `discover`; the first example is repeated.
+            batch_size: Examples at once.
+            length: Tokens of each; None: the batch's.
+            phase: ``"prefill"``, a forward of all tokens, or ``"decode"``, one of the next token.
+            progress: Called with widths done and their number.
+
+        Raises:
+            BudgetError: The times of this model do not add up (channels), or were not measured.
+            OrderError: Neither `discover` nor `score` was called, or the model is cut already.
+            PlanError: The phase is unknown.
+        """
+        check_uncut("measure_latency", is_cut=self._applied)
+        found = self.prunable
+        given: dict[str, Any] = {"batch_size": batch_size, "length": length, "phase": phase}
+        if progress is not None:
+            given["progress"] = progress
+        if found.layout == "per_layer":
+            given["cut_whole"] = partial(_cut_whole, found=found)
+        table = self._processes.from_main(lambda: measure_table(self.model, found, batch, **given))
+        self.use_latency(table)
+        return table
+
+    def use_latency(
+        self, table: LatencyTable | str | Path, *, device: str | None = None
+    ) -> LatencyTable:
+        """Take a table for budgets of ``latency_ms``; it may be of another machine than this one.
+
+        It is returned, read where a file is given.
+
+        Args:
+            table: As `measure_latency` gives it, or the file that it was saved to.
+            device: Type of the device that it has to be of, such as ``"cuda"``; None: any.
+
+        Raises:
+            BudgetError: It is of a model of another structure, or of another device; or the file
+                holds none.
+            OrderError: Neither `discover` nor `score` was called.
+        """
+        found = self.prunable
+        if not isinstance(table, LatencyTable):
+            table = self._processes.from_main(partial(LatencyTable.load, table))
+        self._prunable = table.priced(found, device=device)
+        return table
+
+    def save_latency(self, table: LatencyTable, file: str | Path) -> None:
+        """Write a table, by the main process."""
+        self._processes.from_main(lambda: table.save(file))
+
     def check(self, budget: Mapping[str, Any]) -> tuple[Budget, ...]:
         """Read a budget, and check that it can be reached; warns, once, if it is near the lowest.
 
@@ -277,3 +342,12 @@ def need(value: Any, what: str, call: str) -> Any:
     if value is None:
         raise OrderError(f"{what}: not known yet; call {call} first.")
     return value
+
+
+def _cut_whole(
+    model: PreTrainedModel, kept: Mapping[str, Sequence[int]], *, found: Prunable
+) -> None:
+    """Cut a model with its config, as `GradNASPruner.apply` does."""
+    units = {name: tuple(each) for name, each in kept.items()}
+    sizes = {axis.name: axis.size for axis in found.axes}
+    apply_plan(model, Plan(units, sizes, found.layout), found.structure, found.space)

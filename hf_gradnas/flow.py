@@ -24,6 +24,7 @@ from .data.loading import load_model, open_source
 from .errors import RepairError
 from .hub import check_access, push
 from .jobs.early import check_early, model_folder, repair_file
+from .jobs.latency import set_latency
 from .jobs.measuring import doubts, measure, warn_of_loss
 from .jobs.preparation import (
     Job,
@@ -118,6 +119,7 @@ class Run:
         # Structure: axes of units, each proved; the rest refused by name. A budget that cannot be
         # reached fails here.
         pruner = self._discover(model, loader, job)
+        set_latency(pruner, self.recipe, self._batch, length=self._length, report=self.report)
         pruner.check(self.recipe.target)
         self.report.structure(pruner.structure, pruner.layout, pruner.layout_reason)
         before = self._evaluate(model, evaluation, job, "Evaluating the original")

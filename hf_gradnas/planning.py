@@ -14,7 +14,7 @@ from .errors import PlanError, ScoresError, check_choice
 from .search.prediction import with_prediction
 from .search.solver import STRATEGIES, check_budgets, find_plans
 from .stock.layouts import LAYOUTS, layout_for
-from .types import Basis, Budget, Plan, Prunable, Scores
+from .types import Basis, Budget, LatencyTable, Plan, Prunable, Scores
 
 Limits = Mapping[str, Any]
 """A budget such as ``{"flops": "60%"}``."""
@@ -33,6 +33,7 @@ def make_plans(
     search: str = "lagrangian",
     layout: str = "auto",
     rules: Mapping[str, Any] | None = None,
+    latency: LatencyTable | None = None,
 ) -> list[Plan]:
     """Find the best units to keep under each of several budgets.
 
@@ -45,6 +46,7 @@ def make_plans(
         search: ``"lagrangian"`` or ``"binary"``.
         layout: ``"auto"``, ``"stock"`` or ``"per_layer"``.
         rules: As of `GradNASPruner`.
+        latency: For budgets of ``latency_ms``, of any machine.
 
     Returns:
         One plan per budget, each with what it was made from as its `Plan.basis`.
@@ -60,6 +62,7 @@ def make_plans(
     scores = scores if score is None else scores.of(score)
     basis = basis_of(scores)
     prunable = prunable_for(basis, layout=layout, rules=limits)
+    prunable = prunable if latency is None else latency.priced(prunable)
     check_rules(limits, prunable.structure)
     asked = [parse_budgets(budget, prunable.totals, prunable.absent) for budget in budgets]
     for each in asked:

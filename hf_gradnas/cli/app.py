@@ -268,6 +268,7 @@ _SWEPT: dict[str, str | None] = {
     **dict.fromkeys(("image_column", "audio_column", "num_examples", "shuffle", "batch_size")),
     **dict.fromkeys(("max_length", "labels", "label_map", "checkpointing")),
     **dict.fromkeys(("eval_dataset", "eval_split", "eval_num_examples", "flops_length")),
+    **dict.fromkeys(("latency_table", "latency_batch_size", "latency_phase")),
     **dict.fromkeys(("search", "layout", "repair", "axes", "exclude", "min_units", "seed")),
     "output": "Folder of the results: sweep.json, .csv, .md, .png, .svg, and the scores. What is "
     "in it already is not measured again. Default: ./<last part of model>-sweep.",
@@ -294,7 +295,7 @@ _SCORED: dict[str, str | None] = {
 _PLANNED: dict[str, str | None] = {
     "target": None,
     "score": "Which of the scores in the file, where there are several. Default: the first.",
-    **dict.fromkeys(("search", "layout", "axes", "exclude", "min_units")),
+    **dict.fromkeys(("search", "layout", "axes", "exclude", "min_units", "latency_table")),
     "output": "File of the plan, or folder of several. Default: the name of the scores with "
     ".plan.json, or .plans.",
 }

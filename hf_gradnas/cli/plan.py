@@ -12,12 +12,12 @@ from ..config.plans import build_plans
 from ..config.recipe import Recipe
 from ..config.recipe_files import build_recipe
 from ..errors import GradNASError, PlanError, RecipeError, ScoresError
-from ..types import USUAL, Kind
+from ..types import LATENCY, USUAL, Kind
 from . import BAD_INPUT, DONE, INTERRUPTED
 from .show import Screen, shown_warnings
 
 if TYPE_CHECKING:
-    from ..types import Plan, Prunable, Scores
+    from ..types import LatencyTable, Plan, Prunable, Scores
 
 _LIMIT = re.compile(r"[\w.+%-]+", re.ASCII)
 
@@ -86,6 +86,7 @@ def _plan(
         search=recipe.search,
         layout=recipe.layout,
         rules=_rules(recipe, scores),
+        latency=_latency(recipe, budgets),
     )
     output = _output(file, recipe, is_folder="" not in budgets)
     basis = plans[0].basis
@@ -102,6 +103,25 @@ def _plan(
             plan.save(output / name)
         _show(screen, plans, list(budgets), prunable)
     screen.line(f"Saved: {output}")
+
+
+def _latency(recipe: Recipe, budgets: Mapping[str, Mapping[str, Any]]) -> LatencyTable | None:
+    """The table that is given.
+
+    Raises:
+        BudgetError: It cannot be read.
+        RecipeError: No budget is in milliseconds.
+    """
+    from ..types import LatencyTable
+
+    if recipe.latency_table is None:
+        return None
+    if not any(LATENCY in budget for budget in budgets.values()):
+        raise RecipeError(
+            f"--latency-table {recipe.latency_table}: has no effect here, as no budget is in "
+            "milliseconds; give --target latency_ms=…, or omit it."
+        )
+    return LatencyTable.load(Path(recipe.latency_table).expanduser())
 
 
 def _read(file: str) -> Scores:

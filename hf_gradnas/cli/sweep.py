@@ -18,6 +18,7 @@ from ..config.recipe_files import build_recipe, check_inputs, shareable
 from ..config.sweep import Sweep, build_sweep
 from ..errors import BudgetError, CheckpointError, DataError, GradNASError, RecipeError
 from ..jobs.early import check_inspected, is_local, local_path, model_folder
+from ..jobs.latency import check_latency, set_latency
 from ..jobs.measuring import doubts
 from ..types import COSTS
 from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
@@ -118,7 +119,9 @@ def _sweep(
             "with labels, more data, or another --task."
         )
     pruner = make_pruner(model, job.recipe, job, processes)
-    pruner.discover(next(iter(loader)), flops_length=flops_length_of(job))
+    batch, length = next(iter(loader)), flops_length_of(job)
+    pruner.discover(batch, flops_length=length)
+    set_latency(pruner, job.recipe, batch, length=length, report=screen)
     screen.structure(pruner.structure, pruner.layout, pruner.layout_reason)
     yardstick = partial(
         metrics_of, batches=measured, evaluation=job.evaluation, head=job.source.task.head
@@ -275,6 +278,7 @@ def check_sweep(recipe: Recipe, sweep: Sweep, *, given: Set[str]) -> Recipe:
         CheckpointError: The output cannot be written, or holds what no sweep wrote.
     """
     check_inputs(recipe)
+    recipe = recipe.model_copy(update={"target": {c: each[0] for c, each in sweep.targets.items()}})
     check_inspected(recipe, given=given)
     if sweep.seeds and "shuffle" in given:
         raise RecipeError(
@@ -298,6 +302,7 @@ def check_sweep(recipe: Recipe, sweep: Sweep, *, given: Set[str]) -> Recipe:
     folder = str(Path(folder).expanduser()) if folder.startswith("~") else folder
     recipe = recipe.model_copy(update={"output": folder, "score": sweep.score[0]})
     _check_folder(recipe, folder, saves=sweep.save is not None)
+    check_latency(recipe)
     return recipe
 
 

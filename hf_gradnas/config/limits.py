@@ -18,7 +18,7 @@ from types import MappingProxyType
 from pydantic import Field, ValidationError
 
 from ..errors import BudgetError, GradNASWarning, PlanError, StructureError
-from ..types import BYTES, KINDS, Axis, Budget, CostModel, Kind, Structure
+from ..types import BYTES, KINDS, MEASURED, Axis, Budget, CostModel, Kind, Structure
 from .strict import Settings
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
@@ -65,7 +65,7 @@ def parse_budgets(
             f"write for example {EXAMPLE}."
         )
     for name in budget:
-        if name in absent:
+        if name in absent and name not in totals:
             raise BudgetError(
                 f"budget {name}: {absent[name]}; limit one of {', '.join(sorted(totals))}."
             )
@@ -163,7 +163,8 @@ def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
             f"budget {name}={limit}: needed a limit above 0; the original costs "
             f"{format_amount(total)}."
         )
-    if amount <= 1 or amount <= _PERCENT < total / _PERCENT:
+    is_small = amount <= 1 or amount <= _PERCENT < total / _PERCENT
+    if is_small and not (name in MEASURED and total / amount < _PERCENT):
         share = 100 * amount if amount <= 1 else amount
         raise BudgetError(
             f"budget {name}={limit}: a bare number is an absolute limit and this one is too small "

@@ -55,15 +55,32 @@ class Recipe(Inputs):
     target: dict[str, float | str] = Field(
         default_factory=_default_target,
         min_length=1,
-        description="Budget to keep to: flops, params, memory, kv_cache or active_params, as a "
-        "share of the original (60%) or a number (66e6, 1.2G, 500MB). Repeatable; all "
-        "hold at once. Default: flops=60%.",
+        description="Budget to keep to: flops, params, memory, kv_cache, active_params or "
+        "latency_ms, as a share of the original (60%) or a number (66e6, 1.2G, 500MB). Repeatable; "
+        "all hold at once. Default: flops=60%.",
         json_schema_extra=named(_PLAN, "NAME=VALUE"),
     )
     flops_length: int | None = Field(
         default=None,
         ge=1,
         description="Sequence length at which flops are counted. Default: --max-length.",
+        json_schema_extra=_PLAN,
+    )
+    latency_table: str | None = Field(
+        default=None,
+        description="Table that latency_ms is read from, measured for this model on the machine "
+        "that it will run on. Default: measured here, and saved in <output>.latency.json.",
+        json_schema_extra=named(_PLAN, "FILE"),
+    )
+    latency_batch_size: int = Field(
+        default=1,
+        ge=1,
+        description="Examples at once for which latency_ms is measured, of --flops-length tokens.",
+        json_schema_extra=_PLAN,
+    )
+    latency_phase: Literal["prefill", "decode"] = Field(
+        default="prefill",
+        description="prefill times a forward of all tokens, decode one of the next token.",
         json_schema_extra=_PLAN,
     )
     score: Score = Field(

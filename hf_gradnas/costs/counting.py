@@ -214,6 +214,8 @@ _ABSENT = {
     "kv_cache": "is 0: this model keeps no keys and values of the tokens before",
     "active_params": "is no cost of its own: no experts of this model of which a token runs "
     "through a few can be pruned, so that all parameters count (params)",
+    "latency_ms": "needs a table that is measured on the machine; make one with measure_latency, "
+    "or give one to use_latency (--latency-table)",
 }
 """Why a model has no such cost."""
 

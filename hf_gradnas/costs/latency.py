@@ -104,14 +104,14 @@ def measure_latency(
     decoder = bool(first.config.is_encoder_decoder)
     one = flops_inputs(to_device(batch, first), length, decoder=decoder)
     found: dict[int, list[float]] = {}
-    synchronize = partial(_synchronize, first.device)
+    synchronize = partial(synchronized, first.device)
     began = time.perf_counter()
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode())
         for place, size in enumerate(batch_sizes):
-            runs = [partial(model, **_repeated(one, size)) for model in models]
+            runs = [partial(model, **repeated(one, size)) for model in models]
             seconds = SECONDS
             if allowed is not None:
                 left = max(allowed - (time.perf_counter() - began), 0.0)
@@ -209,7 +209,7 @@ class Timing:
         return max(SHARE * (time.monotonic() - self._began), LEAST_SECONDS)
 
     def _keep(self, model: PreTrainedModel) -> None:
-        self._whole = _copy(model)
+        self._whole = copied(model)
         if self._whole is None:
             allowed = self._allowed()
             half = None if allowed is None else allowed / 2  # the other is for the cut model
@@ -246,7 +246,7 @@ class Timing:
             return measure_latency(models, self._batch, **options)
 
 
-def _copy(model: PreTrainedModel) -> PreTrainedModel | None:
+def copied(model: PreTrainedModel) -> PreTrainedModel | None:
     """A copy on the model's device; None where there is no room, or it cannot be copied."""
     if len(set(vars(model).get("hf_device_map", {}).values())) > 1:
         return None
@@ -265,7 +265,7 @@ def free_bytes(device: torch.device) -> int:
     return int(get_max_memory().get(device.type, 0))
 
 
-def _repeated(inputs: Mapping[str, Any], size: int) -> dict[str, Any]:
+def repeated(inputs: Mapping[str, Any], size: int) -> dict[str, Any]:
     """A batch of `size` times the same example."""
     return {
         name: value.repeat_interleave(size, dim=0)
@@ -275,7 +275,8 @@ def _repeated(inputs: Mapping[str, Any], size: int) -> dict[str, Any]:
     }
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronized(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -23,6 +23,7 @@ from ..data.tasks import named_task
 from ..errors import CheckpointError, DataError, HubError, RecipeError, ScoresError
 from ..types import COSTS
 from .idle import Known, check_idle
+from .latency import check_latency
 
 if TYPE_CHECKING:
     from ..types import Scores
@@ -80,6 +81,7 @@ def check_early(recipe: Recipe, *, given: Set[str]) -> Recipe:
         )
     _check_inputs(recipe, given)
     recipe = resolve_paths(recipe)
+    check_latency(recipe)
     read_scores(recipe, given=given)
     return recipe
 

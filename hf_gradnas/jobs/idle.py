@@ -200,6 +200,18 @@ def _temperature(recipe: Recipe, known: Known) -> str:
     return _recovery(recipe, known)
 
 
+def _latency(recipe: Recipe, _: Known) -> str:
+    if "latency_ms" in recipe.target:
+        return ""
+    return "no budget is in milliseconds; give --target latency_ms=…, or omit it"
+
+
+def _measured(recipe: Recipe, known: Known) -> str:
+    if recipe.latency_table is not None:
+        return "--latency-table says for what it was measured; omit one of the two"
+    return _latency(recipe, known)
+
+
 _ROWS: Mapping[str, _Reason] = {
     "revision": _revision,
     "split": _split,
@@ -215,6 +227,9 @@ _ROWS: Mapping[str, _Reason] = {
     "eval_split": _eval_split,
     "eval_num_examples": _evaluation,
     "flops_length": _length,
+    "latency_table": _latency,
+    "latency_batch_size": _measured,
+    "latency_phase": _measured,
     "save_scores": _save_scores,
     "checkpointing": _checkpointing,
     "recover_num_examples": _recovery,

@@ -100,6 +100,8 @@ def _last_unit_costs(cost: CostModel, sizes: Mapping[str, int]) -> dict[str, flo
     slopes = dict(cost.per_unit)
     for name, rate in cost.rates.items():
         slopes[name] = slopes.get(name, 0.0) + rate.amount / sizes[rate.of]
+    for name, curve in cost.curves.items():
+        slopes[name] = slopes.get(name, 0.0) + curve.slope / (sizes[curve.of] if curve.of else 1)
     for product in cost.products:
         values = [constant + sum(w * sizes[a] for a, w in axes) for constant, axes in product.dims]
         for dim, (_, axes) in enumerate(product.dims):

@@ -258,4 +258,8 @@ def _block_cost(axes: Sequence[Axis], counts: Counts, cost: CostModel) -> np.nda
         if axis.name in cost.rates and axis.parent is not None:
             parents = counts[KINDS[axis.kind].parent or axis.kind]
             total += cost.rates[axis.name].amount * kept / np.maximum(parents, 1)
+        if axis.name in cost.curves:
+            curve = cost.curves[axis.name]
+            each = counts[KINDS[axis.kind].parent or axis.kind] if curve.of else np.ones_like(kept)
+            total += np.interp(kept / np.maximum(each, 1), curve.widths, curve.values)
     return total

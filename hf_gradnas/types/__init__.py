@@ -9,11 +9,24 @@ from typing import TYPE_CHECKING
 
 from .._lazy import getter
 from .basis import Basis
-from .costs import BYTES, COSTS, USUAL, Budget, CostModel, Product, Rate, Shared
+from .costs import (
+    BYTES,
+    COSTS,
+    LATENCY,
+    MEASURED,
+    USUAL,
+    Budget,
+    CostModel,
+    Curve,
+    Product,
+    Rate,
+    Shared,
+)
 from .cuts import Copied, Cut
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
 from .kinds import KINDS, PARENTS, Kind, KindRow, Mask
+from .latency_tables import LatencyTable, Phase, Timed, table_fingerprint
 from .plan_checks import check_indices, check_values, is_integer
 from .prunable import Prunable
 from .structure import (
@@ -40,7 +53,9 @@ __all__ = [
     "BYTES",
     "COSTS",
     "KINDS",
+    "LATENCY",
     "MASKED",
+    "MEASURED",
     "PARENTS",
     "REPAIRED",
     "REPAIR_MARK",
@@ -53,12 +68,15 @@ __all__ = [
     "Budget",
     "Copied",
     "CostModel",
+    "Curve",
     "Cut",
     "Frontier",
     "Kind",
     "KindRow",
+    "LatencyTable",
     "Mask",
     "Pattern",
+    "Phase",
     "Plan",
     "Point",
     "Product",
@@ -74,6 +92,7 @@ __all__ = [
     "StockSpace",
     "Structure",
     "Tap",
+    "Timed",
     "Units",
     "check_indices",
     "check_values",
@@ -84,6 +103,7 @@ __all__ = [
     "present_plan",
     "present_scores",
     "read_object",
+    "table_fingerprint",
 ]
 
 __getattr__ = getter(

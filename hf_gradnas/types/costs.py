@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
 
 COSTS: Mapping[str, str] = {
     "flops": "FLOPs",
@@ -11,10 +14,15 @@ COSTS: Mapping[str, str] = {
     "memory": "bytes of weights",
     "kv_cache": "bytes of keys and values per token",
     "active_params": "active parameters",
+    "latency_ms": "milliseconds",
 }
-"""Names of the costs that are counted, in words; not every model has all of them."""
+"""Names of costs in words; not every model has all of them, and latency is of a table."""
 USUAL = ("flops", "params")
 """Costs that every model has, and that tables show which have no room for all."""
+LATENCY = "latency_ms"
+"""The cost that is read from a table of one machine."""
+MEASURED = frozenset({LATENCY})
+"""Costs of a small model may be less than 1."""
 BYTES = frozenset({"memory", "kv_cache"})
 """Costs in bytes, whose limits may end in MB or MiB."""
 
@@ -77,12 +85,51 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """A cost that is measured at some widths: straight lines between them, and beyond the last.
+
+    Attributes:
+        widths: Kept units, from 0 on, growing.
+        values: Cost at each width, from 0.0 on, never falling.
+        of: Name of the axis by whose kept units the width is divided, where it is that of one of
+            them; "" for the width of the axis itself.
+
+    Raises:
+        ValueError: They do not begin at 0, or fall.
+    """
+
+    widths: tuple[float, ...]
+    values: tuple[float, ...]
+    of: str = ""
+
+    def __post_init__(self) -> None:
+        pairs = list(zip(self.widths, self.values, strict=True))
+        grows = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(pairs))
+        begins = len(pairs) > 1 and not any(pairs[0])
+        if not (begins and grows and isfinite(self.values[-1])):
+            raise ValueError(f"a curve through {pairs} does not begin at 0 and never fall")
+
+    def at(self, width: float) -> float:
+        """Cost at a width."""
+        place = min(max(bisect_right(self.widths, width), 1), len(self.widths) - 1)
+        low, high = self.widths[place - 1 : place + 1]
+        below, above = self.values[place - 1 : place + 1]
+        return below + (above - below) * (width - low) / (high - low)
+
+    @property
+    def slope(self) -> float:
+        """What the last unit costs."""
+        return self.at(self.widths[-1]) - self.at(self.widths[-1] - 1)
+
+
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """A cost as a closed form of how many units each axis keeps.
 
     ``cost(kept) = constant + Σ_axes (per_unit·kept + while_kept·[kept > 0]) + Σ rates + Σ products
-    - Σ shared``. Exact for nested axes, since the kept heads are counted over all kept groups. A
-    search may leave `shared` out: it is an upper bound then, and exact as soon as a unit goes.
+    + Σ curves - Σ shared``. Exact for nested axes, since the kept heads are counted over all kept
+    groups. A search may leave `shared` out: it is an upper bound then, and exact as soon as a unit
+    goes.
 
     Attributes:
         name: One of `COSTS`, or of a user's own.
@@ -96,6 +143,7 @@ class CostModel:
         parts: What holds the constant, such as ``embeddings``, largest first; empty where that is
             not known.
         unit: What it is counted in, such as ``parameters``.
+        curves: Measured cost of the units of an axis, per axis name.
     """
 
     name: str
@@ -107,6 +155,7 @@ class CostModel:
     rates: Mapping[str, Rate] = field(default_factory=dict)
     parts: Mapping[str, float] = field(default_factory=dict)
     unit: str = ""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
     def of(self, kept: Mapping[str, int]) -> float:
         """Cost of a model that keeps ``kept[axis]`` units of each axis."""
@@ -117,6 +166,8 @@ class CostModel:
                 total += self.while_kept.get(axis, 0.0)
         for axis, rate in self.rates.items():
             total += rate.amount * kept[axis] / max(kept[rate.of], 1)
+        for axis, curve in self.curves.items():
+            total += curve.at(kept[axis] / max(kept[curve.of], 1) if curve.of else kept[axis])
         total += sum(product.of(kept) for product in self.products)
         return total - sum(shared.of(kept) for shared in self.shared)
 
@@ -124,7 +175,7 @@ class CostModel:
     def is_constant(self) -> bool:
         """Whether it is the same whatever is pruned."""
         parts = (*self.per_unit.values(), *self.while_kept.values(), *self.rates.values())
-        return not any(parts) and not self.products
+        return not any(parts) and not self.products and not self.curves
 
 
 @dataclass(frozen=True, slots=True)

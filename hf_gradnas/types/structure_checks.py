@@ -71,8 +71,9 @@ def check_prunable(prunable: Prunable) -> None:
 
 
 def _axes_of(cost: CostModel) -> Iterator[str]:
-    yield from (*cost.per_unit, *cost.while_kept, *cost.rates)
+    yield from (*cost.per_unit, *cost.while_kept, *cost.rates, *cost.curves)
     yield from (rate.of for rate in cost.rates.values())
+    yield from (curve.of for curve in cost.curves.values() if curve.of)
     yield from (name for shared in cost.shared for name in shared.sizes)
     for product in cost.products:
         yield from (name for _, weights in product.dims for name, _ in weights)
