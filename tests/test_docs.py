@@ -131,7 +131,8 @@ def test_commands_on_files_run(own_folder, capsys):
                 more += ["--no-report"] if command[0] == "prune" else []
             assert main([*command, *more]) == 0, (command, capsys.readouterr())
             done.append(command)
-    assert {command[0] for command in done} == {"prune", "inspect", "sweep", "score", "plan"}
+    ran = {command[0] for command in done}
+    assert ran == {"prune", "inspect", "sweep", "score", "plan", "apply"}
 
 
 def scripts_of(page):

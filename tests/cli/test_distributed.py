@@ -88,6 +88,20 @@ def test_two_processes_sweep_as_one_does(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.long
+def test_two_processes_score_as_one_does(tmp_path: Path, capsys) -> None:
+    model, data = save_bert(tmp_path / "bert"), write_tsv(tmp_path / "train.tsv", 30)
+    options = ["--model", model, "--dataset", data, "--num-examples", "9", "--batch-size", "4"]
+    code, out, err = run("score", *options, "--output", "two.safetensors", module="__main__")
+    assert code == 0, err
+    assert out.count("scores: two.safetensors") == 1
+    assert main(["score", *map(str, options), "--output", "one.safetensors"]) == 0
+    one, two = (Scores.load(f"{name}.safetensors") for name in ("one", "two"))
+    assert two.basis == one.basis
+    for name, values in one.values.items():
+        assert np.abs(two.values[name] - values).max() <= 1e-5 * values.max()
+
+
+@pytest.mark.long
 def test_an_error_is_said_once(tmp_path: Path) -> None:
     model, data = save_bert(tmp_path / "bert"), write_tsv(tmp_path / "train.tsv", 30)
     (tmp_path / "taken").mkdir()

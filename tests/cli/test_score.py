@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from cli_cases import save_bert, save_llama, write_text, write_tsv
+from safetensors.numpy import load_file, save_file
 
 from hf_gradnas import Plan, Scores
 from hf_gradnas.checkpoint.fingerprints import fingerprints_of
@@ -78,6 +79,32 @@ def test_score_and_plan_are_the_first_steps_of_prune(run, bert, tmp_path):
     assert Plan.load("pruned.plan.json") == plan
     assert plan.basis.checkpoint == {"model": "bert", **fingerprints_of(bert)}
     assert Plan.load("pruned.plan.json").basis.checkpoint == {}
+
+
+@pytest.mark.parametrize("layout", ["per_layer", "stock"])
+def test_the_three_commands_make_the_model_of_prune(run, bert, tmp_path, layout):
+    options = ["--target", "flops=80%", "--layout", layout]
+    assert run("score", *DATA, "--output", FILE)[0] == 0
+    assert run("plan", FILE, *options, "--output", "plan.json")[0] == 0
+    code, _, err = run("apply", "plan.json", "bert", "--output", "applied", "--no-report")
+    assert (code, err) == (0, "")
+    whole = ["--repair", "none", "--no-report", "--output", "pruned"]
+    assert run("prune", *DATA, *options, *whole)[0] == 0
+    applied, pruned = (load_file(Path(name, "model.safetensors")) for name in ("applied", "pruned"))
+    assert applied.keys() == pruned.keys()
+    assert all(np.array_equal(applied[name], values) for name, values in pruned.items())
+    configs = [json.loads(Path(name, "config.json").read_text()) for name in ("applied", "pruned")]
+    # A forward with labels writes it into the config of a model that is in memory.
+    assert configs[1].pop("problem_type") == "single_label_classification"
+    assert configs[0] == configs[1]
+    # Another checkpoint of the same shapes is another one.
+    save_bert(tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    save_file({name: values + 1 for name, values in load_file(file).items()}, file)
+    code, _, err = run("apply", "plan.json", "other", "--output", "none", "--no-report")
+    assert code == 2
+    assert "is for another checkpoint (made from bert): its weights" in err
+    assert not (tmp_path / "none").exists()
 
 
 def test_scores_resume_after_an_interruption(run, bert, monkeypatch):
