@@ -21,12 +21,16 @@ OLD_FILES = "sha256"
 """Key of ``gradnas.json`` for weights and code alone; all that checkpoints of 0.1 have."""
 RECORDS = ("gradnas.json", "quickstart.json")
 MOST_FOREIGN = 1000
+_CHUNK = 1 << 18
 
 
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    state, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with file.open("rb", buffering=0) as opened:
+        while size := opened.readinto(buffer):
+            state.update(buffer[:size])
+    return state.hexdigest()
 
 
 def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
