@@ -224,9 +224,10 @@ class Screen(Report):
             row = (f"{found['batch_size']}", f"{before:.1f} ms", f"{after:.1f} ms")
             rows.append((*row, say_speedup(before / after)))
         headers = ("batch size", "before", "after", "speed-up")
-        self.table("Latency", headers, rows, right=4)
-        order = "both models in turn" if latency["in_turn"] else "one model after the other"
-        self.line(f"Median time of a forward ({latency['machine']}; {order}).")
+        if rows:
+            self.table("Latency", headers, rows, right=4)
+            order = "both models in turn" if latency["in_turn"] else "one model after the other"
+            self.line(f"Median time of a forward ({latency['machine']}; {order}).")
         if latency["skipped"]:
             self.line(say_skipped(latency["skipped"]))
 

@@ -32,7 +32,7 @@ COUNTED = 2
 SECONDS = 2.0
 """Time for the forwards of one model and batch size, unless the fewest take longer."""
 SHARE = 0.1
-"""Of the time that a run took so far, for all that is timed; the smallest batch is timed always."""
+"""Of the time that a run took so far, for all that is timed; one example may take longer."""
 LEAST_SECONDS = 1.0
 """What may be spent even in a run of a few seconds."""
 CALLS = WARM_UP + FEWEST // COUNTED * (1 + COUNTED)
@@ -96,8 +96,9 @@ def measure_latency(
         batch: As they are scored with; the first example is repeated.
         length: Tokens of an example, none of them padding; None keeps the batch's.
         batch_sizes: Examples at once, the fewest first.
-        allowed: Seconds for all of it. The first batch size takes what it needs; others for which
-            too few are left are missing in what is returned. None: no limit.
+        allowed: Seconds for all of it. The first batch size takes what the fewest calls need,
+            unless one alone takes longer; batch sizes for which too few are left are missing in
+            what is returned. None: no limit.
         progress: As of `medians_ms`, for each batch size.
     """
     first = models[0]
@@ -115,8 +116,9 @@ def measure_latency(
             seconds = SECONDS
             if allowed is not None:
                 left = max(allowed - (time.perf_counter() - began), 0.0)
-                if found and not _fits(runs, synchronize, found, size, left):
+                if (place and not found) or not _fits(runs, synchronize, found, size, left):
                     continue
+                left = max(allowed - (time.perf_counter() - began), 0.0)
                 share = left / len(models) / len(batch_sizes[place:])
                 seconds = min(SECONDS, share * COUNTED / (1 + COUNTED))
             found[size] = medians_ms(
@@ -132,18 +134,20 @@ def _fits(
     size: int,
     left: float,
 ) -> bool:
-    """Whether the fewest calls at a batch size take no more than so many seconds.
+    """Whether a batch size can be timed in so many seconds.
 
-    One call tells, where even that fits if it takes as much longer as the batch is larger.
+    One call tells, where even that fits if it takes as much longer as the batch is larger. Of the
+    first batch size a single call has to fit, of others the fewest of all models.
     """
-    known = max(found)
-    if size / known * max(found[known]) / 1e3 > left:
+    known = max(found, default=None)
+    if known is not None and size / known * max(found[known]) / 1e3 > left:
         return False
     synchronize()
     began = time.perf_counter()
     runs[0]()
     synchronize()
-    return (time.perf_counter() - began) * CALLS * len(runs) <= left
+    took = time.perf_counter() - began
+    return took <= left if known is None else took * CALLS * len(runs) <= left
 
 
 def describe_machine(device: torch.device) -> str:

@@ -217,8 +217,16 @@ def test_batch_sizes_that_take_longer_than_allowed_are_left_out(clock):
 
 def test_what_cannot_fit_is_not_even_tried(clock):
     model = Slow(clock, 0.1)
-    measure_latency([model], IDS, length=None, allowed=0.0)
-    assert model.sizes == [1] * CALLS
+    measure_latency([model], IDS, length=None, allowed=0.2)
+    assert model.sizes == [1] * (1 + CALLS)
+
+
+def test_nothing_is_timed_where_one_call_takes_too_long(clock, capsys):
+    models = [Slow(clock, 9.0), Slow(clock, 5.0)]
+    assert measure_latency(models, IDS, length=None, allowed=8.0) == {}
+    assert [model.sizes for model in models] == [[1], []]
+    Screen().latency({"machine": "cpu", "in_turn": True, "batches": [], "skipped": [1, 8]})
+    assert capsys.readouterr().out.startswith("Batch sizes 1, 8 not timed")
 
 
 def test_all_sizes_are_timed_within_what_is_allowed(clock):
@@ -226,7 +234,7 @@ def test_all_sizes_are_timed_within_what_is_allowed(clock):
     found = measure_latency([model], IDS, length=None, allowed=5.0)
     assert list(found) == [1, 8]
     assert [*found[1], *found[8]] == pytest.approx([10.0, 80.0])
-    assert clock.now < 5.0 + WARM_UP * (0.01 + 0.08)
+    assert clock.now < 5.0 + (1 + WARM_UP) * (0.01 + 0.08)
 
 
 def test_a_share_of_the_run_is_allowed(monkeypatch):
