@@ -180,6 +180,7 @@ class ExaminedModel:
         length: int | None = None,
         phase: str = "prefill",
         progress: Progress | None = None,
+        **timing: Any,
     ) -> LatencyTable:
         """Time the sub-layers at several widths, here and as the model is, and budget by it.
 
@@ -191,6 +192,7 @@ class ExaminedModel:
             length: Tokens of each; None: the batch's.
             phase: ``"prefill"``, a forward of all tokens, or ``"decode"``, one of the next token.
             progress: Called with widths done and their number.
+            **timing: ``clock`` and ``seconds`` of `costs.latency.medians_ms`.
 
         Raises:
             BudgetError: The times of this model do not add up (channels), or were not measured.
@@ -199,7 +201,7 @@ class ExaminedModel:
         """
         check_uncut("measure_latency", is_cut=self._applied)
         found = self.prunable
-        given: dict[str, Any] = {"batch_size": batch_size, "length": length, "phase": phase}
+        given = {"batch_size": batch_size, "length": length, "phase": phase, **timing}
         if progress is not None:
             given["progress"] = progress
         if found.layout == "per_layer":

@@ -136,7 +136,7 @@ def _times(
         else:
             cut(smaller, prunable.axes, kept)
         pair = reference, smaller
-        whole, less = _in_turn(pair, inputs, phase=phase, seconds=seconds, **clock)
+        whole, less = in_turn(pair, inputs, phase=phase, seconds=seconds, **clock)
         wholes.append(whole)
         ratios[at] = less / whole
     progress(len(points), len(points))
@@ -257,10 +257,17 @@ def _kept(axes: Iterable[Axis], counts: Mapping[str, int]) -> dict[str, list[int
 # --- times ----------------------------------------------------------------------------------------
 
 
-def _in_turn(
+def in_turn(
     models: Sequence[PreTrainedModel], inputs: Mapping[str, Any], *, phase: str, **timing: Any
 ) -> list[float]:
-    """Median milliseconds of each model."""
+    """Median milliseconds of each model, on inputs of one batch.
+
+    Args:
+        models: On one device.
+        inputs: Keyword arguments of a forward.
+        phase: As of `measure_table`.
+        **timing: As of `medians_ms`.
+    """
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))

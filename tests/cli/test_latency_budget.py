@@ -41,7 +41,7 @@ def quick(monkeypatch):
     def times(models, inputs, **more):
         return [ms(model) for model in models]
 
-    monkeypatch.setattr(measured, "_in_turn", times)
+    monkeypatch.setattr(measured, "in_turn", times)
 
 
 def test_a_table_is_measured_and_serves_the_next_run(prune, bert, tsv, tmp_path, quick):

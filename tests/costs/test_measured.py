@@ -356,7 +356,7 @@ def test_channels_are_refused_by_name():
 
 def test_times_that_contradict_each_other_are_refused(monkeypatch):
     pruner, inputs = scored()
-    monkeypatch.setattr(measured, "_in_turn", lambda *args, **more: [1.0, 0.1])
+    monkeypatch.setattr(measured, "in_turn", lambda *args, **more: [1.0, 0.1])
     with pytest.raises(BudgetError, match="contradict each other"):
         pruner.measure_latency(inputs)
 
