@@ -22,12 +22,13 @@ from ..scores.methods import GRADIENT_METHODS
 from ..scores.normaliser import own_loss
 from ..search.solver import STRATEGIES
 from ..stock.layouts import LAYOUTS
-from ..types import COSTS, Budget, is_integer
+from ..types import COSTS, LATENCY, Budget, is_integer
 
 WHENS = ("end", "begin", "gradual")
 SOURCES = ("private", "training")
 MASKS = ("soft", "hard")
 LABELS = ("data", "model")
+_ABSENT = {LATENCY: "is planned with a table, which the callback does not take"}
 DISCOVERED = 512  # examples among which the longest is looked for, where all are scored in training
 
 
@@ -64,7 +65,8 @@ class Settings:
         check_choice("scores_from", self.scores_from, SOURCES)
         check_choice("repair", self.repair, REPAIRS)
         parse_rules(self.rules)
-        parse_budgets(self.budget, dict.fromkeys(COSTS, math.inf))
+        counted = dict.fromkeys([name for name in COSTS if name != LATENCY], math.inf)
+        parse_budgets(self.budget, counted, _ABSENT)
         if not is_none_or_positive(self.num_examples):
             raise PlanError(
                 f"num_examples={self.num_examples}: needed is 1 or more, or None for all of the "

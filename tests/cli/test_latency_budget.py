@@ -9,6 +9,7 @@ import pytest
 import yaml
 from cli_cases import save_bert, write_tsv
 
+from hf_gradnas.cli.app import main
 from hf_gradnas.costs import measured
 from hf_gradnas.types import LatencyTable
 
@@ -87,3 +88,18 @@ def test_a_file_that_is_no_table_is_not_replaced(prune, bert, tsv, tmp_path):
     code, out, err = prune("--model", bert, "--dataset", tsv, *TINY, "--target", "latency_ms=60%")
     assert code == 2
     assert "only tables are replaced" in " ".join((out + err).split())
+
+
+def test_a_sweep_measures_one_table_for_all_its_budgets(capsys, bert, tsv, tmp_path, quick):
+    options = ["--model", bert, "--dataset", tsv, "--num-examples", "8", "--batch-size", "4"]
+    options += ["--repair", "none", "--targets", "latency_ms=90%,80%", "--latency-batch-size", "4"]
+    assert main(["sweep", *map(str, options)]) == 0
+    out = capsys.readouterr().out
+    assert "Measuring latency" in out or "The whole model takes" in out
+    table = LatencyTable.load(tmp_path / "bert-sweep.latency.json")
+    assert table.batch_size == 4
+    points = json.loads((tmp_path / "bert-sweep" / "sweep.json").read_text())["points"]
+    shares = [point["costs"]["latency_ms"] / table.total_ms for point in points]
+    assert len(shares) == 2
+    assert shares[0] <= 0.9
+    assert shares[1] <= 0.8
