@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .batches.batch import to_device
 from .batches.longest import Batch, check_inputs, from_main, longest_of_all, reiterable
+from .blueprint.offloaded import find_offloaded
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.prunable import find_prunables
 from .checkpoint.savable import check_savable
@@ -25,6 +26,7 @@ from .errors import DataError, OrderError, check_choice
 from .masks import masked
 from .repair.least_squares import find_repair
 from .repair.repairs import Repair, check_repair, check_unsharded, repaired
+from .running.offloading import is_offloaded
 from .running.processes import Processes
 from .running.wrappers import body_of, check_parameters, uncompiled
 from .search.solver import check_budgets
@@ -146,7 +148,8 @@ class ExaminedModel:
                 the model could not be saved and loaded as it is (see `check_savable`).
         """
         check_uncut("discover", is_cut=self._applied)
-        check_parameters(self.model, "discover")
+        is_away = is_offloaded(self.model)
+        check_parameters(self.model, "discover", offloaded=is_away)
         try:
             check_inputs(batch, self.model, flops_length)
         except DataError:
@@ -163,9 +166,9 @@ class ExaminedModel:
         ):
             batch = to_device(from_main(batch, self._processes), self.model)
             check_savable(self.model, batch)
-            found, *others = find_prunables(
-                self.model, batch, layout=self._requested, every=every_layout, **given
-            )
+            find = find_offloaded if is_away else find_prunables
+            given |= {"layout": self._requested, "every": every_layout}
+            found, *others = find(self.model, batch, **given)
         check_rules(self.rules, found.structure)
         self._others, self._checkpoint = tuple(others), dict(checkpoint or {})
         self.layout, self.layout_reason = found.layout, found.layout_reason

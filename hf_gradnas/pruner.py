@@ -87,8 +87,7 @@ class GradNASPruner(ExaminedModel):
         check_choice("score", score, (AUTO, *METHODS))
         check_choice("search", search, STRATEGIES)
         super().__init__(model, layout=layout, rules=rules, layers=layers, accelerator=accelerator)
-        self.score_method = score
-        self.search = search
+        self.score_method, self.search = score, search
         self._scores: Scores | None = None
         self._held_out = HeldOut()
         self._repair: Repair | None = None
@@ -349,6 +348,7 @@ class GradNASPruner(ExaminedModel):
         """
         check_uncut("prune", is_cut=self._applied)
         check_choice("repair", repair, REPAIRS)
+        check_parameters(self.model, "prune", shards=True)
         limit = score.get("num_examples")
         dataloader = self._discovered(reiterable(dataloader, self.model, limit), limit)
         self.check(budget)

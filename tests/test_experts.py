@@ -16,7 +16,7 @@ from hf_gradnas.callback.weights import WeightMask, check_maskable
 from hf_gradnas.errors import PlanError, StructureError
 from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.routing import run_experts
-from hf_gradnas.running.wrappers import frozen
+from hf_gradnas.running.states import frozen
 from hf_gradnas.scores.gradients import GradientRecorder
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Kind, Plan, Structure

@@ -19,7 +19,7 @@ from hf_gradnas.config.limits import parse_rules
 from hf_gradnas.costs.counting import counted
 from hf_gradnas.errors import PlanError, StructureError
 from hf_gradnas.masks import mask_leaves, masked
-from hf_gradnas.running.wrappers import frozen
+from hf_gradnas.running.states import frozen
 from hf_gradnas.scores.gradients import GradientRecorder
 from hf_gradnas.search.layers import layer_choices
 from hf_gradnas.search.solver import find_plan, lowest_costs

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
 from ..errors import DataError, GradNASError, described
+from ..running.offloading import device_of
 
 IGNORED = -100  # the label that Transformers' losses leave out
 
@@ -116,22 +117,27 @@ def _rows(value: Any, examples: int, rows: list[int]) -> Any:
 
 def to_device(columns: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Columns on the model's device; floating-point inputs other than labels in its dtype."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    labels = find_labels(type(model))
-    return {key: _moved(value, like, cast=key not in labels) for key, value in columns.items()}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    device, labels = device_of(model), find_labels(type(model))
+    return {
+        key: _moved(value, device, None if key in labels else dtype)
+        for key, value in columns.items()
+    }
 
 
-def _moved(value: Any, like: Tensor, *, cast: bool) -> Any:
-    """A tensor, or those in lists and dicts (the boxes of a detector), on the device of another."""
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """A tensor, or those in lists and dicts (the boxes of a detector), on a device.
+
+    Floating-point ones get a dtype, where one is given.
+    """
     if isinstance(value, Tensor):
-        is_real = value.is_floating_point() and cast
         # What was made in inference mode could not be kept for a backward.
         kept = value.clone() if value.is_inference() else value
-        return kept.to(like.device, like.dtype if is_real else value.dtype)
+        return kept.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
     if isinstance(value, Mapping):
-        return {key: _moved(item, like, cast=cast) for key, item in value.items()}
+        return {key: _moved(item, device, dtype) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_moved(item, like, cast=cast) for item in value)
+        return type(value)(_moved(item, device, dtype) for item in value)
     return value
 
 

@@ -26,7 +26,8 @@ from ..costs.counting import count_params
 from ..errors import CutError, GradNASWarning, PlanError, described
 from ..masks import masked
 from ..repair.repairs import Repair, exchange_weights
-from ..running.wrappers import evaluating, without_autocast
+from ..running.states import evaluating
+from ..running.wrappers import without_autocast
 from ..stock.layers import drop_layers
 from ..stock.rewrite import native_layers, write_per_layer, write_stock
 from ..stock.values import locate_axes

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .._compat import implementations, masks_by_shape
 from ..errors import DataError
 from ..routing import own_kernel
+from ..running.states import evaluating, frozen
 from ..running.unloaded import can_be_unloaded, unloaded
-from ..running.wrappers import evaluating, frozen
 from ..structure.repeats import SHOWN, Group, UnlikeLayers, equal_layers
 from ..structure.trace import Cached, Matmul, Trace, map_tensors, trace_forward
 from .cache import caching

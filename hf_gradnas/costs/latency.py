@@ -16,7 +16,7 @@ from accelerate.utils import get_max_memory
 
 from ..batches.batch import to_device
 from ..batches.longest import flops_inputs
-from ..running.wrappers import evaluating
+from ..running.states import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..batches.batch import to_device
 from ..batches.longest import flops_inputs
 from ..errors import BudgetError, check_choice
-from ..running.wrappers import evaluating
+from ..running.states import evaluating
 from ..surgery.cut import cut
 from ..types import Axis, Curve, Kind, LatencyTable, Phase, Prunable, Timed, table_fingerprint
 from .latency import copied, describe_machine, medians_ms, repeated, synchronized

@@ -16,7 +16,8 @@ from ..data.labels import IGNORED
 from ..data.tasks import Head
 from ..errors import DataError
 from ..report.sentences import what_was_lost
-from ..running.wrappers import evaluating
+from ..running.offloading import device_of
+from ..running.states import evaluating
 from ..types import Budget
 from .report import Progress, Report
 
@@ -185,7 +186,8 @@ class _Sums:
 def _add_batch(
     sums: _Sums, model: PreTrainedModel, batch: Mapping[str, Any], head: Head, index: int
 ) -> None:
-    batch = {name: value.to(model.device) for name, value in batch.items()}
+    device = device_of(model)
+    batch = {name: value.to(device) for name, value in batch.items()}
     outputs = model(**batch)
     size = next(iter(batch.values())).shape[0]
     loss = outputs.loss

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..errors import DataError, GradNASError, GradNASWarning, ScoresError, described
-from ..running.wrappers import evaluating, frozen
+from ..running.states import evaluating, frozen
 from ..scores.fingerprints import axes_fingerprint, model_fingerprint
 from ..types import Scores
 from .arguments import Collect, call_arguments

@@ -25,7 +25,8 @@ from .._compat import configs_of
 from ..batches.batch import Batch, check_batch, run_model
 from ..batches.steps import HeldOut
 from ..running.processes import Processes
-from ..running.wrappers import called_plainly, evaluating, uncompiled, without_autocast
+from ..running.states import evaluating
+from ..running.wrappers import called_plainly, uncompiled, without_autocast
 from ..scores.losses import (
     Distribution,
     Prediction,

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..batches.batch import Batch, read_batches, to_device
 from ..errors import DataError, StructureError
-from ..running.wrappers import evaluating, frozen
+from ..running.states import evaluating, frozen
 from ..scores.losses import predict
 from ..scores.normaliser import IGNORED, TOKEN_COUNTS, count_labels, find_normaliser
 from ..scores.normaliser import is_token_labels as is_tokens

@@ -26,8 +26,9 @@ from .._files import write_whole
 from ..batches.batch import tensor_bytes
 from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, described
 from ..running.hooks import tensor_at
+from ..running.offloading import is_offloaded
 from ..running.processes import Processes
-from ..running.wrappers import is_sharded, shape_of
+from ..running.wrappers import check_parameters, is_sharded, shape_of
 from ..scores.fingerprints import model_fingerprint
 from ..scores.normaliser import TOKEN_COUNTS
 from ..types import REPAIR_MARK, Plan, Scores, metadata_of, parse_json
@@ -223,6 +224,8 @@ def check_unsharded(model: nn.Module, step: str) -> None:
             "and tried with whole weights; find it with the whole model on one process, and give "
             "it to apply(plan, repair), which takes shards, or omit it (repair='none')."
         )
+    if is_offloaded(model):
+        check_parameters(model, step)
 
 
 def swaps(choice: str, scores: Scores) -> bool:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import GradNASWarning, StructureError
+from .offloading import own_weights
 
 FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
@@ -103,6 +104,7 @@ def _run(
 def _evaluating(layer: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
     before, layer.training = layer.training, False
     try:
-        return forward(*args)
+        with own_weights(layer):
+            return forward(*args)
     finally:
         layer.training = before

@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 
 PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})
@@ -27,7 +28,8 @@ def unloaded(model: nn.Module) -> nn.Module:
     """A copy on the meta device, in eval mode, that takes no memory for weights.
 
     Modules and what they hold are new, so that a forward of the copy leaves nothing in the model;
-    configs and hooks are those of the model. Parameters that are shared are shared in the copy.
+    configs and hooks are those of the model, but for those of Accelerate that place weights.
+    Parameters that are shared are shared in the copy.
 
     Args:
         model: Its weights are plain tensors (`can_be_unloaded`), on any device.
@@ -55,7 +57,7 @@ def unloaded(model: nn.Module) -> nn.Module:
                 value = MethodType(value.__func__, twin)  # noqa: PLW2901
             vars(twin)[name] = value
         own = vars(twin)
-        own["training"], own["_compiled_call_impl"] = False, None
+        own |= {"training": False, "_compiled_call_impl": None, **_plain_forward(own)}
         for held in (own["_parameters"], own["_buffers"]):
             held.update({name: x if x is None else empty(x) for name, x in held.items()})
         inner = own["_modules"]
@@ -63,6 +65,13 @@ def unloaded(model: nn.Module) -> nn.Module:
         return twin
 
     return twin_of(model)
+
+
+def _plain_forward(own: dict[str, Any]) -> dict[str, Any]:
+    """Attributes without Accelerate's forward around a module's, which would run the model."""
+    if isinstance(own.pop("_hf_hook", None), ModelHook):
+        return {"forward": own.pop("_old_forward")}
+    return {}
 
 
 def _held(module: nn.Module) -> list[Tensor]:

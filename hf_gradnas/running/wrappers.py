@@ -1,4 +1,4 @@
-"""What is put around a model, weights that are spread, and states that are put back.
+"""What is put around a model, and weights that are spread.
 
 Knows DDP, torch.compile, adapters, offloading and sharding; a model that cannot be pruned as it is
 gets an error that says what to do.
@@ -136,13 +136,16 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
         instance["forward"] = wrapped
 
 
-def check_parameters(model: nn.Module, what: str, *, shards: bool = False) -> None:
+def check_parameters(
+    model: nn.Module, what: str, *, shards: bool = False, offloaded: bool = False
+) -> None:
     """Check that the weights of a model are where they can be read.
 
     Args:
         model: The model, unwrapped.
         what: What is to be done with it.
         shards: Whether shards of FSDP2 and ZeRO-3 will do.
+        offloaded: Whether weights that Accelerate loads when they are needed will do.
 
     Raises:
         StructureError: They are not: compiled in part, offloaded, or sharded.
@@ -154,19 +157,21 @@ def check_parameters(model: nn.Module, what: str, *, shards: bool = False) -> No
                 "model before its parts are compiled."
             )
     for name, parameter in model.named_parameters():
-        found, advice = _trouble(parameter, shards=shards)
+        found, advice = _trouble(parameter, shards=shards, offloaded=offloaded)
         if found:
             raise StructureError(
                 f"{what}: {name} is {found}, but its values are needed on this process; {advice}."
             )
 
 
-def _trouble(parameter: nn.Parameter, *, shards: bool) -> tuple[str, str]:
+def _trouble(parameter: nn.Parameter, *, shards: bool, offloaded: bool) -> tuple[str, str]:
     """What keeps a parameter from being read, and what to do; two empty texts if nothing does."""
-    if parameter.is_meta:
+    if parameter.is_meta and not offloaded:
         return (
             "offloaded (on the meta device)",
-            "load the model with a device_map that leaves nothing to cpu offload or disk",
+            "discover, score and plan take it so; for the rest, load the model with a device_map "
+            "that leaves nothing to cpu offload or disk, or cut its checkpoint on the disk "
+            "(hf-gradnas apply)",
         )
     if isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ()):
         return "split by tensor parallelism", "load the model without tp_plan"
@@ -246,51 +251,6 @@ def _unpartitioned() -> Iterator[None]:
         yield
     finally:
         integration._hf_deepspeed_config_weak_ref = reference
-
-
-# --- states of a model, put back afterwards -------------------------------------------------------
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the ``with``; every module gets its own flag back."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients inside the ``with``; each gets its own flag back."""
-    with _asking(model, False):
-        yield
-
-
-@contextmanager
-def unfrozen(model: nn.Module) -> Iterator[None]:
-    """Every floating-point parameter asks for gradients inside the ``with``; see `frozen`."""
-    with _asking(model, True):
-        yield
-
-
-@contextmanager
-def _asking(model: nn.Module, flag: bool) -> Iterator[None]:
-    others = [
-        parameter
-        for parameter in model.parameters()
-        if parameter.requires_grad is not flag and parameter.is_floating_point()
-    ]
-    try:
-        for parameter in others:
-            parameter.requires_grad_(flag)
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(not flag)
 
 
 # --- models that hold a Transformers model --------------------------------------------------------

@@ -20,7 +20,9 @@ from ..batches.steps import HELD_OUT_EVERY, HeldOut, Step, hold_out, number_of, 
 from ..config.defaults import GLOBAL_METHODS
 from ..errors import DataError, ScoresError, check_choice
 from ..running.checkpointing import check_checkpointing, checkpointed
+from ..running.offloading import is_offloaded, loading_again
 from ..running.processes import Processes
+from ..running.states import frozen
 from ..running.wrappers import check_parameters, uncompiled
 from ..types import Axis, Basis, Scores, is_integer
 from ..types.plans import POWERS
@@ -149,7 +151,7 @@ def _open(
     resume: bool,
 ) -> Record:
     """What stays the same during the pass, after checks that it is so on all, and can be kept."""
-    check_parameters(model, "score", shards=True)
+    check_parameters(model, "score", shards=True, offloaded=is_offloaded(model))
     path = None if file is None else Path(file)
     record = Record(axes, settings, model_fingerprint(model), path, processes, basis)
     check_same_everywhere(record.model, settings, processes)
@@ -244,10 +246,7 @@ def scored(model: nn.Module, checkpointing: bool | None = None) -> Iterator[None
         checkpointing: As of `collect_scores`.
     """
     with ExitStack() as stack:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                stack.callback(parameter.requires_grad_, True)
-                parameter.requires_grad_(False)
+        stack.enter_context(frozen(model))
         for module in model.modules():
             if module.training:
                 stack.callback(setattr, module, "training", True)
@@ -259,6 +258,7 @@ def scored(model: nn.Module, checkpointing: bool | None = None) -> Iterator[None
             if hasattr(config, "use_cache"):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False
+        stack.enter_context(loading_again(model))
         stack.enter_context(checkpointed(model, every=checkpointing))
         stack.enter_context(uncompiled())
         stack.enter_context(torch.inference_mode(False))

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..batches.batch import tensor_bytes
 from ..errors import ScoresError
+from ..running.offloading import Weights
 from ..running.processes import Processes
-from ..running.wrappers import whole
 from ..types import Axis, Scores, Tap, present_scores
 from .methods import METHODS
 
@@ -22,9 +22,9 @@ SAMPLED_VALUES = 1024  # per parameter: cheap for 7B, and no training step leave
 
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and evenly strided values of every parameter."""
-    state = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        tensor = whole(parameter)
+    state, weights = hashlib.sha256(), Weights(model)
+    for name in weights.once():
+        tensor = weights[name]
         state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         stride = max(1, -(-tensor.numel() // SAMPLED_VALUES))
         state.update(tensor_bytes(tensor.flatten()[::stride]))

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..running.wrappers import whole
+from ..running.offloading import Weights
 from ..types import Axis
 from ..types.plans import CHOICE_KEYS
 from .rows import wide
@@ -70,30 +70,29 @@ def _taylor(gradients: Tensor, count: int) -> Tensor:
 def _magnitude(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, np.ndarray]:
     """Squared norm of each unit's weights; a KV group counts its heads, a layer all that it has."""
     axes = list(axes)
-    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    parameters = Weights(model)
     own = {axis.name: _norms(axis, parameters) for axis in axes}
     scores = dict(own)
     for axis in axes:
         if axis.is_layer:
-            inside = [p for n, p in parameters.items() if n.startswith(f"{axis.module}.")]
-            scores[axis.name] = np.array(
-                [sum(float(whole(p).double().square().sum()) for p in inside)]
-            )
+            inside = [name for name in parameters if name.startswith(f"{axis.module}.")]
+            squares = (float(parameters[name].double().square().sum()) for name in inside)
+            scores[axis.name] = np.array([sum(squares)])
         if axis.parent in own:
             groups = own[axis.parent].size
             scores[axis.parent] = own[axis.parent] + own[axis.name].reshape(groups, -1).sum(1)
     return scores
 
 
-def _norms(axis: Axis, parameters: dict[str, Tensor]) -> np.ndarray:
+def _norms(axis: Axis, parameters: Mapping[str, Tensor]) -> np.ndarray:
     """Squared L2 norm ``(size,)`` of the rows that belong to each unit of an axis."""
     total = np.zeros(axis.size)
     for part in axis.slices:
         if part.tensor not in parameters:
             continue  # a buffer: running statistics say nothing of a unit's weight
-        tensor = whole(parameters[part.tensor]).movedim(part.dim, 0)
+        tensor = parameters[part.tensor].movedim(part.dim, 0)
         if part.each:  # (matrices, rows, …): one matrix per unit of the parent
-            tensor = whole(parameters[part.tensor]).movedim(part.dim, 1)
+            tensor = parameters[part.tensor].movedim(part.dim, 1)
             squares = tensor.flatten(2).double().square().sum(2)[:, part.rows(range(part.each))]
             total += squares.unflatten(1, (-1, part.width)).sum(2).flatten().cpu().numpy()
             continue

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StructureError
-from ..running.wrappers import evaluating, unfrozen
+from ..running.states import evaluating, unfrozen
 from .labels import Labels, Rows, nobody, spread, strided
 from .repeats import Group, Repeats
 from .rules import MAKING, is_product, rule_of

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..running.hooks import add_hook, stream_in, stream_out
-from ..running.wrappers import evaluating
+from ..running.states import evaluating
 from ..types import Axis, Kind, Refusal, Removal, Tap
 from .trace import telling
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import described
 from ..masks import masked
-from ..running.wrappers import evaluating
+from ..running.states import evaluating
 from ..structure.places import Discovery, Place, move_axis
 from ..structure.trace import Call
 from ..surgery.cut import cut, removal_spec

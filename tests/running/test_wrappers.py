@@ -193,11 +193,13 @@ def test_a_dispatched_model_is_pruned_like_any_other(parts: list[str], tmp_path:
     pruner.save_pretrained(tmp_path / "pruned")
 
 
-def test_offloaded_weights_are_named() -> None:
-    model, axes, inputs = build("bert", dtype=torch.float32)
+def test_offloaded_weights_are_named_where_all_are_needed() -> None:
+    model, axes, _ = build("bert", dtype=torch.float32)
     cpu_offload(model, execution_device="cpu")
-    with pytest.raises(StructureError, match=r"discover: bert.embeddings.* is offloaded"):
-        GradNASPruner(model).discover(inputs)
+    with pytest.raises(StructureError, match=r"prune: bert.embeddings.* is offloaded"):
+        GradNASPruner(model).prune(BATCHES, BUDGET)
+    model, axes, _ = build("bert", dtype=torch.float32)
+    model.to("meta")  # nobody loads them
     with pytest.raises(StructureError, match=r"score: bert.embeddings.* is offloaded"):
         collect_scores(model, axes, BATCHES)
 

@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import mask_leaves, masked
-from hf_gradnas.running.wrappers import frozen
+from hf_gradnas.running.states import frozen
 from hf_gradnas.scores.gradients import GradientRecorder
 from hf_gradnas.structure.discovery import discover
 from hf_gradnas.surgery.cut import cut

@@ -9,7 +9,7 @@ import zoo
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas.masks import mask_leaves, masked
-from hf_gradnas.running.wrappers import frozen
+from hf_gradnas.running.states import frozen
 from hf_gradnas.scores.gradients import GradientRecorder
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Kind, Plan
