@@ -12,7 +12,7 @@ from typing import Any
 from .config.limits import check_rules, parse_budgets, parse_rules, rule_for
 from .errors import PlanError, ScoresError, check_choice
 from .search.prediction import with_prediction
-from .search.solver import STRATEGIES, check_budgets, find_plans
+from .search.solver import STRATEGIES, check_budgets, check_scores, find_plans
 from .stock.layouts import LAYOUTS, layout_for
 from .types import Basis, Budget, LatencyTable, Plan, Prunable, Scores
 
@@ -63,6 +63,7 @@ def make_plans(
     basis = basis_of(scores)
     prunable = prunable_for(basis, layout=layout, rules=limits)
     prunable = prunable if latency is None else latency.priced(prunable)
+    check_scores(prunable.axes, scores)
     check_rules(limits, prunable.structure)
     asked = [parse_budgets(budget, prunable.totals, prunable.absent) for budget in budgets]
     for each in asked:

@@ -159,6 +159,9 @@ def test_scores_that_are_of_no_use_are_refused(llama):
     unfinished = {**scores.metadata, "complete": "false"}
     with pytest.raises(ScoresError, match="broke off after 4 examples"):
         make_plan(replace(scores, metadata=unfinished), TARGET)
+    short = {name: values[:-1] for name, values in scores.values.items()}
+    with pytest.raises(ScoresError, match="scores have the shape"):
+        make_plan(replace(scores, values=short), TARGET)
     lost = dict(scores.values)
     lost.popitem()
     with pytest.raises(ScoresError, match="hold no such axis"):

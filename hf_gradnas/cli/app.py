@@ -284,6 +284,7 @@ _SCORED: dict[str, str | None] = {
     **dict.fromkeys(("checkpointing", "max_length", "labels", "label_map")),
     "eval": "Hold out the examples that prune would measure on, so that the scores are those of "
     "prune. Default: yes.",
+    "eval_num_examples": "Hold out so many.",
     "flops_length": None,
     "score": "How heads and neurons are scored; auto is for prune alone. Default: tempered.",
     "axes": "layers: look for whole layers, too, which plan --axes layers needs. All other kinds "

@@ -229,6 +229,16 @@ def _outcome(prunable: Prunable, kept: Mapping[str, Units]) -> dict[str, Any]:
     }
 
 
+def check_scores(axes: Sequence[Axis], scores: Scores) -> None:
+    """Check that scores hold a number of every unit.
+
+    Raises:
+        ScoresError: Scores are missing, of a wrong shape, negative or not finite.
+    """
+    for axis in axes:
+        _checked(axis, scores)
+
+
 def _scaled(axes: Sequence[Axis], scores: Scores) -> tuple[dict[str, np.ndarray], int]:
     """Checked scores divided by ``2**exponent``, about their largest; the division is exact."""
     values = {axis.name: _checked(axis, scores) for axis in axes}

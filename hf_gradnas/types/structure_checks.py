@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .costs import CostModel
+from .kinds import KINDS, Kind
 from .plan_checks import LAYOUTS
 
 if TYPE_CHECKING:
@@ -24,18 +25,27 @@ def check_structure(structure: Structure) -> None:
         ValueError: An axis does not; the message names it.
     """
     sizes = {axis.name: axis.size for axis in structure.axes}
+    kinds = {axis.name: axis.kind for axis in structure.axes}
+    for axis in structure.axes:
+        _check_counts(axis)
     for axis in structure.axes:
         _check_axis(axis, sizes)
+        outer = kinds.get(axis.parent or "")
+        if axis.parent is not None and KINDS[axis.kind].parent is not outer:
+            raise ValueError(f"{axis.name}: {axis.kind} are in {outer or axis.parent:.80}")
 
 
-def _check_axis(axis: Axis, sizes: Mapping[str, int]) -> None:
-    inner = sizes.get(axis.parent or "", 1)
+def _check_counts(axis: Axis) -> None:
     counts = {"size": axis.size, "multiple": axis.multiple, "blocks": axis.blocks}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{axis.name}: {name} is {value}, needed 1 or more")
     if not 0 <= axis.minimum <= axis.size:
         raise ValueError(f"{axis.name}: minimum is {axis.minimum}, needed 0 to {axis.size}")
+
+
+def _check_axis(axis: Axis, sizes: Mapping[str, int]) -> None:
+    inner = sizes.get(axis.parent or "", 1)
     if axis.size % axis.blocks or axis.size % inner:
         raise ValueError(f"{axis.name}: {axis.size} units are no multiple of what they are in")
     for part in (*axis.slices, *axis.taps, *axis.norms):
@@ -43,7 +53,7 @@ def _check_axis(axis: Axis, sizes: Mapping[str, int]) -> None:
             raise ValueError(f"{axis.name}: {part} is no place of units")
     others = [axis.parent, axis.within or None]
     others += [name for each in axis.attributes for name in (each.axis, each.per)]
-    _check_known(axis.name, filter(None, others), sizes)
+    _check_known(axis.name, (name for name in others if name is not None), sizes)
 
 
 def check_prunable(prunable: Prunable) -> None:
@@ -67,6 +77,10 @@ def check_prunable(prunable: Prunable) -> None:
             raise ValueError(f"costs.{name} is {cost.of(sizes)} for the whole model")
     for group in prunable.space.groups:
         _check_known("space", group.axes, sizes)
+        kinds = {str(axis.kind) for axis in prunable.axes if axis.name in group.axes}
+        for way in group.allowed or ():
+            if not kinds <= way.keys() <= set(Kind) or any(count < 0 for count in way.values()):
+                raise ValueError(f"space: {dict(way)!r:.80} is no number of {', '.join(kinds)}")
     _check_known("space", prunable.space.refused, sizes)
 
 
