@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config.limits import format_share
 from ..types import COSTS, MASKED, STATES, Budget, Frontier, Point
-from .figures import add_title, drawing_style, render
+from .plots import add_title, drawing_style, render
 from .sentences import plain
 from .summary import markdown_table
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..config.limits import format_amount, format_share
-from ..types import KINDS, Plan, Scores
-from .canvas import BLACK, Canvas, text_width
-from .figures import short_title
+from ..types import COSTS, KINDS, Plan, Scores
 from .summary import AxisWidth, Summary, short_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = 480
 """Columns of a heat map: more units are averaged, fewer are drawn wider."""
@@ -20,52 +24,34 @@ _DECADES = 6
 _VEIL = 0.72
 _NUMBERED_ROWS = 24
 _WORDS: dict[str, str] = {str(kind): row.title for kind, row in KINDS.items()}
-_WORDS |= {"flops": "FLOPs", "params": "parameters"}
-
-# Okabe and Ito's palette, which colour-blind people can tell apart.
-KEPT, CUT, LINE, BEFORE = "#0072B2", "#D9D9D9", "#D55E00", "#9A9A9A"
-FADED = "#CFC9D6"
-_VIRIDIS = "440154 472D7B 3B528B 2C728E 21918C 28AE80 5EC962 ADDC30 FDE725".split()
+_WORDS |= COSTS
 
 
 def draw_all(summary: Summary, plan: Plan, scores: Scores | None) -> dict[str, bytes]:
     """Every picture as PNG and SVG, by file name; none of the scores where there are none."""
-    found: dict[str, bytes] = {}
-    pictures = {"widths": draw_widths(summary), "costs": draw_costs(summary)}
-    if scores is not None:
-        pictures["scores"] = draw_scores(summary, plan, scores)
-    for name, canvas in pictures.items():
-        found |= {f"{name}.png": canvas.png(), f"{name}.svg": canvas.svg()}
+    found = {}
+    with drawing_style():
+        figures = {"widths": draw_widths(summary), "costs": draw_costs(summary)}
+        if scores is not None:
+            figures["scores"] = draw_scores(summary, plan, scores)
+        for name, figure in figures.items():
+            for suffix, content in render(figure).items():
+                found[f"{name}.{suffix}"] = content
     return found
 
 
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def draw_scores(summary: Summary, plan: Plan, scores: Scores) -> Canvas:
+def draw_scores(summary: Summary, plan: Plan, scores: Scores) -> Figure:
     """A heat map per kind of axis: a row per module, its units best first, and what is cut."""
-    canvas, panels = _panels(summary, f"score of every unit ({summary.score})", right=72)
-    for kind, panel in panels.items():
-        axes = summary.of_kind(kind)
-        rows = [sorted_row(scores.values[a.name], plan.kept[a.name]) for a in axes]
-        low, high = _range([scores.values[axis.name] for axis in axes])
-        logs = np.log10(np.clip(np.stack([row[0] for row in rows]), low, high) / low)
-        colors = _colors(logs / math.log10(high / low))
-        veil = _VEIL * np.stack([row[1] for row in rows])[..., None]
-        shown = np.round(colors * (1 - veil) + 255 * veil).astype(np.uint8)
-        canvas.cells(panel.x, panel.y, panel.width, panel.height, shown)
-        for index, axis in enumerate(axes):
-            edge = panel.x + panel.width * axis.kept_ratio
-            upper = panel.y + panel.height * index / len(axes)
-            canvas.bar(edge - 0.8, upper, 1.6, panel.height / len(axes), LINE)
-        is_even = len({axis.size for axis in axes}) == 1
-        word = _WORDS.get(kind, kind)
-        panel.frame(canvas, f"{word}: {_kept(axes)}", axes)
-        below = f"{word}, best first" if is_even else f"% of the {word}, best first"
-        panel.scale(canvas, axes[0].size if is_even else 100, below)
-        _color_bar(canvas, panel, low, high)
-    _legend(canvas, [("number of units kept", LINE, True), ("faded: cut", FADED, False)])
-    return canvas
+    groups = [summary.of_kind(kind) for kind in summary.kinds]
+    figure, panels = make_panels([len(axes) for axes in groups])
+    for panel, kind, axes in zip(panels, summary.kinds, groups, strict=True):
+        _draw_heat_map(figure, panel, kind, axes, plan, scores)
+    add_title(figure, summary.name, f"score of every unit ({summary.score})")
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
 
 
 def sorted_row(
@@ -95,65 +81,114 @@ def sorted_row(
     return np.exp(logs), np.add.reduceat(cut, edges) / widths
 
 
-def _range(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Least and largest score that have colours of their own: at most so many decades."""
+def _draw_heat_map(
+    figure: Figure,
+    panel: Axes,
+    kind: str,
+    axes: Sequence[AxisWidth],
+    plan: Plan,
+    scores: Scores,
+) -> None:
+    rows = [sorted_row(scores.values[axis.name], plan.kept[axis.name]) for axis in axes]
+    image, cut = np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+    is_even = len({axis.size for axis in axes}) == 1
+    right = axes[0].size if is_even else 100
+    extent = (0.0, float(right), len(axes) - 0.5, -0.5)
+    shown: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+    norm = _scale([scores.values[axis.name] for axis in axes])
+    drawn = panel.imshow(image, cmap="viridis", norm=norm, **shown)
+    veil = np.ones((*cut.shape, 4))
+    veil[..., 3] = _VEIL * cut
+    panel.imshow(veil, **shown)
+    for index, axis in enumerate(axes):
+        edge = right * axis.kept_ratio
+        panel.plot([edge, edge], [index - 0.5, index + 0.5], color=LINE, lw=1.6, clip_on=False)
+    panel.set_xlim(0, right)
+    word = _WORDS.get(kind, kind)
+    panel.set_title(f"{word}: {_kept(axes)}")
+    panel.set_xlabel(f"{word}, best first" if is_even else f"% of the {word}, best first")
+    _count_in_whole(panel)
+    height = panel_height(len(axes))
+    bar = figure.colorbar(drawn, ax=panel, pad=0.02, aspect=20 + 4 * height)
+    label_rows(panel, [axis.module for axis in axes], height)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.minorticks_off()
+    _write_powers(bar.ax)
+    bar.set_label("score", fontsize=8)
+
+
+def _scale(values: Sequence[np.ndarray]) -> Any:
+    """Logarithmic colours over the positive scores, at most so many decades; else linear ones."""
+    from matplotlib.colors import LogNorm, Normalize  # noqa: PLC0415 - takes long to import
+
     joined = np.concatenate(list(values))
     positive = joined[joined > 0]
     if not len(positive):
-        return 0.1, 1.0
+        return Normalize(0, 1)
     top = float(positive.max())
     bottom = max(float(positive.min()), top * 10.0**-_DECADES)
-    return (bottom if bottom < top else top / 10), top
-
-
-def _colors(shares: np.ndarray) -> np.ndarray:
-    """Colours ``(…, 3)`` of shares between 0 and 1, from dark to light (viridis)."""
-    known = np.array([[int(c[i : i + 2], 16) for i in (0, 2, 4)] for c in _VIRIDIS], dtype=float)
-    places = np.linspace(0, 1, len(known))
-    return np.stack([np.interp(shares, places, known[:, part]) for part in range(3)], axis=-1)
-
-
-def _color_bar(canvas: Canvas, panel: _Panel, low: float, high: float) -> None:
-    """The colours of scores beside a panel, with powers of ten."""
-    x, width = panel.x + panel.width + 10, 9.0
-    steps = _colors(np.linspace(1, 0, 128))[:, None]
-    canvas.cells(x, panel.y, width, panel.height, np.round(steps).astype(np.uint8))
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    marks = {10.0**n: f"10{str(n).translate(_RAISED)}" for n in range(first, last + 1)}
-    if not marks:
-        marks = {low: f"{low:.2g}", high: f"{high:.2g}"}
-    for value, text in marks.items():
-        share = math.log10(value / low) / math.log10(high / low)
-        y = panel.y + panel.height * (1 - share)
-        canvas.bar(x + width, y - 0.4, 3, 0.8, BLACK)
-        canvas.label(x + width + 5, y, text, size=8)
-    canvas.label(x + width + 38, panel.y + panel.height / 2, "score", size=8, is_turned=True)
+    return LogNorm(bottom if bottom < top else top / 10, top, clip=True)
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+def _write_powers(panel: Axes) -> None:
+    """Powers of ten as plain text: a formula of each is parsed and set whenever it is measured."""
+    if panel.get_yscale() == "log":
+        panel.yaxis.set_major_formatter(_power)
+
+
+def _power(value: float, _: float) -> str:
+    exponent = round(math.log10(value))
+    is_power = math.isclose(value, 10.0**exponent)
+    return f"10{str(exponent).translate(_RAISED)}" if is_power else f"{value:g}"
+
+
+def _legend() -> list[Any]:
+    from matplotlib.lines import Line2D  # noqa: PLC0415 - takes long to import
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
+    return [
+        Line2D([], [], color=LINE, lw=1.6, label="number of units kept"),
+        Patch(facecolor="#CFC9D6", label="faded: cut"),
+    ]
+
+
 # --- widths ---------------------------------------------------------------------------------------
 
 
-def draw_widths(summary: Summary) -> Canvas:
+def draw_widths(summary: Summary) -> Figure:
     """Kept and cut units of every module, a panel per kind of axis."""
-    canvas, panels = _panels(summary, "width of every module", right=36)
-    for kind, panel in panels.items():
-        axes = summary.of_kind(kind)
-        most, row = max(axis.size for axis in axes), panel.height / len(axes)
-        for index, axis in enumerate(axes):
-            upper = panel.y + row * (index + 0.1)
-            for size, color in ((axis.size, CUT), (axis.kept, KEPT)):
-                canvas.bar(panel.x, upper, panel.width * size / most, 0.8 * row, color)
-            if len(axes) <= _NUMBERED_ROWS:
-                x = panel.x + panel.width * axis.size / most + 3
-                canvas.label(x, upper + 0.4 * row, f"{axis.kept:,}", size=8)
-        word = _WORDS.get(kind, kind)
-        panel.frame(canvas, f"{word}: {_kept(axes)}", axes)
-        panel.scale(canvas, most, word)
-    _legend(canvas, [("kept", KEPT, False), ("cut", CUT, False)])
-    return canvas
+    groups = [summary.of_kind(kind) for kind in summary.kinds]
+    figure, panels = make_panels([len(axes) for axes in groups])
+    for panel, kind, axes in zip(panels, summary.kinds, groups, strict=True):
+        places = np.arange(len(axes))
+        sizes, kept = [axis.size for axis in axes], [axis.kept for axis in axes]
+        panel.barh(places, sizes, height=0.8, color=CUT, label="cut")
+        panel.barh(places, kept, height=0.8, color=KEPT, label="kept")
+        if len(axes) <= _NUMBERED_ROWS:
+            for place, axis in enumerate(axes):
+                text = f" {axis.kept:,}"
+                panel.text(axis.size, place, text, va="center", ha="left", fontsize=8)
+        panel.set_title(f"{_WORDS.get(kind, kind)}: {_kept(axes)}")
+        panel.set_xlabel(_WORDS.get(kind, kind))
+        panel.set_xlim(0, max(sizes))
+        _count_in_whole(panel)
+        label_rows(panel, [axis.module for axis in axes], panel_height(len(axes)))
+    add_title(figure, summary.name, "width of every module")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _count_in_whole(panel: Axes) -> None:
+    """Ticks at whole numbers, few enough to fit side by side."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter  # noqa: PLC0415
+
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _kept(axes: Sequence[AxisWidth]) -> str:
@@ -164,36 +199,30 @@ def _kept(axes: Sequence[AxisWidth]) -> str:
 # --- costs ----------------------------------------------------------------------------------------
 
 
-def draw_costs(summary: Summary) -> Canvas:
+def draw_costs(summary: Summary) -> Figure:
     """Costs and latencies after the cut as a share of those before."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes long to import
+
     rows = _cost_rows(summary)
-    row, upper = 40.0, 28.0
-    left = 14 + max(text_width(label, _SIZE) for label, *_ in rows)
-    most = max(100.0, *(100 * after / before for _, before, after, _ in rows))
-    whole, texts = 375.0, max(text_width(text, _SIZE) for *_, text in rows)
-    canvas = Canvas(left + whole * max(most / 100, 1) + texts + 24, upper + row * len(rows) + 66)
-    _add_title(canvas, short_title(summary.name, "before and after"))
-    limits = {place: c.limit / c.before for place, c in enumerate(summary.costs) if c.limit}
-    for place, (label, before, after, text) in enumerate(rows):
-        share, middle = after / before, upper + row * (place + 0.5)
-        canvas.bar(left, middle - 0.38 * row, whole, 0.36 * row, BEFORE)
-        canvas.bar(left, middle + 0.02 * row, whole * share, 0.36 * row, KEPT)
-        canvas.label(left + whole * max(share, 1) + 6, middle, text)
-        canvas.label(left - 5, middle, label, anchor="end")
-        if place in limits:
-            x = left + whole * limits[place]
-            canvas.bar(x - 1, middle - 0.42 * row, 2, 0.84 * row, LINE)
-    lower = upper + row * len(rows) + 4
-    canvas.bar(left - 0.4, upper - 4, 0.8, lower - upper + 4, BLACK)
-    canvas.bar(left, lower, whole, 0.8, BLACK)
-    for share in range(0, 101, 20):
-        x = left + whole * share / 100
-        canvas.bar(x - 0.4, lower, 0.8, 3.5, BLACK)
-        canvas.label(x, lower + 10, str(share), anchor="middle")
-    canvas.label(left, lower + 24, "% of the original")
-    named = [("budget", LINE, True)] if limits else []
-    _legend(canvas, [*named, ("before", BEFORE, False), ("after", KEPT, False)])
-    return canvas
+    figure = Figure(figsize=(7.6, 1.2 + 0.55 * len(rows)), layout="constrained")
+    panel = figure.add_subplot()
+    for place, (_, before, after, text) in enumerate(rows):
+        share = 100 * after / before
+        hidden = "_" if place else ""  # of the legend, which names each colour once
+        panel.barh(place - 0.2, 100, height=0.36, color=BEFORE, label=f"{hidden}before")
+        panel.barh(place + 0.2, share, height=0.36, color=KEPT, label=f"{hidden}after")
+        panel.text(max(share, 100) + 1.5, place, text, va="center", ha="left")
+    _mark_budgets(panel, summary)
+    panel.set_yticks(range(len(rows)), [row[0] for row in rows])
+    panel.tick_params(axis="y", length=0)
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.set_xlim(0, max(100.0, *(100 * after / before for _, before, after, _ in rows)) * 1.62)
+    panel.set_xticks(range(0, 101, 20))
+    panel.set_xlabel("% of the original", loc="left")
+    panel.spines["bottom"].set_bounds(0, 100)
+    add_title(figure, summary.name, "before and after")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
 
 
 def _cost_rows(summary: Summary) -> list[tuple[str, float, float, str]]:
@@ -220,111 +249,100 @@ def _speed(speedup: float) -> str:
     return f"{speedup:.2f} × as fast" + ("" if speedup >= 1 else ", slower")
 
 
+def _mark_budgets(panel: Axes, summary: Summary) -> None:
+    label = "budget"
+    for place, cost in enumerate(summary.costs):
+        if cost.limit is not None:
+            share = 100 * cost.limit / cost.before
+            panel.plot([share] * 2, [place - 0.42, place + 0.42], color=LINE, lw=2, label=label)
+            label = "_"
+
+
 # --- what all pictures share ----------------------------------------------------------------------
 
 
-_SIZE, _TITLE = 9.0, 11.0
+# Okabe and Ito's palette, which colour-blind people can tell apart.
+KEPT, CUT, LINE, BEFORE = "#0072B2", "#D9D9D9", "#D55E00", "#9A9A9A"
+DPI = 130
+_STYLE: dict[str, Any] = {
+    "font.size": 9.0,
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so pictures are alike everywhere
+    "axes.titlesize": 10.0,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.titlesize": 11.0,
+    "svg.hashsalt": "hf_gradnas",
+    "svg.fonttype": "path",
+}
 _MOST_COLUMNS = 3
-_PANEL_WIDTHS = (475.0, 302.0, 252.0)  # of one, two or three panels side by side
-_NARROWEST = 170.0
-_ROW, _LABEL = 13.7, 11.5
-_SHORTEST, _TALLEST = 86.0, 576.0
-_ABOVE, _BELOW = 22.0, 40.0
+_PANEL_WIDTHS = (6.6, 4.2, 3.5)  # of one, two or three panels side by side
+_INCHES_PER_ROW = 0.19
+_INCHES_PER_LABEL = 0.16
+_SHORTEST, _TALLEST = 1.2, 8.0
 _STEPS = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
-_NICE = (1, 2, 2.5, 3, 4, 5, 6, 8, 10)
-_MOST_TICKS = 4
+_LONGEST_NAME = 48
 
 
-@dataclass(frozen=True, slots=True)
-class _Panel:
-    """The place of one chart, inside its labels."""
+@contextmanager
+def drawing_style() -> Iterator[None]:
+    """Matplotlib's defaults with the style of these pictures, whatever the user's settings are."""
+    from matplotlib import style  # noqa: PLC0415 - takes long to import
 
-    x: float
-    y: float
-    width: float
-    height: float
-
-    def frame(self, canvas: Canvas, title: str, axes: Sequence[AxisWidth]) -> None:
-        """Title, the line at the left, and names of the rows, or of every fifth, tenth …."""
-        canvas.label(self.x, self.y - 10, title, size=10)
-        canvas.bar(self.x - 0.4, self.y, 0.8, self.height, BLACK)
-        names = short_names([axis.module for axis in axes])
-        most = max(int(self.height / _LABEL), 1)
-        step = next((s for s in _STEPS if len(names) <= s * most), len(names))
-        row = self.height / len(names)
-        for place in range(0, len(names), step):
-            middle = self.y + row * (place + 0.5)
-            canvas.label(self.x - 5, middle, names[place], anchor="end")
-            if step > 1:
-                canvas.bar(self.x - 3.5, middle - 0.4, 3.5, 0.8, BLACK)
-        if _are_numbers(names):
-            x = self.x - 5 - max(text_width(name, _SIZE) for name in names) - 10
-            canvas.label(x, self.y + self.height / 2, "layer", is_turned=True)
-
-    def scale(self, canvas: Canvas, most: int, what: str) -> None:
-        """The line below, with whole numbers that fit side by side, and what they count."""
-        lower = self.y + self.height
-        canvas.bar(self.x, lower - 0.4, self.width, 0.8, BLACK)
-        for value in ticks(most):
-            x = self.x + self.width * value / most
-            canvas.bar(x - 0.4, lower, 0.8, 3.5, BLACK)
-            canvas.label(x, lower + 10, f"{value:,}", anchor="middle")
-        canvas.label(self.x + self.width / 2, lower + 24, what, anchor="middle")
+    with style.context(["default", _STYLE]):
+        yield
 
 
-def ticks(most: int) -> list[int]:
-    """At most five whole numbers from 0, evenly apart."""
-    magnitudes = (10**power * nice for power in range(20) for nice in _NICE)
-    step = next(int(n) for n in magnitudes if n == int(n) and n * _MOST_TICKS >= most)
-    return list(range(0, most + 1, step))
+def make_panels(row_counts: Sequence[int]) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per kind of axis, as tall as the panel with most rows needs."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes long to import
+    from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
+
+    columns = min(len(row_counts), _MOST_COLUMNS)
+    lines = -(-len(row_counts) // columns)
+    height = lines * (panel_height(max(row_counts)) + 0.9) + 0.7
+    width = _PANEL_WIDTHS[columns - 1] * columns + 0.4
+    layout = ConstrainedLayoutEngine(w_pad=0.08, wspace=0.04)
+    figure = Figure(figsize=(width, height), layout=layout)
+    panels = [figure.add_subplot(lines, columns, index + 1) for index in range(len(row_counts))]
+    return figure, panels
 
 
-def _panels(summary: Summary, what: str, *, right: float) -> tuple[Canvas, dict[str, _Panel]]:
-    """A canvas with a panel per kind of axis, as tall as the panel with most rows needs.
-
-    Args:
-        summary: What is drawn.
-        what: What the picture shows.
-        right: Room at the right of each panel.
-    """
-    groups = {kind: summary.of_kind(kind) for kind in summary.kinds}
-    columns = min(len(groups), _MOST_COLUMNS)
-    height = min(max(_SHORTEST, _ROW * max(map(len, groups.values()))), _TALLEST)
-    names = {kind: short_names([axis.module for axis in axes]) for kind, axes in groups.items()}
-    lefts = {
-        kind: 13 + max(text_width(name, _SIZE) for name in given) + 14 * _are_numbers(given)
-        for kind, given in names.items()
-    }
-    width = max(_PANEL_WIDTHS[columns - 1], max(lefts.values()) + _NARROWEST + right)
-    tall = _ABOVE + height + _BELOW
-    lines = -(-len(groups) // columns)
-    canvas = Canvas(columns * width + 16, 24 + lines * tall + 24)
-    _add_title(canvas, short_title(summary.name, what))
-    panels = {}
-    for place, (kind, left) in enumerate(lefts.items()):
-        x, y = 4 + place % columns * width, 24 + place // columns * tall
-        panels[kind] = _Panel(x + left, y + _ABOVE, width - left - right, height)
-    return canvas, panels
+def panel_height(rows: int) -> float:
+    """Height of a panel in inches."""
+    return min(max(_SHORTEST, rows * _INCHES_PER_ROW), _TALLEST)
 
 
-def _add_title(canvas: Canvas, text: str) -> None:
-    """Write a title above all, in smaller letters if it is long."""
-    size = min(_TITLE, _TITLE * (canvas.width - 12) / text_width(text, _TITLE))
-    canvas.label(6, 12, text, size=round(size, 1))
+def label_rows(panel: Axes, modules: Sequence[str], height: float) -> None:
+    """Name the rows of a panel from top to bottom; every fifth, tenth … where all do not fit."""
+    names = short_names(modules)
+    most = max(int(height / _INCHES_PER_LABEL), 1)
+    step = next((s for s in _STEPS if len(names) <= s * most), len(names))
+    panel.set_yticks(range(0, len(names), step), names[::step])
+    panel.tick_params(axis="y", length=0 if step == 1 else 3)
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    if all(name.isdigit() for name in names):
+        panel.set_ylabel("layer")
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
-    return all(name.isdigit() for name in names)
+def add_title(figure: Figure, name: str, what: str) -> None:
+    """What the picture shows, of which model; a long name loses its end."""
+    short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    figure.suptitle(f"{short}: {what}", x=0.01, ha="left", parse_math=False)
 
 
-def _legend(canvas: Canvas, entries: Sequence[tuple[str, str, bool]]) -> None:
-    """What colours mean, in the middle at the bottom: name, colour, and whether it is a line."""
-    mark, gap, between = 23.0, 7.0, 24.0
-    widths = [mark + gap + text_width(name, _SIZE) for name, *_ in entries]
-    x = (canvas.width - sum(widths) - between * (len(entries) - 1)) / 2
-    y = canvas.height - 12
-    for (name, color, is_line), width in zip(entries, widths, strict=True):
-        thick = 1.6 if is_line else 7.0
-        canvas.bar(x, y - thick / 2, mark, thick, color)
-        canvas.label(x + mark + gap, y, name)
-        x += width + between
+def render(figure: Figure) -> dict[str, bytes]:
+    """The figure as ``png`` and ``svg``, the same bytes in every run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - takes long
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
+
+    figure.dpi = DPI
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)  # once, and without a picture: both files then look alike
+    figure.set_layout_engine("none")
+    png, svg = io.BytesIO(), io.BytesIO()
+    # `savefig` would draw everything twice as often.
+    FigureCanvasAgg(figure).print_png(png, pil_kwargs={"compress_level": 4})
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
+    return {"png": png.getvalue(), "svg": svg.getvalue()}

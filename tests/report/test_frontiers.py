@@ -13,7 +13,6 @@ import pytest
 from frontier_cases import make_frontier
 from PIL import Image
 
-from hf_gradnas.report.figures import drawing_style
 from hf_gradnas.report.frontiers import (
     Spread,
     budgeted_costs,
@@ -26,6 +25,7 @@ from hf_gradnas.report.frontiers import (
     spaced,
     table_of,
 )
+from hf_gradnas.report.plots import drawing_style
 
 
 def test_rows_are_means_over_seeds():
