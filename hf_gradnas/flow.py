@@ -41,6 +41,7 @@ from .repair.closeness import say_tried
 from .repair.repairs import mended, swaps
 from .report import say_repair, say_swap
 from .running.processes import Processes
+from .running.wrappers import check_parameters
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -116,6 +117,7 @@ class Run:
         # The weights, and batches of examples in file order: dicts for model(**batch).
         load = partial(open_model, self.recipe, job, self.report)
         model, loader, evaluation = self.processes.main_first(load)
+        check_parameters(model, "prune", shards=True)
         # Structure: axes of units, each proved; the rest refused by name. A budget that cannot be
         # reached fails here.
         pruner = self._discover(model, loader, job)

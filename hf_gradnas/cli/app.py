@@ -264,6 +264,7 @@ _OUTPUT_FLAGS = frozenset(["as_json", "quiet"])
 _SWEPT: dict[str, str | None] = {
     "model": "Hub id or folder of the model.",
     **dict.fromkeys(("task", "revision", "trust_remote_code", "allow_new_head", "device", "dtype")),
+    **dict.fromkeys(("device_map", "max_memory", "offload_folder")),
     **dict.fromkeys(("dataset", "split", "text_column", "label_column", "target_column")),
     **dict.fromkeys(("image_column", "audio_column", "num_examples", "shuffle", "batch_size")),
     **dict.fromkeys(("max_length", "labels", "label_map", "checkpointing")),
@@ -280,6 +281,7 @@ _OF_DATA = ("dataset", "split", "text_column", "label_column", "target_column", 
 _SCORED: dict[str, str | None] = {
     "model": "Hub id or folder of the model.",
     **dict.fromkeys(("task", "revision", "trust_remote_code", "allow_new_head", "device", "dtype")),
+    **dict.fromkeys(("device_map", "max_memory", "offload_folder")),
     **dict.fromkeys((*_OF_DATA, "audio_column", "num_examples", "shuffle", "batch_size")),
     **dict.fromkeys(("checkpointing", "max_length", "labels", "label_map")),
     "eval": "Hold out the examples that prune would measure on, so that the scores are those of "

@@ -5,6 +5,7 @@ The first half of the recipe's options; see `config.recipe` for the others.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -57,6 +58,23 @@ class Inputs(Settings):
         default=None,
         description="Where to run, e.g. cpu, cuda, cuda:1, mps. Default: the accelerator if any.",
         json_schema_extra=named(_MODEL, "DEVICE"),
+    )
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        default=None,
+        description="Let Accelerate spread the weights over all devices, instead of --device; what "
+        "does not fit stays on the CPU or a disk, and is loaded layer by layer.",
+        json_schema_extra=_MODEL,
+    )
+    max_memory: tuple[str, ...] = Field(
+        default=(),
+        description="Most memory of a device with --device-map, such as cpu=8GiB or 0=20GiB, 0 "
+        "being the first accelerator. Repeatable.",
+        json_schema_extra=named(_MODEL, "DEVICE=SIZE"),
+    )
+    offload_folder: str | None = Field(
+        default=None,
+        description="Where --device-map keeps weights that a checkpoint's own files cannot serve.",
+        json_schema_extra=named(_MODEL, "FOLDER"),
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -157,6 +175,14 @@ class Inputs(Settings):
         "one held out for every four that are scored.",
         json_schema_extra=_EVAL,
     )
+
+    @field_validator("max_memory")
+    @classmethod
+    def _check_max_memory(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for item in value:
+            if not re.fullmatch(r"(\d+|[a-z]+)=\d+(\.\d+)?[KMGT]i?B", item):
+                raise ValueError(f"{item!r} is not of the form DEVICE=SIZE, e.g. cpu=8GiB, 0=20GiB")
+        return value
 
     @field_validator("label_map", mode="before")
     @classmethod

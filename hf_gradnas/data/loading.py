@@ -148,9 +148,12 @@ def load_model(recipe: Recipe, source: Source, folder: str) -> tuple[PreTrainedM
             config=source.config,
             dtype=recipe.dtype,
             output_loading_info=True,
+            **_placement(recipe),
             **_hub_options(recipe),
         )
     _warn_of_unused(model, info["unexpected_keys"])
+    if recipe.device_map is not None:
+        return model, sorted(info["missing_keys"])
     device = recipe.device or best_device()
     try:
         model = model.to(device)
@@ -160,6 +163,16 @@ def load_model(recipe: Recipe, source: Source, folder: str) -> tuple[PreTrainedM
             "give another --device."
         ) from error
     return model, sorted(info["missing_keys"])
+
+
+def _placement(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that say where Accelerate puts weights."""
+    if recipe.device_map is None:
+        return {}
+    pairs = (item.split("=") for item in recipe.max_memory)
+    most = {int(name) if name.isdigit() else name: size for name, size in pairs}
+    found = {"device_map": recipe.device_map, "offload_folder": recipe.offload_folder}
+    return found | ({"max_memory": most} if most else {})
 
 
 def prepare_tokenizer(source: Source) -> str | None:

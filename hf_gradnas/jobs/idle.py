@@ -173,6 +173,14 @@ def _labels(recipe: Recipe, _: Known) -> str:
     return "--scores are made already, with labels of their own; omit one of the two"
 
 
+def _device(recipe: Recipe, _: Known) -> str:
+    return "" if recipe.device_map is None else "--device-map places the model; omit one of the two"
+
+
+def _of_device_map(recipe: Recipe, _: Known) -> str:
+    return "" if recipe.device_map else "there is no --device-map; give one, or omit it"
+
+
 def _checkpointing(recipe: Recipe, _: Known) -> str:
     if recipe.scores is not None:
         return "--scores are used, and nothing is scored; omit one of the two"
@@ -232,6 +240,9 @@ _ROWS: Mapping[str, _Reason] = {
     "latency_phase": _measured,
     "save_scores": _save_scores,
     "checkpointing": _checkpointing,
+    "device": _device,
+    "max_memory": _of_device_map,
+    "offload_folder": _of_device_map,
     "recover_num_examples": _recovery,
     "recover_batch_size": _recovery,
     "recover_learning_rate": _recovery,

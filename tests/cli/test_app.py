@@ -13,7 +13,8 @@ FLAGS = """--model --task --dataset --split --text-column --label-column --targe
 --image-column --audio-column --eval-dataset --eval-split --target --output --score --search
 --layout --num-examples --shuffle --batch-size --max-length --flops-length --labels --scores
 --save-scores --axes --exclude --min-units --device --dtype --revision --trust-remote-code --recipe
---set --seed --checkpointing --dry-run --overwrite""".split()
+--set --seed --device-map --max-memory --offload-folder --checkpointing
+--dry-run --overwrite""".split()
 
 
 @pytest.fixture

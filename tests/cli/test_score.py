@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from accelerate.utils import OffloadedWeightsLoader
 from cli_cases import save_bert, save_llama, write_text, write_tsv
 from safetensors.numpy import load_file, save_file
 
@@ -51,6 +52,29 @@ def names_in(folder):
 def bert(tmp_path):
     write_tsv(tmp_path / "train.tsv")
     return save_bert(tmp_path / "bert")
+
+
+@pytest.mark.filterwarnings("ignore")  # Accelerate's, on what it offloads
+def test_a_model_that_does_not_fit_is_scored_where_it_is(run, bert, monkeypatch):
+    assert run("score", *DATA, "--output", FILE)[0] == 0
+    loads, own = [], OffloadedWeightsLoader.__getitem__
+    monkeypatch.setattr(
+        OffloadedWeightsLoader, "__getitem__", lambda *args: loads.append(args) or own(*args)
+    )
+    place = ["--device-map", "auto", "--max-memory", "cpu=18KB", "--offload-folder", "away"]
+    code, out, _ = run("score", *DATA, *place, "--checkpointing", "--output", "away.safetensors")
+    assert code == 0
+    assert loads
+    assert "--device-map" in out
+    plain, away = load_file(FILE), load_file("away.safetensors")
+    assert all(np.array_equal(values, away[name]) for name, values in plain.items())
+    code, _, err = run("prune", *DATA, *place, "--target", "flops=70%", "--output", "small")
+    assert code == 2
+    assert "is offloaded" in err
+    assert "hf-gradnas apply" in err
+    assert not Path("small").exists()
+    for wrong in ("cpu", "cpu=lots"):
+        assert run("score", *DATA, *place[:2], "--max-memory", wrong, "--output", "no")[0] == 2
 
 
 def test_score_and_plan_are_the_first_steps_of_prune(run, bert, tmp_path):
