@@ -24,7 +24,17 @@ from ..batches.longest import flops_inputs
 from ..errors import BudgetError, check_choice
 from ..running.states import evaluating
 from ..surgery.cut import cut
-from ..types import Axis, Curve, Kind, LatencyTable, Phase, Prunable, Timed, table_fingerprint
+from ..types import (
+    Axis,
+    Curve,
+    Kind,
+    LatencyTable,
+    Phase,
+    Prunable,
+    Timed,
+    is_timed,
+    table_fingerprint,
+)
 from .latency import copied, describe_machine, medians_ms, repeated, synchronized
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
@@ -67,8 +77,8 @@ def measure_table(
         **timing: `clock` and `seconds` of `medians_ms`.
 
     Raises:
-        BudgetError: The model has units whose times do not add up (channels), there is no room for
-            a copy, it cannot run one token after others, or times contradict each other.
+        BudgetError: The model has only units whose times do not add up (channels), there is no room
+            for a copy, it cannot run one token after others, or times contradict each other.
         PlanError: The phase is unknown.
     """
     check_choice("phase", phase, PHASES)
@@ -206,19 +216,19 @@ def _groups(model: nn.Module, axes: Sequence[Axis]) -> list[_Group]:
     """Kinds of sub-layers, what is in others before these.
 
     Raises:
-        BudgetError: An axis is of channels.
+        BudgetError: No axis has a time of its own.
     """
     by_name = {axis.name: axis for axis in axes}
     inside = {axis.parent: axis for axis in axes if axis.parent}
     together: dict[str, list[Axis]] = {}
     for axis in axes:
-        if axis.kind is Kind.CHANNELS:
-            raise BudgetError(
-                f"latency_ms: {axis.name} has channels, whose time depends on the layers before "
-                "and after, so that no table of widths says it; limit flops or params."
-            )
-        if not axis.is_layer:
+        if is_timed(axis):
             together.setdefault(f"{_place(model, axis.module)}:{axis.kind}", []).append(axis)
+    if not together:
+        raise BudgetError(
+            f"latency_ms: {type(model).__name__} has channels only, whose time depends on the "
+            "layers before and after, so that no table of widths says it; limit flops or params."
+        )
     groups = [
         _Group(
             name,

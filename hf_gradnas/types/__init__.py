@@ -26,7 +26,7 @@ from .cuts import Copied, Cut
 from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
 from .kinds import KINDS, PARENTS, Kind, KindRow, Mask
-from .latency_tables import LatencyTable, Phase, Timed, table_fingerprint
+from .latency_tables import LatencyTable, Phase, Timed, is_timed, table_fingerprint
 from .plan_checks import check_indices, check_values, is_integer
 from .prunable import Prunable
 from .structure import (
@@ -98,6 +98,7 @@ __all__ = [
     "check_values",
     "is_frontier",
     "is_integer",
+    "is_timed",
     "metadata_of",
     "parse_json",
     "present_plan",

@@ -17,6 +17,7 @@ from .._files import write_text
 from ..errors import BudgetError, StructureError
 from .costs import LATENCY, CostModel, Curve, Shared
 from .documents import read_object
+from .kinds import Kind
 from .prunable import Prunable
 from .records import read_document, to_document
 from .structure import Axis
@@ -120,7 +121,7 @@ class LatencyTable:
                 "measure it there, or name no device to plan for the one that it is of."
             )
         known = {name for timed in self.timed for name in timed.axes}
-        wanted = {axis.name for axis in prunable.axes if not axis.is_layer}
+        wanted = {axis.name for axis in prunable.axes if is_timed(axis)}
         if self.model != table_fingerprint(prunable) or known != wanted:
             raise BudgetError(
                 "latency table: it was measured for a model of another structure (other modules or "
@@ -162,6 +163,11 @@ class LatencyTable:
         except (OSError, ValueError, StructureError) as error:
             reason = str(error).replace("score the model again", "measure it again")
             raise BudgetError(f"latency table {file}: cannot be read: {reason}") from error
+
+
+def is_timed(axis: Axis) -> bool:
+    """Whether an axis is in a table: not layers, nor channels, whose times do not add up."""
+    return not axis.is_layer and axis.kind is not Kind.CHANNELS
 
 
 def table_fingerprint(prunable: Prunable) -> str:

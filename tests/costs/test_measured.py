@@ -350,8 +350,26 @@ def test_channels_are_refused_by_name():
     pruner = GradNASPruner(model)
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
     pruner.discover(batch)
-    with pytest.raises(BudgetError, match=r"latency_ms: .* has channels"):
+    with pytest.raises(BudgetError, match="ResNetForImageClassification has channels only"):
         pruner.measure_latency(batch)
+
+
+def test_channels_beside_heads_and_neurons_are_constant(monkeypatch):
+    def times(models, inputs, **more):
+        return [float(sum(p.numel() for p in model.parameters())) for model in models]
+
+    monkeypatch.setattr(measured, "in_turn", times)
+    model, inputs = zoo.build("whisper")
+    pruner = GradNASPruner(model, score="random", layout="per_layer")
+    pruner.score([inputs])
+    channels = [axis for axis in pruner.prunable.axes if axis.kind is Kind.CHANNELS]
+    table = pruner.measure_latency(inputs)
+    cost = pruner.costs["latency_ms"]
+    assert channels
+    assert not {axis.name for axis in channels} & cost.curves.keys()
+    plan = pruner.plan({"latency_ms": "80%"})
+    assert all(len(plan.kept[axis.name]) == axis.size for axis in channels)
+    assert plan.costs["latency_ms"] <= 0.8 * table.total_ms
 
 
 def test_times_that_contradict_each_other_are_refused(monkeypatch):
