@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -63,7 +64,12 @@ def cache_cost(axes: Sequence[Axis], cached: Sequence[Cached], *, layout: str) -
     variable = sum(per_unit[axis.name] * axis.size for axis in axes) + sum(while_kept.values())
     total = sum(entry.bytes for entry in cached)
     model = CostModel("kv_cache", total - variable, per_unit, while_kept, unit="bytes per token")
-    return with_layers(model, axes, layers)
+    model = with_layers(model, axes, layers)
+    parts = {_REST: model.constant} if model.constant > 0 else {}
+    return replace(model, parts=parts)
+
+
+_REST = "attentions that are not pruned, or keep the cache's length,"
 
 
 def _has_keys(axis: Axis) -> bool:
