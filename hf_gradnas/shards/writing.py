@@ -25,7 +25,7 @@ from .model import saved_tensors
 from .parts import Part
 from .resuming import Unfinished
 
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 """Bytes that are read and written at once; a tensor that is computed is read as a whole."""
 PATTERN = "model{suffix}.safetensors"
 ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
