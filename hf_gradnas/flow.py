@@ -352,6 +352,7 @@ class Run:
             document=document,
             files={"recipe.yaml": to_yaml(shareable(self.recipe))},
             report=self.recipe.report,
+            max_shard_size=self.recipe.max_shard_size,
         )
         if measured:
             if self.recipe.model == QUICKSTART:

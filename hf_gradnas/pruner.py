@@ -18,7 +18,7 @@ from .batches.longest import Batch, reiterable
 from .batches.steps import HeldOut
 from .checkpoint.apply import apply_plan, check_uncut
 from .checkpoint.save import save_with_report
-from .config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
+from .config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE, MAX_SHARD_SIZE
 from .errors import check_choice
 from .examined import ExaminedModel, Progress, need
 from .frontier import Limits, measure_frontier
@@ -250,8 +250,7 @@ class GradNASPruner(ExaminedModel):
                 apply_plan(self.model, plan, found.structure, found.space, **more)
             finally:  # what fails after the cut has begun leaves no whole model
                 self._applied = before != [id(p) for p in self.model.parameters()]
-        self._applied = True
-        self._plan, self._repair = plan, repair
+        self._applied, self._plan, self._repair = True, plan, repair
         return self.model
 
     def recover(self, teacher: PreTrainedModel, train_dataset: Any, **options: Any) -> Recovery:
@@ -281,6 +280,7 @@ class GradNASPruner(ExaminedModel):
         document: Mapping[str, Any] | None = None,
         files: Mapping[str, str | bytes] | None = None,
         report: bool = True,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
     ) -> Path:
         """Write the cut model, its tokenizer or processor, ``gradnas.json`` and model card.
 
@@ -291,18 +291,19 @@ class GradNASPruner(ExaminedModel):
             document: More to keep in ``gradnas.json`` (metrics, data).
             files: Further files beside the model, by path; not of names that the model's have.
             report: Write the pictures and tables of the folder ``report`` too.
+            max_shard_size: Largest file of weights, in bytes or as ``"5GB"``.
 
         Raises:
             OrderError: `apply` was not called.
             CheckpointError: The target cannot be written, or does not load back as it was.
         """
-        plan = self._cut_plan("save_pretrained")
-        found, scores = self.prunable, self._scores
+        plan, found, scores = self._cut_plan("save_pretrained"), self.prunable, self._scores
         if scores is not None and plan.score in scores.also:
             scores = scores.of(plan.score)
         options = {"processing_class": processing_class, "overwrite": overwrite, "report": report}
         options |= {"document": document, "files": files, "sample": found.sample}
         options |= {"scores": scores, "repair": self._repair, "owner": self._owner}
+        options["max_shard_size"] = max_shard_size
         self._saved = self._processes.from_main(
             lambda: save_with_report(self.model, directory, found, plan, **options)
         )

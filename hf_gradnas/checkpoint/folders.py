@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 
 from .._files import LISTED, clear, free_name, temporary_sibling
 from .._manifests import FILES, MOST_FOREIGN, foreign
+from ..config.defaults import SIZE
 from ..errors import CheckpointError, GradNASWarning
 from ..types import read_object
 
@@ -63,6 +65,20 @@ def check_folder(directory: object) -> None:
         raise CheckpointError(
             f"directory={directory!r}: needed the path of a folder for the model; give for example "
             "'smaller'."
+        )
+
+
+def check_size(size: object) -> None:
+    """Check the size of the largest file of weights, before anything is written.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    is_number = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    if not (is_number or (isinstance(size, str) and re.fullmatch(SIZE, size))):
+        raise CheckpointError(
+            f"max_shard_size={size!r}: is no size, needed bytes or a text with KB, MB, GB or TB; "
+            "give for example '5GB'."
         )
 
 

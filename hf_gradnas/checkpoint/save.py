@@ -22,6 +22,7 @@ from .._manifests import digests, stamps
 from .._redaction import shareable, without_secrets
 from ..batches.batch import to_device
 from ..batches.longest import flops_inputs, longest_of
+from ..config.defaults import MAX_SHARD_SIZE
 from ..errors import CheckpointError, GradNASError, GradNASWarning, described
 from ..repair.repairs import Repair
 from ..report import find_origin, in_one_line, python_string, report_files, summarise
@@ -39,6 +40,7 @@ from .companions import Companions, companions_of
 from .folders import (
     check_content,
     check_folder,
+    check_size,
     check_target,
     failing,
     root_of,
@@ -64,6 +66,7 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
     files: Mapping[str, str | bytes] | None = None,
     companions: Companions | None = None,
     overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Write model, tokenizer or processor and ``gradnas.json``, reload, compare, then rename.
 
@@ -82,6 +85,7 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
         files: Further files by path, e.g. ``recipe.yaml``; text, or bytes of a picture.
         companions: What belongs beside it; written where nothing else was.
         overwrite: Replace a checkpoint that hf_gradnas wrote there, see `check_target`.
+        max_shard_size: Largest file of weights; a model of sentence-transformers has one file.
 
     Returns:
         The target folder.
@@ -90,13 +94,14 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
         CheckpointError: The target cannot be written, a name in `files` cannot be used, or the
             checkpoint does not load back as it was. The target is then as it was before.
     """
+    check_size(max_shard_size)
     contents = check_content(document, files or {})
     before = stamps(target_of(directory))
     target = check_target(directory, overwrite=overwrite, source=model.name_or_path)
     with failing(target), temporary_sibling(target) as written:
         with failing(target, Exception):  # whatever a tokenizer raises where the disk is full
             if companions is None or companions.owner is None:
-                model.save_pretrained(written)
+                model.save_pretrained(written, max_shard_size=max_shard_size)
             else:
                 save_owner(companions.owner, written)
             if processing_class is not None:

@@ -15,3 +15,7 @@ DEFAULT_SCORE: Score = "tempered"
 """How units are scored where nothing else is asked for."""
 GLOBAL_METHODS: Final = ("gradnas",)
 """Of these, gradients add up over a global batch before the formula is applied."""
+MAX_SHARD_SIZE = "50GB"
+"""Largest file of weights; as of Transformers' ``save_pretrained``."""
+SIZE = r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGTkmgt][Bb]"
+"""A text that says a size."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from .defaults import DEFAULT_SCORE, Score
+from .defaults import DEFAULT_SCORE, MAX_SHARD_SIZE, Score
 from .inputs import Inputs, named
 from .strict import Settings, read_targets
 
@@ -234,6 +234,11 @@ class Recipe(Inputs):
         default=True,
         description="Write tables and pictures of scores, widths, costs and latencies to report/.",
         json_schema_extra=_OUTPUT,
+    )
+    max_shard_size: str = Field(
+        default=MAX_SHARD_SIZE,
+        description="Largest file of weights, such as 5GB.",
+        json_schema_extra=named(_OUTPUT, "SIZE"),
     )
     latency: Literal["auto", "off"] = Field(
         default="auto",

@@ -13,7 +13,7 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.folders import body_folder, check_target
+from ..checkpoint.folders import body_folder, check_size, check_target
 from ..config.defaults import AUTO
 from ..config.limits import parse_budgets, parse_rules
 from ..config.recipe import QUICKSTART, Recipe
@@ -68,6 +68,7 @@ def check_early(recipe: Recipe, *, given: Set[str]) -> Recipe:
         CheckpointError: The output exists and `overwrite` is off, or is not writable.
     """
     check_inputs(recipe)
+    check_size(recipe.max_shard_size)
     parse_budgets(recipe.target, dict.fromkeys(COSTS, math.inf))
     parse_rules(recipe.rules())
     if recipe.training is not None:

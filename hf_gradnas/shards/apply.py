@@ -23,11 +23,19 @@ from .._manifests import digests, stamps
 from ..checkpoint.apply import apply_plan
 from ..checkpoint.companions import companions_of
 from ..checkpoint.fingerprints import check_fingerprints
-from ..checkpoint.folders import check_content, check_target, failing, target_of, write_files
+from ..checkpoint.folders import (
+    check_content,
+    check_size,
+    check_target,
+    failing,
+    target_of,
+    write_files,
+)
 from ..checkpoint.record import document_of, versions, write_document
 from ..checkpoint.reference import Reference
 from ..checkpoint.save import stock_class, told_of
 from ..checkpoint.twin import build_twin, entries
+from ..config.defaults import MAX_SHARD_SIZE
 from ..errors import CheckpointError, PlanError, described
 from ..repair.repairs import Repair, check_repair
 from ..surgery.cut import check_plan
@@ -39,8 +47,6 @@ from .model import lazy_model, lend_repair, model_class
 from .resuming import Unfinished, resumable
 from .writing import MIB, Progress, Weights, weights_of, write_weights
 
-MAX_SHARD_SIZE = "50GB"
-"""As upstream's ``save_pretrained``."""
 SPARE = 1 << 24
 """Bytes for all that is not weights."""
 
@@ -88,6 +94,7 @@ def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of i
         PlanError: The plan is that of another model, or its class cannot express it.
         RepairError: The repair is that of another plan or model.
     """
+    check_size(max_shard_size)
     prunable, before = prunable or _basis_of(plan), stamps(target_of(directory))
     target = check_target(directory, overwrite=overwrite, source=checkpoint)
     opened = open_checkpoint(checkpoint)

@@ -19,7 +19,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 
 from .._files import sync
-from ..errors import CheckpointError
 from .files import TYPES
 from .model import saved_tensors
 from .parts import Part
@@ -63,19 +62,13 @@ def weights_of(model: PreTrainedModel, max_shard_size: int | str) -> Weights:
     """What is written of a lazy model, in files as Transformers splits them.
 
     Raises:
-        CheckpointError: The size cannot be read, or the names in a checkpoint cannot be told.
+        CheckpointError: The names in a checkpoint cannot be told.
     """
     parts = saved_tensors(model)
     shown = {n: torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in parts.items()}
-    try:
-        found = split_torch_state_dict_into_shards(
-            shown, filename_pattern=PATTERN, max_shard_size=max_shard_size
-        )
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"max_shard_size={max_shard_size!r}: is no size ({error}); give bytes, or a text such "
-            "as '5GB'."
-        ) from error
+    found = split_torch_state_dict_into_shards(
+        shown, filename_pattern=PATTERN, max_shard_size=max_shard_size
+    )
     index = None
     if found.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **found.metadata}

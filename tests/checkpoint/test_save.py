@@ -12,6 +12,7 @@ import torch
 import transformers
 import transformers as tf
 import yaml
+import zoo
 from cli_cases import save_bert, write_tsv
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
@@ -601,3 +602,21 @@ def test_the_command_line_gives_the_same_recipe():
         "hf-gradnas prune --model 'a model' --shuffle --target flops=50% --target params=2M "
         "--exclude '*.0' --exclude x --no-report"
     )
+
+
+def test_weights_are_split_into_files_of_the_size_that_is_asked_for(tmp_path):
+    model, inputs = zoo.build("llama", dtype=torch.float32)
+    pruner = GradNASPruner(model)
+    pruner.score([inputs])
+    pruner.apply(pruner.plan({"params": "80%"}))
+    for size in ("5XB", 0, True, "0GB", None):
+        with pytest.raises(CheckpointError, match=r"max_shard_size=.*: is no size, needed bytes"):
+            pruner.save_pretrained(tmp_path / "out", max_shard_size=size)
+    assert not list(tmp_path.iterdir())
+    pruner.save_pretrained(tmp_path / "one", report=False)
+    pruner.save_pretrained(tmp_path / "out", max_shard_size="50KB", report=False)
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+    files = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}

@@ -108,6 +108,15 @@ def test_the_saved_recipe_gives_the_same_model(prune, bert, tsv, tmp_path):
     assert plans[0] == plans[1]
 
 
+def test_weights_in_several_files(prune, bert, tsv):
+    options = ("--model", bert, "--dataset", tsv, "--repair", "none", "--no-report", *TINY)
+    code, _, err = prune(*options, "--max-shard-size", "5XB", "--output", "out")
+    assert code == 2
+    assert "max_shard_size='5XB': is no size" in err
+    assert prune(*options, "--max-shard-size", "10KB", "--output", "out")[0] == 0
+    assert len(list(Path("out").glob("model-*.safetensors"))) > 1
+
+
 def test_words_as_labels_need_names(prune, bert, tsv, tmp_path, monkeypatch):
     words = tsv.read_text(encoding="utf-8").replace("\t0", "\tyes").replace("\t1", "\tno")
     (tmp_path / "words.tsv").write_text(words, encoding="utf-8")
