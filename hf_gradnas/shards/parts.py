@@ -7,6 +7,7 @@ checkpoint holds one by one, costs the reading of that row.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -20,6 +21,8 @@ from ..errors import CutError
 Rows = Tensor | None
 """Indices along one dimension, as int64; None: all."""
 Shape = tuple[int, ...]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types of as many bytes that NumPy knows."""
 LEAST = 3
 """Dimensions of a stack of matrices."""
 
@@ -276,8 +279,34 @@ def picked(values: Tensor, rows: Sequence[Rows]) -> Tensor:
         else:
             far.append((dim, asked))
     for dim, asked in sorted(far, key=lambda item: len(item[1]) / values.shape[item[0]]):
-        values = values.index_select(dim, asked)
+        values = _chosen(values, dim, asked)
     return values
+
+
+def _chosen(values: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """Rows along a dimension that are no neighbours; those that go in runs of one length as runs.
+
+    NumPy takes single columns twice as fast as PyTorch does.
+    """
+    run = _common_run(rows, values.shape[dim])
+    if run > 1:
+        blocks = values.unflatten(dim, (-1, run)).index_select(dim, rows[::run] // run)
+        return blocks.flatten(dim, dim + 1)
+    plain = INTEGERS.get(values.dtype.itemsize)
+    if dim == 0 or plain is None or values.dtype is torch.bool:
+        return values.index_select(dim, rows)
+    taken = values.view(plain).numpy().take(rows.numpy(), axis=dim)
+    return torch.from_numpy(taken).view(values.dtype)
+
+
+def _common_run(rows: Tensor, size: int) -> int:
+    """The largest number of neighbours that all rows come in, from multiples of it on."""
+    if not len(rows):
+        return 1
+    breaks = (rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1
+    starts = rows[torch.cat([breaks.new_zeros(1), breaks])]
+    found = torch.cat([breaks, starts]).tolist() if len(breaks) <= len(rows) // LEAST else [1]
+    return math.gcd(size, len(rows), *found)
 
 
 def _with(values: Any, place: int, value: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_gradnas.errors import CutError
 from hf_gradnas.shards.lazy import LazyTensor
-from hf_gradnas.shards.parts import Stored
+from hf_gradnas.shards.parts import Stored, picked
 
 VALUES = torch.arange(4 * 6 * 8, dtype=torch.float64).reshape(4, 6, 8) ** 2
 EACH = torch.tensor([[0, 2, 5], [1, 2, 3], [0, 4, 5], [2, 3, 4]])
@@ -60,6 +60,22 @@ def test_an_operation_gives_the_same_numbers_once_they_are_read(case):
 def test_choosing_reads_only_what_is_asked_for(case):
     if case not in ("stacked", "a row of all"):  # computes, and is read by outer slices
         assert CHOOSING[case](lazy(VALUES)).part.is_streamed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int8])
+@pytest.mark.parametrize(
+    "rows", [[0, 1, 4, 5], [2, 3, 6, 7], [1, 2, 5, 6], [3], [0, 3, 4, 7], [], [6, 7, 0, 1], [2, 2]]
+)
+def test_rows_that_go_in_runs_are_the_same_rows(rows, dtype):
+    index = torch.tensor(rows, dtype=torch.int64)
+    values = VALUES.to(dtype)
+    for dim in (1, 2):
+        narrow = values.narrow(dim, 0, values.shape[dim])[..., :8]
+        kept = index[index < narrow.shape[dim]]
+        wanted = narrow.index_select(dim, kept)
+        asked = [None] * dim + [kept] + [None] * (2 - dim)
+        assert torch.equal(picked(narrow, asked), wanted)
+        assert torch.equal(picked(narrow[1:, 1:3], [None, None, index]), narrow[1:, 1:3][..., rows])
 
 
 def test_rows_of_a_stack_of_files_read_one_of_them():

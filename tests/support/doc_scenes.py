@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import hf_gradnas
 from hf_gradnas import hub, repair
+from hf_gradnas.planning import make_plan
 from hf_gradnas.structure import couplings
 
 CLASSIFIER, DECODER = "my-finetuned-bert", "my-decoder"
@@ -95,9 +96,11 @@ def saved_classifier_scene() -> Scene:
 
 
 def scored_scene() -> Scene:
-    """Scores of a classifier, in a file."""
+    """Scores of a classifier, and a plan, in files."""
     scene = classifier_scene()
-    hf_gradnas.GradNASPruner(scene["model"]).score(scene["loader"], file="bert.scores.safetensors")
+    pruner = hf_gradnas.GradNASPruner(scene["model"])
+    scores = pruner.score(scene["loader"], file="bert.scores.safetensors")
+    make_plan(scores, {"flops": "60%"}).save("bert.plan.json")
     return {}
 
 
@@ -158,6 +161,7 @@ STORIES = {
 SCENES = {
     "import hf_gradnas.nas as mtp": convolution_scene,
     "from hf_gradnas.planning import": scored_scene,
+    "from hf_gradnas.shards import": scored_scene,
     'AutoModelForSequenceClassification.from_pretrained("smaller")': saved_classifier_scene,
     'AutoModelForCausalLM.from_pretrained("smaller"': checkpoint_scene,
     "AutoModelForCausalLM.from_pretrained(name)": decoder_scene,
