@@ -304,9 +304,8 @@ class GradNASPruner(ExaminedModel):
         options |= {"document": document, "files": files, "sample": found.sample}
         options |= {"scores": scores, "repair": self._repair, "owner": self._owner}
         options["max_shard_size"] = max_shard_size
-        self._saved = self._processes.from_main(
-            lambda: save_with_report(self.model, directory, found, plan, **options)
-        )
+        save = partial(save_with_report, self.model, directory, found, plan, **options)
+        self._saved = self._processes.from_main(save)
         return self._saved
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
