@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
+from random import Random
 
 import pytest
 import zoo
@@ -13,6 +19,7 @@ import zoo
 from hf_gradnas import GradNASPruner, Plan, Scores
 from hf_gradnas.errors import (
     BudgetError,
+    GradNASError,
     GradNASWarning,
     PlanError,
     ScoresError,
@@ -189,6 +196,54 @@ def test_a_damaged_basis_is_refused_when_the_file_is_read(llama, tmp_path):
     replace(llama[2], basis=Basis({})).save(file)
     with pytest.raises(ScoresError, match="holds no layout"):
         Scores.load(file)
+
+
+VALUES = [
+    None,
+    0,
+    1,
+    -1,
+    7,
+    10**9,
+    2**62,
+    1.5,
+    1e308,
+    "",
+    "x",
+    "heads",
+    [],
+    {},
+    [0],
+    {"a": 1},
+    True,
+]
+
+
+def places(data, path=()):
+    """Paths to everything in a JSON document."""
+    items = enumerate(data) if isinstance(data, list) else data.items()
+    for key, value in items:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.filterwarnings("ignore::hf_gradnas.GradNASWarning")
+def test_a_basis_that_was_changed_at_random_is_used_or_refused(llama):
+    scores, random = llama[2], Random(0)
+    data = json.loads(json.dumps(scores.basis.to_dict()))
+    paths, used = list(places(data)), 0
+    for _ in range(150):
+        changed, path = copy.deepcopy(data), random.choice(paths)
+        place = reduce(getitem, path[:-1], changed)
+        if random.random() < 0.2:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = random.choice(VALUES)
+        with suppress(GradNASError):  # anything else is a fault
+            make_plan(replace(scores, basis=Basis.from_dict(changed)), TARGET)
+            used += 1
+    assert 0 < used < 150
 
 
 def test_no_model_library_is_imported_for_a_plan(llama, tmp_path):
