@@ -17,7 +17,7 @@ from hf_gradnas.config.limits import parse_budgets
 from hf_gradnas.costs.counting import count_costs
 from hf_gradnas.errors import BudgetError
 from hf_gradnas.surgery.cut import cut
-from hf_gradnas.types import COSTS, MEASURED, Kind, Structure
+from hf_gradnas.types import COSTS, MEASURED, Kind, Plan, Structure
 from hf_gradnas.verification import find_structure
 
 LENGTH = 11
@@ -250,3 +250,24 @@ def test_costs_of_a_model_that_nobody_loads_are_the_same() -> None:
     for name in ("kv_cache", "active_params", "params"):
         wide = 8 / 4 if name == "kv_cache" else 1  # this one is in float64
         assert whole[name].of(sizes) == pytest.approx(wide * found.prunable.totals[name])
+
+
+@pytest.mark.parametrize("layout", ["stock", "per_layer"])
+def test_a_layer_that_goes_takes_its_bytes_along(layout: str) -> None:
+    model, inputs = zoo.build("llama")
+    pruner = GradNASPruner(model, score="random", layout=layout, layers=True)
+    pruner.score([{**inputs, "labels": inputs["input_ids"]}])
+    gone = "model.layers.1"
+    kept = {
+        axis.name: () if axis.module.startswith(gone) else tuple(range(axis.size))
+        for axis in pruner.structure.axes
+    }
+    counts = {name: len(units) for name, units in kept.items()}
+    cost = {name: pruner.costs[name].of(counts) for name in ("kv_cache", "memory")}
+    sizes = {axis.name: axis.size for axis in pruner.structure.axes}
+    smaller = pruner.apply(Plan(kept, sizes, layout))
+    out = smaller.generate(
+        inputs["input_ids"][:1], max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    assert cost["memory"] == bytes_of(smaller)
+    assert cost["kv_cache"] == kept_bytes(out.past_key_values)
