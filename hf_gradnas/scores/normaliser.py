@@ -11,6 +11,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -52,8 +53,17 @@ TARGETS = (
 
 def own_loss(model: nn.Module, batch: Batch) -> bool:
     """Whether a model computes a loss from a batch without labels, out of its inputs alone."""
-    with torch.no_grad():
-        outputs = run_model(model, batch.index, batch.columns)
+    try:
+        if _has_loss(model, _row(batch, 0)):
+            return True
+    except DataError:  # it may need several examples
+        pass
+    return _has_loss(model, batch)
+
+
+@torch.no_grad()
+def _has_loss(model: nn.Module, batch: Batch) -> bool:
+    outputs = run_model(model, batch.index, batch.columns)
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
     return isinstance(loss, Tensor) and loss.numel() == 1
 
@@ -151,10 +161,59 @@ def find_normaliser(model: nn.Module, batch: Batch, *, by_batch: bool = False) -
     """
     if by_batch and _counted(batch) is None:
         return "examples"
+    short = _shortened(batch)
+    if short is not None:
+        with suppress(DataError), warnings.catch_warnings():
+            warnings.simplefilter("error", GradNASWarning)
+            with suppress(GradNASWarning):
+                return _found_on(model, short, is_sure=True)
+    return _found_on(model, batch)
+
+
+SHORT = 8
+"""Tokens that are enough to tell counts of labels apart."""
+TOKENS = ("input_ids", "labels", "decoder_input_ids")
+
+
+def _shortened(batch: Batch) -> Batch | None:
+    """The first tokens of all examples; None where there are no more, or padding is first.
+
+    Where not just one count fits them, as where the last token decides, whole examples are run.
+    """
+    columns = batch.columns
+    tokens = {
+        value.shape[:2]
+        for name in TOKENS
+        if isinstance(value := columns.get(name), Tensor) and value.ndim > 1
+        if value.shape[1] > SHORT
+    }
+    mask = columns.get("attention_mask")
+    is_padded = isinstance(mask, Tensor) and not bool(mask.flatten(1)[:, :SHORT].all(1).any())
+    if not tokens or is_padded or not batch.labels:
+        return None
+    cut = {
+        name: value[:, :SHORT]
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] in tokens
+        else value
+        for name, value in columns.items()
+    }
+    return Batch(batch.index, cut, batch.examples, batch.labels)
+
+
+@torch.no_grad()
+def _found_on(model: nn.Module, batch: Batch, *, is_sure: bool = False) -> str:
+    """As `find_normaliser`, on the longest example of a batch as it is.
+
+    Raises:
+        DataError: The loss is not finite; or `is_sure`, and several counts fit.
+    """
     half = next(p for p in model.parameters() if p.is_floating_point()).element_size() <= 2  # noqa: PLR2004
     pair = _pair(model, batch, tries=4 if half else 1)
     try:
-        losses = [_loss(model, part) for part in (pair, _row(pair, 0), _row(pair, 1))]
+        losses = [_loss(model, part) for part in (pair, _row(pair, 0))]
+        labels = _counted(pair)
+        is_same = labels is not None and not is_token_labels(labels)  # the same example twice
+        losses.append(losses[1] if is_same else _loss(model, _row(pair, 1)))
     except DataError as error:
         if _counted(batch) is not None:
             raise
@@ -173,8 +232,10 @@ def find_normaliser(model: nn.Module, batch: Batch, *, by_batch: bool = False) -
         return "examples"
     counts = COUNTS if is_token_labels(_counted(pair)) else EXAMPLE_COUNTS
     errors = {name: _error(pair, losses, name) for name in counts if count_labels(name, pair) > 0}
-    best = min(errors.values())
-    if not best <= (1e-2 if half else 1e-4):
+    best, limit = min(errors.values()), 1e-2 if half else 1e-4
+    if is_sure and sum(error <= limit for error in errors.values()) > 1:
+        raise DataError(f"Batch {batch.index}: several counts fit its first tokens; give longer.")
+    if not best <= limit:
         found = f" (deviations {', '.join(f'{k} {v:.1g}' for k, v in errors.items())})"
         if max(map(abs, losses[1:])) <= _NOTHING * abs(losses[0]):
             what = "is none of an example alone, as it compares those of a batch"

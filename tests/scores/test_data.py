@@ -76,7 +76,7 @@ def test_a_loss_that_is_missing_or_not_finite_is_named() -> None:
     calls = itertools.count()
 
     def spoil(module, args, outputs):
-        if next(calls) == 4:  # three to find the normaliser, one batch
+        if next(calls) == 3:  # two to find the normaliser, one batch
             outputs.loss = outputs.loss * float("nan")
 
     handle = model.register_forward_hook(spoil)

@@ -10,13 +10,15 @@ import pytest
 import torch
 import transformers as tf
 from callback_runs import train_arguments
+from score_examples import build, examples_of, in_batches
 from torch import Tensor
 from transformers import Trainer
 
 from hf_gradnas import GradNASCallback, GradNASPruner, Scores
 from hf_gradnas.batches.batch import Batch, to_device
 from hf_gradnas.errors import DataError, GradNASWarning
-from hf_gradnas.scores.normaliser import find_normaliser
+from hf_gradnas.scores import collect_scores
+from hf_gradnas.scores.normaliser import _found_on, find_normaliser
 
 EXAMPLES = 4
 BODY = {
@@ -199,3 +201,40 @@ def test_labels_in_dicts_move_with_the_batch() -> None:
     assert moved["labels"][0]["boxes"].dtype is torch.float32
     meta = to_device(batch, model.to("meta"))
     assert meta["labels"][1]["boxes"].is_meta
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_short_examples_tell_the_normaliser_too(family: str, dtype: torch.dtype) -> None:
+    model, _, _ = build(family, dtype=dtype)
+    for columns in in_batches(examples_of(family, 24, longest=40), 8):
+        batch = Batch(0, columns, 8, ("labels",))
+        assert find_normaliser(model, batch) == _found_on(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("bert", torch.float32),
+        ("bert", torch.bfloat16),
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("t5", torch.float32),
+    ],
+    ids=str,
+)
+def test_the_start_takes_less_than_a_third_of_a_batch(family: str, dtype: torch.dtype) -> None:
+    model, axes, _ = build(family, dtype=dtype)
+    batches = in_batches(examples_of(family, 16, longest=40), 16)
+    work = 0
+
+    def note(module: torch.nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        nonlocal work
+        work += 0 if torch.is_grad_enabled() else kwargs["input_ids"].numel()
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    found = collect_scores(model, axes, batches)
+    handle.remove()
+    counts = {"bert": "examples", "llama": "labels_after_shift", "t5": "labels"}
+    assert found.metadata["normaliser"] == counts[family]
+    assert 0 < work <= 0.3 * batches[0]["input_ids"].numel()
