@@ -201,7 +201,7 @@ IDLE = {
     ),
     "labels of scores": (CLASSIFIER, {**HUB, **SCORED, "labels": "model"}, "are made already"),
     "scores of scores": (Known(), {**SCORED, "save_scores": "x"}, "are made already"),
-    "device of a map": (Known(), {"device": "cpu", "device_map": "auto"}, "places the model"),
+    "device of a map": (Known(), {"device_map": "auto", "device": "cpu"}, "places the model"),
     "memory of no map": (Known(), {"max_memory": ("cpu=1GiB",)}, "there is no --device-map"),
     "checkpointing of scores": (Known(), {**SCORED, "checkpointing": True}, "nothing is scored"),
     "checkpointing of weights": (
