@@ -214,7 +214,9 @@ def test_a_checkpoint_that_misses_a_tensor_is_refused(monkeypatch, tmp_path, mod
     write = type(model).save_pretrained
     state = {key: value for key, value in model.state_dict().items() if key != "model.norm.weight"}
     monkeypatch.setattr(
-        type(model), "save_pretrained", lambda self, to: write(self, to, state_dict=state)
+        type(model),
+        "save_pretrained",
+        lambda self, to, **options: write(self, to, state_dict=state, **options),
     )
     with pytest.raises(CheckpointError, match=r"does not load back whole.*model\.norm\.weight"):
         save_pruned(model, tmp_path / "target", sample=sample, **SETTINGS)
