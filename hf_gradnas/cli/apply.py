@@ -107,12 +107,13 @@ def _said(plan: Plan) -> str:
 
 def _prunable(screen: Screen, plan: Plan, scores: Scores | None, folder: Path) -> Prunable:
     """The axes of a plan: of the plan itself, of the scores, or found from the config alone."""
-    for basis in (plan.basis, None if scores is None else scores.basis):
+    given = {"the plan": plan.basis, "the file of scores": None if scores is None else scores.basis}
+    for what, basis in given.items():
         if basis is not None and plan.layout in basis.prunables:
             if basis.checkpoint:
                 from ..checkpoint.fingerprints import check_fingerprints
 
-                check_fingerprints(folder, basis.checkpoint, "the plan")
+                check_fingerprints(folder, basis.checkpoint, what)
             return basis.prunables[plan.layout]
     from ..blueprint import NeedsWeightsError
     from .unloaded import inspect_config

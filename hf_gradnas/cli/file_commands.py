@@ -17,7 +17,11 @@ def apply_command(  # noqa: PLR0913, PLR0917 - Typer reads the options from the 
     output: Annotated[str, typer.Option(metavar="DIR", help="Folder of the pruned model.")],
     scores: Annotated[
         Optional[str],  # noqa: UP045 - as below
-        typer.Option(metavar="FILE", help="Scores that the plan was made from, for the card."),
+        typer.Option(
+            metavar="FILE",
+            help="Scores that the plan was made from: for the card, and for the axes where the "
+            "plan does not say them.",
+        ),
     ] = None,
     repair: Annotated[
         Optional[str],  # noqa: UP045 - as below
@@ -26,7 +30,13 @@ def apply_command(  # noqa: PLR0913, PLR0917 - Typer reads the options from the 
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 5GB.")
     ] = "50GB",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Type of the weights.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="Type of the weights: float32, bfloat16, float16; auto is that of the files.",
+        ),
+    ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace what hf_gradnas wrote there.")
     ] = False,

@@ -32,6 +32,18 @@ class Plans(Settings):
     def _read_targets(cls, value: Any) -> Any:
         return read_limits(value)
 
+    @field_validator("targets")
+    @classmethod
+    def _check_files(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for cost, limits in value.items():
+            names = [limit.removesuffix("%") for limit in limits]
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"{cost}: a share and an amount of one number, whose plans have one file; give "
+                    "them in two runs"
+                )
+        return value
+
     def budgets(self) -> dict[str, dict[str, str]]:
         """One budget for each limit, by the name of its file."""
         return {

@@ -108,6 +108,10 @@ class Repair:
         data["sites"] = [asdict(site) for site in self.sites]
         return data
 
+    def digest(self) -> str:
+        """SHA-256 of the new weights."""
+        return _digest(self.tensors)
+
     def record(self) -> dict[str, Any]:
         """The same for ``gradnas.json``: plain JSON, in which what is not known is null."""
         data = {"method": "least squares", "is_accepted": self.is_accepted, **self.summary()}

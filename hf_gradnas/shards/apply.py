@@ -44,7 +44,7 @@ from ..surgery.rows import shapes_of
 from ..types import Plan, Prunable, Scores
 from .files import INDEX, CheckpointFiles, open_checkpoint
 from .model import lazy_model, lend_repair, model_class
-from .resuming import Unfinished, resumable
+from .resuming import Unfinished, resumable, unfinished_bytes
 from .writing import MIB, Progress, Weights, weights_of, write_weights
 
 SPARE = 1 << 24
@@ -68,9 +68,8 @@ def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of i
 ) -> Path:
     """Write the checkpoint that `GradNASPruner.apply` and ``save_pretrained`` would write.
 
-    Less than 1 GiB is in memory, whatever the size; a tensor that loading does more to than
-    choosing, joining and turning its rows is in memory as a whole. A run that breaks off goes on
-    with the first file that is not complete.
+    Less than 1 GiB is in memory, whatever the size, but for a tensor that loading computes. A run
+    that breaks off goes on with the first file that is not complete.
 
     Args:
         plan: What is kept.
@@ -101,8 +100,8 @@ def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of i
     model = _loaded(opened, plan, cls, dtype)
     plan = _cut(model, plan, prunable, repair)
     weights = weights_of(model, max_shard_size)
+    _check_room(target, weights.total_size)
     with failing(target), resumable(target, _key(opened, weights, plan, repair)) as unfinished:
-        _check_room(target, weights.total_size, unfinished)
         hashes = write_weights(weights, unfinished, progress)
         if weights.index is not None:
             (unfinished.folder / INDEX).write_text(weights.index, encoding="utf-8")
@@ -110,6 +109,7 @@ def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of i
         card = partial(told_of, model, target.name, prunable, plan, scores, told, pictures=report)
         _write_rest(unfinished, model, plan, told, card, hashes)
         replace_folder(unfinished.folder, target, before)
+        unfinished.finish()
     return target
 
 
@@ -137,7 +137,6 @@ def _write_rest(
     _save_settings(model, folder)
     write_files(folder, check_content(told, card(sentence_class=companions.sentence_class)))
     copied = companions.write(folder)
-    unfinished.finish()
     found = digests(folder, known=hashes)
     write_document(folder, told, plan, _reference(model), copied, found)
 
@@ -164,11 +163,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
         CheckpointError: It cannot be read.
     """
     try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # config classes refuse in their own ways
         raise CheckpointError(
             f"{folder}: its config.json cannot be read ({described(error, whole=True)}); check it, "
-            "and that this Transformers knows the model."
+            "and that this Transformers knows the model without code of its own."
         ) from error
     return found
 
@@ -234,17 +233,18 @@ def _save_settings(model: PreTrainedModel, folder: Path) -> None:
     own.rmdir()
 
 
-def _check_room(target: Path, total: int, unfinished: Unfinished) -> None:
+def _check_room(target: Path, total: int) -> None:
     """Check that the disk has room for what is still to be written.
 
     Raises:
         CheckpointError: It has not.
     """
-    needed = total - sum(facts["size"] for facts in unfinished.done.values()) + SPARE
-    free = shutil.disk_usage(target.parent).free
+    needed = total - unfinished_bytes(target) + SPARE
+    place = next(folder for folder in target.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise CheckpointError(
-            f"{target}: needs {needed / MIB:,.0f} MiB, and {target.parent} has {free / MIB:,.0f} "
+            f"{target}: needs {needed / MIB:,.0f} MiB, and {place} has {free / MIB:,.0f} "
             "MiB free; nothing was written. Free some space, or choose another folder."
         )
 
@@ -270,7 +270,7 @@ def _key(opened: CheckpointFiles, weights: Weights, plan: Plan, repair: Repair |
         "source": str(opened.folder.resolve()),
         "stamps": opened.stamps(),
         "plan": plan.to_dict(),
-        "repair": None if repair is None else [repair.plan, repair.model, repair.summary()],
+        "repair": None if repair is None else [repair.summary(), repair.digest()],
         "shards": weights.shards,
         "shapes": shapes,
         "versions": versions(),

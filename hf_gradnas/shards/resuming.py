@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .._files import lock_folder, write_record
+from .._manifests import file_sha256
 from ..errors import CheckpointError
 from ..types import read_object
-
-RECORD = "hf_gradnas-part.json"
-"""File of an unfinished folder: what it is a part of, and which files of it are complete."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +34,30 @@ class Unfinished:
     def add(self, name: str, facts: Mapping[str, Any]) -> None:
         """Note that a file is complete, and on the disk."""
         self.done[name] = dict(facts)
-        write_record(self.folder / RECORD, json.dumps({"key": self.key, "done": self.done}))
+        write_record(record_of(self.folder), json.dumps({"key": self.key, "done": self.done}))
 
     def finish(self) -> None:
-        """Leave nothing in the folder but what belongs there."""
-        (self.folder / RECORD).unlink()
+        """Forget the folder, which is now in its place."""
+        record_of(self.folder).unlink()
 
 
 def unfinished_name(target: Path) -> Path:
     """Where a folder is while it is being filled."""
     return target.with_name(f".{target.name}.hf_gradnas-part")
+
+
+def record_of(folder: Path) -> Path:
+    """The file beside an unfinished folder: what it is a part of, and which files are complete.
+
+    Beside it, so that it is there until the folder is in its place.
+    """
+    return folder.with_name(f"{folder.name}.json")
+
+
+def unfinished_bytes(target: Path) -> int:
+    """What is in the unfinished folder of a target: it is used, or makes room."""
+    folder = unfinished_name(target)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager
@@ -60,7 +72,7 @@ def resumable(target: Path, key: str) -> Iterator[Unfinished]:
     """
     folder = unfinished_name(target)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+    if folder.exists() and any(folder.iterdir()) and not record_of(folder).is_file():
         raise CheckpointError(
             f"{folder}: holds what hf_gradnas did not write, and the checkpoint is made there; "
             "move it away."
@@ -76,14 +88,14 @@ def resumable(target: Path, key: str) -> Iterator[Unfinished]:
     except OSError:  # the file system has no locks
         pass
     try:
-        found = read_object(folder / RECORD)
+        found = read_object(record_of(folder))
         done = found.get("done") if found.get("key") == key else {}
         kept = {n: f for n, f in (done or {}).items() if _is_there(folder / n, f)}
         for path in list(folder.iterdir()):
-            if path.name not in (*kept, RECORD):
+            if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         unfinished = Unfinished(folder, key, kept)
-        write_record(folder / RECORD, json.dumps({"key": key, "done": kept}))
+        write_record(record_of(folder), json.dumps({"key": key, "done": kept}))
         yield unfinished
     finally:
         if held is not None:
@@ -91,4 +103,5 @@ def resumable(target: Path, key: str) -> Iterator[Unfinished]:
 
 
 def _is_there(file: Path, facts: Any) -> bool:
-    return file.is_file() and isinstance(facts, dict) and file.stat().st_size == facts.get("size")
+    """Whether a file is as it was when it was complete."""
+    return file.is_file() and isinstance(facts, dict) and file_sha256(file) == facts.get("sha256")

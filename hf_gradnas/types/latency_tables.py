@@ -194,5 +194,9 @@ def _check(table: LatencyTable) -> None:
     """Raises ValueError where numbers make no sense."""
     if not (math.isfinite(table.total_ms) and table.total_ms > 0):
         raise ValueError(f"total_ms is {table.total_ms}, needed a number above 0")
-    if not table.rest_ms >= 0 or not table.uneven_ms >= 0:
+    if not 0 <= table.uneven_ms < math.inf:
+        raise ValueError(f"uneven_ms is {table.uneven_ms}, needed a number of 0 or more")
+    if table.batch_size < 1 or table.length < 0:
+        raise ValueError(f"its batch is {table.batch_size} of length {table.length}, which is none")
+    if not table.rest_ms >= 0:
         raise ValueError("sub-layers take more time than the whole model")

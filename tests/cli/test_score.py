@@ -236,6 +236,7 @@ def test_what_cannot_be_planned_is_refused_and_nothing_is_written(run, bert, tmp
         ([FILE, "--target", "flops=80%", "--targets", "flops=70%"], "omit one of the two"),
         ([FILE, "--targets", "flops=../../x"], "is no limit"),
         ([FILE, "--targets", "flops=70%,70%"], "is there twice"),
+        ([FILE, "--targets", "params=70%,70"], "whose plans have one file"),
         ([FILE, "--output", "bert"], "is a folder, needed a file"),
         ([FILE, "--targets", "flops=80%", "--output", "train.tsv"], "is a file, needed a folder"),
         ([FILE, "--target", "flops=80%", "--output", "taken.json"], "cannot be written"),

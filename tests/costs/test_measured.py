@@ -270,6 +270,15 @@ def test_a_table_is_a_file_that_another_machine_plans_with(llama, tmp_path):
     assert "one NVIDIA H100" in pruner.costs["latency_ms"].unit
 
 
+@pytest.mark.parametrize(
+    "change", [{"uneven_ms": math.inf}, {"batch_size": 0}, {"length": -1}, {"total_ms": math.nan}]
+)
+def test_numbers_that_no_model_can_have_are_refused(change, llama, tmp_path):
+    replace(llama[2], **change).save(tmp_path / "table.json")
+    with pytest.raises(BudgetError, match=next(iter(change)).partition("_")[0]):
+        LatencyTable.load(tmp_path / "table.json")
+
+
 def test_what_is_no_table_is_not_replaced(llama, tmp_path):
     file = tmp_path / "notes.json"
     file.write_text('{"mine": 1}')

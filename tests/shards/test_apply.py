@@ -25,7 +25,7 @@ from hf_gradnas.checkpoint.prunable import trial_plan
 from hf_gradnas.errors import CheckpointError, PlanError, RepairError
 from hf_gradnas.shards import apply as applying
 from hf_gradnas.shards import apply_to_checkpoint, writing
-from hf_gradnas.shards.resuming import RECORD, unfinished_name
+from hf_gradnas.shards.resuming import record_of, unfinished_name
 from hf_gradnas.types import Basis
 
 # Model with its repeated sizes: tied tables, Conv1D, experts one by one, channels, whole layers.
@@ -202,7 +202,7 @@ def test_a_run_that_breaks_off_goes_on_with_the_next_file(llama, monkeypatch):
     cut(llama, **options, progress=lambda done, total: steps.append((done, total)))
     assert {name: (llama[2] / name).stat().st_mtime_ns for name in first} == times
     assert not half.exists()
-    assert not (llama[2] / RECORD).exists()
+    assert not record_of(half).exists()
     found = tensors_of(llama[2])
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -219,11 +219,42 @@ def test_what_another_run_left_is_not_used(llama, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             cut(llama)
     half = unfinished_name(llama[2])
-    record = json.loads((half / RECORD).read_text())
+    record = json.loads(record_of(half).read_text())
     (half / "model.safetensors").write_bytes(b"of another plan")
     done = {"model.safetensors": {"sha256": "0", "size": 15}}
-    (half / RECORD).write_text(json.dumps({**record, "key": "other", "done": done}))
+    record_of(half).write_text(json.dumps({**record, "key": "other", "done": done}))
     assert tensors_of(cut(llama))
+
+
+@pytest.mark.parametrize("step", ["_save_settings", "digests", "write_document", "replace_folder"])
+def test_a_break_after_the_weights_loses_none_of_them(step, llama, monkeypatch):
+    def broken(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(applying, step, broken)
+        with pytest.raises(KeyboardInterrupt):
+            cut(llama)
+    half = unfinished_name(llama[2])
+    when = (half / "model.safetensors").stat().st_mtime_ns
+    cut(llama)
+    assert (llama[2] / "model.safetensors").stat().st_mtime_ns == when
+    assert not half.exists()
+    assert not record_of(half).exists()
+
+
+def test_a_complete_file_that_was_changed_is_written_again(llama, monkeypatch):
+    wanted = tensors_of(cut((*llama[:2], llama[2].with_name("whole"))))
+    with monkeypatch.context() as patch:
+        patch.setattr(applying, "digests", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cut(llama)
+    file = unfinished_name(llama[2]) / "model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    found = tensors_of(cut(llama))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_two_runs_do_not_write_one_folder(llama):
@@ -246,7 +277,7 @@ def test_a_disk_without_room_is_refused_before_the_first_byte(llama, monkeypatch
     monkeypatch.setattr(applying.shutil, "disk_usage", lambda path: usage(0, 0, 1 << 20))
     with pytest.raises(CheckpointError, match=r"needs \d+ MiB, and .* has 1 MiB free; nothing was"):
         cut(llama)
-    assert not any(path.suffix == ".safetensors" for path in llama[2].parent.glob(".*/*"))
+    assert not unfinished_name(llama[2]).exists()
 
 
 def test_an_existing_target_is_replaced_only_if_asked_for(llama):
