@@ -18,9 +18,9 @@ from places import ROOT
 import hf_gradnas
 from hf_gradnas import nas, repair
 from hf_gradnas.cli.app import app, given_flags, main
-from hf_gradnas.config.plans import Plans, build_plans
-from hf_gradnas.config.recipe_files import build_recipe, shipped_recipes
-from hf_gradnas.config.sweep import Sweep, build_sweep
+from hf_gradnas.config.plans import Plans
+from hf_gradnas.config.recipe_files import build_options, build_recipe, shipped_recipes
+from hf_gradnas.config.sweep import Sweep
 from hf_gradnas.scores import methods
 
 DOCS = ROOT / "docs"
@@ -109,11 +109,11 @@ def test_command_lines_parse(page):
             if file is None or file in shipped_recipes():
                 build_recipe(given_flags(options), settings=settings, file=file)
         elif name == "sweep":
-            build_sweep(given_flags({key: options.pop(key) for key in Sweep.model_fields}))
+            build_options(Sweep, given_flags({key: options.pop(key) for key in Sweep.model_fields}))
             build_recipe(given_flags(options))
         elif name == "plan":
             options.pop("file")
-            build_plans(given_flags({key: options.pop(key) for key in Plans.model_fields}))
+            build_options(Plans, given_flags({key: options.pop(key) for key in Plans.model_fields}))
             build_recipe({"model": "none", **given_flags(options)})
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.limits import format_amount, format_share
-from ..config.plans import build_plans
+from ..config.plans import Plans
 from ..config.recipe import Recipe
-from ..config.recipe_files import build_recipe
+from ..config.recipe_files import build_options, build_recipe
 from ..errors import GradNASError, PlanError, RecipeError, ScoresError
 from ..types import LATENCY, USUAL, Kind
 from . import BAD_INPUT, DONE, INTERRUPTED
@@ -53,7 +53,7 @@ def _budgets(
     recipe: Recipe, own: Mapping[str, Any], *, is_one: bool
 ) -> dict[str, Mapping[str, Any]]:
     """Budgets by name of the file within the output; "" where the output is the file."""
-    several = build_plans(own).budgets()
+    several = build_options(Plans, own).budgets()
     if not several:
         return {"": recipe.target}
     if is_one:

@@ -14,8 +14,8 @@ from .._files import temporary_sibling, write_whole
 from ..checkpoint.folders import check_target
 from ..config.limits import parse_budgets
 from ..config.recipe import Recipe
-from ..config.recipe_files import build_recipe, check_inputs, shareable
-from ..config.sweep import Sweep, build_sweep
+from ..config.recipe_files import build_options, build_recipe, check_inputs, shareable
+from ..config.sweep import Sweep
 from ..errors import BudgetError, CheckpointError, DataError, GradNASError, RecipeError
 from ..jobs.early import check_inspected, is_local, local_path, model_folder
 from ..jobs.latency import check_latency, set_latency
@@ -53,7 +53,7 @@ def sweep_from_options(flags: Mapping[str, Any], own: Mapping[str, Any]) -> int:
     folder: str | None = None
     everyone: Processes | None = None
     try:
-        sweep = build_sweep(own)
+        sweep = build_options(Sweep, own)
         given = frozenset(flags)
         recipe = check_sweep(build_recipe(flags), sweep, given=given)
         folder = recipe.output

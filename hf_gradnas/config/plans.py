@@ -5,13 +5,10 @@ Descriptions of these fields are the only help text, as in `recipe`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from ..errors import RecipeError
-from .recipe_files import explained
 from .strict import Settings
 from .sweep import read_limits
 
@@ -51,15 +48,3 @@ class Plans(Settings):
             for cost, limits in self.targets.items()
             for limit in limits
         }
-
-
-def build_plans(flags: Mapping[str, Any]) -> Plans:
-    """The options that were given, checked.
-
-    Raises:
-        RecipeError: One cannot be used.
-    """
-    try:
-        return Plans.model_validate(flags)
-    except ValidationError as error:
-        raise RecipeError(explained(error, Plans)) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -19,6 +19,8 @@ from .._redaction import HIDDEN, SHORTENED, is_secret_name
 from ..errors import RecipeError
 from .recipe import BY_FLAG_ONLY, FORMAT, Recipe
 from .strict import Settings
+
+Options = TypeVar("Options", bound=Settings)
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel carries the recipes inside the package; a checkout has them at its root.
@@ -169,6 +171,22 @@ def build_recipe(
         raise RecipeError(explained(error, Recipe)) from error
 
 
+def build_options(kind: type[Options], flags: Mapping[str, Any]) -> Options:
+    """Options that a command has beside those of a recipe, checked.
+
+    Args:
+        kind: Class of the options.
+        flags: Those that were given, by field name.
+
+    Raises:
+        RecipeError: One cannot be used.
+    """
+    try:
+        return kind.model_validate(flags)
+    except ValidationError as error:
+        raise RecipeError(explained(error, kind)) from error
+
+
 def _check_format(values: Mapping[str, Any], *, where: str) -> None:
     """Say first that a file is newer, since its options may be unknown."""
     found, known = values.get("format_version", FORMAT), FORMAT
@@ -219,6 +237,7 @@ def _of_switched_off(values: Mapping[str, Any]) -> set[str]:
 def _is_default(key: str, value: Any) -> bool:
     """Whether a file says no more than the default: saved recipes list all options."""
     default = Recipe.default_of(key)
+    value = tuple(value) if isinstance(value, list) else value  # YAML has no tuples
     is_plain = not isinstance(value, dict)  # `--set` may add to a mapping
     return is_plain and type(value) is type(default) and bool(value == default)
 

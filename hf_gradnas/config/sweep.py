@@ -9,12 +9,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from ..errors import RecipeError
 from .defaults import AUTO, CANDIDATES
 from .recipe import Recipe
-from .recipe_files import explained
 from .strict import Settings
 
 SCORES = tuple(n for n in get_args(Recipe.model_fields["score"].annotation) if n != AUTO)
@@ -101,18 +100,6 @@ class Sweep(Settings):
                 f"{', '.join(known)}; give one of these, or add it to --targets."
             )
         return {name: limit}
-
-
-def build_sweep(flags: Mapping[str, Any]) -> Sweep:
-    """The options that were given, checked.
-
-    Raises:
-        RecipeError: One cannot be used.
-    """
-    try:
-        return Sweep.model_validate(flags)
-    except ValidationError as error:
-        raise RecipeError(explained(error, Sweep)) from error
 
 
 def read_limits(value: Any) -> Any:

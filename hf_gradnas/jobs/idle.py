@@ -178,9 +178,7 @@ def _device(recipe: Recipe, _: Known) -> str:
 
 
 def _of_device_map(recipe: Recipe, _: Known) -> str:
-    if recipe.device_map or not (recipe.max_memory or recipe.offload_folder):
-        return ""
-    return "there is no --device-map; give one, or omit it"
+    return "" if recipe.device_map else "there is no --device-map; give one, or omit it"
 
 
 def _checkpointing(recipe: Recipe, _: Known) -> str:

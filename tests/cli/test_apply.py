@@ -5,34 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from cli_cases import save_bert, save_llama, write_tsv
 from safetensors.torch import load_file
 
 from hf_gradnas import Plan
-from hf_gradnas.cli.app import main
 
 DATA = ["--model", "bert", "--dataset", "train.tsv", "--num-examples", "12", "--batch-size", "4"]
 TARGET = ["--target", "flops=70%"]
 FILE = "b.scores.safetensors"
-
-
-@pytest.fixture
-def run(capsys, tmp_path, tmp_path_factory, monkeypatch):
-    """Runs a command; returns its exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main(list(map(str, arguments)))
-        shown = capsys.readouterr()
-        assert "\x1b" not in shown.out + shown.err
-        assert "Traceback" not in shown.err
-        return code, shown.out, shown.err
-
-    return run
 
 
 @pytest.fixture

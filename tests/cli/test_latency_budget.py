@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import json
 
-import datasets
 import pytest
 import yaml
-from cli_cases import save_bert, write_tsv
 
 from hf_gradnas.cli.app import main
 from hf_gradnas.costs import measured
 from hf_gradnas.types import LatencyTable
 
 TINY = ["--num-examples", "8", "--batch-size", "4", "--no-report"]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def bert(tmp_path):
-    return save_bert(tmp_path / "bert")
-
-
-@pytest.fixture
-def tsv(tmp_path):
-    return write_tsv(tmp_path / "train.tsv")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import cli_cases
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -39,22 +38,6 @@ from hf_gradnas.types import Scores
 
 TINY = ["--num-examples", "8", "--batch-size", "4", "--no-report"]  # pictures take seconds
 PLAIN = [*TINY, "--repair", "none"]  # for what a repair does not touch
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def bert(tmp_path):
-    return save_bert(tmp_path / "bert")
-
-
-@pytest.fixture
-def tsv(tmp_path):
-    return write_tsv(tmp_path / "train.tsv")
 
 
 @pytest.fixture

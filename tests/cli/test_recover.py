@@ -23,16 +23,6 @@ def own_folder(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("scratch")))
 
 
-@pytest.fixture
-def bert(tmp_path):
-    return save_bert(tmp_path / "bert")
-
-
-@pytest.fixture
-def tsv(tmp_path):
-    return write_tsv(tmp_path / "train.tsv")
-
-
 def _document(folder):
     return json.loads((folder / "gradnas.json").read_text(encoding="utf-8"))
 

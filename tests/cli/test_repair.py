@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,12 +20,6 @@ from hf_gradnas.errors import RepairError
 
 TINY = ["--num-examples", "12", "--batch-size", "4", "--no-report", "--target", "flops=60%"]
 REPAIR = "bert-gradnas.repair.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

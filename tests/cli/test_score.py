@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from accelerate.utils import OffloadedWeightsLoader
@@ -17,31 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from hf_gradnas import Plan, Scores
 from hf_gradnas.checkpoint.fingerprints import fingerprints_of
-from hf_gradnas.cli.app import main
 from hf_gradnas.data.examples import Collator
 
 DATA = ["--model", "bert", "--dataset", "train.tsv", "--num-examples", "12", "--batch-size", "4"]
 FILE = "b.scores.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command; returns its exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = main(list(map(str, arguments)))
-        shown = capsys.readouterr()
-        assert "\x1b" not in shown.out + shown.err
-        assert "Traceback" not in shown.err
-        return code, shown.out, shown.err
-
-    return run
 
 
 def names_in(folder):

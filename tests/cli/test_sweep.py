@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-import datasets
 import pytest
 import transformers as tf
 from cli_cases import save_bert, save_llama, write_text, write_tsv
@@ -20,12 +19,6 @@ from hf_gradnas.types import STATES, Frontier
 TINY = ["--num-examples", "8", "--batch-size", "4"]
 PRUNED = {"pruned", "pruned.repair.safetensors"}
 FILES = {"sweep.json", "sweep.csv", "sweep.md", "sweep.png", "sweep.svg"}
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

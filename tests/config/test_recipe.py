@@ -114,6 +114,12 @@ def test_a_label_map_has_one_form_of_flags_and_one_of_files(tmp_path):
     assert setting.label_map == {**flags.label_map, "negative": 2}
 
 
+def test_empty_lists_of_a_file_are_the_defaults(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\naxes: []\nexclude: []\nmax_memory: []\n", encoding="utf-8")
+    assert build_recipe({}, file=file).model_fields_set == {"model"}
+
+
 def test_a_flag_takes_with_it_what_a_file_says_of_what_it_replaces(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(

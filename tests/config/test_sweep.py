@@ -3,7 +3,8 @@
 import pytest
 
 from hf_gradnas.config.recipe import Recipe
-from hf_gradnas.config.sweep import SCORES, Sweep, build_sweep
+from hf_gradnas.config.recipe_files import build_options
+from hf_gradnas.config.sweep import SCORES, Sweep
 from hf_gradnas.errors import RecipeError
 
 
@@ -14,16 +15,16 @@ def test_texts_become_lists():
         "seeds": ["3,1", "2"],
         "save": "flops=60%",
     }
-    sweep = build_sweep(given)
+    sweep = build_options(Sweep, given)
     assert sweep.targets == {"flops": ("80%", "60%", "40%"), "params": ("66e6",)}
     assert sweep.score == ("fisher", "random")
     assert sweep.seeds == (3, 1, 2)
     assert sweep.limit_to_save() == {"flops": "60%"}
-    assert build_sweep({"score": "taylor"}).score == ("taylor",)
+    assert build_options(Sweep, {"score": "taylor"}).score == ("taylor",)
 
 
 def test_defaults():
-    sweep = build_sweep({})
+    sweep = build_options(Sweep, {})
     assert sweep == Sweep()
     assert sweep.targets == {"flops": ("80%", "70%", "60%", "50%")}
     assert set(sweep.score) <= set(SCORES)
@@ -53,11 +54,11 @@ def test_defaults():
 )
 def test_slips_are_named(flags, said):
     with pytest.raises(RecipeError, match=said):
-        build_sweep(flags)
+        build_options(Sweep, flags)
 
 
 @pytest.mark.parametrize("save", ["flops=60%", "flops", "params=80%"])
 def test_only_what_is_tried_is_saved(save):
-    sweep = build_sweep({"targets": ["flops=80%,70%"], "save": save})
+    sweep = build_options(Sweep, {"targets": ["flops=80%,70%"], "save": save})
     with pytest.raises(RecipeError, match=r"is none of the budgets .* flops=80%, flops=70%"):
         sweep.limit_to_save()
