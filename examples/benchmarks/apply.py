@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def write_checkpoint(folder: Path, config: Any, cls: type[Any]) -> int:
     config.save_pretrained(folder)
     noise = torch.randn(1 << 24).bfloat16()
 
+    @lru_cache(maxsize=1)  # it is read a few rows at a time
     def drawn(shape: tuple[int, ...]) -> torch.Tensor:
         count = torch.Size(shape).numel()
         return noise.repeat(count // len(noise) + 1)[:count].reshape(shape)
