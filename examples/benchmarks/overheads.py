@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,14 @@ def loaded(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     return model.eval(), {**batch, "labels": ids}
 
 
-def cpu_seconds(run: Callable[[], Any], rounds: int) -> float:
-    """Median CPU time of a call."""
-    found = []
+def cpu_seconds(run: Callable[[], Any], rounds: int) -> tuple[Any, float]:
+    """What a call returns, and its median CPU time."""
+    found, times = None, []
     for _ in range(rounds):
         began = time.process_time()
-        run()
-        found.append(time.process_time() - began)
-    return statistics.median(found)
+        found = run()
+        times.append(time.process_time() - began)
+    return found, statistics.median(times)
 
 
 def count(options: argparse.Namespace) -> None:
@@ -73,20 +74,21 @@ def count(options: argparse.Namespace) -> None:
     for length in map(int, options.lengths.split(",")):
         ids = torch.ones(1, length, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        flops = count_flops(model, inputs)[0]
-        seconds = cpu_seconds(lambda: count_flops(model, inputs), options.rounds)  # noqa: B023
+        (flops, _), seconds = cpu_seconds(partial(count_flops, model, inputs), options.rounds)
         said = f"{length:>7} tokens: {flops:.6g} FLOPs in {seconds:.3f} s"
         if length <= LONGEST_FORWARD:
-            counter = FlopCounterMode(display=False)
-
-            def forward() -> None:
-                with torch.no_grad(), counter:  # noqa: B023
-                    model(**inputs)  # noqa: B023
-
-            real = cpu_seconds(forward, 1)
-            same = "the same" if counter.get_total_flops() == flops else "OTHERS"
+            counted, real = cpu_seconds(partial(flops_of_forward, model, inputs), 1)
+            same = "the same" if counted == flops else "OTHERS"
             said += f"; a forward: {same} in {real:.2f} s ({real / seconds:.0f} x)"
         CONSOLE.print(said)
+
+
+def flops_of_forward(model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
+    """FLOPs that are counted while the model runs."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(**inputs)
+    return counter.get_total_flops()
 
 
 def save(options: argparse.Namespace) -> None:

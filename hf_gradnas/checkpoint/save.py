@@ -168,7 +168,8 @@ def _run_short(
 ) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     """One example of few tokens, and what the model makes of it; the whole sample if that fails.
 
-    All weights are compared by their values, so that longer sequences would tell nothing more.
+    All weights are compared by their values. What shows in longer sequences alone, such as a
+    window of attention that the config lost, is not seen.
     """
     decoder = bool(model.config.is_encoder_decoder)
     whole = {name: value for name, value in sample.items() if name != "labels" or decoder}

@@ -44,19 +44,21 @@ def unloaded(model: nn.Module) -> nn.Module:
             tensors[id(tensor)] = nn.Parameter(new, requires_grad=False) if is_weight else new
         return tensors[id(tensor)]
 
+    def copied(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+        if isinstance(value, Tensor):
+            return empty(value)
+        if type(value) in CONTAINERS:
+            return copy.copy(value)
+        if isinstance(value, MethodType) and value.__self__ is module:
+            return MethodType(value.__func__, twin)
+        return value
+
     def twin_of(module: nn.Module) -> nn.Module:
         if id(module) in twins:
             return twins[id(module)]
         twin = twins[id(module)] = type(module).__new__(type(module))
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                value = empty(value)  # noqa: PLW2901
-            elif type(value) in CONTAINERS:
-                value = copy.copy(value)  # noqa: PLW2901
-            elif isinstance(value, MethodType) and value.__self__ is module:
-                value = MethodType(value.__func__, twin)  # noqa: PLW2901
-            vars(twin)[name] = value
         own = vars(twin)
+        own.update({name: copied(value, module, twin) for name, value in vars(module).items()})
         own |= {"training": False, "_compiled_call_impl": None, **_plain_forward(own)}
         for held in (own["_parameters"], own["_buffers"]):
             held.update({name: x if x is None else empty(x) for name, x in held.items()})

@@ -68,8 +68,8 @@ def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of i
 ) -> Path:
     """Write the checkpoint that `GradNASPruner.apply` and ``save_pretrained`` would write.
 
-    Less than 1 GiB is in memory, whatever the size, but for a tensor that loading computes. A run
-    that breaks off goes on with the first file that is not complete.
+    A few rows are in memory at a time, or a whole tensor that loading computes. A run that breaks
+    off goes on with the first file that is not complete.
 
     Args:
         plan: What is kept.
