@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -253,27 +253,33 @@ class Labels:
         Returns:
             Per product the finest label ``(products,)``: `NOBODY` where nothing has one.
         """
-        rows = self.find(rows)
-        numbers = torch.arange(len(rows))[:, None].expand_as(rows)
-        pairs = torch.stack([rows.flatten(), numbers.flatten()], 1).unique(dim=0)
-        places: dict[int, list[int]] = {}
-        for label, place in pairs.tolist():
-            if label != NOBODY:
-                places.setdefault(label, []).append(place)
-        same: dict[tuple[int, ...], list[int]] = {}
-        for label, found in places.items():
-            same.setdefault(tuple(found), []).append(label)
-        for labels in same.values():
-            self.merge(torch.tensor([labels]), why)
-        chains: dict[int, list[tuple[int, ...]]] = {}
-        for where in sorted(same, key=len):  # the finest first
-            for place in where:
-                chains.setdefault(place, []).append(where)
-        for inner, outer in dict.fromkeys(p for chain in chains.values() for p in pairwise(chain)):
-            self._stand(same[inner][0], same[outer][0], set(inner) <= set(outer), why)
-        finest = torch.full((len(rows),), NOBODY)
-        for place, chain in chains.items():
-            finest[place] = same[chain[0]][0]
+        roots = self.find(rows).numpy()
+        place = np.arange(len(roots))[:, None]
+        pairs = np.unique((roots * len(roots) + place)[roots != NOBODY])  # by label, then place
+        numbers, places = np.divmod(pairs, len(roots))
+        labels, starts = np.unique(numbers, return_index=True)
+        same: dict[bytes, int] = {}  # places of a label: the first label that has them
+        leaders, sets = [], []
+        for label, where in zip(labels.tolist(), np.split(places, starts[1:]), strict=False):
+            leader = same.setdefault(where.tobytes(), label)
+            leaders.append(leader)
+            if leader == label:
+                sets.append((label, where))
+        self.tie(torch.tensor(leaders, dtype=torch.long), torch.from_numpy(labels), why)
+        sets.sort(key=lambda pair: len(pair[1]))  # the finest first
+        finest = torch.full((len(roots),), NOBODY)
+        if sets:
+            of_set = np.repeat(np.arange(len(sets)), [len(where) for _, where in sets])
+            every = np.concatenate([where for _, where in sets])
+            met, first, inverse = np.unique(every, return_index=True, return_inverse=True)
+            order = np.lexsort((of_set, first[inverse]))
+            chained, at = of_set[order], every[order]
+            follows = at[1:] == at[:-1]
+            chains = zip(chained[:-1][follows].tolist(), chained[1:][follows].tolist(), strict=True)
+            for inner, outer in dict.fromkeys(chains):
+                nested = bool(np.isin(sets[inner][1], sets[outer][1], assume_unique=True).all())
+                self._stand(sets[inner][0], sets[outer][0], nested, why)
+            finest[met] = torch.tensor([sets[n][0] for n in of_set[first]])
         finest = self.find(finest)
         if record:
             self.meetings.append(Meeting(finest, time))
