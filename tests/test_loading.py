@@ -13,8 +13,10 @@ import torch
 import zoo
 from places import SUPPORT
 from safetensors.torch import save_file
+from transformers import AutoModel, RfDetrDinov2Backbone, RfDetrDinov2Config
 
 from hf_gradnas import GradNASPruner, Plan
+from hf_gradnas.checkpoint.save import loading_snippet
 from hf_gradnas.costs.flops import count_flops
 from hf_gradnas.types import Kind
 
@@ -102,3 +104,25 @@ def test_every_family_loads_in_fresh_processes(checkpoints: Path, tmp_path: Path
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_backbone_loads_from_a_folder(tmp_path: Path) -> None:
+    """`AutoBackbone` takes ids of the Hub only: `AutoModel` builds what no other class builds."""
+    config = RfDetrDinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    model = RfDetrDinov2Backbone(config).eval()
+    pruner = GradNASPruner(model, layout="per_layer", score="random")
+    pruner.prune([batch], {"params": "80%"}, repair="none")
+    pruner.save_pretrained(tmp_path / "pruned", report=False)
+    assert model.config.auto_map["AutoModel"].endswith(".RfDetrDinov2Backbone")
+    said = loading_snippet(model, "per_layer", "pruned").splitlines()
+    assert said[0].endswith('# or AutoModel.from_pretrained("pruned", trust_remote_code=True)')
+    assert said[2] == 'model = RfDetrDinov2Backbone.from_pretrained("pruned")'
+    loaded = AutoModel.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(**batch).feature_maps, model(**batch).feature_maps, rtol=0, atol=1e-6
+        )

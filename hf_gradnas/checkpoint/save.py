@@ -246,7 +246,8 @@ def loading_snippet(
         sentence_class: Class of sentence-transformers that loads it; None: plain Transformers does.
     """
     stock = stock_class(model)
-    name, place = auto_class_name(stock) or stock.__name__, python_string(directory)
+    auto, place = auto_class_name(stock), python_string(directory)
+    name = auto or stock.__name__
     lines = [f"from transformers import {name}", f"model = {name}.from_pretrained({place})"]
     if sentence_class is not None:
         name = sentence_class
@@ -254,6 +255,8 @@ def loading_snippet(
     if layout == "per_layer":
         where = "" if sentence_class else " to from_pretrained"
         note = f"  # or pass trust_remote_code=True{where}"
+        if auto is None:
+            note = f"  # or AutoModel.from_pretrained({place}, trust_remote_code=True)"
         lines = [f"import hf_gradnas{note}", *lines]
     return "\n".join(lines)
 

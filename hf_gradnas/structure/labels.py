@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -156,7 +157,9 @@ class Labels:
         roots = self.roots(torch.tensor(list(self._reasons), dtype=torch.long))
         for root, reasons in zip(roots, self._reasons.values(), strict=True):
             found.setdefault(root, []).extend(reasons)
-        return {root: sorted(why, key=lambda w: w != OUTPUT) for root, why in found.items()}
+        for why in found.values():
+            why.sort(key=OUTPUT.__ne__)
+        return found
 
     def along(self, labels: Tensor, dim: int, why: str) -> Tensor:
         """The label of each entry of a dimension; labels that share an entry become the same."""
@@ -260,7 +263,7 @@ class Labels:
         labels, starts = np.unique(numbers, return_index=True)
         same: dict[bytes, int] = {}  # places of a label: the first label that has them
         leaders, sets = [], []
-        for label, where in zip(labels.tolist(), np.split(places, starts[1:]), strict=False):
+        for label, where in zip(labels.tolist(), _split(places, starts.tolist()), strict=True):
             leader = same.setdefault(where.tobytes(), label)
             leaders.append(leader)
             if leader == label:
@@ -308,6 +311,11 @@ class Labels:
                     self.merge(torch.tensor([[before, second]]), "they stand in the same")
                     return self.standing()
         return found
+
+
+def _split(values: np.ndarray, starts: list[int]) -> list[np.ndarray]:
+    """Parts of a vector that begin at `starts`, and reach to the next one's start."""
+    return [values[first:last] for first, last in pairwise([*starts, len(values)])]
 
 
 def strided(labels: Tensor) -> Tensor:

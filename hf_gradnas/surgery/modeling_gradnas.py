@@ -633,10 +633,11 @@ def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def name_files(model: PreTrainedModel) -> None:
     """Name the code file in the config, and forget ties of parameters that are gone."""
     if "_auto_class" in vars(type(model)):  # Transformers exports its class
-        model.config.auto_map = {
-            name: f"{__name__.rsplit('.', 1)[-1]}.{classes[0].__name__}"
-            for name, classes in _auto_classes(type(model.config))
-        }
+        built = {name: classes[0] for name, classes in _auto_classes(type(model.config))}
+        if auto_class_name(cast(Any, type(model))._gradnas_stock_class) is None:
+            built["AutoModel"] = type(model)
+        file = __name__.rsplit(".", 1)[-1]
+        model.config.auto_map = {name: f"{file}.{part.__name__}" for name, part in built.items()}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = [tie for tie in model.all_tied_weights_keys.items() if tie[0] in names]
     heirs = {of: of if of in names else target for target, of in reversed(ties)}
@@ -655,8 +656,12 @@ def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
 
 
 def auto_class_name(stock: type[PreTrainedModel]) -> str | None:
-    """Name of the Auto class that builds a stock class; the most telling one if there are more."""
+    """Name of the Auto class that builds a stock class; the most telling one if there are more.
+
+    None where there is none, or only `AutoBackbone`, which loads from no folder.
+    """
     names = [name for name, built in _auto_classes(stock.config_class) if stock in built]
+    names = [name for name in names if name != "AutoBackbone"]
     names.sort(key=lambda name: (name != "AutoModel", name == "AutoModelForPreTraining"))
     return names[0] if names else None
 

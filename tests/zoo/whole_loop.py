@@ -121,7 +121,7 @@ def _steps(name: str, folder: Path) -> Iterator[tuple[str, Row]]:
     yield "save", row
     pruner.save_pretrained(folder / "model", report=False)
     auto = _auto_class(getattr(transformers, row.cls))
-    row = replace(row, layout=plan.layout, loads=_ways(plan.layout, auto))
+    row = replace(row, layout=plan.layout, loads=_ways(plan.layout))
     yield "reload", row
     again = getattr(transformers, auto or row.cls).from_pretrained(
         folder / "model", **_kernel(model)
@@ -358,7 +358,5 @@ def _auto_class(cls: type[PreTrainedModel]) -> str:
     return min(found, key=lambda name: (name == "AutoModel", name), default="")
 
 
-def _ways(layout: str, auto: str) -> str:
-    if layout == "stock":
-        return "plain Transformers"
-    return "hf_gradnas, remote code" if auto else "hf_gradnas"
+def _ways(layout: str) -> str:
+    return "plain Transformers" if layout == "stock" else "hf_gradnas, remote code"
