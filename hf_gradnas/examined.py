@@ -33,6 +33,7 @@ from .search.solver import check_budgets
 from .stock.layouts import LAYOUTS
 from .surgery.cut import check_plan
 from .types import Basis, Budget, CostModel, LatencyTable, Plan, Prunable, Structure
+from .types.outlines import by_kind, outline
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -77,6 +78,16 @@ class ExaminedModel:
         self._checked: set[tuple[Budget, ...]] = set()
         self._plan: Plan | None = None
         self._applied = False
+
+    def __repr__(self) -> str:
+        found, plan = self._prunable, self._plan
+        rows = {
+            "model": type(self.model).__name__,
+            "layout": self.layout,
+            "units": by_kind({axis.name: axis.size for axis in found.axes}) if found else "",
+            "kept": by_kind(plan.sizes, plan.counts()) if plan else "",
+        }
+        return outline(type(self).__name__, rows)
 
     @property
     def prunable(self) -> Prunable:

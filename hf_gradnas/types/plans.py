@@ -20,6 +20,7 @@ from ..errors import PlanError, ScoresError, StructureError
 from .basis import Basis
 from .costs import Budget
 from .documents import metadata_of, parse_json, read_object
+from .outlines import amounts, by_kind, by_place, outline
 from .plan_checks import check_values
 from .units import Units
 
@@ -42,7 +43,7 @@ ALSO = "also"
 """Key of a scores file's metadata: which further methods it holds, with commas between them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """For every axis the sorted indices of the units that stay. Pure data; JSON in and out.
 
@@ -88,6 +89,31 @@ class Plan:
     def counts(self) -> dict[str, int]:
         """Number of kept units per axis name."""
         return {name: len(units) for name, units in self.kept.items()}
+
+    def __repr__(self) -> str:
+        return outline("Plan", self._said())
+
+    def summary(self) -> str:
+        """What the plan keeps, in lines to print: by kind, what it costs, and axis by axis.
+
+        Axes that differ in numbers of their names only are in one line.
+        """
+        lines = [f"{title}: {said}" for title, said in self._said().items() if said]
+        return "\n".join([*lines, *by_place(self.sizes, self.counts())])
+
+    def _said(self) -> dict[str, str]:
+        """Rows of `__repr__`."""
+        loss = f"{self.loss_increase:.4g} {self.loss_unit}" if self.loss_unit else ""
+        limits = [f"{b.cost} at most {b.limit:,.12g} ({b.ratio:.1%})" for b in self.budgets]
+        return {
+            "kept": by_kind(self.sizes, self.counts()),
+            "costs": amounts(self.costs),
+            "budgets": ", ".join(limits),
+            "predicted loss increase": loss,
+            "layout": self.layout,
+            "score": self.score,
+            "search": self.search,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
@@ -176,7 +202,7 @@ def _listed(units: Sequence[int]) -> list[int]:
     return units.tolist() if isinstance(units, Units) else [int(unit) for unit in units]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """How much the loss is hurt when a unit goes: one float64 array per axis.
 
@@ -199,6 +225,14 @@ class Scores:
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     basis: Basis | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        rows = {
+            "units": by_kind({name: len(values) for name, values in self.values.items()}),
+            "methods": ", ".join(self.methods),
+            "examples": self.metadata.get("examples", ""),
+        }
+        return outline("Scores", rows)
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .costs import CostModel
+from .outlines import amounts, by_kind, outline
 from .records import UNSAVED, read_document, to_document
 from .structure import Axis, StockSpace, Structure
 from .structure_checks import check_prunable
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Prunable:
     """What can be pruned in a model, how it would be written, and what it costs.
 
@@ -37,6 +38,14 @@ class Prunable:
     absent: Mapping[str, str] = field(default_factory=dict)
 
     FORMAT_VERSION: ClassVar[int] = 1
+
+    def __repr__(self) -> str:
+        rows = {
+            "units": by_kind({axis.name: axis.size for axis in self.axes}),
+            "totals": amounts(self.totals),
+            "layout": self.layout,
+        }
+        return outline("Prunable", rows)
 
     @property
     def axes(self) -> tuple[Axis, ...]:

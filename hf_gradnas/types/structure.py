@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import StructureError
 from .kinds import KINDS, Kind
+from .outlines import by_kind, outline
 from .records import read_document, to_document
 from .structure_checks import check_structure
 
@@ -291,7 +292,7 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Structure:
     """Everything prunable in one model, and all else.
 
@@ -319,6 +320,15 @@ class Structure:
                 f"{twice[0]}: {names[twice[0]]} axes have this name, but a plan needs one name for "
                 "each; report it with the model's class and config."
             )
+
+    def __repr__(self) -> str:
+        refused = Counter(str(refusal.kind) for refusal in self.refusals)
+        rows = {
+            "units": by_kind({axis.name: axis.size for axis in self.axes}),
+            "axes": f"{len(self.axes):,}",
+            "refused": ", ".join(f"{kind} of {n:,} modules" for kind, n in refused.items()),
+        }
+        return outline("Structure", rows)
 
     def __getitem__(self, name: str) -> Axis:
         for axis in self.axes:
