@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._files import replace_folder, temporary_sibling
+from .._files import replace_folder, sync, temporary_sibling
 from .._manifests import digests, stamps
 from .._redaction import shareable, without_secrets
 from ..batches.batch import to_device
@@ -108,11 +109,21 @@ def save_pruned(  # noqa: PLR0913 - all that one folder holds, most of it with d
                 processing_class.save_pretrained(written)
         write_files(written, contents)
         copied = [] if companions is None else companions.write(written)
-        with _reloading(model):
-            reference = _check_reload(model, written, sample)
-        write_document(written, document, plan, reference, copied, digests(written))
+        with ThreadPoolExecutor(1) as beside:  # neither a digest nor a disk holds Python's lock
+            found = beside.submit(_flushed, written)
+            with _reloading(model):
+                reference = _check_reload(model, written, sample)
+        write_document(written, document, plan, reference, copied, found.result())
         replace_folder(written, target, before)
     return target
+
+
+def _flushed(folder: Path) -> dict[str, str]:
+    """Digests of all files in a folder, which are on the disk then."""
+    found = digests(folder)
+    for name in found:
+        sync(folder / name)
+    return found
 
 
 # --- does it load? --------------------------------------------------------------------------------
