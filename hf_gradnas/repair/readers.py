@@ -117,10 +117,17 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """All readers of a plan: those that can be mended, by gate, and why others cannot, by path."""
+    """All readers of a plan: those that can be mended, by gate, and why others cannot, by path.
+
+    Attributes:
+        gates: In running order.
+        reasons: Of those that cannot, by path.
+        order: Paths of all that ran, in running order.
+    """
 
     gates: tuple[Gate, ...]
     reasons: Mapping[str, str]
+    order: tuple[str, ...]
 
 
 def input_dim(module: nn.Module) -> int | None:

@@ -81,7 +81,7 @@ def find_readers(
             mendable.append(reader)
         else:
             reasons[reader.path] = f"it runs {times} times in a forward" if times else _DID_NOT_RUN
-    return Found(tuple(trace.gates(mendable)), reasons)
+    return Found(tuple(trace.gates(mendable)), reasons, tuple(trace.times))
 
 
 Key = tuple[Any, ...]

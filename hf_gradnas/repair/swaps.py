@@ -19,10 +19,11 @@ Knows neurons, their inputs and weights; costs and budgets do not change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -34,15 +35,15 @@ from transformers.pytorch_utils import Conv1D
 from ..batches.batch import Batch, run_model
 from ..batches.steps import read_steps
 from ..errors import RepairError
-from ..running.hooks import add_pre_hook
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
 from ..search.prediction import with_prediction
 from ..types import Axis, Plan, Scores
 from .closeness import at_least_float32, running
 from .first import default_bound, first_readers
-from .pieces import decoder_path, masks_of, real_positions
-from .readers import Reader, weight_of
+from .paused import Conductor, Forward
+from .pieces import Masks, decoder_path, masks_of, real_positions
+from .readers import Gate, Place, Reader, weight_of
 from .ridge import add_gram, empty_gram, sum_over
 
 Progress = Callable[[int, int | None], None]
@@ -78,12 +79,14 @@ def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
     processes: Processes | None = None,
     num_examples: int | None = None,
     progress: Progress | None = None,
+    spill: str | Path | None = None,
     memory_bytes: float | None = None,
 ) -> Plan:
     """Choose anew which neurons stay, as many as before in every layer.
 
-    One forward of the whole model per second batch, more where the sums of all layers do not fit
-    into memory; then an inverse in float64 per layer, on the main process.
+    One forward of the whole model per second batch: all wait at a layer until it is chosen for, so
+    that the sums of one layer are in memory at a time. Its inverse in float64 is made on the main
+    process.
 
     Args:
         model: The whole model, before the cut.
@@ -94,7 +97,8 @@ def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
         processes: All that work together, each on its share of the batches.
         num_examples: Use the first so many examples, over all processes; None: all.
         progress: Called on the main process with steps done and their number.
-        memory_bytes: What the sums may take; None: a quarter of what is free.
+        spill: Folder for states that do not fit into memory; None: the system's temporary one.
+        memory_bytes: What waiting forwards may hold in memory; None: a quarter of what is free.
 
     Returns:
         The plan with other neurons, and their predicted loss. The same plan where there is nothing
@@ -102,7 +106,7 @@ def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
 
     Raises:
         DataError: There is no batch, or the model fails on one.
-        RepairError: Activations are not finite.
+        RepairError: Activations are not finite, or there is no room to spill to.
     """
     processes = processes or Processes()
     pruned = [axis for axis in axes if _may_swap(axis, plan)]
@@ -113,14 +117,12 @@ def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
         own = _every_second(model, batches, num_examples, processes)
         sites = _sites(model, axes, pruned, plan, own, processes)
         bound = default_bound(model) if memory_bytes is None else memory_bytes
-        groups = list(_groups(sites, float(processes.from_main(lambda: bound))))
-        told = _Told(progress if processes.is_main else None, len(groups) * len(own) + len(sites))
-        for group in groups:
-            for site, gram in zip(group, _grams(model, group, own, processes, told), strict=True):
-                name = site.axis.name
-                choose = partial(_chosen, site, gram, plan.kept[name], scores.values[name])
-                kept[name] = processes.from_main(choose)
-                told.tick()
+        conductor = _conductor(model, sites, memory_bytes=bound, folder=spill)
+        with closing(_choices(sites, conductor, own, plan, scores, processes)) as choices:
+            for done, (name, units) in enumerate(choices, 1):
+                kept[name] = units
+                if progress is not None and processes.is_main:
+                    progress(done, len(sites))
     return _predicted(replace(plan, kept=kept), plan, scores)
 
 
@@ -150,7 +152,7 @@ def _sites(
     batches: Sequence[Batch],
     processes: Processes,
 ) -> list[Site]:
-    """The axes whose out-projection the repair can fit, on rows of the whole model's batch."""
+    """The axes whose out-projection the repair can fit, in running order."""
     found = first_readers(model, axes, plan, batches, processes)
     readers = {
         reader.path: reader
@@ -158,10 +160,11 @@ def _sites(
         for reader in gate.readers
         if isinstance(reader, Reader) and not reader.alone
     }
+    axis_of = {axis.taps[0].module: axis for axis in pruned}
     sites = []
-    for axis in pruned:
-        reader = readers.get(axis.taps[0].module)
-        if reader is None or not isinstance(reader.module, nn.Linear | Conv1D):
+    for path in found.order:
+        axis, reader = axis_of.get(path), readers.get(path)
+        if axis is None or reader is None or not isinstance(reader.module, nn.Linear | Conv1D):
             continue
         if set(reader.kept) == set(plan.kept[axis.name]):  # nothing else prunes its inputs
             inputs = cast(Tensor, reader.module.weight).shape[reader.input_dim]
@@ -169,83 +172,96 @@ def _sites(
     return sites
 
 
-def _groups(sites: Sequence[Site], bound: float) -> Iterator[list[Site]]:
-    """Sites in order, as many at a time as have room for their sums; at least one."""
-    group: list[Site] = []
-    used = 0.0
-    for site in sites:
-        size = 8.0 * site.axis.size**2  # float64
-        if group and used + size > bound:
-            yield group
-            group, used = [], 0.0
-        group.append(site)
-        used += size
-    if group:
-        yield group
-
-
-class _Told:
-    """Counts steps, and says so where somebody listens."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._done, self._total = progress, 0, total
-
-    def tick(self) -> None:
-        """One step more is done."""
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
 # --- sums -----------------------------------------------------------------------------------------
 
 
-def _grams(
-    model: PreTrainedModel,
+def _conductor(model: nn.Module, sites: Sequence[Site], **options: Any) -> Conductor:
+    """Lets forwards wait at the inputs of all sites."""
+    gates = [Gate(Place(s.reader.path, "input", 0), (s.reader,), (1.0,)) for s in sites]
+    return Conductor(model, gates, may_wait=False, **options)
+
+
+def _choices(
     sites: Sequence[Site],
+    conductor: Conductor,
     batches: Sequence[Batch],
+    plan: Plan,
+    scores: Scores,
     processes: Processes,
-    told: _Told,
-) -> list[Tensor]:
-    """Lower triangles of ``Σ x xᵀ`` ``(size, size)`` over real positions, of all processes.
+) -> Generator[tuple[str, tuple[int, ...]]]:
+    """Name of the axis and units that stay, site by site; one site's sums are there at a time."""
+    with conductor.attached():
+        waiting = [_begin(conductor, batch) for batch in batches]
+        for number, site in enumerate(sites):
+            name = site.axis.name
+            gram = _gram(site, number, waiting, conductor, processes)
+            choose = partial(_chosen, site, gram, plan.kept[name], scores.values[name])
+            units = processes.from_main(choose)
+            del gram, choose
+            yield name, units
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A forward of the whole model that waits at the inputs of sites, and its real positions."""
+
+    forward: Forward
+    batch: Batch
+    masks: Masks
+
+
+def _begin(conductor: Conductor, batch: Batch) -> _Waiting:
+    model = cast(PreTrainedModel, conductor.model)
+    inputs, mask = inputs_to_sample(model, batch)
+    run = partial(run_model, model, batch.index, inputs)
+    return _Waiting(conductor.start(run, is_pruned=False), batch, masks_of(inputs, mask))
+
+
+def _gram(
+    site: Site,
+    number: int,
+    waiting: Sequence[_Waiting],
+    conductor: Conductor,
+    processes: Processes,
+) -> Tensor:
+    """Lower triangle of ``Σ x xᵀ`` ``(size, size)`` over real positions, of all processes.
+
+    Args:
+        site: Whose inputs x are.
+        number: Of its gate.
+        waiting: Forwards that have not passed it.
+        conductor: Lets them run as far as there.
+        processes: All that work together.
 
     Raises:
-        RepairError: Activations are not finite.
+        RepairError: Activations are not finite, or there is no room to spill to.
     """
-    grams = [empty_gram(site.axis.size, cast(Tensor, site.reader.module.weight)) for site in sites]
-    decoder = decoder_path(model)
+    gram = empty_gram(site.axis.size, cast(Tensor, site.reader.module.weight))
+    decoder = decoder_path(cast(PreTrainedModel, conductor.model))
     with processes.joint():
-        for batch in batches:
-            inputs, mask = inputs_to_sample(model, batch)
-            real = partial(real_positions, masks=masks_of(inputs, mask), decoder=decoder)
-            with ExitStack() as stack:
-                for site, gram in zip(sites, grams, strict=True):
-                    hook = partial(_add_rows, gram, site.reader.path, real, batch.index)
-                    add_pre_hook(stack, site.reader.module, hook)
-                run_model(model, batch.index, inputs)
-            told.tick()
-    for gram in grams:
-        sum_over(gram, processes)
-    return grams
+        for one in waiting:
+            forward = one.forward
+            conductor.load(forward)
+            while forward.gate < number and not forward.is_done:
+                conductor.go_on(forward)
+            if forward.gate == number and not forward.is_done:
+                _add_rows(gram, site.reader.path, one, decoder)
+            conductor.rest(forward)
+    sum_over(gram, processes)
+    return gram
 
 
-def _add_rows(
-    gram: Tensor,
-    path: str,
-    real: Callable[[Tensor, str], Tensor | None],
-    index: int,
-    module: nn.Module,
-    args: tuple[Any, ...],
-) -> None:
-    """Forward pre-hook that adds the real positions of a layer's input ``(…, size)``."""
-    x = args[0]
-    places, rows = real(x, path), at_least_float32(x.flatten(0, -2))
+def _add_rows(gram: Tensor, path: str, waiting: _Waiting, decoder: str | None) -> None:
+    """Add the real positions of a layer's input ``(…, size)``, at which a forward waits."""
+    x = cast(Tensor, waiting.forward.tensor)
+    places = real_positions(x, path, masks=waiting.masks, decoder=decoder)
+    rows = at_least_float32(x.flatten(0, -2))
     rows = rows if places is None else rows[places.to(rows.device)]
     if not math.isfinite(float(rows.sum())):
         raise RepairError(
-            f"{path}: its inputs are not finite on batch {index}, so that no neurons can be chosen "
-            "by them; load the model in float32 or bfloat16, leave the batch out, or repair "
-            "nothing."
+            f"{path}: its inputs are not finite on batch {waiting.batch.index}, so that no neurons "
+            "can be chosen by them; load the model in float32 or bfloat16, leave the batch out, "
+            "or repair nothing."
         )
     add_gram(gram, rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,9 @@ from score_examples import examples_of, in_batches
 
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import DataError, OrderError, PlanError, RepairError, StructureError
+from hf_gradnas.repair.memory import Memory
 from hf_gradnas.repair.repairs import Repair, mended, plan_digest
+from hf_gradnas.repair.ridge import empty_gram
 from hf_gradnas.repair.swaps import RIDGE, eliminated
 from hf_gradnas.report import say_swap
 from hf_gradnas.running.processes import Processes
@@ -163,17 +166,36 @@ def test_the_predicted_loss_is_that_of_the_units_that_go() -> None:
         assert swapped.loss_unit == plan.loss_unit
 
 
-def test_sums_that_do_not_fit_at_once_are_made_one_after_another(monkeypatch) -> None:
+def test_sums_of_one_layer_are_in_memory_at_a_time(monkeypatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def empty(*args: Any) -> torch.Tensor:
+        assert all(ref() is None for ref in made)
+        gram = empty_gram(*args)
+        made.append(weakref.ref(gram))
+        return gram
+
+    monkeypatch.setattr("hf_gradnas.repair.swaps.empty_gram", empty)
+    pruner, plan = planned()
+    pruner.swap(plan, batches_of("bert"))
+    assert len(made) == len(neurons(pruner))
+
+
+def test_every_second_batch_is_run_once_and_what_waits_may_be_on_disk(monkeypatch) -> None:
     pruner, plan = planned()
     runs = []
     hook = pruner.model.register_forward_pre_hook(lambda *_: runs.append(1))
     wanted = pruner.swap(plan, batches_of("bert"))
-    at_once = len(runs)
-    monkeypatch.setattr("hf_gradnas.repair.swaps.default_bound", lambda model: 1.0)
-    assert pruner.swap(plan, batches_of("bert")) == wanted
     hook.remove()
     traced = 1
-    assert len(runs) - at_once - traced == len(neurons(pruner)) * (at_once - traced)
+    assert len(runs) - traced == 3  # of five batches
+    written = []
+    real = Memory._write
+    monkeypatch.setattr(Memory, "_write", lambda *args: (written.append(1), real(*args)))
+    monkeypatch.setattr("hf_gradnas.repair.memory._MIN_BYTES", 1)
+    monkeypatch.setattr("hf_gradnas.repair.swaps.default_bound", lambda model: 1.0)
+    assert pruner.swap(plan, batches_of("bert")) == wanted
+    assert written
 
 
 def test_no_more_examples_are_read_than_asked_for() -> None:
