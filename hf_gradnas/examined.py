@@ -290,7 +290,7 @@ class ExaminedModel:
             RepairError: Activations are not finite, one example only, or no room on the disk.
             StructureError: The weights are sharded.
         """
-        self._check_whole("repair")
+        self._check_whole("repair", offloaded=True)
         dataloader = self._discovered(dataloader, num_examples)
         plan = check_plan(self.structure.axes, plan)
         options |= {"num_examples": num_examples, "progress": progress}
@@ -318,7 +318,7 @@ class ExaminedModel:
             context = repaired(self.model, repair, context)
         return uncompiled(context)
 
-    def _check_whole(self, step: str) -> None:
+    def _check_whole(self, step: str, *, offloaded: bool = False) -> None:
         """Check that the model is not cut, and all of it is on this process.
 
         Raises:
@@ -331,7 +331,7 @@ class ExaminedModel:
                 f"load the original again, and call {step}(plan, dataloader) before apply(plan, "
                 "repair)."
             )
-        check_unsharded(self.model, step)
+        check_unsharded(self.model, step, offloaded=offloaded)
 
     def _discovered(self, dataloader: Iterable[Batch], limit: int | None) -> Iterable[Batch]:
         """The same batches, to be read again once `discover` has seen the longest of them."""

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..running.lending import value_of
 from .paused import Forward
 from .readers import Feed, Gate, Reader, applied, input_dim, weight_of
 
@@ -40,8 +41,8 @@ def _matrix(reader: Reader, weight: Tensor) -> Tensor:
 def unknowns_of(reader: Reader | Feed) -> tuple[int, int, Tensor]:
     """Numbers of inputs and outputs that are fitted, and a tensor of their type."""
     if isinstance(reader, Feed):
-        return reader.features, reader.features, cast(Tensor, reader.layers[0][1].weight)
-    weight = cast(Tensor, reader.module.weight).detach()
+        return reader.features, reader.features, value_of(reader.layers[0][1])
+    weight = value_of(reader.module)
     columns, outputs = _matrix(reader, weight).shape
     columns = columns // weight.shape[reader.input_dim] * len(reader.kept)
     return columns, outputs if reader.outputs is None else len(reader.outputs), weight
@@ -49,7 +50,7 @@ def unknowns_of(reader: Reader | Feed) -> tuple[int, int, Tensor]:
 
 def present_weights(reader: Reader, outputs: range) -> Tensor:
     """Present weights of the inputs that stay, of some outputs ``(kept, outputs)``."""
-    weight = cast(Tensor, reader.module.weight).detach()
+    weight = value_of(reader.module)
     across = weight if reader.input_dim == 0 else weight.t()  # (inputs, outputs)
     index = torch.tensor(reader.kept, dtype=torch.long, device=weight.device)
     return across[:, outputs.start : outputs.stop : outputs.step].index_select(0, index)
@@ -83,9 +84,9 @@ def change_of(
         added = added.t().reshape(weight.shape)
     bias = None
     if reader.bias is not None:
-        bias = torch.zeros_like(reader.bias, dtype=intercept.dtype)
+        bias = intercept.new_zeros(len(reader.bias))
         bias[outputs] = intercept.to(bias)
-        bias = _rounded(reader.bias.detach(), bias)
+        bias = _rounded(value_of(reader.module, "bias"), bias)
     return Change(_rounded(weight, added), bias)
 
 
@@ -102,14 +103,14 @@ def new_values(changes: Mapping[Reader | Feed, Change]) -> dict[str, Tensor]:
         if isinstance(reader, Feed):
             values |= {name: value.cpu() for name, value in fed_values(reader, change).items()}
             continue
-        weight = cast(Tensor, reader.module.weight).detach()
+        weight = value_of(reader.module)
         index = torch.tensor(reader.kept, dtype=torch.long, device=weight.device)
         # Sums of the wider type: what is added need not be a number of 16 bits.
         new = weight.to(change.weight.dtype, copy=True)
         new.index_add_(reader.input_dim, index, change.weight.to(new))
         values[f"{reader.path}.weight"] = new.to(weight.dtype).cpu()
         if change.bias is not None and reader.bias is not None:
-            bias = reader.bias.detach()
+            bias = value_of(reader.module, "bias")
             values[f"{reader.path}.bias"] = (bias.to(change.bias) + change.bias).to(bias).cpu()
     return values
 
@@ -124,11 +125,11 @@ def fed_values(feed: Feed, change: Change) -> dict[str, Tensor]:
 
 def _mapped(path: str, module: nn.Module, change: Change) -> dict[str, Tensor]:
     """New parameters of a layer that read ``x`` and now read ``x + xD + c``."""
-    weight = cast(Tensor, module.weight).detach()
+    weight = value_of(module)
     new_weight = weight.clone()
     values = {f"{path}.weight": new_weight}
     old, new = (part if input_dim(module) == 0 else part.t() for part in (weight, new_weight))
-    bias = None if change.bias is None else cast(Tensor, module.bias).detach()
+    bias = None if change.bias is None else value_of(module, "bias")
     if bias is not None:
         values[f"{path}.bias"] = bias.clone()
     for start in range(0, old.shape[1], _BLOCK):

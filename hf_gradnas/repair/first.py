@@ -29,13 +29,14 @@ from ..batches.longest import from_main
 from ..errors import described
 from ..masks import masked
 from ..running.hooks import tensor_at
+from ..running.lending import Make, give, lender_of
+from ..running.offloading import device_of, loader_of
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
 from ..surgery.rows import Kept, Rows, kept_rows, shapes_of
 from ..types import Axis, Plan
 from .memory import tensors_of
 from .readers import Found, Reader, input_dim
-from .repairs import exchange
 from .streams import find_readers
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Narrow:
     """Copies of parameters without the rows of neurons that go.
 
     Attributes:
-        weights: By full name.
+        weights: By full name; none of what is offloaded.
         rows: What stays of each, by dimension.
         axes: Names of the axes that need no mask with them.
     """
@@ -66,9 +67,16 @@ class Narrow:
         """What stays of other values of a parameter; all where it has no copy here."""
         return _part(tensor, self.rows.get(name, {}))
 
-    def pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Parameters of a whole model, each with its copy."""
-        return [(tensor_at(model, name), tensor) for name, tensor in self.weights.items()]
+    def given(self, model: nn.Module) -> list[tuple[nn.Module, str, Make]]:
+        """What modules of a whole model compute with (`give`); copies of what is offloaded anew."""
+        found: list[tuple[nn.Module, str, Make]] = []
+        for name, dims in self.rows.items():
+            path, _, leaf = name.rpartition(".")
+            make = partial(_part, dims=dims)
+            if name in self.weights:
+                make = partial(_instead, self.weights[name])
+            found.append((model.get_submodule(path), leaf, make))
+        return found
 
 
 @contextmanager
@@ -76,8 +84,9 @@ def pruned(model: nn.Module, axes: Sequence[Axis], kept: Kept, narrow: Narrow) -
     """Run a whole model as if only the kept units were there, with copies where there are some."""
     with ExitStack() as undo:
         undo.enter_context(masked(model, axes, narrow.masks(kept)))
-        for parameter, tensor in narrow.pairs(model):
-            exchange(parameter, tensor, undo)
+        undo.callback(lender_of(model).abandon)
+        for module, name, make in narrow.given(model):
+            give(module, name, make, undo)
         yield
 
 
@@ -102,14 +111,15 @@ def find_narrow(
     names: set[str] = set()
     size = 0.0
     for axis in axes:
-        own = {} if axis.taps[0].module in but_at else _rows_of(model, axis, kept)
-        size += sum(_bytes_of(tensor_at(model, name), dims) for name, dims in own.items())
+        more = {} if axis.taps[0].module in but_at else _rows_of(model, axis, kept)
+        size += sum(_bytes_of(tensor_at(model, name), dims) for name, dims in more.items())
         if size > MOST_BYTES:
             break
-        if own and not own.keys() & rows.keys():
-            rows |= own
+        if more and not more.keys() & rows.keys():
+            rows |= more
             names.add(axis.name)
-    weights = {name: _part(tensor_at(model, name).detach(), dims) for name, dims in rows.items()}
+    own = {name: (tensor_at(model, name).detach(), dims) for name, dims in rows.items()}
+    weights = {name: _part(*pair) for name, pair in own.items() if not pair[0].is_meta}
     narrow = Narrow(weights, rows, frozenset(names))
     return narrow if not names or _agrees(model, axes, kept, narrow, run) else Narrow()
 
@@ -130,7 +140,8 @@ def _rows_of(model: nn.Module, axis: Axis, kept: Kept) -> Rows:
     for name in left:
         module = model.get_submodule(name.rpartition(".")[0])
         is_plain = isinstance(module, nn.Linear) and input_dim(module) is not None
-        if not is_plain or tensor_at(model, name).is_meta:
+        is_here = loader_of(module) is not None or not tensor_at(model, name).is_meta
+        if not (is_plain and is_here):
             return {}
     return kept_rows(shapes, [axis], kept)
 
@@ -141,6 +152,10 @@ def _bytes_of(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> float:
     for dim, rows in dims.items():
         size *= len(rows) / max(tensor.shape[dim], 1)
     return size
+
+
+def _instead(tensor: Tensor, _: Tensor) -> Tensor:
+    return tensor
 
 
 def _part(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
@@ -245,7 +260,7 @@ def _first_examples(batch: Batch) -> Mapping[str, Any]:
 
 def default_bound(model: nn.Module) -> float:
     """A share of the free memory where the model is, in bytes."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     if device.type == "cuda":
         return MEMORY_RATIO * torch.cuda.mem_get_info(device)[0]
     return MEMORY_RATIO * float(psutil.virtual_memory().available)

@@ -42,7 +42,8 @@ from transformers import PreTrainedModel
 from ..batches.batch import Batch
 from ..errors import GradNASWarning, RepairError
 from ..masks import masked
-from ..running.hooks import tensor_at
+from ..running.lending import lending
+from ..running.offloading import is_offloaded
 from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
 from ..types import Axis, Plan
@@ -61,7 +62,7 @@ from .first import Narrow, default_bound, first_narrow, first_readers, pruned
 from .paused import Conductor, Forward
 from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
 from .readers import Feed, Reader
-from .repairs import Repair, Site, exchange, plan_digest
+from .repairs import Repair, Site, lend_values, plan_digest
 from .ridge import RIDGES, START, HeldOutRows, NormalEquations, best_ridge
 
 Progress = Callable[[int, int | None], None]
@@ -106,7 +107,7 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
         GradNASWarning: There are fewer positions than unknowns in the widest layer.
     """
     processes = processes or Processes()
-    with running(model):
+    with running(model), lending(model):
         parts = read_parts(model, batches, num_examples, processes)
         own = [batch for batch, _ in parts]
         found = first_readers(model, axes, plan, own, processes)
@@ -174,6 +175,7 @@ class _Fit:
         self._starts: dict[str, int] = {}  # by path without numbers: the best α of the layer before
         self._conductor, self._pieces, self._processes = conductor, pieces, processes
         self._decoder = decoder_path(cast(PreTrainedModel, conductor.model))
+        self._is_away = is_offloaded(conductor.model)
 
     def run(self, progress: Progress | None) -> None:
         """Fit all readers in running order.
@@ -188,6 +190,10 @@ class _Fit:
                 if isinstance(reader, Reader):
                     self.reading.append(self.sites[-1])
                 self._outputs.seen.add(reader)
+            if self._is_away:  # all go on together, so that what they run is loaded once
+                for piece in self._pieces:
+                    self._bring(piece, number)
+                    self._rest(piece)
             if progress is not None and self._processes.is_main:
                 progress(number + 1, len(gates))
 
@@ -217,17 +223,14 @@ class _Fit:
             for piece in self._pieces:
                 if not piece.is_held_out:
                     continue
-                for forward in (piece.original, piece.pruned):
-                    self._advance(forward, len(self._conductor.gates))
+                self._bring(piece, len(self._conductor.gates))
                 wanted = piece.original.result
                 with alone(self._conductor.narrow), self._conductor.alone():
                     sums[0] += divergence_sum(prediction_of(model, piece.batch), wanted)
                 found = piece.pruned.result
                 if piece.pruned.took != self.changes.keys():
                     with alone(Narrow()), self._conductor.alone(), ExitStack() as undo:
-                        for name, value in values.items():
-                            parameter = tensor_at(model, name)
-                            exchange(parameter, value.to(parameter), undo)
+                        lend_values(model, values, undo)
                         found = prediction_of(model, piece.batch)
                 sums[1] += divergence_sum(found, wanted)
                 sums[2] += int(wanted.valid.sum())
@@ -317,8 +320,7 @@ class _Fit:
         for piece in self._pieces:
             if piece.is_held_out != held_out:
                 continue
-            for forward in (piece.original, piece.pruned):
-                self._advance(forward, number)
+            self._bring(piece, number)
             if piece.is_at(number, reader):
                 if isinstance(reader, Feed):
                     rows = piece.fed_rows(gate, self._decoder)
@@ -331,10 +333,18 @@ class _Fit:
                         "model in float32 or bfloat16, leave the batch out, or repair nothing."
                     )
                 yield rows
-            for forward in (piece.original, piece.pruned):
-                self._conductor.rest(forward)
+            self._rest(piece)
 
     # -- the forwards --------------------------------------------------------------------------
+
+    def _bring(self, piece: Piece, number: int) -> None:
+        """Run both forwards of a piece as far as a gate."""
+        for forward in (piece.original, piece.pruned):
+            self._advance(forward, number)
+
+    def _rest(self, piece: Piece) -> None:
+        for forward in (piece.original, piece.pruned):
+            self._conductor.rest(forward)
 
     def _advance(self, forward: Forward, number: int) -> None:
         """Run a forward as far as a gate, or a later one if it does not come there."""

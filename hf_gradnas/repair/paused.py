@@ -15,17 +15,18 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from ..running.hooks import add_hook, add_pre_hook, tensor_at
+from ..running.hooks import add_hook, add_pre_hook
+from ..running.lending import give, lender_of
 from .first import Narrow
 from .memory import Held, Memory
 from .readers import Feed, Gate, Reader, applied, columns_of, late_readers, weight_of
-from .repairs import exchange
+from .repairs import lend_values
 
 BEGIN = -1
 """Number of the gate that a forward is at before it starts."""
@@ -68,6 +69,7 @@ class Forward:
         self.fed: dict[Feed, int] = {}
         self.took: set[Reader | Feed] = set()
         self.held = Held()
+        self.loading: list[Any] = []  # calls that it waits in, with the weights of their modules
         self._modes: _Modes | None = None
 
     def go_on(self) -> None:
@@ -130,7 +132,7 @@ class Conductor:
         self.late = late_readers(gates) if may_wait else {}
         self.has_missed = False
         self.narrow = narrow or Narrow()
-        self._copies = self.narrow.pairs(model)
+        self._copies, self._lender = self.narrow.given(model), lender_of(model)
         self._current: Forward | None = None
         self._forwards: list[Forward] = []
         self._weights: dict[Feed, Mapping[str, Tensor]] = {}
@@ -209,13 +211,13 @@ class Conductor:
         try:
             with self._memory.noting(forward.held), ExitStack() as undo:
                 if forward.is_pruned:
-                    for parameter, tensor in self._copies:
-                        exchange(parameter, tensor, undo)
+                    for module, name, make in self._copies:
+                        give(module, name, make, undo)
                     for path in self.late:
-                        _take_inputs(self.model.get_submodule(path), undo)
+                        give(self.model.get_submodule(path), "weight", _no_inputs, undo)
                 for feed in forward.fed:
-                    for name, tensor in self._weights[feed].items():
-                        exchange(tensor_at(self.model, name), tensor, undo)
+                    lend_values(self.model, self._weights[feed], undo)
+                undo.enter_context(self._lender.resumed(forward.loading))
                 forward.go_on()
         finally:
             self._current = None
@@ -349,10 +351,9 @@ class Conductor:
         self._memory.close()
 
 
-def _take_inputs(module: nn.Module, undo: ExitStack) -> None:
-    """Let a linear layer read no inputs."""
-    weight = cast(Tensor, module.weight)
-    exchange(weight, weight.detach()[:, :0], undo)
+def _no_inputs(weight: Tensor) -> Tensor:
+    """Weight of a linear layer that reads no inputs."""
+    return weight[:, :0]
 
 
 def _seed() -> None:

@@ -16,6 +16,8 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from ..running.lending import value_of
+from ..running.offloading import Weights
 from ..surgery.rows import Kept, kept_rows, shapes_of
 from ..types import Axis
 
@@ -163,7 +165,7 @@ def readers_of(
         weight = cast(Tensor, module.weight)
         if len(dims[dim]) == weight.shape[dim]:
             continue
-        if len(owners[id(weight)]) > 1:
+        if len(owners[name]) > 1:
             reasons[path] = "its weight is shared with another layer"
             continue
         lost = set(range(weight.shape[dim])) - set(dims[dim])
@@ -195,16 +197,17 @@ def others_of(model: nn.Module, readers: Sequence[Reader]) -> dict[nn.Module, st
         if isinstance(module, nn.Linear | Conv1D)
         and input_dim(module) is not None
         and module not in reading
-        and len(owners.get(id(module.weight), ())) == 1  # one cut before may have none
+        and len(owners.get(f"{path}.weight", ())) == 1  # one cut before may have none
     }
 
 
-def _owners(model: nn.Module) -> dict[int, set[str]]:
-    """Names of each parameter, by its identity."""
-    owners: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name)
-    return owners
+def _owners(model: nn.Module) -> dict[str, set[str]]:
+    """All names of each parameter, by each of them."""
+    owners: dict[object, set[str]] = {}
+    keys = Weights(model).keys_of()
+    for name, key in keys.items():
+        owners.setdefault(key, set()).add(name)
+    return {name: owners[key] for name, key in keys.items()}
 
 
 def columns_of(x: Tensor, columns: Sequence[int], reader: Reader) -> Tensor:
@@ -215,9 +218,9 @@ def columns_of(x: Tensor, columns: Sequence[int], reader: Reader) -> Tensor:
 
 def weight_of(reader: Reader, columns: Sequence[int]) -> Tensor:
     """Weight of some inputs of a reader, in its own layout."""
-    weight: Tensor = reader.module.weight  # type: ignore[assignment]
+    weight = value_of(reader.module)
     index = torch.tensor(columns, dtype=torch.long, device=weight.device)
-    return weight.detach().index_select(reader.input_dim, index)
+    return weight.index_select(reader.input_dim, index)
 
 
 def applied(reader: Reader, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from .._files import write_whole
 from ..batches.batch import tensor_bytes
 from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, described
 from ..running.hooks import tensor_at
+from ..running.lending import give
 from ..running.offloading import is_offloaded
 from ..running.processes import Processes
 from ..running.wrappers import check_parameters, is_sharded, shape_of
@@ -216,8 +218,13 @@ def check_repair(repair: Repair, model: nn.Module, plan: Plan, *also: Plan) -> N
         )
 
 
-def check_unsharded(model: nn.Module, step: str) -> None:
+def check_unsharded(model: nn.Module, step: str, *, offloaded: bool = False) -> None:
     """Check that a model holds its weights whole on this process.
+
+    Args:
+        model: The model.
+        step: What is to be done with it.
+        offloaded: Whether weights that Accelerate loads when they are needed will do.
 
     Raises:
         StructureError: It does not.
@@ -229,7 +236,7 @@ def check_unsharded(model: nn.Module, step: str) -> None:
             "it to apply(plan, repair), which takes shards, or omit it (repair='none')."
         )
     if is_offloaded(model):
-        check_parameters(model, step)
+        check_parameters(model, step, offloaded=offloaded)
 
 
 def swaps(choice: str, scores: Scores) -> bool:
@@ -312,15 +319,21 @@ def attempted(find: Callable[[], T], processes: Processes) -> T | None:
 
 def exchange_weights(model: nn.Module, repair: Repair, undo: ExitStack) -> None:
     """Give a whole model the new weights; `undo` puts the old ones back, unless it forgets them."""
-    for name, tensor in repair.tensors.items():
-        parameter = tensor_at(model, name)
-        exchange(parameter, tensor.to(parameter, copy=True), undo)
+    lend_values(model, repair.tensors, undo, copy=True)
 
 
-def exchange(parameter: Tensor, tensor: Tensor, undo: ExitStack) -> None:
-    """Let a parameter hold another tensor of its type and device."""
-    undo.callback(setattr, parameter, "data", parameter.data)
-    parameter.data = tensor
+def lend_values(
+    model: nn.Module, values: Mapping[str, Tensor], undo: ExitStack, *, copy: bool = False
+) -> None:
+    """Let a model compute with other values of parameters until undone, read as they are needed."""
+    for name in values:
+        path, _, leaf = name.rpartition(".")
+        make = partial(_value, values, name, copy)
+        give(model.get_submodule(path), leaf, make, undo)
+
+
+def _value(values: Mapping[str, Tensor], name: str, copy: bool, old: Tensor) -> Tensor:
+    return values[name].to(old, copy=copy)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..running.hooks import add_hook, add_pre_hook
+from ..running.offloading import is_offloaded
 from ..surgery.rows import Kept, gone_layers
 from ..types import Axis
 from .memory import address_of, tensors_of
@@ -155,6 +156,7 @@ class _Trace(TorchDispatchMode):
                 self._weights.setdefault(address_of(weight), []).append((places, module))
         own = tensors_of((*self.model.parameters(), *self.model.buffers()))
         self._fixed = {address_of(tensor) for tensor in own}  # what does not depend on the batch
+        self._is_away = is_offloaded(self.model)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -211,13 +213,25 @@ class _Trace(TorchDispatchMode):
 
     def _note_fixed(self, given: Sequence[Tensor], out: Any) -> None:
         """Note what is made of weights and buffers alone, such as a scale of fixed statistics."""
-        is_fixed = bool(given) and all(address_of(tensor) in self._fixed for tensor in given)
+        is_fixed = bool(given) and all(map(self._is_fixed, given))
         for tensor in tensors_of((out,)):
             if not is_fixed:
                 self._fixed.discard(address_of(tensor))  # a buffer that was written to
-            elif tensor.numel() <= _LARGEST_FACTOR:
+            elif tensor.numel() <= _LARGEST_FACTOR and not self._is_loaded(tensor):
                 self._held.append(tensor)
                 self._fixed.add(address_of(tensor))
+
+    def _is_fixed(self, tensor: Tensor) -> bool:
+        """Whether a tensor does not depend on the batch."""
+        return address_of(tensor) in self._fixed or self._is_loaded(tensor)
+
+    def _is_loaded(self, tensor: Tensor) -> bool:
+        """Whether a tensor is of a weight that was loaded for a call that is running."""
+        if not self._is_away:
+            return False
+        parts = (module._parameters.values() for module in self._running)
+        weights = tensors_of(weight for part in parts for weight in part)
+        return any(address_of(weight) == address_of(tensor) for weight in weights)
 
     def _follow(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Give the result of an operation the readers that are in its operands."""
@@ -244,7 +258,7 @@ class _Trace(TorchDispatchMode):
             return self._added(args, left, right, out)
         if op in FACTORS and (left is None) != (right is None):
             known, other = (left, args[1]) if left is not None else (right, args[0])
-            if isinstance(other, Tensor) and address_of(other) not in self._fixed:
+            if isinstance(other, Tensor) and not self._is_fixed(other):
                 return None
             return _scaled(cast(_Sum, known), other, out)
         is_fixed = op in NORMS and isinstance(args[4], Tensor)  # else of the batch's statistics

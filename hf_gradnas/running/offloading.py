@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import Tensor, nn
 
 from .hooks import add_hook, add_pre_hook
@@ -23,6 +23,7 @@ from .wrappers import whole
 def loader_of(module: nn.Module) -> AlignDevicesHook | None:
     """The hook that loads the weights of a module for each call; None: they are not offloaded."""
     hook = vars(module).get("_hf_hook")
+    hook = vars(hook).get("inner", hook) if isinstance(hook, ModelHook) else hook  # of `lending`
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     found = (h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload)
     return next(found, None)
@@ -98,12 +99,19 @@ class Weights(Mapping[str, Tensor]):
         Afterwards, tied parameters are several objects.
         """
         seen: set[object] = set()
-        for name, (module, leaf) in self._places.items():
-            parameter = module._parameters[leaf]
-            key = self._sources.get(name, name) if name in self._loaders else id(parameter)
+        for name, key in self.keys_of().items():
             if key not in seen:
                 seen.add(key)
                 yield name
+
+    def keys_of(self) -> dict[str, object]:
+        """What tells parameters apart, by every name: the same for those that are tied."""
+        return {
+            name: self._sources.get(name, name)
+            if name in self._loaders
+            else id(module._parameters[leaf])
+            for name, (module, leaf) in self._places.items()
+        }
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:

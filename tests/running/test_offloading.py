@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zoo
-from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
-from accelerate.utils import OffloadedWeightsLoader
+from offloaded import offloaded_copy, watching
 from score_examples import build
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,26 +22,13 @@ from hf_gradnas.scores import collect_scores
 from hf_gradnas.scores.fingerprints import model_fingerprint
 
 
-def _offloaded(model: Any, how: str, folder: Path) -> Any:
-    """A copy of a model that Accelerate offloads, which no fixture looks at."""
-    own = copy.deepcopy(model)
-    if how == "cpu":
-        return cpu_offload(own)
-    if how == "disk":
-        return disk_offload(own, folder / "weights")
-    own.tie_weights()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in own.parameters())
-    device_map = infer_auto_device_map(own, {"cpu": size // 2}, own._no_split_modules)
-    return dispatch_model(own, device_map, main_device="cpu", offload_dir=folder / "weights")
-
-
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit"])
 @pytest.mark.parametrize("how", ["cpu", "disk", "dispatch"])
 def test_scores_are_the_same_to_the_last_bit(family: str, how: str, tmp_path: Path) -> None:
     model, axes, batch = build(family)
     plain = collect_scores(model, axes, [batch], also=["tempered"])
     weights = collect_scores(model, axes, (), method="magnitude")
-    offloaded = _offloaded(model, how, tmp_path)
+    offloaded = offloaded_copy(model, how, tmp_path)
     away = [p.is_meta for p in offloaded.parameters()]
     assert any(away)
     for checkpointing in (False, True):
@@ -68,14 +49,14 @@ def test_scores_are_the_same_to_the_last_bit(family: str, how: str, tmp_path: Pa
 def test_the_same_is_found(family: str, tmp_path: Path) -> None:
     model, batch = zoo.build(family)
     found = find_prunable(model, batch)
-    (again,) = find_offloaded(_offloaded(model, "disk", tmp_path), batch)
+    (again,) = find_offloaded(offloaded_copy(model, "disk", tmp_path), batch)
     for field in ("structure", "costs", "totals", "layout", "layout_reason", "space"):
         assert getattr(again, field) == getattr(found, field), field
 
 
 def test_a_plan_of_an_offloaded_model_is_that_of_the_whole(tmp_path: Path) -> None:
     model, batch = zoo.build("llama")
-    pruners = [GradNASPruner(m) for m in (model, _offloaded(model, "disk", tmp_path))]
+    pruners = [GradNASPruner(m) for m in (model, offloaded_copy(model, "disk", tmp_path))]
     plans = []
     for pruner in pruners:
         pruner.score([batch], checkpointing=True)
@@ -84,7 +65,7 @@ def test_a_plan_of_an_offloaded_model_is_that_of_the_whole(tmp_path: Path) -> No
     with pruners[0].masked(plans[0]), pruners[1].masked(plans[0]), torch.no_grad():
         first, second = (pruner.model(**batch).logits for pruner in pruners)
     assert torch.equal(first, second)
-    for step in (pruners[1].apply, lambda plan: pruners[1].repair(plan, [batch])):
+    for step in (pruners[1].apply, lambda plan: pruners[1].swap(plan, [batch])):
         with pytest.raises(StructureError, match=r"offloaded .*hf-gradnas apply"):
             step(plans[0])
     assert all(parameter.is_meta for parameter in pruners[1].model.parameters())
@@ -94,13 +75,13 @@ def test_what_a_load_would_refuse_is_refused_by_names_and_shapes(tmp_path: Path)
     model, batch = zoo.build("llama")
     model.model.layers[2].mlp.extra = nn.Linear(2, 2)
     with pytest.raises(StructureError, match="the model is not what LlamaForCausalLM builds"):
-        GradNASPruner(_offloaded(model, "disk", tmp_path)).discover(batch)
+        GradNASPruner(offloaded_copy(model, "disk", tmp_path)).discover(batch)
     del model.model.layers[2].mlp.extra
 
 
 def test_weights_are_put_back_after_an_exception(tmp_path: Path) -> None:
     model, axes, batch = build("llama")
-    offloaded = _offloaded(model, "disk", tmp_path)
+    offloaded = offloaded_copy(model, "disk", tmp_path)
     projection = offloaded.model.layers[1].mlp.down_proj
 
     def fail(*args: object) -> None:
@@ -113,41 +94,6 @@ def test_weights_are_put_back_after_an_exception(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in offloaded.parameters())
 
 
-class _Alive:
-    """How many bytes of loaded weights are alive, and the most so far."""
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def load(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-@contextmanager
-def _watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Alive]:
-    alive, own = _Alive(), OffloadedWeightsLoader.__getitem__
-
-    def load(self: OffloadedWeightsLoader, key: str) -> torch.Tensor:
-        tensor = own(self, key)
-        alive.load(tensor)
-        return tensor
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OffloadedWeightsLoader, "__getitem__", load)
-        yield alive
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_layer_at_a_time_is_in_memory(checkpointing: bool, tmp_path: Path, monkeypatch) -> None:
     config = LlamaConfig(**{**zoo.GROUPED, "num_hidden_layers": 12, "vocab_size": 32})
@@ -156,13 +102,13 @@ def test_a_layer_at_a_time_is_in_memory(checkpointing: bool, tmp_path: Path, mon
     batch = {"input_ids": ids, "labels": ids}
     axes = find_prunable(model, batch).structure.axes
     total = sum(p.numel() * p.element_size() for p in model.parameters())
-    offloaded = _offloaded(model, "disk", tmp_path)
-    with _watching(monkeypatch) as alive:
+    offloaded = offloaded_copy(model, "disk", tmp_path)
+    with watching(monkeypatch) as alive:
         collect_scores(offloaded, axes, [batch], checkpointing=checkpointing)
     assert alive.most
     assert alive.most <= total * (1.5 if checkpointing else 0.75) / 12, alive.most / total
     assert not alive.now
-    with _watching(monkeypatch) as alive:
+    with watching(monkeypatch) as alive:
         model_fingerprint(offloaded)
     assert alive.most <= total / 12
 
@@ -178,7 +124,7 @@ def test_weights_of_a_layer_itself_are_loaded_when_it_runs_again(tmp_path: Path)
     batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])}
     axes = find_prunable(model, batch).structure.axes
     plain = collect_scores(model, axes, [batch])
-    offloaded = _offloaded(model, "disk", tmp_path)
+    offloaded = offloaded_copy(model, "disk", tmp_path)
     found = collect_scores(offloaded, axes, [batch], checkpointing=True)
     assert all(np.array_equal(v, found.values[n]) for n, v in plain.values.items())
     assert all(parameter.is_meta for parameter in offloaded.parameters())
@@ -186,7 +132,7 @@ def test_weights_of_a_layer_itself_are_loaded_when_it_runs_again(tmp_path: Path)
 
 def test_weights_by_name(tmp_path: Path) -> None:
     model, _ = zoo.build("t5")
-    offloaded = _offloaded(model, "disk", tmp_path)
+    offloaded = offloaded_copy(model, "disk", tmp_path)
     weights = Weights(offloaded)
     assert is_offloaded(offloaded)
     assert not is_offloaded(model)
