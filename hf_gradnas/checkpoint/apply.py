@@ -26,7 +26,7 @@ from ..costs.counting import count_params
 from ..errors import CutError, GradNASWarning, PlanError, described
 from ..masks import masked
 from ..repair.repairs import Repair, exchange_weights
-from ..running.states import evaluating
+from ..running.states import evaluating, seeded
 from ..running.wrappers import without_autocast
 from ..stock.layers import drop_layers
 from ..stock.rewrite import native_layers, write_per_layer, write_stock
@@ -238,14 +238,7 @@ def outputs_of(model: nn.Module, call: Call) -> dict[str, Tensor]:
     model's training flags and the state of random numbers are put back.
     """
     args, kwargs = call
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    with (
-        evaluating(model),
-        without_autocast(model),
-        torch.random.fork_rng(devices, device_type=kind),
-    ):
-        torch.manual_seed(0)
+    with evaluating(model), without_autocast(model), seeded(model):
         return dict(floating(model(*args, **kwargs)))
 
 

@@ -1,4 +1,4 @@
-"""States of a model that are put back at the end of a block: eval mode and frozen parameters."""
+"""States that are put back at the end of a block: eval mode, frozen parameters, random numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+
+@contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """Forwards that draw numbers draw the same in every such block, on the model's device too."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    with torch.random.fork_rng(devices, device_type=kind):
+        torch.manual_seed(0)
+        yield
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from ..errors import described
 from ..masks import masked
-from ..running.states import evaluating
+from ..running.states import evaluating, seeded
 from ..structure.places import Discovery, Place, move_axis
 from ..structure.trace import Call
 from ..surgery.cut import cut, removal_spec
 from ..surgery.modeling_gradnas import RemovedAttention
 from ..types import KINDS, Axis, Kind, Refusal
+from .effects import FAINT, TooLarge, without_effect
 from .trial import (
     EFFECT,
     NO_EFFECT,
@@ -46,8 +47,6 @@ FEW_EXPERTS = 16
 WHOLE = (
     "its heads are one unit (what makes them keeps parts of all, or there is one), and as a whole"
 )
-FAINT = "next to nothing"
-
 
 # --- heads and neurons, one module of each kind ---------------------------------------------------
 
@@ -246,7 +245,11 @@ def prove_channels(
     trial = Trial(model, Call(args, kwargs, ()), tables=tables, until=sorted(readers))
     trial = trial.on_what_it_calls() if readers else trial
     kept = _irregular(axes)
-    reasons = _without_effect(trial, axes, kept)
+    try:
+        reasons = without_effect(trial, axes, kept)
+    except TooLarge:
+        trial = trial.on_few_tokens()
+        reasons = without_effect(trial, axes, kept, at_once=False)
     faint = [axis for axis in axes if FAINT in reasons.get(axis.name, "")]
     live = [axis for axis in axes if axis.name not in reasons]
     if live and trial.disproof(live, _of(live, kept)):
@@ -254,7 +257,8 @@ def prove_channels(
     if faint:  # values that are next to nothing, as before training, hide it: draw others
         drawn = replace(trial, is_drawn=True)
         tried = [axis for axis in axes if axis in faint or axis.name not in reasons]
-        if not (_without_effect(drawn, tried, kept) or drawn.disproof(tried, _of(tried, kept))):
+        dead = without_effect(drawn, tried, kept, at_once=False)
+        if not (dead or drawn.disproof(tried, _of(tried, kept))):
             reasons = {a.name: reasons[a.name] for a in axes if a not in tried}
     good = tuple(axis for axis in axes if axis.name not in reasons)
     bad = [axis for axis in axes if axis.name in reasons]
@@ -278,32 +282,6 @@ def _irregular(axes: Sequence[Axis]) -> dict[str, list[int]]:
 
 def _of(axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[str, list[int]]:
     return {axis.name: kept[axis.name] for axis in axes}
-
-
-def _without_effect(
-    trial: Trial, axes: Sequence[Axis], kept: Mapping[str, list[int]]
-) -> dict[str, str]:
-    """Reason for each axis whose mask runs not, or changes nothing in the model's output."""
-    reasons = {}
-    try:
-        whole = trial.whole()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the model's own code may raise anything
-        return dict.fromkeys(kept, f"in float64 {not_running(error)}")
-    for axis in axes:
-        units = f"{len(kept[axis.name])} {axis.kind}"
-        try:
-            effect = largest_difference(trial.masked([axis], _of([axis], kept)), whole, whole)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reasons[axis.name] = f"masked down to {units} {not_running(error)}"
-        else:
-            if not effect > EFFECT:
-                faint = f", but for {FAINT}" if effect else ""
-                reasons[axis.name] = f"masking down to {units} {NO_EFFECT}{faint}"
-    return reasons
 
 
 def _guilty(trial: Trial, axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[str, str]:
@@ -380,8 +358,7 @@ def _layers_disproof(
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Outputs of one forward, from a seed of its own."""
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), evaluating(model), seeded(model):
         return list(floating(model(**inputs)))
 
 

@@ -19,8 +19,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
 from .._compat import configs_of, implementations
+from ..batches.longest import flops_inputs
 from ..errors import described
 from ..masks import masked
+from ..running.states import seeded
 from ..structure.trace import Call, map_tensors
 from ..surgery.cut import cut
 from ..types import Axis
@@ -35,6 +37,8 @@ RETRY_SCALES = (1.0, 1.01, 0.97)
 """The input is scaled anew while rounding may be at fault: other values, other rare elements."""
 POSITIONS = 32
 """Positions of a sequence that a module is run on, where it runs on so few."""
+FEW_TOKENS = 4
+"""Tokens of one example for a model that makes very much of a token, such as a second of sound."""
 _SEQUENCE_DIMS = 3
 NO_EFFECT = "has no effect on the input"
 NAN = "NaN instead of numbers (all that it attends to may be masked out)"
@@ -112,7 +116,7 @@ class Trial:
         """Difference between masked and cut, and effect of the mask, by the largest value."""
         whole = self.whole(kernel, scale)
         reference = self.masked(axes, kept, kernel=kernel, scale=scale)
-        result = self._run(self._part(axes, kept), kernel, scale)
+        result = self.run(self._part(axes, kept), kernel, scale)
         if self.alike and not self.every:
             same = [a.shape == b.shape for a, b in zip(result, reference, strict=False)]
             same[:1] = [True]
@@ -131,17 +135,18 @@ class Trial:
         scale: float = 1.0,
     ) -> list[Tensor]:
         """What it returns with the units masked."""
-        with masked(self._double(), axes, kept):
-            return self._run(self._double(), kernel, scale)
+        with masked(self.twin(), axes, kept):
+            return self.run(self.twin(), kernel, scale)
 
     @torch.no_grad()
     def whole(self, kernel: str = KERNEL, scale: float = 1.0) -> list[Tensor]:
         """What it returns as it is."""
         if (kernel, scale) not in self._whole:
-            self._whole[kernel, scale] = self._run(self._double(), kernel, scale)
+            self._whole[kernel, scale] = self.run(self.twin(), kernel, scale)
         return self._whole[kernel, scale]
 
-    def _double(self) -> nn.Module:
+    def twin(self) -> nn.Module:
+        """The copy in float64 that runs with masks and without."""
         if self._twin is None:
             self._twin = self._in_float64(self.copied())
         return self._twin
@@ -150,7 +155,7 @@ class Trial:
         """The model cut; the last one is kept for other kernels and scales."""
         if self._last is None or self._last[:2] != (axes, kept):
             self._last = None
-            part = _copy(self._double())
+            part = _copy(self.twin())
             cut(part, axes, kept, tables=self.tables)
             self._last = (axes, kept, self._in_float64(part))
         return self._last[2]
@@ -166,6 +171,11 @@ class Trial:
     def on_what_it_calls(self) -> Trial:
         """The trial with only what its forward calls in float64, if that runs; or itself."""
         return self._or(replace(self, is_partial=True))
+
+    def on_few_tokens(self) -> Trial:
+        """The trial on one example of `FEW_TOKENS`, if the model runs on it; or itself."""
+        inputs = flops_inputs(self.call.kwargs, FEW_TOKENS)
+        return self._or(replace(self, call=replace(self.call, kwargs=inputs)))
 
     def _or(self, trial: Trial) -> Trial:
         """Another trial, if it runs; or this one."""
@@ -185,10 +195,11 @@ class Trial:
         _draw(part)
         return part
 
-    def _run(self, model: nn.Module, kernel: str, scale: float) -> list[Tensor]:
+    def run(self, model: nn.Module, kernel: str, scale: float) -> list[Tensor]:
+        """What the model, or the module of it that is called, returns."""
         call = double_call(self.call, scale=scale)
         kernels = implementations(model, attention=kernel, experts=KERNEL)
-        with kernels, float64_throughout(), _Until(model, self.until) as watch:
+        with kernels, float64_throughout(), seeded(model), _Until(model, self.until) as watch:
             output = model.get_submodule(self.path)(*call.args, **call.kwargs)
         if watch.outputs:
             return list(floating(watch.outputs))

@@ -150,6 +150,26 @@ def grouped() -> Case:
     return _case(model, (2, 6, 6), inner, outer)
 
 
+def two_blocks() -> Case:
+    """Two axes one behind the other."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 3, 1)
+    )
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.copy_(
+                torch.randn_like(tensor).abs() if tensor.ndim == 1 else torch.randn_like(tensor)
+            )
+    norm = [s for name in ("weight", "bias", "running_mean", "running_var") for s in [f"1.{name}"]]
+    first = [*made_by("0"), *map(rows, norm), rows("3.weight", 1)]
+    second = [*made_by("3"), rows("4.weight", 1)]
+    axes = (
+        channels(6, first, [tap("0")], [tap("1")]),
+        channels(8, second, [tap("3")]),
+    )
+    return Case(model.double().eval(), (torch.randn(2, 2, 5, 5, dtype=torch.float64),), axes)
+
+
 def residual() -> Case:
     def join(net: Branches, x: Tensor) -> Tensor:
         x = net.stem(x)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from channel_axes import CASES, Case, channels, made_by, plain, residual, rows, tap
+from channel_axes import CASES, plain, residual, tap, two_blocks
 from torch import Tensor, nn
 
 from hf_gradnas.errors import StructureError
@@ -26,26 +26,6 @@ from hf_gradnas.verification import find_structure, models, proof, prove_channel
 
 def without(axis: Axis, tensor: str) -> Axis:
     return replace(axis, slices=tuple(s for s in axis.slices if s.tensor != tensor))
-
-
-def two_blocks() -> Case:
-    """Two axes one behind the other."""
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 3, 1)
-    )
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.copy_(
-                torch.randn_like(tensor).abs() if tensor.ndim == 1 else torch.randn_like(tensor)
-            )
-    norm = [s for name in ("weight", "bias", "running_mean", "running_var") for s in [f"1.{name}"]]
-    first = [*made_by("0"), *map(rows, norm), rows("3.weight", 1)]
-    second = [*made_by("3"), rows("4.weight", 1)]
-    axes = (
-        channels(6, first, [tap("0")], [tap("1")]),
-        channels(8, second, [tap("3")]),
-    )
-    return Case(model.double().eval(), (torch.randn(2, 2, 5, 5, dtype=torch.float64),), axes)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

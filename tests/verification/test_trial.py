@@ -142,7 +142,7 @@ def test_what_the_forward_does_not_call_needs_no_float64() -> None:
     partial = trial.on_what_it_calls()
     assert partial.is_partial
     assert torch.equal(partial.whole()[0], trial.whole()[0])
-    twin = partial._double()
+    twin = partial.twin()
     assert twin.stem[1].weight.dtype is torch.float64
     assert twin.rest[1].weight.dtype is torch.float32
 
