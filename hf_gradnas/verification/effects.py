@@ -114,15 +114,22 @@ def _bounded(limit: int) -> Any:
 
     Raises:
         TooLarge: They would be more.
+        RuntimeError: In the backward: one of them was written in place.
     """
     kept = 0
 
-    def count(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
         nonlocal kept
         kept += tensor.nbytes
         if kept > limit:
             raise TooLarge
+        return tensor, tensor._version
+
+    def unpack(packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        if tensor._version != version:  # autograd itself looks only where there are no hooks
+            raise RuntimeError("a tensor that the backward needs was written in place")
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
