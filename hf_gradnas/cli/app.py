@@ -171,6 +171,8 @@ def with_options(
 def _with_parameters(
     command: Callable[..., int], parameters: list[inspect.Parameter]
 ) -> Callable[..., int]:
+    if any(item.name == "model" for item in parameters):
+        parameters = [_argument("MODEL", "The same as --model.", name="argument"), *parameters]
     # Typer reads both; neither can be written by hand without a second list of options.
     vars(command)["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {item.name: item.annotation for item in parameters}
@@ -178,7 +180,18 @@ def _with_parameters(
 
 
 def given_flags(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were on the command line, by field name, as `Recipe` reads them."""
+    """The options that were on the command line, by field name, as `Recipe` reads them.
+
+    Raises:
+        typer.BadParameter: There are two models, one of them without ``--model``.
+    """
+    argument = options.pop("argument", None)
+    if argument is not None and options["model"] is not None:
+        raise typer.BadParameter(
+            f"MODEL: {argument!r} is one model, and --model {options['model']!r} another; give one."
+        )
+    if argument is not None:
+        options["model"] = argument
     return {
         name: value
         for name, value in options.items()
@@ -219,9 +232,13 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return ()
 
 
-def _argument(metavar: str, description: str) -> inspect.Parameter:
-    annotation = Annotated[str, typer.Argument(metavar=metavar, help=description)]
-    return inspect.Parameter("file", inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+def _argument(metavar: str, description: str, *, name: str = "file") -> inspect.Parameter:
+    kind: Any = Optional[str] if name == "argument" else str  # noqa: UP045 - a runtime value
+    annotation = Annotated[kind, typer.Argument(metavar=metavar, help=description)]
+    default = None if name == "argument" else inspect.Parameter.empty
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
 def _parameter(

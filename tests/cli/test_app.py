@@ -1,5 +1,6 @@
 """The command line itself: generated options, exit codes, and how little it imports."""
 
+import importlib
 import subprocess
 import sys
 
@@ -89,3 +90,22 @@ def test_switches_take_no_value_and_name_their_default(help_text):
     assert "<bool>" not in help_text.replace("--help", "").split("Recipe")[1]
     words = " ".join(help_text.replace("│", " ").split())
     assert "latencies to report/. Default: yes." in words
+
+
+@pytest.mark.parametrize("command", ["prune", "score", "inspect", "sweep"])
+def test_the_model_is_an_argument_too(command, monkeypatch):
+    given = []
+    module = importlib.import_module(f"hf_gradnas.cli.{command}")
+    monkeypatch.setattr(
+        module, f"{command}_from_options", lambda flags, *rest, **more: given.append(flags) or 0
+    )
+    assert main([command, "some/model", "--seed", "3"]) == 0
+    assert main([command, "--model", "some/model", "--seed", "3"]) == 0
+    assert given == [{"model": "some/model", "seed": "3"}] * 2
+
+
+@pytest.mark.parametrize("command", ["prune", "score", "inspect", "sweep"])
+def test_two_models_are_refused(command, capsys):
+    assert main([command, "some/model", "--model", "another"]) == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "'some/model' is one model, and --model 'another' another; give one." in said
