@@ -132,7 +132,7 @@ def test_commands_on_files_run(own_folder, capsys):
             assert main([*command, *more]) == 0, (command, capsys.readouterr())
             done.append(command)
     ran = {command[0] for command in done}
-    assert ran == {"prune", "inspect", "sweep", "score", "plan", "apply"}
+    assert ran == {"prune", "inspect", "sweep", "score", "plan", "repair", "apply"}
 
 
 def scripts_of(page):

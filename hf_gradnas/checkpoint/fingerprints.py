@@ -83,12 +83,22 @@ def check_fingerprints(folder: str | Path, wanted: Mapping[str, str], what: str)
     Raises:
         CheckpointError: It is another one.
     """
-    found = fingerprints_of(folder)
+    check_same(folder, fingerprints_of(folder), wanted, what)
+
+
+def check_same(
+    place: str | Path, found: Mapping[str, str], wanted: Mapping[str, str], what: str
+) -> None:
+    """The same with what `fingerprints_of` says of the checkpoint.
+
+    Raises:
+        CheckpointError: It is another one.
+    """
     for part in (CONFIG, WEIGHTS):
         if part in wanted and wanted[part] != found.get(part):
             made = f" (made from {wanted['model']})" if "model" in wanted else ""
             raise CheckpointError(
-                f"{folder}: {what} is for another checkpoint{made}: its {part} has the fingerprint "
+                f"{place}: {what} is for another checkpoint{made}: its {part} has the fingerprint "
                 f"{wanted[part][:12]}…, this one {found.get(part, 'none')[:12]}…; give the "
                 "checkpoint that was scored, or score this one."
             )

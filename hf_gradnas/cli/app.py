@@ -87,6 +87,18 @@ def plan_command(**options: Any) -> int:
     raise typer.Exit(plan_from_options(file, given_flags(options), given_flags(own)))
 
 
+def repair_command(**options: Any) -> int:
+    """Find new weights for a plan by least squares, layer by layer, for apply --repair.
+
+    For example: hf-gradnas repair plan.json ./llama-70b --dataset train.jsonl --device-map auto
+    --max-memory cpu=30GiB --offload-folder away --output llama.repair.safetensors
+    """
+    from .repair import repair_from_options
+
+    file, checkpoint = options.pop("plan"), options.pop("checkpoint")
+    raise typer.Exit(repair_from_options(file, checkpoint, given_flags(options)))
+
+
 def inspect_command(**options: Any) -> int:
     """Show what can be pruned in a model, what is refused and why, and how far budgets reach.
 
@@ -142,7 +154,7 @@ def with_options(
     fields: Mapping[str, str | None],
     flags: Mapping[str, str],
     own: Mapping[str, FieldInfo] | None = None,
-    argument: tuple[str, str] | None = None,
+    arguments: Mapping[str, tuple[str, str]] | None = None,
     output: str = "",
 ) -> Callable[..., int]:
     """Give `command` the options of some fields of `Recipe`, and options of its own.
@@ -152,10 +164,10 @@ def with_options(
         fields: Names of fields; a text takes the place of the field's own description.
         flags: Help text per flag without a value; ``as_json`` is ``--json``.
         own: Fields of other settings, by name.
-        argument: Name and help text of ``file``, its one argument, if it has one.
+        arguments: Name and help text of what comes without a flag, by keyword.
         output: What ``--output`` names, where it is no folder.
     """
-    parameters = [_argument(*argument)] if argument else []
+    parameters = [_argument(name, *said) for name, said in (arguments or {}).items()]
     parameters += [_field_parameter(name, field) for name, field in (own or {}).items()]
     for name, text in fields.items():
         field = Recipe.model_fields[name]
@@ -172,7 +184,8 @@ def _with_parameters(
     command: Callable[..., int], parameters: list[inspect.Parameter]
 ) -> Callable[..., int]:
     if any(item.name == "model" for item in parameters):
-        parameters = [_argument("MODEL", "The same as --model.", name="argument"), *parameters]
+        own = _argument("argument", "MODEL", "The same as --model.", is_needed=False)
+        parameters = [own, *parameters]
     # Typer reads both; neither can be written by hand without a second list of options.
     vars(command)["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {item.name: item.annotation for item in parameters}
@@ -232,10 +245,12 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return ()
 
 
-def _argument(metavar: str, description: str, *, name: str = "file") -> inspect.Parameter:
-    kind: Any = Optional[str] if name == "argument" else str  # noqa: UP045 - a runtime value
+def _argument(
+    name: str, metavar: str, description: str, *, is_needed: bool = True
+) -> inspect.Parameter:
+    kind: Any = str if is_needed else Optional[str]  # noqa: UP045 - a runtime value
     annotation = Annotated[kind, typer.Argument(metavar=metavar, help=description)]
-    default = None if name == "argument" else inspect.Parameter.empty
+    default = inspect.Parameter.empty if is_needed else None
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
@@ -319,7 +334,20 @@ _PLANNED: dict[str, str | None] = {
     "output": "File of the plan, or folder of several. Default: the name of the scores with "
     ".plan.json, or .plans.",
 }
-_FILE = ("SCORES", "File of hf-gradnas score.")
+_FILE = {"file": ("SCORES", "File of hf-gradnas score.")}
+_PLAN_OF = {
+    "plan": ("PLAN", "File of hf-gradnas plan."),
+    "checkpoint": ("CHECKPOINT", "Hub id or folder of the whole model."),
+}
+_NOT_REPAIRED = ("model", "checkpointing", "flops_length", "score", "axes")
+_REPAIRED: dict[str, str | None] = {
+    **{name: text for name, text in _SCORED.items() if name not in _NOT_REPAIRED},
+    "offload_folder": "Where --device-map keeps weights that a checkpoint's own files cannot "
+    "serve, and where batches wait that do not fit into memory.",
+    "eval": "Leave out the examples that prune would measure on, so that the repair is that of "
+    "prune. Default: yes.",
+    "output": "File of the repair. Default: the name of the plan with .repair.safetensors.",
+}
 
 app.command("prune", epilog=EXIT_CODES.format(one="pruning or verification failed"))(
     with_recipe_options(prune_command)
@@ -329,6 +357,9 @@ app.command("score", epilog=EXIT_CODES.format(one="out of memory"))(
 )
 app.command("plan", epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.")(
     with_options(plan_command, _PLANNED, {}, Plans.model_fields, _FILE, output="PATH")
+)
+app.command("repair", epilog=EXIT_CODES.format(one="out of memory"))(
+    with_options(repair_command, _REPAIRED, {}, arguments=_PLAN_OF, output="FILE")
 )
 app.command("inspect", epilog=EXIT_CODES.format(one="nothing in it can be pruned"))(
     with_options(inspect_command, _INSPECTED, _INSPECT_FLAGS)

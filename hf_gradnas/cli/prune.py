@@ -57,7 +57,7 @@ def prune_from_options(
 
 
 def run_checked(
-    check: Callable[[], tuple[Recipe, frozenset[str]]], kind: Callable[[], type[Run]]
+    check: Callable[[], tuple[Recipe, frozenset[str]]], kind: Callable[[], Callable[..., Run]]
 ) -> int:
     """Run all steps on a screen; errors become a message and a code.
 

@@ -175,7 +175,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _cut(model: PreTrainedModel, plan: Plan, prunable: Prunable, repair: Repair | None) -> Plan:
     """Cut the lazy model, and check that what its config builds has the shapes of its tensors."""
     given, plan = plan, check_plan(prunable.axes, plan)
-    _check_axes(model, prunable)
+    check_axes(model, prunable)
     if repair is not None:
         check_repair(repair, model, plan, given)
         lend_repair(model, repair)
@@ -192,7 +192,7 @@ def _cut(model: PreTrainedModel, plan: Plan, prunable: Prunable, repair: Repair 
     return plan
 
 
-def _check_axes(model: PreTrainedModel, prunable: Prunable) -> None:
+def check_axes(model: PreTrainedModel, prunable: Prunable) -> None:
     """Check that the units of all axes are in the model's tensors.
 
     Raises:
