@@ -1,11 +1,12 @@
 """The training callback on a fine-tuned classifier: overhead, agreement, accuracy.
 
-    python examples/benchmarks/callback.py overhead --model DIR --train train.tsv
+    python examples/benchmarks/callback.py overhead [--model DIR --train train.tsv]
     python examples/benchmarks/callback.py agreement --model DIR --train train.tsv
     python examples/benchmarks/callback.py quality --model DIR --train train.tsv --dev dev.tsv
 
-`overhead`: time of a training step that is ridden on, against a plain one, in turns. `agreement`:
-rank correlation of scores from the training's passes (learning rate 0, accumulation 4, dropout as
+`overhead`: CPU time of a training step that is ridden on, against a plain one, in turns on the same
+batches; random tokens and a BERT of MiniLM's size where no files are given. `agreement`: rank
+correlation of scores from the training's passes (learning rate 0, accumulation 4, dropout as
 it is) and of private passes. `quality`: accuracy at a budget after the same number of steps, pruned
 gradually, pruned first and then trained, and trained first and then pruned.
 """
@@ -22,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
@@ -33,36 +37,31 @@ from transformers import (
 )
 
 from hf_gradnas import GradNASCallback
+from hf_gradnas.callback.riding import TrainingScores
+from hf_gradnas.verification import find_structure
 
-
-class Clock(TrainerCallback):
-    """Seconds per step, from its beginning to its end."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+WARM_UP = 4
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["overhead", "agreement", "quality"])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--train", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--train")
     parser.add_argument("--dev")
     parser.add_argument("--flops", default="30%")
     parser.add_argument("--examples", type=int, default=None, help="of the training file")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=60, help="pairs of steps for overhead")
     parser.add_argument("--ways", nargs="+", default=["gradual", "begin", "end"])
     parser.add_argument("--accumulation", type=int, default=4)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.what != "overhead" and not (args.model and args.train):
+        parser.error("--model and --train are needed")
+    return args
 
 
 def read_rows(file: str, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -103,19 +102,54 @@ def make_trainer(
 
 
 def measure_overhead(args: argparse.Namespace) -> None:
-    """Alternate plain and ridden trainings on the same batches."""
-    medians: dict[str, list[float]] = {"plain": [], "riding": []}
-    for _ in range(args.rounds):
-        for name, found in medians.items():
-            clock = Clock()
-            riding = GradNASCallback({"flops": args.flops}, scores_from="training")
-            callbacks = [clock] if name == "plain" else [clock, riding]
-            make_trainer(args, callbacks, max_steps=24).train()
-            found.append(statistics.median(clock.seconds[4:]))
-            print(f"{name} {1e3 * found[-1]:.1f} ms per step", flush=True)
-    pairs = zip(medians["riding"], medians["plain"], strict=True)
-    ratios = sorted(riding / plain for riding, plain in pairs)
-    print(f"riding / plain: median {statistics.median(ratios):.3f} of {np.round(ratios, 3)}")
+    """Plain and ridden steps in turn, on the same batches and weights."""
+    torch.manual_seed(0)
+    model, batches = build(args)
+    axes = find_structure(model, {name: column[:1] for name, column in batches[0].items()}).axes
+    riding = TrainingScores(model, axes, method="tempered", batch=batches[0], window=512)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    model.train()
+
+    def step(batch: dict[str, torch.Tensor], is_ridden: bool) -> float:
+        start = time.process_time()
+        if is_ridden:
+            riding.arm()
+        model(**batch).loss.backward()
+        if is_ridden:
+            riding.collect()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.process_time() - start
+
+    pairs = []
+    for number in range(WARM_UP + args.rounds):
+        batch, first = batches[number % len(batches)], number % 2
+        found = {is_ridden: step(batch, bool(is_ridden)) for is_ridden in (first, 1 - first)}
+        pairs.append((found[1], found[0]))
+    pairs = pairs[WARM_UP:]
+    low, median, high = statistics.quantiles([ridden / plain for ridden, plain in pairs], n=4)
+    plain = statistics.median(plain for _, plain in pairs)
+    print(f"a plain step of {args.batch_size} x {args.length}: {1e3 * plain:.1f} ms")
+    print(
+        f"ridden / plain: median {median:.3f} of {len(pairs)} pairs, quartiles {low:.3f} {high:.3f}"
+    )
+
+
+def build(args: argparse.Namespace) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A classifier and its batches; random ones where no files are given."""
+    if args.model is None or args.train is None:
+        model = BertForSequenceClassification(BertConfig(**MINILM))
+        shape = (args.batch_size, args.length)
+        ids = [torch.randint(1000, model.config.vocab_size, shape) for _ in range(8)]
+        labels = torch.arange(args.batch_size) % 2
+        return model, [{"input_ids": i, "attention_mask": i > 0, "labels": labels} for i in ids]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = read_rows(args.train, tokenizer, args)
+    collate = DataCollatorWithPadding(tokenizer)
+    starts = range(0, len(rows) - args.batch_size + 1, args.batch_size)
+    batches = [dict(collate(rows[start : start + args.batch_size])) for start in starts]
+    return AutoModelForSequenceClassification.from_pretrained(args.model), batches
 
 
 def measure_agreement(args: argparse.Namespace) -> None:

@@ -234,8 +234,7 @@ class TrainingScores:
         like = self.current.totals
         factor = torch.as_tensor(running.divisor).to(like).reshape(-1)[0] / arrived.to(like)
         count = count_labels(self._count, running.batch)
-        scaled = {name: found.to(like) * factor for name, found in rows.items()}
-        terms = terms_of(self.method, scaled, self.axes, count)
+        terms = terms_of(self.method, rows, self.axes, count, scale=factor)
         added = torch.cat([term.to(like) for term in terms])
         good = torch.isfinite(added).all()
         window = self.current

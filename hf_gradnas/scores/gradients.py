@@ -30,7 +30,7 @@ from ..running.hooks import add_hook, add_pre_hook, stream_in, stream_out
 from ..stacks import WatchProducts
 from ..tokens import Following
 from ..types import Axis
-from .products import Product, has_saving_hooks, multiply, watched
+from .products import Product, has_saving_hooks, keeps_input, multiply, watched
 from .rows import Positions, added, wide
 from .sites import KeptOutput, Site, check_examples, sites_of
 
@@ -131,7 +131,7 @@ class GradientRecorder:
             for axis, tap in site.places:
                 part = site.sums_of(tap, axis.size, sums)
                 earlier = found.get(axis.name)
-                found[axis.name] = part if earlier is None else added(earlier, part)
+                found[axis.name] = part if earlier is None else added(earlier.clone(), part)
         for axis in self._axes:
             none = torch.zeros(self._num_examples, 1, axis.size, dtype=torch.float64)
             found.setdefault(axis.name, none)
@@ -152,10 +152,11 @@ class GradientRecorder:
         if site.runner is not None:
             return (self._watch_stack(site, x, self._rows_taken(site, x)), *args[1:])
         self._check(site, x)
-        return (self._watched(x, partial(self._add, site)), *args[1:])
+        is_kept = keeps_input(module, x)
+        return (self._watched(x, partial(self._add, site), is_kept=is_kept), *args[1:])
 
-    def _watched(self, x: Tensor, add: Any) -> Tensor:
-        return watched(x, add, is_replayed=self.is_replayed)
+    def _watched(self, x: Tensor, add: Any, *, is_kept: bool = False) -> Tensor:
+        return watched(x, add, is_replayed=self.is_replayed, is_kept=is_kept)
 
     def _watch_choice(
         self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -358,7 +359,7 @@ class GradientRecorder:
         self._add_sums(site, wide(values.sum(1))[:, None] if rows is None else rows)
 
     def _add_sums(self, site: Site, rows: Tensor) -> None:
-        sums = rows.unflatten(-1, (-1, site.width)).sum(-1)
+        sums = rows if site.width == 1 else rows.unflatten(-1, (-1, site.width)).sum(-1)
         earlier = self._sums.get(site)
         self._sums[site] = sums if earlier is None else added(earlier, sums)
 

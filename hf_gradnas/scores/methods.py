@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -170,7 +171,12 @@ def chosen(method: str, sums: np.ndarray, units: int) -> Choice:
 
 
 def terms_of(
-    method: str, rows: Mapping[str, Tensor], axes: Sequence[Axis], count: int
+    method: str,
+    rows: Mapping[str, Tensor],
+    axes: Sequence[Axis],
+    count: int,
+    *,
+    scale: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Share of a batch in the sums of one method, in parts, laid out as in `sums_of`.
 
@@ -179,17 +185,19 @@ def terms_of(
         rows: Gradients ``(examples, rows, units)`` per axis name.
         axes: All that are scored together.
         count: Labels of the batch.
+        scale: What every gradient is multiplied by ``()``; None: 1.
     """
     per_batch, powers = GRADIENT_METHODS[method], ROW_METHODS.get(method)
+    parts = list(_joined(rows, axes, scale))
     if powers is None:
-        for axis in axes:
-            yield per_batch(wide(rows[axis.name]).sum(1), count)
+        for part in parts:
+            yield per_batch(wide(part.values).sum(1), count)
         return
-    squares = _squared_norms(rows, axes)
+    squares = _squared_norms(parts, axes)
     for power in powers:
         factors = _raised(squares, -power / 2)[..., None]
-        for axis in axes:
-            found = wide(rows[axis.name])  # (examples, rows, units)
+        for part in parts:
+            found = wide(part.values)  # (examples, rows, units)
             own = factors[:, : found.shape[1]].to(found)
             yield per_batch((found * own).flatten(0, 1), count)
     for power in powers[:-1]:
@@ -205,17 +213,54 @@ def _raised(squares: Tensor, power: float) -> Tensor:
     return torch.where(squares == 0, squares, squares.pow(power))
 
 
-def _squared_norms(rows: Mapping[str, Tensor], axes: Sequence[Axis]) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Gradients of successive axes ``(examples, rows, units of these axes)``."""
+
+    axes: Sequence[Axis]
+    values: Tensor
+
+
+def _joined(
+    rows: Mapping[str, Tensor], axes: Sequence[Axis], scale: Tensor | None
+) -> Iterator[_Part]:
+    """Axes with one row an example together, so that few operations run over all of them.
+
+    Rows of positions may be hundreds of times as many: they stay apart, and are no copy.
+    """
+    for (is_long, _), found in groupby(axes, lambda a: _place(rows[a.name])):
+        group = tuple(found)
+        parts = [(axis,) for axis in group] if is_long else [group]
+        for part in parts:
+            values = [rows[axis.name] for axis in part]
+            joined = values[0] if is_long else torch.cat([wide(value) for value in values], -1)
+            scaled = joined if scale is None else wide(joined) * scale.to(joined.device)
+            yield _Part(part, scaled)
+
+
+def _place(rows: Tensor) -> tuple[bool, torch.device]:
+    """Whether there are several rows an example, and the device that they are on."""
+    return rows.shape[1] > 1, rows.device
+
+
+def _squared_norms(parts: Sequence[_Part], axes: Sequence[Axis]) -> Tensor:
     """Squared norm of every row ``(examples, rows)``, without KV groups, experts and layers.
 
     What is in them is there itself; so the scores of the others do not depend on them.
     """
     groups = {axis.parent for axis in axes}
-    own = [axis for axis in axes if axis.name not in groups and not axis.is_layer] or axes
-    parts = [wide(rows[axis.name]).square().sum(-1) for axis in own]
-    longest = max(parts, key=lambda part: part.shape[1])
-    squares = torch.zeros_like(longest)
+    own = {axis.name for axis in axes if axis.name not in groups and not axis.is_layer}
+    found = []
     for part in parts:
+        counts = [not own or axis.name in own for axis in part.axes]
+        if not any(counts):
+            continue
+        squares = wide(part.values).square()
+        each = [squares] if all(counts) else squares.split([axis.size for axis in part.axes], -1)
+        found += [one.sum(-1) for one, is_own in zip(each, counts, strict=False) if is_own]
+    longest = max(found, key=lambda part: part.shape[1])
+    squares = torch.zeros_like(longest)
+    for part in found:
         squares[:, : part.shape[1]] += part.to(squares)
     return squares
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 # Replays of the operation that made an out-projection's input, from what autograd keeps of it
@@ -43,7 +43,7 @@ REPLAYS: dict[str, Replay] = {
 }
 
 
-def watched(x: Tensor, add: Add, *, is_replayed: bool) -> Tensor:
+def watched(x: Tensor, add: Add, *, is_replayed: bool, is_kept: bool = False) -> Tensor:
     """A view of ``x``; `add` is called with its gradient, and with what multiplies it by ``x``.
 
     A view of its own, since ``x`` may have other readers, whose gradients are not the mask's.
@@ -53,6 +53,8 @@ def watched(x: Tensor, add: Add, *, is_replayed: bool) -> Tensor:
         add: Called in the backward.
         is_replayed: Whether this function is called again where the forward runs again in the
             backward. Then ``x`` is kept no longer than autograd keeps what it saves itself.
+        is_kept: Whether autograd keeps ``x`` anyway (`keeps_input`), so that nothing has to be made
+            again: a GELU takes as long as the rest of its hook twice over.
     """
     if not x.requires_grad:
         x = x.detach().requires_grad_()
@@ -60,8 +62,20 @@ def watched(x: Tensor, add: Add, *, is_replayed: bool) -> Tensor:
         view: Tensor = _Watched.apply(x, add)
         return view
     own = x.view_as(x)
-    own.register_hook(partial(add, product_with(x)))
+    product = partial(multiply, x.detach()) if is_kept else product_with(x)
+    own.register_hook(partial(add, product))
     return own
+
+
+def keeps_input(module: nn.Module, x: Tensor) -> bool:
+    """Whether autograd keeps the input of a module that reads it, for gradients of its weights.
+
+    Under autocast it keeps a copy where the input is in another dtype.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+        return False
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 class _Watched(torch.autograd.Function):

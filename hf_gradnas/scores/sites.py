@@ -28,6 +28,7 @@ class Site:
         side: As of taps.
         dim: As of taps.
         places: The axes and their taps there.
+        width: Entries per sum: at an input, the finest unit that divides the units of all axes.
         runner: The module that takes out rows for it; None: it has those of all tokens.
     """
 
@@ -36,6 +37,7 @@ class Site:
     side: str
     dim: int
     places: tuple[tuple[Axis, Tap], ...]
+    width: int
     runner: nn.Module | None = None
 
     @property
@@ -43,16 +45,11 @@ class Site:
         """Whether it is what chosen experts read: one row per token and chosen expert."""
         return self.side == "stack" and follows_interface(self.module)
 
-    @property
-    def width(self) -> int:
-        """Entries per sum: at an input, the finest unit that divides the units of all axes."""
-        if self.side == "output":
-            return 1
-        return math.gcd(*(n for _, tap in self.places for n in (tap.width, tap.offset, tap.stride)))
-
     def sums_of(self, tap: Tap, size: int, sums: Tensor) -> Tensor:
-        """Share of a tap ``(…, size)`` in the sums ``(…, entries / width)``."""
+        """Share of a tap ``(…, size)`` in the sums ``(…, entries / width)``; it may be a view."""
         offset, width, stride = (n // self.width for n in (tap.offset, tap.width, tap.stride))
+        if width == stride == 1:
+            return sums[..., offset : offset + size]
         return sums[..., offset:].unfold(-1, width, stride)[..., :size, :].sum(-1)
 
 
@@ -86,8 +83,14 @@ def sites_of(model: nn.Module, axes: Iterable[Axis]) -> list[Site]:
     for (module, side, dim, _), places in found.items():
         axis, tap = places[0]
         runner = module_at(model, axis, tap.runner) if tap.runner else None
-        sites.append(Site(module, tap.module, side, dim, tuple(places), runner))
+        width = 1 if side == "output" else _common_width([tap for _, tap in places])
+        sites.append(Site(module, tap.module, side, dim, tuple(places), width, runner))
     return sites
+
+
+def _common_width(taps: Iterable[Tap]) -> int:
+    """The finest unit that divides all units of the taps."""
+    return math.gcd(*(n for tap in taps for n in (tap.width, tap.offset, tap.stride)))
 
 
 def check_examples(axis: Axis, tap: Tap, shape: torch.Size) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,44 @@ def test_inputs_that_autograd_keeps_are_not_kept_twice(monkeypatch) -> None:
         assert functions.count(products._replay) == 3  # the GELU before each layer's neurons
         assert functions.count(products.multiply) == 3  # the attentions
     model.requires_grad_(True)
+
+
+def _noted(made: list[torch.Tensor], own, x: torch.Tensor):
+    made.append(x)
+    return own(x)
+
+
+def test_inputs_that_are_kept_for_their_weights_are_not_made_again(monkeypatch) -> None:
+    with zoo.float64_throughout():
+        model, axes, inputs = build("bert")
+        found = {}
+        for name, is_trained in (("frozen", False), ("trained", True)):
+            made: list[torch.Tensor] = []
+            own = products.product_with
+            watch = partial(_noted, made, own)
+            monkeypatch.setattr(products, "product_with", watch)
+            recorder = gradients.GradientRecorder(model, axes)
+            model.requires_grad_(is_trained)
+            with recorder.attached():
+                recorder.start(zoo.BATCH)
+                model(**inputs).loss.backward()
+                found[name] = recorder.gradients()
+                again = recorder.gradients()
+            monkeypatch.undo()
+            assert len(made) == (0 if is_trained else 6)
+            assert all(torch.equal(again[key], value) for key, value in found[name].items())
+        model.zero_grad()
+    for key, value in found["frozen"].items():
+        assert torch.equal(found["trained"][key], value), key
+
+
+def test_autograd_keeps_an_input_for_weights_that_train_alone() -> None:
+    layer, x = nn.Linear(3, 3), torch.ones(2, 3)
+    assert products.keeps_input(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not products.keeps_input(layer, x)  # it keeps a copy in bfloat16
+        assert products.keeps_input(layer, x.bfloat16())
+    assert not products.keeps_input(layer.requires_grad_(False), x)
 
 
 class _Block(nn.Module):

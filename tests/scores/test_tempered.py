@@ -42,6 +42,21 @@ def test_rows_stay_as_they_are_where_enough_of_them_count(weights, power, ratio)
     assert found.metadata()["row_power"] == f"{power:g}"
 
 
+@pytest.mark.parametrize("method", ["tempered", "balanced", "fisher", "gradnas", "taylor"])
+def test_terms_of_axes_together_are_those_of_each(method: str, monkeypatch) -> None:
+    _, axes, _ = build("llama")  # with KV groups, which the norms of rows leave out
+    generator = torch.Generator().manual_seed(0)
+    rows = {a.name: torch.randn(3, 1, a.size, generator=generator) for a in axes}
+    rows[axes[0].name] = torch.randn(3, 2, axes[0].size, generator=generator)  # rows of positions
+    scale = torch.tensor(1.7, dtype=torch.float64)
+    terms = list(methods.terms_of(method, rows, axes, 5, scale=scale))
+    scaled = {name: value.double() * scale for name, value in rows.items()}
+    monkeypatch.setattr(methods, "_place", lambda rows: (True, rows.device))
+    apart = list(methods.terms_of(method, scaled, axes, 5))
+    assert len(terms) < len(apart)
+    assert torch.allclose(torch.cat(terms), torch.cat(apart), rtol=1e-12, atol=0)
+
+
 def test_a_method_without_a_choice_is_its_sums() -> None:
     sums = np.arange(4.0)
     for method in ("balanced", "fisher", "gradnas", "taylor"):
@@ -166,12 +181,13 @@ def test_a_second_method_that_is_not_finite_names_its_axis(named, monkeypatch) -
     model, axes, _ = build("bert")
     batch = in_batches(examples_of("bert", 4), 4)
     method, other = named
-    last = axes[-1]
+    *others, last = axes
 
-    def broken(gradients, count):
-        return gradients.sum(0) * (np.nan if gradients.shape[-1] == last.size else 0.0)
+    def broken(gradients, count):  # (examples, units of all axes)
+        sums = torch.zeros_like(gradients[0])
+        sums[sum(axis.size for axis in others) :] = np.nan
+        return sums
 
     monkeypatch.setitem(methods.GRADIENT_METHODS, other, broken)
-    first = next(axis for axis in axes if axis.size == last.size)
-    with pytest.raises(DataError, match=f"a gradient of {first.name} is nan"):
+    with pytest.raises(DataError, match=f"a gradient of {last.name} is nan"):
         collect_scores(model, axes, batch, method=method, also=[other])
