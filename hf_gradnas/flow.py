@@ -40,6 +40,7 @@ from .jobs.report import Report, push_settings, record
 from .repair.closeness import say_tried
 from .repair.repairs import mended, swaps
 from .report import say_repair, say_swap
+from .running.freed import give_back
 from .running.processes import Processes
 from .running.wrappers import check_parameters
 
@@ -326,6 +327,7 @@ class Run:
             began=self._began,
             bar=self.report.progress,
         )
+        give_back()
         timing.begin(pruner.model)
         model = pruner.apply(plan, repair)
         after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")

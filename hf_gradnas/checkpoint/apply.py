@@ -25,7 +25,8 @@ from ..batches.longest import probe_inputs
 from ..costs.counting import count_params
 from ..errors import CutError, GradNASWarning, PlanError, described
 from ..masks import masked
-from ..repair.repairs import Repair, exchange_weights
+from ..repair.mapped import replace_weights
+from ..repair.repairs import Repair
 from ..running.states import evaluating, seeded
 from ..running.wrappers import without_autocast
 from ..stock.layers import drop_layers
@@ -80,7 +81,7 @@ def apply_plan(
     calls = [] if sample is None else calls_of(sample, model)
     with ExitStack() as undo:
         if repair is not None:
-            exchange_weights(model, repair, undo)
+            replace_weights(model, repair.tensors, undo)
         record = cut_with_proof(model, structure.axes, plan.kept, layout=plan.layout, calls=calls)
         undo.pop_all()  # the new weights stay
     _write_config(model.config, model, plan, structure, space)

@@ -161,14 +161,29 @@ class Outputs:
 
     Attributes:
         seen: Readers that were fitted, with success or without.
-        changes: What was found of them.
+        found: Those with success.
     """
 
     def __init__(self, gates: Sequence[Gate], late: Collection[str]) -> None:
         self.seen: set[Reader | Feed] = set()
-        self.changes: dict[Reader | Feed, Change] = {}
+        self.found: set[Reader | Feed] = set()
+        self._changes: dict[Reader | Feed, Change] = {}
         self._gates, self._late = gates, late
         self._latest: tuple[Reader, Tensor] | None = None
+
+    def put(self, reader: Reader | Feed, change: Change) -> None:
+        """Have what was found of a reader; of a feed forwards have the new weights."""
+        self.found.add(reader)
+        if isinstance(reader, Reader):
+            self._changes[reader] = change
+
+    def forget(self, number: int) -> None:
+        """Let go of changes at all gates before one, when no forward waits there any more."""
+        for gate in self._gates[:number]:
+            for reader in gate.readers:
+                self._changes.pop(reader, None)
+        if self._latest is not None and self._latest[0] not in self._gates[number].readers:
+            self._latest = None
 
     def settle(self, forward: Forward) -> None:
         """Change the tensor that a pruned forward waits at as the new weights so far would."""
@@ -180,10 +195,10 @@ class Outputs:
                 return
             forward.settled += 1
             if isinstance(reader, Reader) and reader.path in forward.inputs:
-                self._put(forward, reader, scale)
+                self._add(forward, reader, scale)
 
-    def _put(self, forward: Forward, reader: Reader, scale: Tensor | float) -> None:
-        change, is_late = self.changes.get(reader), reader.path in self._late
+    def _add(self, forward: Forward, reader: Reader, scale: Tensor | float) -> None:
+        change, is_late = self._changes.get(reader), reader.path in self._late
         if change is not None:
             forward.took.add(reader)
         elif not is_late:
@@ -202,7 +217,7 @@ class Outputs:
         """New weight of the inputs that stay, or the present one; of one reader it is kept."""
         if self._latest is None or self._latest[0] is not reader:
             self._latest = None  # before there is another
-            weight, change = weight_of(reader, reader.kept), self.changes.get(reader)
+            weight, change = weight_of(reader, reader.kept), self._changes.get(reader)
             if change is not None:
                 weight = (weight.to(change.weight) + change.weight).to(weight)
             self._latest = reader, weight

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
@@ -48,9 +48,9 @@ from ..running.processes import Processes
 from ..scores.fingerprints import model_fingerprint
 from ..types import Axis, Plan
 from .changes import (
+    Change,
     Outputs,
     change_of,
-    fed_values,
     is_centred,
     new_values,
     present_weights,
@@ -59,6 +59,7 @@ from .changes import (
 )
 from .closeness import divergence_sum, prediction_of, running
 from .first import Narrow, default_bound, first_narrow, first_readers, pruned
+from .mapped import mapped
 from .paused import Conductor, Forward
 from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
 from .readers import Feed, Reader
@@ -117,8 +118,8 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
         options: Any = {"memory_bytes": bound, "folder": spill, "narrow": narrow}
         for may_wait in (True, False):
             conductor = Conductor(model, found.gates, may_wait=may_wait, **options)
-            masks = _masks(model, axes, plan, conductor)
-            fit, judged = _fitted(conductor, parts, processes, progress, masks, alone)
+            fit = _Fit(conductor, processes, spill)
+            judged = fit.attempt(parts, progress, _masks(model, axes, plan, conductor), alone)
             if not processes.sum(np.array([float(conductor.has_missed)]))[0]:
                 break
     _warn_if_few(fit.reading, processes)
@@ -134,22 +135,6 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
     )
 
 
-def _fitted(
-    conductor: Conductor,
-    parts: Iterable[tuple[Batch, bool]],
-    processes: Processes,
-    progress: Progress | None,
-    masks: AbstractContextManager[None],
-    alone: Callable[[Narrow], AbstractContextManager[None]],
-) -> tuple[_Fit, tuple[dict[str, Tensor], float, float]]:
-    """One attempt: what became of the readers, and what is said of it in the end."""
-    with conductor.before_masks(), masks, conductor.attached():
-        pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
-        fit = _Fit(conductor, pieces, processes)
-        fit.run(progress)
-        return fit, fit.judge(alone)
-
-
 def _masks(
     model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, conductor: Conductor
 ) -> AbstractContextManager[None]:
@@ -161,21 +146,44 @@ def _masks(
 class _Fit:
     """Takes all pieces from gate to gate, and fits the readers there.
 
+    Args:
+        conductor: Lets their forwards run.
+        processes: All that repair together.
+        folder: Where new weights are until the model has them; None: the system's temporary one.
+
     Attributes:
         sites: What became of each reader.
         reading: Those of them that lose inputs.
-        changes: New weights less the present ones, of what stays.
+        values: New parameters by full name, each in a file.
     """
 
-    def __init__(self, conductor: Conductor, pieces: Sequence[Piece], processes: Processes) -> None:
+    def __init__(
+        self, conductor: Conductor, processes: Processes, folder: str | Path | None
+    ) -> None:
         self.sites: list[Site] = []
         self.reading: list[Site] = []
+        self.values: dict[str, Tensor] = {}
+        self._folder = folder
         self._outputs = Outputs(conductor.gates, conductor.late)
-        self.changes = self._outputs.changes
         self._starts: dict[str, int] = {}  # by path without numbers: the best α of the layer before
-        self._conductor, self._pieces, self._processes = conductor, pieces, processes
+        self._pieces: Sequence[Piece] = ()
+        self._conductor, self._processes = conductor, processes
         self._decoder = decoder_path(cast(PreTrainedModel, conductor.model))
         self._is_away = is_offloaded(conductor.model)
+
+    def attempt(
+        self,
+        parts: Iterable[tuple[Batch, bool]],
+        progress: Progress | None,
+        masks: AbstractContextManager[None],
+        alone: Callable[[Narrow], AbstractContextManager[None]],
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """Fit all readers on examples, each with whether it is held out; what `judge` says."""
+        conductor = self._conductor
+        with conductor.before_masks(), masks, conductor.attached():
+            self._pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
+            self.run(progress)
+            return self.judge(alone)
 
     def run(self, progress: Progress | None) -> None:
         """Fit all readers in running order.
@@ -205,12 +213,11 @@ class _Fit:
             if not piece.is_held_out:
                 piece.pruned.stop()
                 piece.original.stop()
-        values = new_values(self.changes)
-        before, after = self._divergences(alone, values)
-        return values if after < before else {}, before, after
+        before, after = self._divergences(alone)
+        return self.values if after < before else {}, before, after
 
     def _divergences(
-        self, alone: Callable[[Narrow], AbstractContextManager[None]], values: Mapping[str, Tensor]
+        self, alone: Callable[[Narrow], AbstractContextManager[None]]
     ) -> tuple[float, float]:
         """Mean KL of held-out predictions from the original's, with masks alone and repaired.
 
@@ -228,9 +235,9 @@ class _Fit:
                 with alone(self._conductor.narrow), self._conductor.alone():
                     sums[0] += divergence_sum(prediction_of(model, piece.batch), wanted)
                 found = piece.pruned.result
-                if piece.pruned.took != self.changes.keys():
+                if piece.pruned.took != self._outputs.found:
                     with alone(Narrow()), self._conductor.alone(), ExitStack() as undo:
-                        lend_values(model, values, undo)
+                        lend_values(model, self.values, undo)
                         found = prediction_of(model, piece.batch)
                 sums[1] += divergence_sum(found, wanted)
                 sums[2] += int(wanted.valid.sum())
@@ -266,6 +273,7 @@ class _Fit:
             return replace(site, reason="the held-out batches do not come to it in both models")
         sums = NormalEquations.empty(columns, outputs, like)
         self._add(sums, number, reader, scale, held_out=False)
+        self._outputs.forget(number)  # now all forwards are here
         sums.reduce(self._processes)
         site = replace(site, rows=sums.rows)
         find = partial(sums.solve, centred=is_centred(reader), towards=towards)
@@ -284,10 +292,17 @@ class _Fit:
         del sums, find  # the largest tensors there are
         if solved is None:
             return replace(site, reason="its equations are singular")
-        change = self.changes[reader] = change_of(reader, *solved, is_whole=towards is not None)
-        if isinstance(reader, Feed):
-            self._conductor.feed(reader, fed_values(reader, change))
+        change = change_of(reader, *solved, is_whole=towards is not None)
+        self._keep(reader, change, like.device)
         return replace(site, ridge=ridge, error_after=best)
+
+    def _keep(self, reader: Reader | Feed, change: Change, device: torch.device) -> None:
+        """Keep new weights where they take no memory, and what forwards that wait need of them."""
+        values = {n: mapped(v, self._folder) for n, v in new_values({reader: change}).items()}
+        self.values |= values
+        self._outputs.put(reader, change)
+        if isinstance(reader, Feed):
+            self._conductor.feed(reader, {name: v.to(device) for name, v in values.items()})
 
     def _add(
         self,

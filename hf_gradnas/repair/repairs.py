@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .._files import write_whole
 from ..batches.batch import tensor_bytes
 from ..errors import GradNASError, GradNASWarning, RepairError, StructureError, described
+from ..running.freed import give_back
 from ..running.hooks import tensor_at
 from ..running.lending import give
 from ..running.offloading import is_offloaded
@@ -77,8 +78,9 @@ class Repair:
     """New weights for a plan, found without training.
 
     Attributes:
-        tensors: Whole new values of parameters by full name, in the model's dtype, on the CPU. Rows
-            and columns that the plan removes are as they were. Empty: the repair was not accepted.
+        tensors: Whole new values of parameters by full name, in the model's dtype, on the CPU, or
+            in a file that is read as they are. Rows and columns that the plan removes are as they
+            were. Empty: the repair was not accepted.
         sites: What was fitted, in running order; after it the layers that lose inputs and could not
             be fitted.
         plan: Digest of the plan that it was made for (`plan_digest`).
@@ -279,9 +281,11 @@ def mended(
     """
 
     def find() -> tuple[Plan, Repair]:
+        give_back()
         found = repair(plan, batches, **options)
         if swap is None:
             return plan, found
+        give_back()
         try:
             chosen = swap(plan, batches, **options)
         except (RepairError, StructureError) as error:
@@ -290,6 +294,7 @@ def mended(
             return plan, found
         if chosen.kept == plan.kept:
             return plan, found
+        give_back()
         other = repair(chosen, batches, **options)
         is_closer = other.is_accepted and other.kl_after < min(found.kl_before, found.kl_after)
         return (chosen, other) if is_closer else (plan, found)

@@ -18,11 +18,13 @@ from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import GradNASWarning, RepairError
 from hf_gradnas.masks import masked
 from hf_gradnas.repair import first, least_squares, paused, ridge
+from hf_gradnas.repair.changes import Outputs, new_values
 from hf_gradnas.repair.closeness import divergence_sum, divergences
 from hf_gradnas.repair.first import TRACED
 from hf_gradnas.repair.least_squares import find_repair
 from hf_gradnas.repair.memory import Memory
 from hf_gradnas.repair.pieces import Piece
+from hf_gradnas.repair.readers import Reader
 from hf_gradnas.repair.repairs import repaired
 from hf_gradnas.verification import find_structure
 
@@ -119,6 +121,37 @@ def test_ridges_are_sought_with_some_outputs_and_all_are_changed(monkeypatch):
     for path in reading:
         weight = dict(model.named_parameters())[f"{path}.weight"]
         assert (repair.tensors[f"{path}.weight"] != weight).any(1).all(), path
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "resnet"])
+def test_new_weights_are_kept_in_files_and_changes_until_all_have_passed(family, monkeypatch):
+    """In float32, to the last bit what all changes at once would give in the end."""
+    model, batch, pruner, plan = planned(family)
+    model.float()
+    batch = {n: v.float() if v.is_floating_point() else v for n, v in batch.items()}
+    changes, alive, kept = {}, [], []
+    put, keep = Outputs.put, least_squares.mapped
+
+    def note(outputs, reader, change):
+        if isinstance(reader, Reader):
+            alive.append(weakref.ref(change.weight))
+            gates = [gate for gate in outputs._gates if outputs._changes.keys() & {*gate.readers}]
+            assert len(gates) <= 2
+        copy = dataclasses.replace(change, weight=change.weight.clone())
+        changes[reader] = copy
+        put(outputs, reader, change)
+
+    monkeypatch.setattr(Outputs, "put", note)
+    monkeypatch.setattr("hf_gradnas.repair.mapped._LEAST_BYTES", 1)
+    monkeypatch.setattr(least_squares, "mapped", lambda *args: kept.append(keep(*args)) or kept[-1])
+    repair = find_repair(model, pruner.structure.axes, plan, [batch] * 5)
+    assert repair.is_accepted
+    assert sum(isinstance(reader, Reader) for reader in changes) == len(alive) > 1
+    wanted = new_values(changes)
+    assert repair.tensors.keys() == wanted.keys()
+    assert all(torch.equal(repair.tensors[name], tensor) for name, tensor in wanted.items())
+    assert {id(tensor) for tensor in repair.tensors.values()} == {id(tensor) for tensor in kept}
+    assert not [ref for ref in alive if ref() is not None]
 
 
 def same_repairs(found, wanted):
