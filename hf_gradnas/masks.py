@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .errors import PlanError, StructureError
 from .routing import chosen_in, excluded, with_weights
 from .running.hooks import When, add_hook, add_pre_hook, module_at, only_when, stream_in
+from .running.lending import value_of
 from .stacks import MultiplyStack
 from .surgery.rows import Kept, cut_part, gone_layers, lost_units
 from .types import KINDS, Axis, Mask, Tap, is_integer
@@ -381,6 +382,9 @@ class _CutNorm:
     def _values(self, norm: nn.Module) -> dict[str, Tensor]:
         """The norm's parameters and buffers as they are now, the kept rows of them."""
         values: dict[str, Tensor] = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+        for name in [name for name, tensor in values.items() if tensor.is_meta]:
+            path, _, leaf = name.rpartition(".")
+            values[name] = value_of(norm.get_submodule(path), leaf)
         for name, dims in self.rows.items():
             for dim, rows in dims.items():
                 index = torch.tensor(rows, device=values[name].device)

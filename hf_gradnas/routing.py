@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ._compat import implementations
@@ -104,6 +105,9 @@ def follows_interface(module: nn.Module) -> bool:
     return {"has_gate", "has_bias", "is_transposed", "is_concatenated"} <= vars(module).keys()
 
 
+Held = Callable[[], Tensor]
+
+
 class Excluding(TorchFunctionMode):
     """While a block runs, gives excluded experts no chance to be chosen.
 
@@ -111,20 +115,23 @@ class Excluding(TorchFunctionMode):
     per expert: the tokens go where they would go if those experts were not there.
 
     Args:
-        weight: The router's weight; products with it, or with a view or copy of it, are logits.
+        weight: Gives the router's weight as it is now, since offloaded ones are loaded meanwhile;
+            products with it, or with a view or copy of it, are logits.
         logits: Place of each expert among the logits ``(experts,)``.
-        corrections: Vectors ``(experts,)`` beside it.
+        corrections: Each gives a vector ``(experts,)`` beside it.
         keep: ``(experts,)``, false where an expert is excluded.
     """
 
     def __init__(
-        self, weight: Tensor, logits: Sequence[int], corrections: Sequence[Tensor], keep: Tensor
+        self, weight: Held, logits: Sequence[int], corrections: Sequence[Held], keep: Tensor
     ) -> None:
         super().__init__()
         self._keep, self._logits = keep, torch.tensor(logits)
-        self._weights = [weight]  # held: the id of a tensor that is gone may come again
-        self._corrections = list(corrections)
-        self._size = weight.numel()
+        self._weight, self._given = weight, tuple(corrections)
+        # Views and copies, held: the id of a tensor that is gone may come again.
+        self._weights: list[Tensor] = []
+        self._corrections: list[Tensor] = []
+        self._size = weight().numel()
 
     def __torch_function__(
         self,
@@ -138,14 +145,16 @@ class Excluding(TorchFunctionMode):
             return out
         given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
         name = getattr(func, "__name__", "")
-        if any(x is held for x in given for held in self._weights):
+        weights = (self._weight(), *self._weights)
+        corrections = (*(held() for held in self._given), *self._corrections)
+        if any(x is held for x in given for held in weights):
             if name in PRODUCTS:
                 kept = torch.ones(out.shape[-1], dtype=torch.bool)
                 kept[self._logits] = self._keep
                 return self._without(out, kept)
             if out.numel() == self._size and len(given) == 1:
                 self._weights.append(out)
-        elif any(x is held for x in given for held in self._corrections):
+        elif any(x is held for x in given for held in corrections):
             if name in SUMS:
                 return self._without(out, self._keep)
             if out.numel() == self._keep.numel() and len(given) == 1:
@@ -201,14 +210,19 @@ class _Exclude:
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         (router,) = self.axis.makers
         others = [
-            tensor_at(self.model, part.tensor)
+            self._held(part.tensor)
             for part in self.axis.slices
             if part.role == "follows" and part.tensor not in self._stacks()
         ]
-        weight, logits = tensor_at(self.model, router.tensor), router.rows(range(self.axis.size))
+        weight, logits = self._held(router.tensor), router.rows(range(self.axis.size))
         mode = Excluding(weight, logits, others, self.keep)
         mode.__enter__()
         self._running.append(mode)
+
+    def _held(self, name: str) -> Held:
+        """What gives a parameter or buffer as it is at that time."""
+        path, _, leaf = name.rpartition(".")
+        return partial(getattr, self.model.get_submodule(path), leaf)
 
     def _stacks(self) -> set[str]:
         """Tensors with more than one entry per expert."""
@@ -216,8 +230,10 @@ class _Exclude:
         return {name for name, tensor in held.items() if tensor.numel() > self.axis.size}
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._running:
-            self._running.pop().__exit__(None, None, None)
+        mode = _get_current_function_mode()
+        if mode in self._running:  # else another forward waits in the block, and this is not masked
+            self._running.remove(mode)
+            mode.__exit__(None, None, None)
 
 
 # --- experts that run one after another, so that what their neurons hold can be seen --------------

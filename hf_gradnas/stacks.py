@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .errors import StructureError
 from .running.hooks import When, add_hook, add_pre_hook, only_when
+from .running.lending import give
+from .running.offloading import loader_of
 from .types import Axis
 
 PRODUCTS = frozenset("linear matmul mm bmm addmm baddbmm __matmul__".split())
@@ -118,7 +122,20 @@ class MultiplyStack:
         self._own: list[Tensor | None] = []
 
     def attach(self, stack: ExitStack, module: nn.Module, when: When | None) -> None:
-        """Hook into the module until `stack` closes."""
+        """Hook into the module until `stack` closes.
+
+        Raises:
+            StructureError: The mask wants gradients, and the parameter is offloaded.
+        """
+        holder = module.get_submodule(self.path)
+        if loader_of(holder) is not None:  # after the hooks it is loaded anew
+            if self.mask.requires_grad:
+                raise StructureError(
+                    f"{self.leaf}: is offloaded, so that no mask on it can be trained; load the "
+                    "model whole."
+                )
+            give(holder, self.leaf, partial(self._masked, when), stack)
+            return
         add_pre_hook(stack, module, only_when(self._begin, when))
         # The last that multiplied is the first to put back what it found.
         add_hook(stack, module, self._end, always_call=True, prepend=True)
@@ -130,6 +147,9 @@ class MultiplyStack:
         if own is None:
             return
         holder._parameters[self.leaf] = own * self._factors(own)  # type: ignore[assignment]
+
+    def _masked(self, when: When | None, own: Tensor) -> Tensor:
+        return own * self._factors(own) if when is None or when() else own
 
     def _factors(self, own: Tensor) -> Tensor:
         """The mask as factors of the parameter's entries."""

@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from ..running.hooks import add_hook, add_pre_hook
 from ..running.lending import give, lender_of
 from .first import Narrow
 from .memory import Held, Memory
+from .modes import Modes, seed
 from .readers import Feed, Gate, Reader, applied, columns_of, late_readers, weight_of
 from .repairs import lend_values
 
@@ -70,19 +69,19 @@ class Forward:
         self.took: set[Reader | Feed] = set()
         self.held = Held()
         self.loading: list[Any] = []  # calls that it waits in, with the weights of their modules
-        self._modes: _Modes | None = None
+        self._modes: Modes | None = None
 
     def go_on(self) -> None:
         """Run as far as the next gate, or to the end."""
-        before = _Modes.now()
+        before = Modes.now()
         if self._modes is None:
-            _seed()
+            seed()
         else:
             self._modes.set()
         try:
             self.tensor, self.settled = None, 0
             result = self._green.switch()
-            self._modes = _Modes.now()
+            self._modes = Modes.now()
         finally:
             before.set()
         if self._green.dead:
@@ -91,7 +90,7 @@ class Forward:
     def stop(self) -> None:
         """End it where it is; its ``finally`` blocks run."""
         if not self._green.dead and self._green:
-            before = _Modes.now()
+            before = Modes.now()
             try:
                 self._green.throw()
             finally:
@@ -354,47 +353,3 @@ class Conductor:
 def _no_inputs(weight: Tensor) -> Tensor:
     """Weight of a linear layer that reads no inputs."""
     return weight[:, :0]
-
-
-def _seed() -> None:
-    """Let a forward that draws numbers draw the same in both runs, on devices in `_Modes` alone."""
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Modes:
-    """What torch keeps for a thread, which a forward may change while it waits within a block.
-
-    Attributes:
-        random: States of the random number generators of the CPU and the current accelerator.
-        has_gradients: Whether gradients are recorded.
-        autocast: Whether autocast is on, and its type, per kind of device.
-    """
-
-    random: tuple[Tensor, ...]
-    has_gradients: bool
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-
-    @classmethod
-    def now(cls) -> _Modes:
-        """As they are."""
-        random = [torch.get_rng_state()]
-        if torch.cuda.is_available():
-            random.append(torch.cuda.get_rng_state())
-        autocast = tuple(
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in ("cpu", "cuda")
-        )
-        return cls(tuple(random), torch.is_grad_enabled(), autocast)
-
-    def set(self) -> None:
-        """Have them again."""
-        torch.set_rng_state(self.random[0])
-        for state in self.random[1:]:
-            torch.cuda.set_rng_state(state)
-        torch.set_grad_enabled(self.has_gradients)
-        for kind, is_on, dtype in self.autocast:
-            torch.set_autocast_enabled(kind, is_on)
-            torch.set_autocast_dtype(kind, dtype)

@@ -219,9 +219,13 @@ def give(module: nn.Module, name: str, make: Make, undo: ExitStack) -> None:
         make: Gives the values, of any shape, where those that it is given are.
         undo: Puts the parameter back, unless it forgets it.
     """
-    hook, parameter = vars(module).get("_hf_hook"), module._parameters[name]
+    parameter = module._parameters[name]
     assert parameter is not None
-    if isinstance(hook, Lending) and parameter.is_meta:
+    if parameter.is_meta and loader_of(module) is not None:
+        hook: Any = module._hf_hook
+        if not isinstance(hook, Lending):
+            undo.callback(setattr, module, "_hf_hook", hook)
+            hook = module._hf_hook = Lending(hook, Lender())
         makes = hook.makes.setdefault(name, [])
         makes.append(make)
         undo.callback(makes.pop)

@@ -7,7 +7,7 @@ is in `modeling_gradnas`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -141,12 +141,27 @@ def cut_part(
 
 def _copy_without_hooks(module: nn.Module) -> nn.Module:
     """Copy of a module; what its forward hooks hold is not copied either."""
-    own = [hooks for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-    twin = copy.deepcopy(module, {id(hook): hook for hooks in own for hook in hooks.values()})
+    own = [hook for m in module.modules() for hooks in _hooks(m) for hook in hooks.values()]
+    twin = copy.deepcopy(module, {id(hook): hook for hook in own})
     for part in twin.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
+        if _ACCELERATE[0] in vars(part):
+            for name in _ACCELERATE:
+                vars(part).pop(name, None)
     return twin
+
+
+_ACCELERATE = ("_hf_hook", "_old_forward", "forward")
+"""What Accelerate puts into a module whose weights it places."""
+
+
+def _hooks(module: nn.Module) -> Iterator[Mapping[Any, Any]]:
+    """All that runs around a module's forward."""
+    own = vars(module)
+    yield from (module._forward_hooks, module._forward_pre_hooks)
+    if _ACCELERATE[0] in own:
+        yield {name: own[name] for name in _ACCELERATE if name in own}
 
 
 def _within(axis: Axis, path: str) -> Axis:

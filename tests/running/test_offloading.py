@@ -17,6 +17,7 @@ from hf_gradnas import GradNASPruner
 from hf_gradnas.blueprint.offloaded import find_offloaded
 from hf_gradnas.checkpoint.prunable import find_prunable
 from hf_gradnas.errors import DataError, StructureError
+from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.running.offloading import Weights, device_of, is_offloaded
 from hf_gradnas.scores import collect_scores
 from hf_gradnas.scores.fingerprints import model_fingerprint
@@ -69,6 +70,34 @@ def test_a_plan_of_an_offloaded_model_is_that_of_the_whole(tmp_path: Path) -> No
         with pytest.raises(StructureError, match=r"offloaded .*hf-gradnas apply"):
             step(plans[0])
     assert all(parameter.is_meta for parameter in pruners[1].model.parameters())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dots1", "convnextv2", "wav2vec2_layer"])
+def test_masks_on_experts_and_norms_act_on_what_is_loaded(family: str, tmp_path: Path) -> None:
+    model, batch = zoo.build(family)
+    axes = find_prunable(model, batch).structure.axes
+    kept = {axis.name: range(axis.size)[axis.size // 3 :] for axis in axes}
+    offloaded = offloaded_copy(model, "disk", tmp_path)
+    with torch.no_grad():
+        whole = model(**batch).logits
+        with masked(model, axes, kept), masked(offloaded, axes, kept):
+            wanted, found = model(**batch).logits, offloaded(**batch).logits
+        assert not torch.allclose(wanted, whole)
+        assert torch.equal(found, wanted)
+        assert torch.equal(offloaded(**batch).logits, whole)
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+
+
+def test_a_mask_to_train_on_experts_that_are_offloaded_is_refused(tmp_path: Path) -> None:
+    model, batch = zoo.build("mixtral")
+    axes = find_prunable(model, batch).structure.axes
+    offloaded = offloaded_copy(model, "disk", tmp_path)
+    with (
+        pytest.raises(StructureError, match="is offloaded, so that no mask on it can be trained"),
+        mask_leaves(offloaded, [axis for axis in axes if axis.name.endswith(":neurons")]),
+    ):
+        pass
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
 
 
 def test_what_a_load_would_refuse_is_refused_by_names_and_shapes(tmp_path: Path) -> None:
