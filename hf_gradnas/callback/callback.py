@@ -32,10 +32,11 @@ from .handover import (
     swap_parameters,
     tokenizer_of,
 )
+from .latency import check_table
 from .resuming import check_not_cut, check_same_cut, checkpoint_folder, run_folder, saved_progress
 from .run import Run
 from .scoring import trainer_batches
-from .settings import Settings, check_only_one, check_unwrapped, check_whole
+from .settings import Settings, arguments_of, check_only_one, check_unwrapped, check_whole
 
 FOLDER = "pruned"
 NAME = "gradnas"
@@ -72,6 +73,10 @@ class GradNASCallback(TrainerCallback, ExportableState):
             ``"training"``: the training's own backward passes, at no pass more.
         repair: As of `GradNASPruner.prune`; ``"gradual"`` repairs nothing.
         output_dir: Where the cut model is saved; None: ``pruned`` in the trainer's ``output_dir``.
+        latency_table: File that a budget of ``latency_ms`` is read from; None: measured before the
+            training, and saved beside the cut model.
+        latency_batch_size: Examples at once for which it is measured.
+        latency_phase: ``"prefill"`` or ``"decode"``, as of `GradNASPruner.measure_latency`.
 
     Raises:
         PlanError: An argument is unknown, or two contradict each other.
@@ -102,6 +107,9 @@ class GradNASCallback(TrainerCallback, ExportableState):
         scores_from: str = "private",
         repair: str = "auto",
         output_dir: str | Path | None = None,
+        latency_table: str | Path | None = None,
+        latency_batch_size: int = 1,
+        latency_phase: str = "prefill",
     ) -> None:
         self.settings = Settings(
             budget=budget,
@@ -121,14 +129,16 @@ class GradNASCallback(TrainerCallback, ExportableState):
             scores_from=scores_from,
             repair=repair,
             output_dir=None if output_dir is None else str(output_dir),
+            latency_table=None if latency_table is None else str(latency_table),
+            latency_batch_size=latency_batch_size,
+            latency_phase=latency_phase,
         )
         if dataloader is not None and scores_from == "training":
             raise PlanError(
                 "scores_from='training' with dataloader=…: the training's own batches are scored; "
                 "leave dataloader out, or use scores_from='private'."
             )
-        self.dataloader = dataloader
-        self.has_dataloader = dataloader is not None
+        self.dataloader, self.has_dataloader = dataloader, dataloader is not None
         self.progress: dict[str, Any] = {}
         self.directory: Path | None = None
         self._run: Run | None = None
@@ -149,20 +159,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         Raises:
             RecipeError: The recipe cannot be read.
         """
-        found = build_recipe({}, file=recipe)
-        options: dict[str, Any] = {
-            "budget": found.target,
-            "score": found.score,
-            "search": found.search,
-            "layout": found.layout,
-            "repair": found.repair,
-            "rules": found.rules() or None,
-            "layers": "layers" in found.axes,
-            "num_examples": found.num_examples,
-            "labels": found.labels or "data",
-        }
-        training = {} if found.training is None else found.training.model_dump()
-        return cls(**{**options, **training, **changes})
+        return cls(**{**arguments_of(build_recipe({}, file=recipe)), **changes})
 
     # -- what was done -----------------------------------------------------------------------
 
@@ -321,14 +318,16 @@ class GradNASCallback(TrainerCallback, ExportableState):
     def _begin_run(self, args: Any, state: Any, model: PreTrainedModel, loader: Any) -> Run:
         check_whole(args)
         source = body_of(model)[0].name_or_path
-        check_target(self._target(args, state), overwrite=True, source=source)
+        target = self._target(args, state)
+        check_target(target, overwrite=True, source=source)
+        check_table(self.settings, target)
         check_publishing(args)
         if self.dataloader is None:
             batches = trainer_batches(loader, model, self.settings, args)
         else:
             limit, body = self.settings.num_examples, body_of(model)[0]
             batches = self.dataloader = reiterable(self.dataloader, body, limit)
-        self._run = Run(self.settings, model, batches, args)
+        self._run = Run(self.settings, model, batches, args, target)
         return self._run
 
     def _cut_before(
@@ -373,7 +372,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             )
         if self._holds_whole:
             check_unwrapped(args)
-        check_same_cut(state, saved, run.progress.plan)
+        check_same_cut(state, saved, run.progress.plan, run.axes)
         if self.directory is not None and not self._makes_scheduler:
             warnings.warn(
                 "train: the scheduler in optimizers=… goes on where the first training left it, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from .._files import write_whole
 from ..errors import PlanError, ScoresError
+from ..surgery.cut import check_plan
 from ..surgery.rows import Kept
-from ..types import Plan, is_integer
+from ..types import Axis, Plan, is_integer
 
 
 def run_folder(args: Any, state: Any) -> Path:
@@ -68,8 +69,16 @@ def check_not_cut(state: Any, saved: dict[str, Any] | None) -> None:
         )
 
 
-def check_same_cut(state: Any, saved: dict[str, Any] | None, plan: Plan) -> None:
+def check_same_cut(
+    state: Any, saved: dict[str, Any] | None, plan: Plan, axes: Iterable[Axis]
+) -> None:
     """Check that a model that is cut already has the units of the one in a checkpoint.
+
+    Args:
+        state: The trainer's.
+        saved: Of `saved_progress`; its plan may have the names that 0.1 gave to axes.
+        plan: What the model was cut to.
+        axes: Of the model before that.
 
     Raises:
         PlanError: It has others.
@@ -77,6 +86,7 @@ def check_same_cut(state: Any, saved: dict[str, Any] | None, plan: Plan) -> None
     if saved is None:
         return
     theirs = Progress.from_dict(saved).plan
+    theirs = theirs and check_plan(tuple(axes), theirs)
     other = [] if theirs is None else [n for n in plan.kept if plan.kept[n] != theirs.kept.get(n)]
     if other or not saved["is_cut"]:
         raise PlanError(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches.batch import Batch, read_batches, to_device
-from ..errors import DataError, ScoresError
+from ..errors import DataError, PlanError, ScoresError
 from ..scores.gradients import GradientRecorder
 from ..scores.methods import ROW_METHODS, sums_of, terms_of
 from ..scores.normaliser import TOKEN_COUNTS, count_labels, find_normaliser, loss_of, own_loss
@@ -81,6 +81,30 @@ class _Running:
     batch: Batch
     divisor: Any
     arrived: Tensor | None = None
+
+
+def check_ridable(args: Any) -> None:
+    """Check that the gradients of a training can be seen, and its loss is the model's own.
+
+    Args:
+        args: The trainer's.
+
+    Raises:
+        PlanError: They cannot, or it is not.
+    """
+    kinds = ("activation", "gradient")  # two names of the same argument
+    options = [vars(args).get(f"{kind}_checkpointing_kwargs") or {} for kind in kinds]
+    if args.torch_compile or any(found.get("use_reentrant") for found in options):
+        raise PlanError(
+            "scores_from='training' with torch_compile, or with checkpointing that is reentrant: "
+            "gradients of activations cannot be seen there; use scores_from='private', or "
+            "use_reentrant=False."
+        )
+    if args.label_smoothing_factor:
+        raise PlanError(
+            f"scores_from='training' with label_smoothing_factor={args.label_smoothing_factor}: "
+            "the loss is not the model's own then; use scores_from='private'."
+        )
 
 
 def heeds_num_items(model: nn.Module, batch: Batch, normaliser: str) -> bool:

@@ -20,15 +20,16 @@ from ..batches.longest import longest_of_all
 from ..batches.steps import by_length
 from ..checkpoint.folders import usable_target
 from ..checkpoint.savable import check_savable
-from ..errors import GradNASWarning, PlanError, ScoresError
+from ..errors import GradNASWarning, ScoresError
 from ..pruner import GradNASPruner
 from ..repair.repairs import Repair, install_repair, mended, swaps
 from ..report import say_repair
 from ..running.processes import Processes
 from ..surgery.cut import check_plan
-from ..types import Budget, Plan, Scores
+from ..types import Axis, Budget, Plan, Scores
+from .latency import set_latency
 from .resuming import Progress, load_tensors, save_tensors
-from .riding import SEEN, TrainingScores
+from .riding import SEEN, TrainingScores, check_ridable
 from .scoring import (
     Batches,
     private_scores,
@@ -51,6 +52,7 @@ class Run:
         model: The unwrapped model, or one of sentence-transformers around it.
         batches: What to score with; can be read more than once.
         args: The trainer's arguments.
+        target: Where the cut model is saved.
 
     Attributes:
         trained: The model as the trainer has it.
@@ -60,12 +62,17 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, model: PreTrainedModel, batches: Batches, args: Any
+        self,
+        settings: Settings,
+        model: PreTrainedModel,
+        batches: Batches,
+        args: Any,
+        target: Path,
     ) -> None:
         self.settings, self.trained = settings, model
         self.progress = Progress()
         self.scores: Scores | None = None
-        self._args, self._batches = args, batches
+        self._args, self._batches, self._target = args, batches, target
         self._sorted = by_length(batches, settings.score, num_examples=settings.num_examples)
         self._processes = Processes(args.distributed_state)
         self._pruner = GradNASPruner(
@@ -86,6 +93,11 @@ class Run:
         self._warned = False
 
     @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All axes of the whole model."""
+        return tuple(self._pruner.structure.axes)
+
+    @property
     def is_cut(self) -> bool:
         """Whether the model is cut."""
         return self.progress.is_cut
@@ -101,7 +113,7 @@ class Run:
             StructureError: Nothing can be pruned, or not while training.
         """
         settings = self.settings
-        batch = self._discover()
+        batch = self._discover(resumes=saved is not None)
         if settings.when != "end":
             check_maskable(self.model, self._pruner.structure.axes, self._pruner.rules)
         if settings.when == "gradual":
@@ -126,14 +138,14 @@ class Run:
 
     def cut_at_once(self) -> None:
         """Score and cut before training."""
-        self._discover()
+        self._discover(resumes=False)
         self._score()
         plan, repair = self._mended(self._plan(1.0))
         self.progress.plan, self.progress.is_final = plan, True
         self._cut(plan, repair)
 
-    def _discover(self) -> Mapping[str, Any]:
-        """Find the axes with the longest of the batches, and return it."""
+    def _discover(self, *, resumes: bool) -> Mapping[str, Any]:
+        """Find the axes with the longest of the batches, check the budget, and return the batch."""
         limit = self.settings.sample_size
         check_savable(self.model)  # a wrong head is told before labels that do not fit the config
         with self._undisturbed():
@@ -143,6 +155,8 @@ class Run:
             # An earlier run, or one that was broken off, may have left masks.
             with without_zeros(self.model) if is_masked(self.model) else nullcontext():
                 self._pruner.discover(batch)
+            more: dict[str, Any] = {"processes": self._processes, "target": self._target}
+            set_latency(self._pruner, self.settings, batch, resumes=resumes, **more)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self._budgets = self._pruner.check(self.settings.budget)
@@ -154,20 +168,7 @@ class Run:
         return undisturbed(self.model, self._args.seed, self._batches)
 
     def _ride(self, batch: Mapping[str, Any]) -> None:
-        kinds = ("activation", "gradient")  # two names of the same argument
-        options = [vars(self._args).get(f"{kind}_checkpointing_kwargs") or {} for kind in kinds]
-        if self._args.torch_compile or any(found.get("use_reentrant") for found in options):
-            raise PlanError(
-                "scores_from='training' with torch_compile, or with checkpointing that is "
-                "reentrant: gradients of activations cannot be seen there; use "
-                "scores_from='private', or use_reentrant=False."
-            )
-        if self._args.label_smoothing_factor:
-            raise PlanError(
-                f"scores_from='training' with label_smoothing_factor="
-                f"{self._args.label_smoothing_factor}: the loss is not the model's own then; use "
-                "scores_from='private'."
-            )
+        check_ridable(self._args)
         window = self.settings.num_examples
         with self._undisturbed():
             self._riding = TrainingScores(

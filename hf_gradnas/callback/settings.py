@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from ..batches.batch import read_batches
 from ..batches.steps import is_none_or_positive
 from ..config.defaults import AUTO, CANDIDATES, DEFAULT_SCORE
 from ..config.limits import parse_budgets, parse_rules
+from ..config.recipe import Recipe
+from ..costs.measured import PHASES
 from ..errors import DataError, OrderError, PlanError, check_choice
 from ..repair.repairs import CHOICES as REPAIRS
 from ..scores import METHODS
@@ -22,13 +25,12 @@ from ..scores.methods import GRADIENT_METHODS
 from ..scores.normaliser import own_loss
 from ..search.solver import STRATEGIES
 from ..stock.layouts import LAYOUTS
-from ..types import COSTS, LATENCY, Budget, is_integer
+from ..types import COSTS, LATENCY, Budget, LatencyTable, is_integer
 
 WHENS = ("end", "begin", "gradual")
 SOURCES = ("private", "training")
 MASKS = ("soft", "hard")
 LABELS = ("data", "model")
-_ABSENT = {LATENCY: "is planned with a table, which the callback does not take"}
 DISCOVERED = 512  # examples among which the longest is looked for, where all are scored in training
 
 
@@ -53,6 +55,9 @@ class Settings:
     scores_from: str = "private"
     repair: str = "auto"
     output_dir: str | None = None
+    latency_table: str | None = None
+    latency_batch_size: int = 1
+    latency_phase: str = "prefill"
 
     def __post_init__(self) -> None:
         check_choice("when", self.when, WHENS)
@@ -65,8 +70,8 @@ class Settings:
         check_choice("scores_from", self.scores_from, SOURCES)
         check_choice("repair", self.repair, REPAIRS)
         parse_rules(self.rules)
-        counted = dict.fromkeys([name for name in COSTS if name != LATENCY], math.inf)
-        parse_budgets(self.budget, counted, _ABSENT)
+        parse_budgets(self.budget, dict.fromkeys(COSTS, math.inf))
+        self._check_latency()
         if not is_none_or_positive(self.num_examples):
             raise PlanError(
                 f"num_examples={self.num_examples}: needed is 1 or more, or None for all of the "
@@ -83,6 +88,25 @@ class Settings:
             raise PlanError(f"stages={self.stages}: needed is 1 or more.")
         if self.scores_from == "training":
             self._check_training()
+
+    def _check_latency(self) -> None:
+        defaults = {"latency_table": None, "latency_batch_size": 1, "latency_phase": "prefill"}
+        given = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if given and LATENCY not in self.budget:
+            raise PlanError(
+                f"{given[0]}: has no effect, as no budget is in milliseconds; give "
+                '{"latency_ms": …}, or omit it.'
+            )
+        if len(given) > 1 and self.latency_table is not None:
+            raise PlanError(
+                f"{given[1]}: has no effect, as latency_table says for what it was measured; omit "
+                "one of the two."
+            )
+        check_choice("latency_phase", self.latency_phase, PHASES)
+        if not is_integer(self.latency_batch_size) or self.latency_batch_size < 1:
+            raise PlanError(f"latency_batch_size={self.latency_batch_size}: needed is 1 or more.")
+        if self.latency_table is not None:
+            LatencyTable.load(Path(self.latency_table).expanduser())
 
     def _check_training(self) -> None:
         if self.when == "begin":
@@ -120,6 +144,25 @@ class Settings:
             for glob, rule in parse_rules(self.rules).items()
         }
         return {**asdict(self), "rules": None if self.rules is None else rules}
+
+
+def arguments_of(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of the callback that a recipe has."""
+    options: dict[str, Any] = {
+        "budget": recipe.target,
+        "score": recipe.score,
+        "search": recipe.search,
+        "layout": recipe.layout,
+        "repair": recipe.repair,
+        "rules": recipe.rules() or None,
+        "layers": "layers" in recipe.axes,
+        "num_examples": recipe.num_examples,
+        "labels": recipe.labels or "data",
+        "latency_table": recipe.latency_table,
+        "latency_batch_size": recipe.latency_batch_size,
+        "latency_phase": recipe.latency_phase,
+    }
+    return options | ({} if recipe.training is None else recipe.training.model_dump())
 
 
 # --- what is refused before the first step --------------------------------------------------------

@@ -164,7 +164,8 @@ def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
             f"{format_amount(total)}."
         )
     is_small = amount <= 1 or amount <= _PERCENT < total / _PERCENT
-    if is_small and not (name in MEASURED and total / amount < _PERCENT):
+    is_known = math.isfinite(total)  # the total of what is measured later is not
+    if is_small and not (name in MEASURED and (not is_known or total / amount < _PERCENT)):
         share = 100 * amount if amount <= 1 else amount
         raise BudgetError(
             f"budget {name}={limit}: a bare number is an absolute limit and this one is too small "

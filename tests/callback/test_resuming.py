@@ -6,14 +6,16 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from callback_process import SHARED, resumable, still_of
-from callback_runs import Rows, logits_of, make_trainer, numel, pruning
+from callback_runs import Rows, batch_of, build, logits_of, make_trainer, numel, pruning
 from places import SUPPORT
 from ranks import launch
 from torch.utils.data import DataLoader, Subset
@@ -23,11 +25,14 @@ from hf_gradnas import Plan
 from hf_gradnas.callback.resuming import (
     FILE,
     Progress,
+    check_same_cut,
     checkpoint_folder,
     load_tensors,
     save_tensors,
 )
 from hf_gradnas.errors import CheckpointError, GradNASWarning, PlanError, ScoresError
+from hf_gradnas.types.former_names import former_names
+from hf_gradnas.verification import find_structure
 
 pytestmark = pytest.mark.leaves_state  # training leaves a model in train mode
 SCRIPT = SUPPORT / "callback_process.py"
@@ -279,6 +284,26 @@ def test_a_damaged_file_of_sums_is_an_error(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"nothing of the kind")
     with pytest.raises(ScoresError, match=r"cannot be read .* remove it, and scores are summed up"):
         load_tensors(tmp_path, run_id="a")
+
+
+def test_a_cut_of_version_0_1_is_compared_by_the_present_names() -> None:
+    axes = find_structure(build(), batch_of("bert", 0)).axes
+    sizes = {axis.name: axis.size for axis in axes}
+    cut = Plan(kept=dict.fromkeys(sizes, (0, 1)), sizes=sizes, layout="per_layer")
+    former = {a.name: min(former_names(a) - {a.name}, default=a.name) for a in axes}
+    assert former.keys() != set(former.values())
+    older = replace(
+        cut,
+        kept={former[name]: units for name, units in cut.kept.items()},
+        sizes={former[name]: size for name, size in sizes.items()},
+        format_version=1,
+    )
+    state = SimpleNamespace(global_step=3)
+    saved = json.loads(json.dumps(Progress(plan=older, is_cut=True).to_dict()))
+    check_same_cut(state, saved, cut, axes)
+    other = replace(cut, kept=dict.fromkeys(sizes, (0, 2)))
+    with pytest.raises(PlanError, match=rf"{axes[0].name}, .* of step 3 keeps other units"):
+        check_same_cut(state, saved, other, axes)
 
 
 def test_progress_is_small_json_and_comes_back() -> None:

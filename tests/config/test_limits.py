@@ -33,6 +33,12 @@ def test_reads_shares_and_amounts(limit, expected):
     assert parse_budgets({"flops": limit}, TOTALS) == (Budget("flops", expected, 2e12),)
 
 
+def test_milliseconds_are_read_before_the_total_is_measured():
+    assert parse_budgets({"latency_ms": 20}, {"latency_ms": math.inf})[0].limit == 20
+    with pytest.raises(BudgetError, match="too small to be meant"):
+        parse_budgets({"params": 20}, {"params": math.inf})
+
+
 def test_several_budgets_keep_their_order():
     budgets = parse_budgets({"params": "40%", "flops": "1T"}, TOTALS)
     assert [(b.cost, b.limit, b.ratio) for b in budgets] == [
