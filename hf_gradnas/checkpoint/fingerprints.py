@@ -21,6 +21,7 @@ CONFIG, WEIGHTS = "config", "weights"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SAMPLES, SAMPLED_BYTES = 64, 256
 """Read of every file, evenly over its tensors."""
+_NAMES = {CONFIG: "config.json", WEIGHTS: "weights in safetensors"}
 # Written by whoever saves a config, and no matter of the model.
 _INCIDENTAL = {"transformers_version", "_name_or_path", "_commit_hash"}
 _LENGTH = struct.Struct("<Q")
@@ -94,14 +95,20 @@ def check_same(
     Raises:
         CheckpointError: It is another one.
     """
-    for part in (CONFIG, WEIGHTS):
-        if part in wanted and wanted[part] != found.get(part):
-            made = f" (made from {wanted['model']})" if "model" in wanted else ""
+    made = f" (made from {wanted['model']})" if "model" in wanted else ""
+    for part, name in _NAMES.items():
+        if part not in wanted or wanted[part] == found.get(part):
+            continue
+        if part not in found:
             raise CheckpointError(
-                f"{place}: {what} is for another checkpoint{made}: its {part} has the fingerprint "
-                f"{wanted[part][:12]}…, this one {found.get(part, 'none')[:12]}…; give the "
-                "checkpoint that was scored, or score this one."
+                f"{place}: holds no {name} that can be read, needed those of the checkpoint that "
+                f"{what} is for{made}; give that one, or download the whole of it."
             )
+        raise CheckpointError(
+            f"{place}: {what} is for another checkpoint{made}: the fingerprint of its {name} is "
+            f"{wanted[part][:12]}…, here it is {found[part][:12]}…; give the checkpoint that was "
+            "scored, or score this one."
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

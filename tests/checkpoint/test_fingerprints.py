@@ -49,7 +49,8 @@ def test_other_weights_of_the_same_shapes_are_another_checkpoint(folder):
     save_file({name: value + 0.5 for name, value in load_file(file).items()}, file)
     wanted = {"model": "mine", **found}
     with pytest.raises(
-        CheckpointError, match=r"another checkpoint \(made from mine\): its weights"
+        CheckpointError,
+        match=r"another checkpoint \(made from mine\): the fingerprint of its weights",
     ):
         check_fingerprints(folder, wanted, "the plan")
 
@@ -58,7 +59,7 @@ def test_another_config_is_another_checkpoint(folder):
     found = fingerprints_of(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
-    with pytest.raises(CheckpointError, match="its config has the fingerprint"):
+    with pytest.raises(CheckpointError, match=r"the fingerprint of its config\.json is"):
         check_fingerprints(folder, found, "the plan")
 
 
@@ -85,5 +86,12 @@ def test_what_is_not_there_has_no_fingerprint(tmp_path):
     assert fingerprints_of(tmp_path) == {}
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert set(fingerprints_of(tmp_path)) == {"config"}
-    with pytest.raises(CheckpointError, match=r"this one none…"):
+    with pytest.raises(CheckpointError, match="holds no weights in safetensors that can be read"):
         check_fingerprints(tmp_path, {"weights": "0" * 64}, "the plan")
+
+
+def test_an_index_that_cannot_be_read_is_no_other_checkpoint(folder):
+    found = fingerprints_of(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 5}')
+    with pytest.raises(CheckpointError, match=r"holds no weights .*, or download the whole of it"):
+        check_fingerprints(folder, found, "the plan")
