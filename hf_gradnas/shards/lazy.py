@@ -21,7 +21,6 @@ from .parts import (
     Flat,
     Joined,
     Lost,
-    Narrowed,
     Part,
     Taken,
     TakenEach,
@@ -184,8 +183,7 @@ def _slice(
 
 def _select(x: Part, dim: int, index: int) -> Part:
     dim = _dim(x, dim)
-    place = index % x.shape[dim]
-    return Narrowed(_range(x, dim, place, place + 1), dim)
+    return x.at(dim, index % x.shape[dim])
 
 
 def _unbind(x: Part, dim: int = 0) -> list[Part]:
@@ -243,7 +241,7 @@ def _unsqueeze(x: Part, dim: int) -> Part:
 
 def _squeeze(x: Part, dim: int) -> Part:
     dim = _dim(x, dim)
-    return Narrowed(x, dim) if x.shape[dim] == 1 else x
+    return x.at(dim, 0) if x.shape[dim] == 1 else x
 
 
 def _view(x: Part, size: list[int]) -> Part | None:

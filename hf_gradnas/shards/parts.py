@@ -25,6 +25,8 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types of as many bytes that NumPy knows."""
 LEAST = 3
 """Dimensions of a stack of matrices."""
+LONG = 64
+"""Neighbours in a run on average that is copied for itself."""
 
 
 class Part(ABC):
@@ -48,6 +50,16 @@ class Part(ABC):
     def whole(self) -> Tensor:
         """All of its numbers."""
         return self._read([None] * len(self.shape))
+
+    def at(self, dim: int, place: int) -> Part:
+        """One place of a dimension, without the dimension: an expert of a stack.
+
+        It is found once, and not for every few rows that are read of it.
+        """
+        return self._at(dim, place)
+
+    def _at(self, dim: int, place: int) -> Part:
+        return Narrowed(Taken(self, dim, torch.tensor([place])), dim)
 
     def _joined(self, found: Sequence[Tensor], dim: int, rows: Sequence[Rows]) -> Tensor:
         """What was read piece by piece; of no pieces an empty tensor."""
@@ -90,6 +102,11 @@ class Taken(Part):
         own = self._rows if asked is None else self._rows[asked]
         return self._base.read(_with(rows, self._dim, own))
 
+    def _at(self, dim: int, place: int) -> Part:
+        if dim == self._dim:
+            return self._base.at(dim, int(self._rows[place]))
+        return Taken(self._base.at(dim, place), self._dim - (dim < self._dim), self._rows)
+
 
 class TakenEach(Part):
     """Some rows of each matrix of a stack, which dimension 0 counts; `rows` is per matrix."""
@@ -108,6 +125,11 @@ class TakenEach(Part):
             inner = _with(rows, 0, torch.tensor([matrix]))
             found.append(self._base.read(_with(inner, self._dim, own)))
         return self._joined(found, 0, rows)
+
+    def _at(self, dim: int, place: int) -> Part:
+        if dim:
+            return super()._at(dim, place)
+        return Taken(self._base.at(0, place), self._dim - 1, self._rows[place])
 
 
 class Joined(Part):
@@ -136,6 +158,16 @@ class Joined(Part):
         values = self._joined(found, self._dim, rows)
         return values if order is None else values.index_select(self._dim, order.argsort())
 
+    def _at(self, dim: int, place: int) -> Part:
+        if dim != self._dim:
+            parts = [part.at(dim, place) for part in self._parts]
+            return Joined(parts, self._dim - (dim < self._dim))
+        for part in self._parts:
+            if place < part.shape[dim]:
+                return part.at(dim, place)
+            place -= part.shape[dim]
+        raise IndexError(place)
+
 
 class Turned(Part):
     """A part with its dimensions in another order."""
@@ -151,6 +183,10 @@ class Turned(Part):
             inner[dim] = asked
         return self._base.read(inner).permute(self._order)
 
+    def _at(self, dim: int, place: int) -> Part:
+        gone, order = self._order[dim], _with(self._order, dim)
+        return Turned(self._base.at(gone, place), [own - (own > gone) for own in order])
+
 
 class Widened(Part):
     """A part with a dimension of size 1 more."""
@@ -164,6 +200,12 @@ class Widened(Part):
         dim, asked = self._dim, rows[self._dim]
         inner = self._base.read([*rows[:dim], *rows[dim + 1 :]]).unsqueeze(dim)
         return inner if asked is None else inner.index_select(dim, asked)
+
+    def _at(self, dim: int, place: int) -> Part:
+        if dim == self._dim:
+            return self._base
+        inner = self._base.at(dim - (dim > self._dim), place)
+        return Widened(inner, self._dim - (dim < self._dim))
 
 
 class Narrowed(Part):
@@ -286,9 +328,13 @@ def picked(values: Tensor, rows: Sequence[Rows]) -> Tensor:
 def _chosen(values: Tensor, dim: int, rows: Tensor) -> Tensor:
     """Rows along a dimension that are no neighbours; those that go in runs of one length as runs.
 
-    NumPy takes single columns twice as fast as PyTorch does.
+    NumPy takes single columns twice as fast as PyTorch does; a few long runs are copied as such.
     """
-    run = _common_run(rows, values.shape[dim])
+    breaks = (rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1
+    if len(breaks) < len(rows) // LONG:
+        runs = zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True)
+        return torch.cat([values.narrow(dim, int(rows[a]), b - a) for a, b in runs], dim)
+    run = _common_run(rows, breaks, values.shape[dim])
     if run > 1:
         blocks = values.unflatten(dim, (-1, run)).index_select(dim, rows[::run] // run)
         return blocks.flatten(dim, dim + 1)
@@ -299,16 +345,21 @@ def _chosen(values: Tensor, dim: int, rows: Tensor) -> Tensor:
     return torch.from_numpy(taken).view(values.dtype)
 
 
-def _common_run(rows: Tensor, size: int) -> int:
-    """The largest number of neighbours that all rows come in, from multiples of it on."""
+def _common_run(rows: Tensor, breaks: Tensor, size: int) -> int:
+    """The largest number of neighbours that all rows come in, from multiples of it on.
+
+    Args:
+        rows: The rows.
+        breaks: Where one is no neighbour of the one before.
+        size: Of the dimension.
+    """
     if not len(rows):
         return 1
-    breaks = (rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1
     starts = rows[torch.cat([breaks.new_zeros(1), breaks])]
     found = torch.cat([breaks, starts]).tolist() if len(breaks) <= len(rows) // LEAST else [1]
     return math.gcd(size, len(rows), *found)
 
 
-def _with(values: Any, place: int, value: Any) -> Any:
-    """A sequence with another value at one place."""
-    return (*values[:place], value, *values[place + 1 :])
+def _with(values: Any, place: int, *value: Any) -> Any:
+    """A sequence with another value at one place, or without it."""
+    return (*values[:place], *value, *values[place + 1 :])

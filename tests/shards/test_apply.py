@@ -177,6 +177,27 @@ def test_it_loads_and_runs_as_the_model_in_memory(llama):
     assert torch.equal(model(**llama[4]).logits, llama[3].model(**llama[4]).logits)
 
 
+def test_the_disk_begins_while_the_next_rows_are_made(llama, monkeypatch):
+    wanted = tensors_of(cut(llama, max_shard_size="40KB"))
+    flushed, made = [], []
+    real, pieces = os.fsync, writing._pieces
+
+    def note(parts):
+        for piece in pieces(parts):
+            made.append(len(flushed))
+            yield piece
+
+    monkeypatch.setattr(writing, "CHUNK", 4096)
+    monkeypatch.setattr(writing, "FLUSHED", 1)
+    monkeypatch.setattr(writing, "_pieces", note)
+    monkeypatch.setattr(writing, "sync", lambda path: None)
+    monkeypatch.setattr(writing.os, "fsync", lambda file: (flushed.append(file), real(file)))
+    found = tensors_of(cut(llama, max_shard_size="40KB", overwrite=True))
+    assert len({*made}) > 3
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_a_run_that_breaks_off_goes_on_with_the_next_file(llama, monkeypatch):
     options = {"max_shard_size": "40KB"}
     wanted = tensors_of(apply_to_checkpoint(llama[1], llama[0], llama[2].with_name("w"), **options))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from hf_gradnas.errors import CutError
 from hf_gradnas.shards.lazy import LazyTensor
-from hf_gradnas.shards.parts import Stored, picked
+from hf_gradnas.shards.parts import Stored, Taken, picked
 
 VALUES = torch.arange(4 * 6 * 8, dtype=torch.float64).reshape(4, 6, 8) ** 2
 EACH = torch.tensor([[0, 2, 5], [1, 2, 3], [0, 4, 5], [2, 3, 4]])
@@ -23,6 +25,17 @@ CHOOSING = {
     "splits": lambda x: torch.split(x, [1, 3, 2], dim=1)[1],
     "one of a list": lambda x: torch.chunk(x, 4, dim=0)[2].squeeze(0),
     "entries": lambda x: torch.unbind(x, 2)[3],
+    "a column of rows of each matrix": lambda x: x.take_along_dim(EACH[..., None], 1)[..., 5],
+    "a matrix of columns of each": lambda x: x[1:].take_along_dim(EACH[1:, None], 2)[1],
+    "a matrix of chosen ones": lambda x: x.index_select(0, torch.tensor([3, 1]))[1],
+    "a row of joined ones": lambda x: torch.cat([x, x[:, 1:3]], 1)[:, 7],
+    "a matrix of joined ones": lambda x: torch.cat([x, x[:, 1:3]], 1)[2],
+    "a place of turned ones": lambda x: x.permute(2, 0, 1)[3],
+    "the last of turned ones": lambda x: x.permute(2, 0, 1)[:, :, 4],
+    "the width that was given": lambda x: x.unsqueeze(1)[:, 0],
+    "beside the width that was given": lambda x: x.unsqueeze(1)[2],
+    "after the width that was given": lambda x: x.unsqueeze(1)[:, :, 4],
+    "a matrix of another type": lambda x: x.to(torch.float16)[2],
     "stacked": lambda x: torch.stack([x, x + 0], 1)[:, 1, 2:],
     "joined, out of order": lambda x: torch.cat([x, x[:, 1:3]], 1).index_select(
         1, torch.tensor([7, 1, 6, 0])
@@ -66,7 +79,9 @@ def test_choosing_reads_only_what_is_asked_for(case):
 @pytest.mark.parametrize(
     "rows", [[0, 1, 4, 5], [2, 3, 6, 7], [1, 2, 5, 6], [3], [0, 3, 4, 7], [], [6, 7, 0, 1], [2, 2]]
 )
-def test_rows_that_go_in_runs_are_the_same_rows(rows, dtype):
+@pytest.mark.parametrize("long", [1, 64])
+def test_rows_that_go_in_runs_are_the_same_rows(long, rows, dtype, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.shards.parts.LONG", long)
     index = torch.tensor(rows, dtype=torch.int64)
     values = VALUES.to(dtype)
     for dim in (1, 2):
@@ -94,6 +109,17 @@ def test_rows_of_a_stack_of_files_read_one_of_them():
     assert opened == []
     assert torch.equal(row.part.read([torch.tensor([4]), None]), VALUES[3][4:5])
     assert opened == [3]
+
+
+def test_an_expert_of_a_stack_is_found_once_and_not_for_every_row():
+    """As a Mixtral is loaded, cut and saved: stacked, its experts and their columns chosen."""
+    stored = [Stored(partial(VALUES.__getitem__, n), (6, 8), torch.float64) for n in range(4)]
+    stack = torch.stack([LazyTensor(part) for part in stored])
+    kept = stack.index_select(0, torch.tensor([0, 3])).take_along_dim(EACH[:2, None], 2)
+    expert = torch.chunk(kept, 2, dim=0)[1].squeeze(0)
+    assert torch.equal(expert.part.whole(), VALUES[3][:, EACH[1]])
+    assert isinstance(expert.part, Taken)
+    assert expert.part._base is stored[3]
 
 
 def test_answers_that_are_no_tensors_come_from_the_numbers():
