@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import get_max_memory
 from torch import Tensor
 
 COMPARED = 256
@@ -76,9 +77,9 @@ def run(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     for name, value in batch.items():
         if isinstance(value, Tensor):
             real = value.is_floating_point()
-            batch[name] = value.to(model.device, model.dtype if real else value.dtype)
-    others = [] if model.device.type == "cpu" else [model.device]
-    kind = model.device.type if others else "cuda"
+            batch[name] = value.to(_device_of(model), model.dtype if real else value.dtype)
+    others = [] if _device_of(model).type == "cpu" else [_device_of(model)]
+    kind = _device_of(model).type if others else "cuda"
     with torch.no_grad(), torch.random.fork_rng(others, device_type=kind):
         torch.manual_seed(0)  # some forwards draw numbers, in eval mode too
         found = first_output(model(**batch))
@@ -105,12 +106,31 @@ def load(job: Mapping[str, Any]) -> tuple[Any, dict[str, list[str]]]:
         trust_remote_code=job["trust_remote_code"],
         output_loading_info=True,
         **({"attn_implementation": "eager"} if job["attention"] == "eager" else {}),
+        **_placement(job),
     )
+    wrong = {kind: [str(item) for item in info[kind]] for kind in info if info[kind]}
+    if job["room"] is not None:
+        return model.eval(), wrong
     device = torch.device(job["device"])
     if not job["device_is_required"] and not _has(device):
         device = torch.device("cpu")
-    wrong = {kind: [str(item) for item in info[kind]] for kind in info if info[kind]}
     return model.to(device).eval(), wrong
+
+
+def _placement(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that let Accelerate load what has no room when its layer runs, and drop it then."""
+    if job["room"] is None:
+        return {}
+    device = torch.device(job["device"])
+    most = get_max_memory() if device.type != "cpu" and _has(device) else {}
+    most["cpu"] = int(job["room"])
+    return {"device_map": "auto", "max_memory": most, "offload_folder": "offloaded"}
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where a model takes its inputs; Accelerate moves them itself where weights are elsewhere."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _has(device: torch.device) -> bool:
@@ -126,8 +146,9 @@ def main(job_file: str, result_file: str) -> None:
     model, wrong = load(job)
     result = {
         "module": type(model).__module__,
-        "device": model.device.type,
+        "device": _device_of(model).type,
         "wrong": wrong,
+        "is_offloaded": job["room"] is not None,
         "output": None if job["inputs"] is None else run(model, job["inputs"]),
     }
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")

@@ -36,6 +36,10 @@ REMOTE = f"trust_remote_code=True, without {PACKAGE}"
 IMPORTED = f"import {PACKAGE}"
 
 
+ROOM = 0.6
+"""Share of the free memory that weights may take; more are loaded when their layer runs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """A way of loading: the name of the class, and whether hf_gradnas and remote code take part."""
@@ -305,6 +309,8 @@ def _check_route(route: Route, saved: _Saved, device: str | None, *, online: boo
     if math.isnan(difference):
         return Check(route.name, False, f"{where}: another shape, or not finite as before")
     found = f"{where}: {difference:.2g} apart, at most {limit:.2g} is allowed"
+    if result["is_offloaded"]:
+        found += "; layer by layer, as there is no room for all weights"
     return Check(route.name, difference <= limit, found, difference, limit)
 
 
@@ -328,10 +334,20 @@ def replay(
         "device": device or reference.device,
         "device_is_required": device is not None,
         "inputs": reference.inputs,
+        "room": room_for(saved.folder),
     }
     return run_alone(
         Path(script.__file__), job, folder=saved.folder, imports=route.imports, online=online
     )
+
+
+def room_for(folder: Path) -> int | None:
+    """Bytes that a checkpoint's weights may take at a time; None: there is room for all of them."""
+    import psutil
+
+    room = int(ROOM * psutil.virtual_memory().available)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return None if size <= room else room
 
 
 def _mapping(content: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:

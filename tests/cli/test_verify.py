@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import handmade
 import pytest
@@ -12,10 +13,12 @@ import torch
 from cli_cases import save_bert, save_whisper, write_tsv
 
 from hf_gradnas._manifests import digests, sealed
-from hf_gradnas.checkpoint.replay import encode
+from hf_gradnas.checkpoint import replay
+from hf_gradnas.checkpoint.replay import encode, load
 from hf_gradnas.checkpoint.save import save_pruned
 from hf_gradnas.cli import verify as command
 from hf_gradnas.cli.app import main
+from hf_gradnas.running.offloading import is_offloaded
 from hf_gradnas.surgery.cut import make_per_layer
 from hf_gradnas.surgery.modeling_gradnas import resize
 from hf_gradnas.types import Plan
@@ -79,6 +82,7 @@ def replayed(monkeypatch):
             "module": "m",
             "device": "cpu",
             "wrong": {},
+            "is_offloaded": False,
             "output": saved.reference.output,
         }
         return changes.get("error") or {**result, **changes}
@@ -151,6 +155,48 @@ def test_a_stock_checkpoint_in_a_new_process(tmp_path, dtype):
     assert done.returncode == 1
     assert "does not load and run (" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["stock", "per_layer"])
+def test_what_has_no_room_is_loaded_layer_by_layer(tmp_path, verify, monkeypatch, layout):
+    """Weights of one layer are in memory at a time, on every route, and outputs are compared."""
+    folder = save(tmp_path / "pruned", layout=layout)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    monkeypatch.setattr(command, "room_for", lambda folder: size // 4)
+    code, out, err = verify(folder)
+    assert (code, err) == (0, "")
+    assert out.count("is allowed; layer by layer, as there is no room") == len(
+        ["plain"] if layout == "stock" else ["remote code", "import"]
+    )
+
+
+def test_outputs_do_not_depend_on_the_room(saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    reference = command.read_saved(saved).reference
+    job = {
+        "folder": str(saved),
+        "loader": reference.model_class,
+        "trust_remote_code": False,
+        "dtype": reference.dtype,
+        "attention": reference.attention,
+        "device": "cpu",
+        "device_is_required": False,
+        "room": 20_000,
+    }
+    model, wrong = load(job)
+    assert wrong == {}
+    assert is_offloaded(model)
+    assert replay.run(model, reference.inputs) == reference.output
+
+
+def test_there_is_room_for_what_takes_a_share_of_the_free_memory(saved, monkeypatch):
+    size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    free = SimpleNamespace(available=size / command.ROOM * 1.01)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert command.room_for(saved) is None
+    free.available = size / command.ROOM * 0.99
+    assert command.room_for(saved) == int(command.ROOM * free.available) < size
 
 
 @pytest.mark.long
