@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import find_labels
 
-from ..batches.batch import Batch, read_batches, to_device
+from ..batches.batch import Batch, check_batch, to_device
 from ..errors import DataError, PlanError, ScoresError
 from ..scores.gradients import GradientRecorder
 from ..scores.methods import ROW_METHODS, sums_of, terms_of
@@ -147,7 +148,8 @@ class TrainingScores:
         self.model, self.axes, self.window = model, tuple(axes), window
         self.method = method
         self._recorder = _Recorder(model, self.axes)
-        first = next(read_batches([batch], model, None))
+        self._known = find_labels(type(model))
+        first = check_batch(0, batch, self._known)
         self._has_own = not first.labels and own_loss(model, first)
         if not first.labels and not self._has_own:
             raise DataError(
@@ -290,7 +292,7 @@ class TrainingScores:
                 "model(**inputs), or use scores_from='private'."
             )
         columns = {key: value for key, value in kwargs.items() if key != NUM_ITEMS}
-        batch = next(read_batches([columns], model, None))
+        batch = check_batch(0, columns, self._known)
         if not batch.labels and not self._has_own:
             raise DataError(
                 f"scores_from='training': a batch of the training has no labels (columns "

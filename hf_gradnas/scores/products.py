@@ -22,6 +22,8 @@ Replay = Callable[[Any, Tensor], Any]
 Product = Callable[[Tensor, Tensor], None]
 # Takes the product with x, and ∂L/∂x.
 Add = Callable[[Product, Tensor], None]
+# Takes x, and ∂L/∂x.
+AddKept = Callable[[Tensor, Tensor], None]
 
 
 def _replay_gelu(node: Any, out: Tensor) -> None:
@@ -43,7 +45,7 @@ REPLAYS: dict[str, Replay] = {
 }
 
 
-def watched(x: Tensor, add: Add, *, is_replayed: bool, is_kept: bool = False) -> Tensor:
+def watched(x: Tensor, add: Add, *, is_replayed: bool, add_kept: AddKept | None = None) -> Tensor:
     """A view of ``x``; `add` is called with its gradient, and with what multiplies it by ``x``.
 
     A view of its own, since ``x`` may have other readers, whose gradients are not the mask's.
@@ -53,8 +55,8 @@ def watched(x: Tensor, add: Add, *, is_replayed: bool, is_kept: bool = False) ->
         add: Called in the backward.
         is_replayed: Whether this function is called again where the forward runs again in the
             backward. Then ``x`` is kept no longer than autograd keeps what it saves itself.
-        is_kept: Whether autograd keeps ``x`` anyway (`keeps_input`), so that nothing has to be made
-            again: a GELU takes as long as the rest of its hook twice over.
+        add_kept: Called instead, with ``x`` itself, where autograd keeps it anyway (`keeps_input`),
+            so that nothing has to be made again: a GELU takes as long as the rest of its hook.
     """
     if not x.requires_grad:
         x = x.detach().requires_grad_()
@@ -62,8 +64,10 @@ def watched(x: Tensor, add: Add, *, is_replayed: bool, is_kept: bool = False) ->
         view: Tensor = _Watched.apply(x, add)
         return view
     own = x.view_as(x)
-    product = partial(multiply, x.detach()) if is_kept else product_with(x)
-    own.register_hook(partial(add, product))
+    if add_kept is None:
+        own.register_hook(partial(add, product_with(x)))
+    else:
+        own.register_hook(partial(add_kept, x.detach()))
     return own
 
 
