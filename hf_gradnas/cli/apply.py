@@ -25,6 +25,7 @@ def apply_from_arguments(
     *,
     scores: str | None = None,
     repair: str | None = None,
+    check: bool = False,
     **options: Any,
 ) -> int:
     """Run the command; errors become a message and a code.
@@ -35,6 +36,7 @@ def apply_from_arguments(
         output: Folder of the cut one.
         scores: File of the scores that the plan was made from; None: none.
         repair: File of new weights for the plan; None: none.
+        check: Run the original and the result, and compare.
         **options: Further arguments of `shards.apply_to_checkpoint`.
 
     Returns:
@@ -43,7 +45,7 @@ def apply_from_arguments(
     screen = Screen()
     try:
         with quiet_libraries(screen):
-            _apply(screen, plan, checkpoint, output, scores, repair, options)
+            _apply(screen, plan, checkpoint, output, scores, repair, options, check=check)
     except KeyboardInterrupt:
         screen.error(
             f"interrupted; {output} is as it was, and the same command goes on with the first "
@@ -64,6 +66,8 @@ def _apply(
     scores_file: str | None,
     repair_file: str | None,
     options: Mapping[str, Any],
+    *,
+    check: bool,
 ) -> None:
     from ..types import Plan, Scores
 
@@ -94,10 +98,15 @@ def _apply(
             progress=progress,
             **options,
         )
-    screen.line(
-        f"Saved: {place}. No weights were in memory, so the model was not run; hf-gradnas verify "
-        "loads it."
-    )
+    said = "" if check else " No weights were in memory, so the model was not run; --check runs it."
+    screen.line(f"Saved: {place}.{said}")
+    if check:
+        from .checked import compare_outputs
+
+        with screen.progress("Checking"):
+            axes, dtype = prunable.axes, str(options.get("dtype", "auto"))
+            found = compare_outputs(folder, Path(place), axes, plan, repair, dtype=dtype)
+        screen.line(found)
 
 
 def _said(plan: Plan) -> str:

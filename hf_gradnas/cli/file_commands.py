@@ -41,6 +41,15 @@ def apply_command(  # noqa: PLR0913, PLR0917 - Typer reads the options from the 
         bool, typer.Option("--overwrite", metavar="", help="Replace what hf_gradnas wrote there.")
     ] = False,
     report: Annotated[bool, typer.Option(metavar="", help="Write report/ beside it.")] = True,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            metavar="",
+            help="Run the original, masked, and the result on random input, and compare: layer by "
+            "layer where there is no room for all weights.",
+        ),
+    ] = False,
 ) -> int:
     """Cut a checkpoint of any size to a plan, from its files to new ones: no weights in memory.
 
@@ -50,6 +59,7 @@ def apply_command(  # noqa: PLR0913, PLR0917 - Typer reads the options from the 
 
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "dtype": dtype}
     options |= {"overwrite": overwrite, "report": report, "scores": scores, "repair": repair}
+    options["check"] = check
     raise typer.Exit(apply_from_arguments(plan, checkpoint, output, **options))
 
 

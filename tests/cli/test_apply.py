@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from cli_cases import save_bert, save_llama, write_tsv
 from safetensors.torch import load_file
 
 from hf_gradnas import Plan
+from hf_gradnas.cli import checked
+from hf_gradnas.errors import CheckpointError
 
 DATA = ["--model", "bert", "--dataset", "train.tsv", "--num-examples", "12", "--batch-size", "4"]
 TARGET = ["--target", "flops=70%"]
@@ -59,6 +62,7 @@ def test_new_weights_of_prune_are_cut_along(run, planned):
     record = json.loads(Path("pruned/gradnas.json").read_text("utf-8"))
     Path("pruned.plan.json").write_text(json.dumps(record["plan"]), encoding="utf-8")
     options = ["--scores", FILE, "--repair", "pruned.repair.safetensors", "--no-report"]
+    options += ["--check"]
     code, _, err = run("apply", "pruned.plan.json", "bert", "--output", "out", *options)
     assert (code, err) == (0, "")
     check_same("out", "pruned")
@@ -73,6 +77,23 @@ def test_axes_that_no_file_says_are_found_from_the_config(run, planned):
     assert "they are found from the config" in out
     assert run("apply", "plan.json", "bert", "--output", "out", "--no-report")[0] == 0
     check_same("bare", "out")
+
+
+def test_the_result_is_run_beside_the_original(run, planned, monkeypatch):
+    options = ("apply", "plan.json", "bert", "--output", "out", "--no-report", "--check")
+    code, out, err = run(*options)
+    assert (code, err) == (0, "")
+    assert "\nChecked: it puts out what the original does, masked (at most" in out
+    monkeypatch.setattr(checked, "room_for", lambda folder: 20_000)
+    code, out, err = run(*options, "--overwrite")
+    assert (code, err) == (0, "")
+    assert "\nChecked, layer by layer, as there is no room for all weights: it puts out" in out
+    plan = Plan.load("plan.json")
+    name = next(name for name, units in plan.kept.items() if len(units) > 1)
+    fewer = replace(plan, kept={**plan.kept, name: plan.kept[name][1:]})
+    axes = plan.basis.prunables[plan.layout].axes
+    with pytest.raises(CheckpointError, match=r"differs by .* from the original's, masked"):
+        checked.compare_outputs(planned, Path("out"), axes, fewer, None, dtype="auto")
 
 
 def test_several_files_and_a_target_that_exists(run, planned):
