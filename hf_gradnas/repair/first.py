@@ -194,7 +194,7 @@ def _values_of(output: Any) -> list[Tensor]:
 
 
 TRACED = 4
-"""Examples that readers are looked for with, at most: the trace keeps all that a forward makes."""
+"""Examples that readers are looked for with, at most: more would tell no more."""
 MEMORY_RATIO = 0.25
 """Share of the free memory that waiting forwards may hold by default."""
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..running.hooks import add_hook, add_pre_hook
@@ -141,7 +142,7 @@ class _Trace(TorchDispatchMode):
         super().__init__()
         self._by_module = {reader.module: reader for reader in self.readers}
         self._sums: dict[Key, _Sum] = {}
-        self._held: list[Tensor] = []  # so that no address is used twice
+        self._held: list[StorageWeakRef] = []  # so that no address is used twice
         self._found: list[tuple[int, Place, _Sum]] = []  # with the time of the event
         self._own: dict[str, tuple[int, Place, torch.Size]] = {}
         self._calls: dict[tuple[str, str], int] = {}
@@ -218,7 +219,7 @@ class _Trace(TorchDispatchMode):
             if not is_fixed:
                 self._fixed.discard(address_of(tensor))  # a buffer that was written to
             elif tensor.numel() <= _LARGEST_FACTOR and not self._is_loaded(tensor):
-                self._held.append(tensor)
+                self._held.append(StorageWeakRef(tensor.untyped_storage()))
                 self._fixed.add(address_of(tensor))
 
     def _is_fixed(self, tensor: Tensor) -> bool:
@@ -289,7 +290,7 @@ class _Trace(TorchDispatchMode):
         return _Sum(known.factors, known.dim, is_stream)
 
     def _put(self, tensor: Tensor, found: _Sum) -> None:
-        self._held.append(tensor)
+        self._held.append(StorageWeakRef(tensor.untyped_storage()))
         self._sums[_key(tensor)] = found
 
     def _enter(
@@ -300,7 +301,7 @@ class _Trace(TorchDispatchMode):
         if torch.is_inference_mode_enabled():  # a forward that waits there leaves it to others
             return
         if module in self.others and args and isinstance(args[0], Tensor):
-            self._held.append(args[0])
+            self._held.append(StorageWeakRef(args[0].untyped_storage()))
             key = _key(args[0])
             made, maker = self._makers.get(key, (lambda: None, ""))
             fed = _Fed(self._clock, args[0].shape, maker if made() is not None else "")

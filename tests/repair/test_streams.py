@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
+import transformers
 import zoo
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -13,7 +17,9 @@ from hf_gradnas import Plan
 from hf_gradnas.masks import masked
 from hf_gradnas.repair.closeness import divergences
 from hf_gradnas.repair.least_squares import find_repair
+from hf_gradnas.repair.readers import Reader
 from hf_gradnas.repair.repairs import Repair, repaired
+from hf_gradnas.repair.streams import find_readers
 from hf_gradnas.types import Axis
 from hf_gradnas.verification import find_structure
 
@@ -249,3 +255,25 @@ def test_a_norm_of_the_batchs_own_statistics_is_no_factor() -> None:
         found = measured(model, axes, plan, repair, [batch] * 5)
     assert repair.is_accepted
     assert found == pytest.approx(repair.kl_after, rel=1e-6, abs=1e-12)
+
+
+def test_the_trace_keeps_no_activations():
+    config = transformers.LlamaConfig(**{**zoo.GROUPED, "num_hidden_layers": 8})
+    model = transformers.LlamaForCausalLM(config).eval()
+    batch = {"input_ids": torch.randint(3, config.vocab_size, (2, 40))}
+    axes = find_structure(model, batch).axes
+    kept = {axis.name: tuple(range(axis.size))[1:] for axis in axes if "mlp" in axis.name}
+    made, alive = [], []
+
+    def note(module, args, output):
+        made.append(StorageWeakRef(output.untyped_storage()))
+        alive.append(sum(not storage.expired() for storage in made))
+
+    with ExitStack() as stack:
+        for layer in model.model.layers:
+            for module in (layer.input_layernorm, layer.post_attention_layernorm):
+                stack.callback(module.register_forward_hook(note).remove)
+        found = find_readers(model, axes, kept, batch, examples=2)
+    readers = [reader for gate in found.gates for reader in gate.readers]
+    assert sum(isinstance(reader, Reader) for reader in readers) == 8
+    assert max(alive) <= 3, alive
