@@ -15,7 +15,7 @@ def kill(folder, count, seed):
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"Scoring", "Saving", "Training"}
+    assert set(found) == {"Scoring", "Saving", "Training", "Cutting"}
     for name, figures in found.items():
         assert figures["kills"] == count, name
         assert figures["lost"] == figures["left_over"] == 0, (name, figures, done.stderr[-3000:])

@@ -29,6 +29,7 @@ from transformers.utils import logging
 from hf_gradnas import GradNASPruner
 from hf_gradnas._manifests import foreign
 from hf_gradnas.scores import collect_scores
+from hf_gradnas.shards import apply_to_checkpoint
 from hf_gradnas.types import Scores
 
 BATCHES = in_batches(examples_of("bert", 24), 2)
@@ -106,6 +107,41 @@ class Training:
         )
         trainer.train(resume_from_checkpoint=_usable(done[-1].parent) if done else None)
         assert callback.directory == self.target.resolve()
+
+    def check(self) -> None:
+        """As for `Saving`."""
+        check_whole(self.target)
+
+
+class Cutting:
+    """Cuts a checkpoint from its files to new ones, over the result of an earlier run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.target = folder, folder / "cut"
+        self.source = folder / "source"
+        model, _, inputs = build("bert")
+        model.save_pretrained(self.source, max_shard_size="20KB")
+        self.pruner = GradNASPruner(model, score="random")
+        self.pruner.discover(inputs)
+        self.pruner.score([inputs])
+        self.plan = self.pruner.plan({"params": "90%"})
+
+    def prepare(self, draw: random.Random) -> None:
+        """Let the next run find no result, half of the time; else a complete one."""
+        if draw.random() < 0.5:
+            shutil.rmtree(self.target)
+
+    def run(self) -> None:
+        """Cut; where a run before was killed, go on with the first file that is not complete."""
+        options: dict[str, Any] = {"prunable": self.pruner.prunable, "report": False}
+        options |= {"max_shard_size": "20KB", "overwrite": True}
+        apply_to_checkpoint(self.plan, self.source, self.target, **options)
+        assert len(list(self.target.glob("*.safetensors"))) > 2
+        cut = AutoModelForSequenceClassification.from_pretrained(self.target)
+        wanted = self.pruner.apply(self.plan).state_dict()
+        found = cut.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
     def check(self) -> None:
         """As for `Saving`."""
@@ -197,7 +233,7 @@ def main() -> None:
     folder, count, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     found = {
         kind.__name__: try_one(kind, folder / kind.__name__, count, draw)
-        for kind in (Scoring, Saving, Training)
+        for kind in (Scoring, Saving, Training, Cutting)
     }
     sys.stdout.write(json.dumps(found) + "\n")
 
