@@ -128,6 +128,14 @@ class LatencyTable:
                 f"shapes; {len(known)} axes, this one has {len(wanted)}); measure this model with "
                 "measure_latency, on the machine that it will run on."
             )
+        sizes = {axis.name: axis.size for axis in prunable.axes}
+        for name, curve in _curves(self.timed).items():
+            size = sizes[name] / sizes.get(curve.of, 1)
+            if curve.widths[-1] != size:
+                raise BudgetError(
+                    f"latency table: {name}: its times reach to {curve.widths[-1]:g} units, but "
+                    f"there are {size:g}; it was changed after it was measured: measure it again."
+                )
         cost = self.cost(prunable.axes, layout=prunable.layout)
         return replace(
             prunable,

@@ -304,6 +304,15 @@ def test_a_table_of_another_model_is_refused(llama):
     assert "latency_ms" not in other.costs
 
 
+def test_times_that_do_not_reach_to_the_size_of_an_axis_are_refused(llama):
+    pruner, _, table = llama
+    first = table.timed[0]
+    shorter = replace(first.curve, widths=tuple(w / 2 for w in first.curve.widths))
+    odd = replace(table, timed=(replace(first, curve=shorter), *table.timed[1:]))
+    with pytest.raises(BudgetError, match=rf"{first.axes[0]}: its times reach to \d+ units, but"):
+        pruner.use_latency(odd)
+
+
 def test_another_head_size_is_another_model(llama):
     pruner, _, _ = llama
     found = pruner.prunable
