@@ -105,7 +105,7 @@ def test_the_three_commands_make_the_model_of_prune(run, bert, tmp_path, layout)
     save_file({name: values + 1 for name, values in load_file(file).items()}, file)
     code, _, err = run("apply", "plan.json", "other", "--output", "none", "--no-report")
     assert code == 2
-    assert "is for another checkpoint (made from bert): its weights" in err
+    assert "is for another checkpoint (made from bert): the fingerprint of its weights" in err
     assert not (tmp_path / "none").exists()
 
 

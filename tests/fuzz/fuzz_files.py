@@ -453,6 +453,7 @@ class Checkpoint:
     def _verify(self) -> int:
         reference = json.loads(self.originals["gradnas.json"])["reference"]
         result = {"device": "cpu", "wrong": {}, "output": reference["output"], "module": ""}
+        result["is_offloaded"] = False
         with mock.patch.object(verify, "replay", return_value=result):
             return verify.verify_from_options(str(self.saved), quiet=True)
 

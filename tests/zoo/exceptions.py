@@ -3,5 +3,4 @@
 EXCEPTIONS = {
     "pp_chart2table": "its config is in no auto class that builds the class of its checkpoints",
     "shieldgemma2": "Transformers does not load what it saves: the tied head of the Gemma inside",
-    "vits": "discovery of its flows takes minutes",
 }

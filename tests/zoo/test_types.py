@@ -61,7 +61,7 @@ def test_a_spread_of_types_is_as_the_page_says(name, tmp_path):
 
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in all_types() if name != "vits"])
+@pytest.mark.parametrize("name", all_types())
 def test_every_type_is_as_the_page_says(name, tmp_path):
     check_type(name, tmp_path)
 
