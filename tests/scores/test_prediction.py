@@ -101,7 +101,6 @@ def test_only_sums_that_are_a_loss_are_called_one(method: str) -> None:
     if method in ("fisher", "taylor"):
         assert plan.loss_unit == "nats per token"
         assert plan.loss_before == pytest.approx(float(model(**inputs).loss.detach()), rel=1e-6)
-        assert plan.loss_unit == "nats per token"
         assert "loss increase: " in repr(plan)
         assert "nats per token" in said
         assert "forecast" in said
