@@ -43,7 +43,7 @@ def training_scores(pruner: GradNASPruner, riding: TrainingScores, processes: Pr
     """
     window = riding.sums()
     counts = torch.stack([window.examples, window.batches, window.skipped])
-    found = processes.sum(torch.cat([window.totals, counts]).double().cpu().numpy())
+    found = processes.sum(torch.cat([window.totals, counts]).cpu().double().numpy())
     if not found[:-3].any():
         raise DataError(
             f"scores_from='training': all scores are zero after {found[-3]:.0f} examples of the "

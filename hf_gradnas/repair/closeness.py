@@ -36,6 +36,7 @@ from ..scores.losses import (
     inputs_to_sample,
     predict,
 )
+from ..scores.rows import wide
 from ..types import Plan
 
 # From logits of student and teacher (positions, values) and the temperature to (positions,).
@@ -224,7 +225,7 @@ def divergence_sum(found: Prediction, wanted: Prediction) -> float:
         terms = divergence(
             at_least_float32(logits[places]), at_least_float32(teacher[places]), 1.0
         )  # (labels,)
-        total += float(terms.double().sum())
+        total += float(wide(terms).sum())
     return total
 
 

@@ -22,6 +22,7 @@ from ..batches.steps import read_steps
 from ..errors import RepairError
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
+from ..scores.rows import wide
 from .closeness import at_least_float32, prediction_of
 from .paused import Conductor, Forward
 from .readers import Feed, Gate, Reader
@@ -146,7 +147,7 @@ def some_outputs(rows: Rows, every: int) -> Rows:
 
 def squares(values: Tensor) -> float:
     """``Σ v²`` over rows ``(rows, values)``, those of a row in their own type, rows in float64."""
-    return float(values.square().sum(1).sum(dtype=torch.float64))
+    return float(wide(values.square().sum(1)).sum())
 
 
 def read_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from .._compat import configs_of
 from ..batches.batch import digest
 from ..batches.steps import HELD_OUT_EVERY, HeldOut, Step, hold_out, number_of, read_steps
 from ..config.defaults import GLOBAL_METHODS
-from ..errors import DataError, ScoresError, check_choice
+from ..errors import DataError, GradNASWarning, ScoresError, check_choice
 from ..running.checkpointing import check_checkpointing, checkpointed
 from ..running.offloading import is_offloaded, loading_again
 from ..running.processes import Processes
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 Progress = Callable[[int, "int | None"], None]
+MOST_SKIPPED = 0.1
+"""Share of the examples whose gradients in float16 may overflow; nothing of these counts."""
 
 
 def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaults
@@ -234,6 +237,7 @@ def _after(state: State, step: Step, part: Part, normaliser: str) -> State:
         normaliser=normaliser,
         labels=state.labels + part.labels,
         loss=state.loss + part.loss,
+        skipped=state.skipped + part.skipped,
     )
 
 
@@ -270,9 +274,22 @@ def _finish(record: Record, state: State) -> Scores:
     """Scores of all processes, written.
 
     Raises:
-        DataError: They are all zero.
+        DataError: They are all zero, or too many gradients were not finite.
     """
     found = record.joined(state)
+    if found.skipped:
+        share = found.skipped / max(found.examples, 1)
+        said = f"gradients of {found.skipped} of {found.examples} examples overflow in float16"
+        if share > MOST_SKIPPED:
+            raise DataError(
+                f"{said}, more than {MOST_SKIPPED:.0%}; load the model in bfloat16 or float32."
+            )
+        if record.processes.is_main:
+            warnings.warn(
+                f"{said}, and were skipped; bfloat16 and float32 skip none.",
+                GradNASWarning,
+                stacklevel=2,
+            )
     if not found.totals.any():
         raise DataError(
             f"All scores are zero after {state.examples} examples: the loss depends on no axis; "

@@ -119,3 +119,10 @@ def check_values(scores: Scores, axes: Sequence[Axis]) -> None:
                 f"{axis.name}: the scores hold {found}, needed finite floating-point numbers; "
                 "score the model again."
             )
+
+
+def joint_digest(digests: Sequence[str]) -> str:
+    """One digest for those of all processes; that of a single process as it is."""
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    )

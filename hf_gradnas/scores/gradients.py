@@ -135,8 +135,9 @@ class GradientRecorder:
                 earlier = found.get(axis.name)
                 found[axis.name] = part if earlier is None else added(earlier.clone(), part)
         for axis in self._axes:
-            none = torch.zeros(self._num_examples, 1, axis.size, dtype=torch.float64)
-            found.setdefault(axis.name, none)
+            if axis.name not in found:
+                size = (self._num_examples, 1, axis.size)
+                found[axis.name] = torch.zeros(size, dtype=torch.float64)
         if self._is_folded:
             return {name: wide(rows).sum(1, keepdim=True) for name, rows in found.items()}
         return found

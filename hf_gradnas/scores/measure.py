@@ -40,17 +40,20 @@ class Part:
         count: Labels that they were summed over.
         labels: Labels that the loss is the sum of; examples, where the model's loss is a sum.
         loss: Sum of their losses in nats; NaN where it is no log-likelihood of one label each.
+        skipped: Examples of which nothing counts, as their gradients overflowed.
     """
 
     values: np.ndarray
     count: int
     labels: int = 0
     loss: float = 0.0
+    skipped: int = 0
 
     def plus(self, other: Part) -> Part:
         """What both add together."""
         values, count = self.values + other.values, self.count + other.count
-        return Part(values, count, self.labels + other.labels, self.loss + other.loss)
+        labels, loss = self.labels + other.labels, self.loss + other.loss
+        return Part(values, count, labels, loss, self.skipped + other.skipped)
 
 
 class Measure:
@@ -83,6 +86,7 @@ class Measure:
         self._units = sum(axis.size for axis in axes)
         self._sizes = [sums_of(method, self._units) for method in methods]
         self._has_rows = any(method in ROW_METHODS for method in methods)
+        self._overflows = any(p.dtype == torch.float16 for p in model.parameters())
 
     def agree(self, step: Step, processes: Processes) -> None:
         """Let all processes multiply losses by the same count: the first process's.
@@ -148,18 +152,25 @@ class Measure:
         loss, count, rows = self._rows(batch, first)
         if loss is None or not rows:
             return None
+        values, skipped = self._values(loss, rows, count), 0
+        if self._overflows and np.isfinite(values[0]) and not np.isfinite(values).all():
+            rows, skipped = without_overflow(rows)
+            values = self._values(loss, rows, count)
+        self._check_finite(values, batch)
+        objective = self.objective
+        labels = batch.examples if objective.normaliser == SUM else count
+        found = float(values[0]) if objective.is_likelihood else math.nan
+        return Part(values[1:], count, labels, found, skipped)
+
+    def _values(self, loss: Tensor, rows: Mapping[str, Tensor], count: int) -> np.ndarray:
+        """Loss and sums of all methods: the only time per batch that the host waits."""
         terms = [
             term.to(loss.device)
             for method in self._methods
             for term in self._terms(method, rows, count)
         ]
-        # The only time per batch that the host waits for the device.
-        values = torch.cat([loss.detach()[None], *terms]).double().cpu().numpy()
-        self._check_finite(values, batch)
-        objective = self.objective
-        labels = batch.examples if objective.normaliser == SUM else count
-        found = float(values[0]) if objective.is_likelihood else math.nan
-        return Part(values[1:], count, labels, found)
+        found: np.ndarray = torch.cat([loss.detach()[None], *terms]).cpu().double().numpy()
+        return found
 
     def _terms(self, method: str, rows: Mapping[str, Tensor], count: int) -> Iterable[Tensor]:
         """Sums of a method, in parts; for a global batch ``(units,)`` of gradients per axis."""
@@ -212,6 +223,25 @@ class Measure:
             f"Batch {batch.index}: a gradient of {axis.name} is {values[1 + first]} though the "
             "loss is finite; load the model in float32 or bfloat16, or leave the batch out."
         )
+
+
+def without_overflow(rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Rows with zeros for the examples that have a gradient that is not finite; their number.
+
+    Numbers of 16 bits end at 65,504, which the gradient of one example may pass.
+
+    Args:
+        rows: Gradients ``(examples, rows of each, units)`` by axis.
+    """
+    found = [~values.isfinite().flatten(1).all(1).cpu() for values in rows.values()]
+    if len({len(bad) for bad in found}) > 1:  # rows that are no examples
+        return dict(rows), 0
+    bad = torch.stack(found).any(0)
+    zeroed = {
+        name: values.masked_fill(bad.to(values.device).view(-1, 1, 1), 0)
+        for name, values in rows.items()
+    }
+    return zeroed, int(bad.sum())
 
 
 class GlobalBatch:

@@ -77,7 +77,7 @@ def _magnitude(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, n
     for axis in axes:
         if axis.is_layer:
             inside = [name for name in parameters if name.startswith(f"{axis.module}.")]
-            squares = (float(parameters[name].double().square().sum()) for name in inside)
+            squares = (float(wide(parameters[name]).square().sum()) for name in inside)
             scores[axis.name] = np.array([sum(squares)])
         if axis.parent in own:
             groups = own[axis.parent].size
@@ -94,11 +94,11 @@ def _norms(axis: Axis, parameters: Mapping[str, Tensor]) -> np.ndarray:
         tensor = parameters[part.tensor].movedim(part.dim, 0)
         if part.each:  # (matrices, rows, …): one matrix per unit of the parent
             tensor = parameters[part.tensor].movedim(part.dim, 1)
-            squares = tensor.flatten(2).double().square().sum(2)[:, part.rows(range(part.each))]
+            squares = wide(tensor.flatten(2)).square().sum(2)[:, part.rows(range(part.each))]
             total += squares.unflatten(1, (-1, part.width)).sum(2).flatten().cpu().numpy()
             continue
         rows = tensor.reshape(tensor.shape[0], -1)  # a bias has one dimension
-        squares = rows.double().square().sum(1)[part.rows(range(axis.size))]
+        squares = wide(rows).square().sum(1)[part.rows(range(axis.size))]
         total += squares.reshape(axis.size, part.width).sum(1).cpu().numpy()
     return total
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
@@ -31,12 +30,13 @@ from ..batches.steps import Step
 from ..errors import GradNASWarning, ScoresError
 from ..running.processes import Processes
 from ..types import Axis, Basis, Scores, parse_json
-from .fingerprints import check_values
+from .fingerprints import check_values, joint_digest
 from .methods import chosen, sums_of
 from .normaliser import COUNTS
 
 logger = logging.getLogger(__name__)
 
+SKIPPED = "skipped_examples"
 NAMED_SETTINGS = ("method", "labels", "seed", "mask_place")
 # In files that do not say.
 SINGLE: Mapping[str, object] = {
@@ -66,6 +66,7 @@ class State:
         labels: Labels, or examples, that `loss` is the sum of; this process's part.
         loss: Sum of their losses in nats, this process's part; NaN where it is no such loss, or
             where an older file does not say.
+        skipped: Examples of this process of which nothing counts: their gradients overflowed.
     """
 
     totals: np.ndarray
@@ -76,6 +77,7 @@ class State:
     normaliser: str = ""
     labels: int = 0
     loss: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class Record:
             "data_fingerprint": state.data,
             "settings": json.dumps(self.settings, sort_keys=True),
             **_loss_metadata(state),
+            **({SKIPPED: str(state.skipped)} if state.skipped else {}),
             **{f"{name}_version": sys.modules[name].__version__ for name in PACKAGES},
         }
         for choice in found.values():
@@ -151,13 +154,14 @@ class Record:
         if processes.count == 1:
             return state
         data = joint_digest(processes.gather_objects(state.data))
-        sums = processes.sum(np.array([state.loss, float(state.labels)]))
+        sums = processes.sum(np.array([state.loss, state.labels, state.skipped], np.float64))
         return replace(
             state,
             totals=processes.sum(state.totals),
             data=data,
             loss=float(sums[0]),
             labels=int(sums[1]),
+            skipped=int(sums[2]),
         )
 
     def write(self, scores: Scores) -> Scores:
@@ -231,7 +235,7 @@ class Record:
         """
         found = {"steps": scores.metadata.get("batches", ""), **scores.metadata}
         counts = {key: found.get(key, "") for key in ("examples", "batches", "steps")}
-        counts["labels_scored"] = found.get("labels_scored", "0")
+        counts |= {key: found.get(key, "0") for key in ("labels_scored", SKIPPED)}
         for key, text in counts.items():
             if not _COUNT.fullmatch(text):
                 raise self._damaged(f"{key} is {text!r}")
@@ -258,6 +262,7 @@ class Record:
             normaliser=found["normaliser"],
             labels=int(counts["labels_scored"]),
             loss=self._loss(found.get("loss_sum", "nan")),
+            skipped=int(counts[SKIPPED]),
         )
 
     def _sums(self, scores: Scores, method: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -300,11 +305,6 @@ def _loss_metadata(state: State) -> dict[str, str]:
     return {"labels_scored": str(state.labels), "loss_sum": repr(state.loss)}
 
 
-def joint_digest(digests: Sequence[str]) -> str:
-    """One digest for those of all processes; that of a single process as it is."""
-    return digests[0] if len(digests) == 1 else sha256(" ".join(digests).encode()).hexdigest()
-
-
 def continued(
     stream: Iterator[Step], state: State, processes: Processes, *, complete: bool
 ) -> State | None:
@@ -325,7 +325,8 @@ def continued(
         return None
     if processes.is_main:
         return replace(state, data=data)
-    return replace(state, totals=np.zeros_like(state.totals), data=data, labels=0, loss=0.0)
+    nothing = np.zeros_like(state.totals)
+    return replace(state, totals=nothing, data=data, labels=0, loss=0.0, skipped=0)
 
 
 # --- keeping the scores in a file while a pass runs, and where it is stopped ----------------------
