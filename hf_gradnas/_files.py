@@ -9,6 +9,7 @@ one that is in use. Errors are the system's (`OSError`); callers say what they m
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -38,6 +39,8 @@ _LEFT = re.compile(
     r"\.(?P<name>.+)\.hf_gradnas-(?P<kind>tmp|old)-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}",
     re.DOTALL,
 )
+_LOST = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""Errors that say that what was written is not there, other than that a system cannot tell."""
 LISTED = 20
 """So many names a message lists."""
 _IN_USE: set[Path] = set()  # by this process
@@ -246,13 +249,20 @@ def set_modes(folder: Path, *, like: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder's names on disk before anything else happens."""
-    with suppress(OSError):  # some systems and file systems cannot, for folders above all
+    """Have a file or a folder's names on disk before anything else happens.
+
+    Raises:
+        OSError: What was written into a file is lost, as where a disk turns out to be full.
+    """
+    try:
         opened = os.open(path, os.O_RDONLY)
         try:
             os.fsync(opened)
         finally:
             os.close(opened)
+    except OSError as error:  # some systems and file systems cannot, for folders above all
+        if error.errno in _LOST and path.is_file():
+            raise
 
 
 # --- what killed processes left -------------------------------------------------------------------

@@ -113,10 +113,10 @@ def check_same(
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of safetensors that hold a checkpoint's weights, in the order of their names."""
+    if (folder / SINGLE).is_file():  # Transformers looks at no index then
+        return [folder / SINGLE]
     index = read_object(folder / INDEX).get("weight_map")
-    if isinstance(index, Mapping):
-        return sorted({folder / str(name) for name in index.values()})
-    return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+    return sorted({folder / str(n) for n in index.values()}) if isinstance(index, Mapping) else []
 
 
 def _digest(value: Any) -> str:

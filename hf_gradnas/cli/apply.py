@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +43,20 @@ def apply_from_arguments(
         0 done, 2 bad input, 130 interrupted.
     """
     screen = Screen()
+    left = (
+        f"{output} is as it was, and the same command goes on with the first file that is not "
+        "complete"
+    )
     try:
         with quiet_libraries(screen):
-            _apply(screen, plan, checkpoint, output, scores, repair, options, check=check)
+            compare = _apply(screen, plan, checkpoint, output, scores, repair, options, check=check)
+            left = f"{output} is complete, and was not checked"
+            if check:
+                with screen.progress("Checking"):
+                    found = compare()
+                screen.line(found)
     except KeyboardInterrupt:
-        screen.error(
-            f"interrupted; {output} is as it was, and the same command goes on with the first "
-            "file that is not complete."
-        )
+        screen.error(f"interrupted; {left}.")
         return INTERRUPTED
     except GradNASError as error:
         screen.error(str(error))
@@ -68,7 +74,8 @@ def _apply(
     options: Mapping[str, Any],
     *,
     check: bool,
-) -> None:
+) -> Callable[[], str]:
+    """Write the cut checkpoint; what compares it with the original."""
     from ..types import Plan, Scores
 
     plan = Plan.load(Path(plan_file).expanduser())
@@ -100,13 +107,14 @@ def _apply(
         )
     said = "" if check else " No weights were in memory, so the model was not run; --check runs it."
     screen.line(f"Saved: {place}.{said}")
-    if check:
+
+    def compare() -> str:
         from .checked import compare_outputs
 
-        with screen.progress("Checking"):
-            axes, dtype = prunable.axes, str(options.get("dtype", "auto"))
-            found = compare_outputs(folder, Path(place), axes, plan, repair, dtype=dtype)
-        screen.line(found)
+        dtype = str(options.get("dtype", "auto"))
+        return compare_outputs(folder, Path(place), prunable.axes, plan, repair, dtype=dtype)
+
+    return compare
 
 
 def _said(plan: Plan) -> str:

@@ -301,6 +301,8 @@ def _decoding(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[[],
             'others, so that it has no phase "decode"; measure "prefill".'
         )
     ids = inputs["input_ids"]
+    if hasattr(cache, "activate_past_recording"):  # windows and states can be put back only so
+        cache.activate_past_recording()
 
     def run() -> None:
         model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)

@@ -69,7 +69,8 @@ def open_checkpoint(folder: str | Path) -> CheckpointFiles:
             "that save_pretrained wrote, or that was downloaded."
         )
     placed = _placed(folder)
-    paths = tuple(folder / name for name in dict.fromkeys(placed.values()))
+    # As Transformers does: of a tensor in two files, the one in the last by name is taken.
+    paths = tuple(folder / name for name in sorted({*placed.values()}))
     tensors: dict[str, Stored] = {}
     for path in paths or (folder / WEIGHTS,):
         tensors |= _opened(path)

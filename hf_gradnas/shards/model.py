@@ -82,7 +82,11 @@ def lazy_model(
 
 
 def _load_generation(files: CheckpointFiles, model: Any) -> None:
-    """Give a model the generation config of its folder, as loading it by its name does."""
+    """Give a model the generation config of its folder, as loading it by its name does.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     options: dict[str, Any] = {
         "cache_dir": None,
         "force_download": False,
@@ -90,10 +94,16 @@ def _load_generation(files: CheckpointFiles, model: Any) -> None:
         "token": None,
     }
     options |= {"local_files_only": True, "revision": "main", "subfolder": ""}
-    with silence():
-        model.adjust_generation_fn(
-            None, False, None, str(files.folder), trust_remote_code=None, **options
-        )
+    try:
+        with silence():
+            model.adjust_generation_fn(
+                None, False, None, str(files.folder), trust_remote_code=None, **options
+            )
+    except Exception as error:  # whatever it meets in the file
+        raise CheckpointError(
+            f"{files.folder}: its generation_config.json cannot be read "
+            f"({described(error, whole=True)}); mend it, or remove it."
+        ) from error
 
 
 def _check_loaded(files: CheckpointFiles, model: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -114,6 +114,9 @@ def write_shard(path: Path, parts: Mapping[str, Part], told: Told) -> str:
         path: Where to.
         parts: Its tensors.
         told: Called after every piece.
+
+    Raises:
+        OSError: Something of it cannot be written, or is lost.
     """
     ordered = dict(
         sorted(parts.items(), key=lambda item: (ORDER.index(NAMES[item[1].dtype]), item[0]))
@@ -137,8 +140,12 @@ def write_shard(path: Path, parts: Mapping[str, Part], told: Told) -> str:
             hashed = pending
             unflushed += len(piece)
             if unflushed >= FLUSHED and (flushed is None or flushed.done()):
+                if flushed is not None:
+                    flushed.result()  # the system tells of a lost write only once
                 flushed, unflushed = flushing.submit(os.fsync, file.fileno()), 0
             told(len(piece))
+        if flushed is not None:
+            flushed.result()
     return digest.hexdigest()
 
 

@@ -96,6 +96,18 @@ def test_the_result_is_run_beside_the_original(run, planned, monkeypatch):
         checked.compare_outputs(planned, Path("out"), axes, fewer, None, dtype="auto")
 
 
+def test_an_interrupted_check_says_that_the_checkpoint_is_written(run, planned, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checked, "compare_outputs", interrupted)
+    options = ("--output", "out", "--no-report", "--check")
+    code, _, err = run("apply", "plan.json", "bert", *options)
+    assert code == 130
+    assert "interrupted; out is complete, and was not checked." in err
+    assert Path("out/gradnas.json").is_file()
+
+
 def test_several_files_and_a_target_that_exists(run, planned):
     options = ("apply", "plan.json", "bert", "--output", "out", "--no-report")
     assert run(*options, "--max-shard-size", "10KB")[0] == 0

@@ -11,7 +11,12 @@ from itertools import pairwise
 import pytest
 import torch
 import zoo
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas.costs import measured
@@ -254,6 +259,24 @@ def test_decode_times_one_token_after_the_others():
     assert {tuple(shape) for shape in seen} == {(3, 7), (3, 1)}
     assert (table.phase, table.batch_size, table.length) == ("decode", 3, 7)
     assert table.rest_ms == pytest.approx(REST)
+
+
+@pytest.mark.parametrize("what", ["window", "states"])
+def test_decode_puts_back_caches_that_forget(what):
+    model, inputs = zoo.build("gemma2")  # its window has 6 tokens
+    if what == "states":
+        sizes = {"vocab_size": zoo.VOCAB, "hidden_size": 64, "intermediate_size": 96}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        config = Lfm2Config(**sizes, layer_types=["conv", "full_attention"])
+        model = Lfm2ForCausalLM(config).double().eval()
+    given = {"input_ids": inputs["input_ids"][:1, :7]}
+    seen = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    (took,) = measured.in_turn([model], given, phase="decode", seconds=0)
+    hook.remove()
+    assert seen == [7, *[1] * (len(seen) - 1)]
+    assert took > 0
 
 
 # --- files ----------------------------------------------------------------------------------------

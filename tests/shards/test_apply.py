@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,9 @@ import torch
 import transformers as tf
 import zoo
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from hf_gradnas import GradNASPruner
+from hf_gradnas import GradNASPruner, _files
 from hf_gradnas._files import lock_folder
 from hf_gradnas.checkpoint.fingerprints import fingerprints_of
 from hf_gradnas.checkpoint.prunable import trial_plan
@@ -196,6 +197,49 @@ def test_the_disk_begins_while_the_next_rows_are_made(llama, monkeypatch):
     assert len({*made}) > 3
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("fails_at", ["while writing", "at the end"])
+def test_a_file_that_the_disk_lost_is_not_complete(llama, monkeypatch, fails_at):
+    files = {"while writing": writing.os, "at the end": _files.os}
+    real, calls = os.fsync, []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) == 1:  # the system says it once
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    monkeypatch.setattr(writing, "FLUSHED", 1 if fails_at == "while writing" else 1 << 40)
+    monkeypatch.setattr(files[fails_at], "fsync", fsync)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*No space left"):
+        cut(llama)
+    assert not llama[2].exists()
+
+
+def test_of_a_tensor_in_two_files_the_one_that_loading_takes_is_cut(llama):
+    source, name = llama[0], "model.norm.weight"
+    index = json.loads((source / "model.safetensors.index.json").read_text("utf-8"))
+    first, *_, last = sorted({*index["weight_map"].values()})
+    norm = llama[3].model.model.norm.weight.detach()
+    for file, value in ((first, 2.0), (last, 3.0)):
+        held = load_file(source / file)
+        held[name] = torch.full_like(norm, value)
+        save_file(held, source / file, {"format": "pt"})
+    placed = index["weight_map"]
+    turned = dict(sorted(placed.items(), key=lambda item: item[1], reverse=True))
+    index["weight_map"] = {**turned, name: last}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    upstream = tf.LlamaForCausalLM.from_pretrained(source).model.norm.weight
+    plan = replace(llama[1], basis=Basis.of([llama[3].prunable], {}))
+    found = tensors_of(apply_to_checkpoint(plan, source, llama[2], report=False))[name]
+    assert torch.equal(found, upstream.detach())
+
+
+def test_a_generation_config_that_cannot_be_read_is_said(llama):
+    (llama[0] / "generation_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"its generation_config\.json cannot be read"):
+        cut(llama)
 
 
 def test_a_run_that_breaks_off_goes_on_with_the_next_file(llama, monkeypatch):
