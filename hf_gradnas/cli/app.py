@@ -367,7 +367,9 @@ app.command("inspect", epilog=EXIT_CODES.format(one="nothing in it can be pruned
 app.command("sweep", epilog=EXIT_CODES.format(one="the model of --save could not be saved"))(
     with_options(sweep_command, _SWEPT, {}, Sweep.model_fields)
 )
-app.command("apply", epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.")(apply_command)
+app.command(
+    "apply", epilog="Exit codes: 0 done, 1 the check failed, 2 bad input, 130 interrupted."
+)(apply_command)
 app.command("verify", epilog=EXIT_CODES.format(one="verification failed"))(verify_command)
 app.command("push", epilog=EXIT_CODES.format(one="the upload failed"))(push_command)
 

@@ -11,7 +11,7 @@ from ..config.recipe_files import build_recipe
 from ..errors import CheckpointError, GradNASError, PlanError
 from ..jobs.early import local_path, model_folder
 from ..types import Kind
-from . import BAD_INPUT, DONE, INTERRUPTED
+from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def apply_from_arguments(
         **options: Further arguments of `shards.apply_to_checkpoint`.
 
     Returns:
-        0 done, 2 bad input, 130 interrupted.
+        0 done, 1 the check failed, 2 bad input, 130 interrupted.
     """
-    screen = Screen()
+    screen, failed = Screen(), BAD_INPUT
     left = (
         f"{output} is as it was, and the same command goes on with the first file that is not "
         "complete"
@@ -50,7 +50,7 @@ def apply_from_arguments(
     try:
         with quiet_libraries(screen):
             compare = _apply(screen, plan, checkpoint, output, scores, repair, options, check=check)
-            left = f"{output} is complete, and was not checked"
+            left, failed = f"{output} is complete, and was not checked", FAILED
             if check:
                 with screen.progress("Checking"):
                     found = compare()
@@ -60,7 +60,7 @@ def apply_from_arguments(
         return INTERRUPTED
     except GradNASError as error:
         screen.error(str(error))
-        return BAD_INPUT
+        return failed
     return DONE
 
 

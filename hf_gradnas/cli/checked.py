@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checkpoint.apply import difference, outputs_of
+from ..checkpoint.apply import compared, outputs_of
 from ..config.recipe import Recipe
 from ..config.recipe_files import build_recipe
 from ..data.loading import Source, load_model, open_source
 from ..data.random_batch import random_batch
-from ..errors import CheckpointError
+from ..errors import CheckpointError, GradNASError, described
 from ..masks import masked
 from ..repair.repairs import repaired
 from ..running.offloading import is_offloaded
@@ -57,9 +57,36 @@ def compare_outputs(
         What was found, as a sentence.
 
     Raises:
-        CheckpointError: Outputs differ by more than rounding.
+        CheckpointError: Outputs differ by more than rounding, or one of the two does not run.
         RecipeError: One of them cannot be loaded.
     """
+    try:
+        found, wanted, is_large = _outputs(original, written, axes, plan, repair, dtype)
+    except GradNASError:
+        raise
+    except Exception as error:  # the model's own code, a full disk, too little memory
+        raise CheckpointError(
+            f"{written}: is complete, but cannot be run beside the original ({described(error)}); "
+            "hf-gradnas verify compares its files, and loads it."
+        ) from error
+    apart, wrong = compared(found, wanted)
+    if wrong:
+        raise CheckpointError(
+            f"{written}: it {wrong}; do not use it. Report the model's class and config."
+        )
+    how = ", layer by layer, as there is no room for all weights" if is_large else ""
+    return f"Checked{how}: it puts out what the original does, masked (at most {apart:.1g} apart)."
+
+
+def _outputs(
+    original: Path,
+    written: Path,
+    axes: Sequence[Axis],
+    plan: Plan,
+    repair: Repair | None,
+    dtype: str,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], bool]:
+    """Outputs of the cut model, those of the original, and whether that was too large to load."""
     with tempfile.TemporaryDirectory(prefix="hf_gradnas-") as scratch:
         source, model = _opened(original, dtype, scratch)
         batch = random_batch(source, model, max_length=TOKENS)
@@ -70,10 +97,7 @@ def compare_outputs(
             wanted = outputs_of(model, ((), batch))
         del model
         _, model = _opened(written, dtype, scratch)
-        found = outputs_of(model, ((), batch))
-    apart = _largest(written, found, wanted)
-    how = ", layer by layer, as there is no room for all weights" if is_large else ""
-    return f"Checked{how}: it puts out what the original does, masked (at most {apart:.1g} apart)."
+        return outputs_of(model, ((), batch)), wanted, is_large
 
 
 def _opened(folder: Path, dtype: str, scratch: str) -> tuple[Source, PreTrainedModel]:
@@ -88,25 +112,3 @@ def _opened(folder: Path, dtype: str, scratch: str) -> tuple[Source, PreTrainedM
     recipe: Recipe = build_recipe(options)
     source = open_source(recipe, str(folder), needs_processor=False)
     return source, load_model(recipe, source, str(folder))[0]
-
-
-def _largest(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Largest difference of two models' outputs, relative to the largest value.
-
-    Raises:
-        CheckpointError: It is more than rounding, or outputs have other shapes.
-    """
-    largest = 0.0
-    for name in dict.fromkeys([*wanted, *found]):
-        if name not in found or name not in wanted or found[name].shape != wanted[name].shape:
-            apart, limit = float("nan"), 0.0
-        else:
-            apart, limit = difference(found[name], wanted[name])
-        if not apart <= limit:  # catches nan too
-            raise CheckpointError(
-                f"{folder}: its {name or 'output'} differs by {apart:.2g} from the original's, "
-                f"masked (at most {limit:g} is accepted); do not use it. Report the model's class "
-                "and config."
-            )
-        largest = max(largest, apart)
-    return largest

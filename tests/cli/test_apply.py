@@ -92,7 +92,10 @@ def test_the_result_is_run_beside_the_original(run, planned, monkeypatch):
     name = next(name for name, units in plan.kept.items() if len(units) > 1)
     fewer = replace(plan, kept={**plan.kept, name: plan.kept[name][1:]})
     axes = plan.basis.prunables[plan.layout].axes
-    with pytest.raises(CheckpointError, match=r"differs by .* from the original's, masked"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"it puts out a logits that differs by .* from the masked model's .*; do not use",
+    ):
         checked.compare_outputs(planned, Path("out"), axes, fewer, None, dtype="auto")
 
 
@@ -106,6 +109,23 @@ def test_an_interrupted_check_says_that_the_checkpoint_is_written(run, planned, 
     assert code == 130
     assert "interrupted; out is complete, and was not checked." in err
     assert Path("out/gradnas.json").is_file()
+
+
+def test_a_check_that_fails_has_its_own_code_and_leaves_the_result(run, planned, monkeypatch):
+    def broken(model, call):
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(checked, "outputs_of", broken)
+    code, _, err = run("apply", "plan.json", "bert", "--output", "out", "--no-report", "--check")
+    assert code == 1
+    assert "out: is complete, but cannot be run beside the original (RuntimeError: no ker" in err
+    changes = iter([torch.zeros(3), torch.ones(3)])
+    monkeypatch.setattr(checked, "outputs_of", lambda model, call: {"logits": next(changes)})
+    options = ("apply", "plan.json", "bert", "--output", "out", "--no-report", "--check")
+    code, _, err = run(*options, "--overwrite")
+    assert code == 1
+    assert "it puts out a logits that differs by" in err
+    assert Path("out/model.safetensors").is_file()
 
 
 def test_several_files_and_a_target_that_exists(run, planned):
