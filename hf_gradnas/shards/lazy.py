@@ -20,7 +20,6 @@ from .parts import (
     Computed,
     Flat,
     Joined,
-    Lost,
     Part,
     Taken,
     TakenEach,
@@ -30,6 +29,7 @@ from .parts import (
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
 
 
 class LazyTensor(Tensor):
@@ -53,12 +53,18 @@ class LazyTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is Tensor.numpy:
-            return args[0].part.whole().numpy()
+            found = args[0].part.whole().numpy()
+            found.flags.writeable = False  # nobody would see it
+            return found
+        if func is Tensor.__dlpack__:
+            raise _refused("__dlpack__")
         # Below this, its index is as large as the tensor.
         if func in (Tensor.take_along_dim, torch.take_along_dim):
             found = _take_along_dim(*_parts(args), **_parts(kwargs or {}))
             if found is not None:
                 return LazyTensor(found)
+        if func == SET_DATA:
+            return _pointed(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -101,7 +107,7 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         CutError: The operation writes into its arguments.
     """
     if func._schema.is_mutable:
-        return _overwritten(func, args[0])
+        return _overwritten(func, args, kwargs)
     given = _parts(args), _parts(kwargs)
     try:
         shown = func(*_on_meta(args), **_on_meta(kwargs))
@@ -120,12 +126,35 @@ def _is_fresh(func: Any) -> bool:
     return all(each.alias_info is None for each in func._schema.returns)
 
 
-def _overwritten(func: Any, x: Any) -> Any:
-    """A result of an operation may be written into as long as nobody saves it."""
-    if isinstance(x, LazyTensor) and isinstance(x.part, Computed) and x.part.is_fresh:
-        x.part = Lost(x.part, str(func))
-        return x
-    raise CutError(
+def _overwritten(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Note that an operation writes into the results of others.
+
+    They may be written into as long as nobody saves them, nor what is made of them: the part
+    itself is marked, since other names of the same tensor (``x.detach()``, ``x.data``) hold it too.
+    """
+    given = {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
+    given |= kwargs
+    infos = {each.name: each.alias_info for each in func._schema.arguments}
+    written = [x for name, x in given.items() if infos[name] is not None and infos[name].is_write]
+    for x in written:
+        if not (isinstance(x, LazyTensor) and isinstance(x.part, Computed) and x.part.is_fresh):
+            raise _refused(func)
+    for x in written:
+        x.part.written_by = str(func)
+    return written[0]
+
+
+def _pointed(x: Tensor, other: Any) -> None:
+    """``x.data = other``: its numbers are those of the other from now on."""
+    if not (isinstance(x, LazyTensor) and isinstance(other, LazyTensor)):
+        raise _refused("data")
+    with torch._C.DisableTorchFunctionSubclass():
+        SET_DATA(x, other)
+    x.part = other.part
+
+
+def _refused(func: Any) -> CutError:
+    return CutError(
         f"{func}: would write into a tensor that is only read from the checkpoint's files, so "
         "that the model cannot be cut from them; load it, and cut it in memory (prune)."
     )
@@ -171,7 +200,7 @@ def _range(x: Part, dim: int, start: int, stop: int, step: int = 1) -> Part:
 
 
 def _index_select(x: Any, dim: int, index: Any) -> Part | None:
-    return None if isinstance(index, Part) else Taken(x, _dim(x, dim), index.long())
+    return None if isinstance(index, Part) else Taken(x, _dim(x, dim), index.long().clone())
 
 
 def _slice(
@@ -260,7 +289,8 @@ def _take_along_dim(x: Any, index: Any, dim: int | None = None) -> Part | None:
     sizes = [size for place, size in enumerate(index.shape) if place not in (0, dim)]
     if dim == 0 or index.ndim != len(x.shape) or {*sizes, 1} != {1}:
         return None
-    return TakenEach(x, dim, index.reshape(index.shape[0], -1).expand(x.shape[0], -1))
+    rows = index.reshape(index.shape[0], -1).clone()  # may be written into later
+    return TakenEach(x, dim, rows.expand(x.shape[0], -1))
 
 
 RULES: dict[Any, Callable[..., Part | list[Part] | None]] = {

@@ -264,6 +264,9 @@ class Computed(Part):
         like: What shows shape and type of its result.
         which: Which of its results this is; None: it has one.
         is_fresh: Whether it is no view of its arguments.
+
+    Attributes:
+        written_by: What wrote into the result, under any name, so that nobody knows its numbers.
     """
 
     def __init__(
@@ -278,25 +281,33 @@ class Computed(Part):
     ) -> None:
         super().__init__(tuple(like.shape), like.dtype, is_streamed=False)
         self.is_fresh = is_fresh
+        self.written_by = ""
         self._run, self._args, self._kwargs, self._which = run, args, kwargs, which
+        self._versions = [(x, x._version) for x in _tensors((args, kwargs))]
 
     def _read(self, rows: Sequence[Rows]) -> Tensor:
+        if self.written_by:
+            raise _unknown(f"{self.written_by}: wrote into a tensor")
+        if any(x._version != version for x, version in self._versions):
+            raise _unknown(f"{self._run}: has an argument that was written into later, of a result")
         found = self._run(*_numbers(self._args), **_numbers(self._kwargs))
         return picked(found if self._which is None else found[self._which], rows)
 
 
-class Lost(Part):
-    """What was written into, so that nobody knows its numbers; it must not be saved."""
+def _unknown(what: str) -> CutError:
+    return CutError(
+        f"{what} that is computed from the checkpoint's files, so that the model cannot be cut "
+        "from them; load it, and cut it in memory (prune)."
+    )
 
-    def __init__(self, base: Part, by: str) -> None:
-        super().__init__(base.shape, base.dtype, is_streamed=False)
-        self.by = by
 
-    def _read(self, rows: Sequence[Rows]) -> Tensor:
-        raise CutError(
-            f"{self.by}: wrote into a tensor that is computed from the checkpoint's files, so that "
-            "the model cannot be cut from them; load it, and cut it in memory (prune)."
-        )
+def _tensors(value: Any) -> list[Tensor]:
+    """Tensors among arguments whose numbers are there, and that count how often they change."""
+    if isinstance(value, Tensor):
+        return [] if value.is_inference() else [value]
+    inner = value.values() if isinstance(value, Mapping) else value
+    is_nest = isinstance(value, Mapping | list | tuple)
+    return [tensor for each in inner for tensor in _tensors(each)] if is_nest else []
 
 
 def _numbers(value: Any) -> Any:

@@ -142,6 +142,87 @@ def test_what_is_written_into_a_result_must_not_be_read():
         result.part.whole()
 
 
+# -- what is written under another name -----------------------------------------------------------
+
+ALIASES = {
+    "itself": lambda x: x,
+    "detached": lambda x: x.detach(),
+    "data": lambda x: x.data,
+    "parameter": lambda x: nn.Parameter(x).data,
+    "a view of another shape": lambda x: x.view(-1),
+    "a slice": lambda x: x[1],
+    "expanded": lambda x: x.expand(2, *x.shape),
+}
+
+
+@pytest.mark.parametrize("case", ALIASES)
+def test_a_result_that_is_written_into_under_another_name_is_not_read(case):
+    result = lazy(VALUES) * 2
+    refused = ALIASES[case](result)
+    try:
+        refused.mul_(3)
+    except CutError:  # a view: refused at once, and nothing is changed
+        assert torch.equal(result.part.whole(), VALUES * 2)
+        assert case not in ("itself", "detached", "data", "parameter")
+    else:
+        with pytest.raises(CutError, match=r"mul_.* wrote into a tensor .* cut it in memory"):
+            result.part.whole()
+
+
+@pytest.mark.parametrize("case", ALIASES)
+def test_another_name_of_what_is_written_into_is_not_read(case):
+    result = lazy(VALUES) * 2
+    alias = ALIASES[case](result)
+    result.mul_(3)
+    with pytest.raises(CutError, match=r"mul_.* wrote into a tensor"):
+        alias.part.whole()
+
+
+def test_a_result_that_is_written_as_out_is_the_one_that_is_not_read():
+    source, result = lazy(VALUES) * 2, lazy(VALUES) * 3
+    assert torch.mul(source, 5, out=result) is result
+    assert torch.equal(source.part.whole(), VALUES * 2)
+    with pytest.raises(CutError, match=r"mul.out: wrote into a tensor"):
+        result.part.whole()
+    with pytest.raises(CutError, match=r"mul.out: would write into"):
+        torch.mul(source, 5, out=lazy(VALUES))
+
+
+def test_arguments_that_change_before_the_result_is_read_are_noticed():
+    scale, rows = torch.ones(8, dtype=torch.float64), torch.tensor([0, 1])
+    result, chosen = lazy(VALUES) * scale, lazy(VALUES).index_select(1, rows)
+    each = EACH[..., None].clone()
+    taken = lazy(VALUES).take_along_dim(each, 1)
+    for changed in (scale, rows, each):
+        changed.zero_()
+    assert torch.equal(chosen.part.whole(), VALUES[:, :2])
+    assert torch.equal(taken.part.whole(), VALUES.take_along_dim(EACH[..., None], 1))
+    with pytest.raises(CutError, match=r"mul.* has an argument that was written into later"):
+        result.part.whole()
+
+
+def test_data_that_is_set_is_what_is_read():
+    parameter = nn.Parameter(lazy(VALUES))
+    parameter.data = (parameter.data * 2)[1:3]
+    assert parameter.shape == (2, 6, 8)
+    assert torch.equal(parameter.part.whole(), VALUES[1:3] * 2)
+    layer = nn.Linear(8, 6, bias=False, dtype=torch.float64)
+    layer.weight = nn.Parameter(lazy(VALUES[0]))
+    assert torch.equal(layer.half().weight.part.whole(), VALUES[0].half())
+    with pytest.raises(CutError, match=r"data: would write into"):
+        parameter.data = VALUES
+    assert torch.equal(parameter.part.whole(), VALUES[1:3] * 2)
+
+
+def test_arrays_and_other_libraries_cannot_write():
+    before = VALUES.clone()
+    with pytest.raises(ValueError, match="read-only"):
+        lazy(VALUES).numpy()[0] = 1
+    with pytest.raises(CutError, match="__dlpack__"):
+        torch.from_dlpack(lazy(VALUES))
+    assert torch.equal(VALUES, before)
+
+
 def test_modules_hold_them_as_parameters():
     layer = nn.Linear(8, 6, bias=False, dtype=torch.float64)
     layer.weight = nn.Parameter(lazy(VALUES[0]))
