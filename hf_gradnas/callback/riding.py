@@ -28,6 +28,7 @@ from transformers.utils import find_labels
 
 from ..batches.batch import Batch, check_batch, to_device
 from ..errors import DataError, PlanError, ScoresError
+from ..running.precision import widest
 from ..scores.gradients import GradientRecorder
 from ..scores.methods import ROW_METHODS, sums_of, terms_of
 from ..scores.normaliser import TOKEN_COUNTS, count_labels, find_normaliser, loss_of, own_loss
@@ -274,9 +275,8 @@ class TrainingScores:
 
     def _empty(self) -> Sums:
         like = next(p for p in self.model.parameters() if p.is_floating_point())
-        wide = torch.float32 if like.device.type == "mps" else torch.float64
         size = sums_of(self.method, sum(axis.size for axis in self.axes))
-        zeros = partial(torch.zeros, dtype=wide, device=like.device)
+        zeros = partial(torch.zeros, dtype=widest(like.device), device=like.device)
         return Sums(zeros(size), zeros(()), zeros(()), zeros(()))
 
     # -- hooks -------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..errors import DataError, GradNASError, GradNASWarning, ScoresError, described
+from ..running.processes import Processes
 from ..running.states import evaluating, frozen
 from ..scores.fingerprints import axes_fingerprint, model_fingerprint
 from ..types import Scores
@@ -117,11 +117,12 @@ def measure_scores(
     return _joined(scores, done, average=work.average)
 
 
-def _joined(scores: Mapping[str, Tensor], done: int, *, average: bool) -> dict[str, np.ndarray]:
+def _joined(scores: Mapping[str, np.ndarray], done: int, *, average: bool) -> dict[str, np.ndarray]:
     """Scores of all processes of a distributed run together."""
-    total = int(_sum_over_processes(torch.tensor([done])).item())
-    found = {name: _sum_over_processes(score) for name, score in scores.items()}
-    if not any(bool(score.any()) for score in found.values()):
+    processes = Processes(PartialState())
+    total = int(processes.gather([done]).sum())
+    found = {name: processes.sum(score) for name, score in scores.items()}
+    if not any(score.any() for score in found.values()):
         warnings.warn(
             f"All scores are zero after {total} batches: the loss depends on no hparam, so that "
             "every choice looks alike; check that loss_func uses the output, and that labels are "
@@ -129,7 +130,7 @@ def _joined(scores: Mapping[str, Tensor], done: int, *, average: bool) -> dict[s
             GradNASWarning,
             stacklevel=3,
         )
-    return {n: (s / total if average else s).cpu().numpy() for n, s in found.items()}
+    return {name: score / total if average else score for name, score in found.items()}
 
 
 def _attach(
@@ -189,7 +190,7 @@ def _backward(model: nn.Module, work: Pass, batch: Any, *, index: int) -> None:
     loss.backward()
 
 
-def _score(manager: GradientDataManager, hparam: Hparam) -> Tensor:
+def _score(manager: GradientDataManager, hparam: Hparam) -> np.ndarray:
     score = manager.score.detach()
     if score.shape != (hparam.axis.size,):
         raise ScoresError(
@@ -201,22 +202,13 @@ def _score(manager: GradientDataManager, hparam: Hparam) -> Tensor:
             f"{hparam.name}: {int((~score.isfinite()).sum())} of {hparam.axis.size} scores are not "
             "finite though the loss is; load the model in float32 or bfloat16."
         )
-    return score.double() if score.device.type != "mps" else score.cpu().double()
-
-
-def _sum_over_processes(values: Tensor) -> Tensor:
-    """Sum over the processes of a distributed run; the values themselves in a single one."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return values
-    summed: Tensor = reduce(values.to(state.device), "sum")
-    return summed
+    found: np.ndarray = score.cpu().double().numpy()
+    return found
 
 
 def seen_by_all(found: bool) -> bool:
     """Whether every process of a distributed run found something; in a single one, `found`."""
-    missing = _sum_over_processes(torch.tensor([0 if found else 1]))
-    return int(missing.item()) == 0
+    return bool(Processes(PartialState()).gather([found]).all())
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from transformers.utils import find_labels
 from .._compat import configs_of
 from ..batches.batch import Batch, check_batch, run_model
 from ..batches.steps import HeldOut
+from ..running.precision import wide
 from ..running.processes import Processes
 from ..running.states import evaluating
 from ..running.wrappers import called_plainly, uncompiled, without_autocast
@@ -36,7 +37,6 @@ from ..scores.losses import (
     inputs_to_sample,
     predict,
 )
-from ..scores.rows import wide
 from ..types import Plan
 
 # From logits of student and teacher (positions, values) and the temperature to (positions,).

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..batches.batch import Batch, read_batches, to_device
 from ..errors import DataError, StructureError
+from ..running.precision import widest
 from ..running.states import evaluating, frozen
 from ..scores.losses import predict
 from ..scores.normaliser import IGNORED, TOKEN_COUNTS, count_labels, find_normaliser
@@ -84,13 +85,11 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **options: Any) -> Any:
         """Batches of one optimizer step; what the terms are means over is counted on the way."""
         samples, items = super().get_batch_samples(epoch_iterator, *args, **options)
-        counts = torch.zeros(len(UNITS), dtype=torch.float64)
-        for columns in samples:
-            found = self._count(self._read(columns))
-            counts += torch.tensor([found.get(unit, 0) for unit in UNITS], dtype=torch.float64)
-        if self.args.device.type == "mps":  # no float64 there
-            counts = counts.float()
-        together = self.accelerator.gather(counts.to(self.args.device)[None]).sum(0)
+        found = [self._count(self._read(columns)) for columns in samples]
+        counts = [float(sum(each.get(unit, 0) for each in found)) for unit in UNITS]
+        device = self.args.device
+        own = torch.tensor([counts], dtype=widest(device), device=device)
+        together = self.accelerator.gather(own).sum(0)
         self._totals = dict(zip(UNITS, together.clamp_min(1), strict=True))
         return samples, items
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from ..batches.batch import Batch, run_model
 from ..batches.steps import read_steps
 from ..errors import RepairError
+from ..running.precision import wide
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
-from ..scores.rows import wide
 from .closeness import at_least_float32, prediction_of
 from .paused import Conductor, Forward
 from .readers import Feed, Gate, Reader

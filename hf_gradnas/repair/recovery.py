@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import DataError, RecipeError, StructureError
+from ..running.precision import widest
 from ..running.wrappers import unwrapped
 from ..types import is_integer
 from .distillation import DistillationTrainer
@@ -137,8 +138,7 @@ def _train(run: DistillationTrainer, progress: Progress | None, *, is_silent: bo
 def _mean_over_processes(run: DistillationTrainer, loss: float) -> float:
     """What the Trainer reports is this process's own mean."""
     device = run.args.device
-    number = torch.float32 if device.type == "mps" else torch.float64  # no float64 there
-    own = torch.tensor(loss, dtype=number, device=device)
+    own = torch.tensor(loss, dtype=widest(device), device=device)
     return float(run.accelerator.reduce(own, reduction="mean"))
 
 

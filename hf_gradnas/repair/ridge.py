@@ -20,6 +20,7 @@ import torch
 from scipy.linalg import blas, lapack
 from torch import Tensor
 
+from ..running.precision import has_float64
 from ..running.processes import Processes
 from .pieces import Rows, some_outputs, squares
 
@@ -30,7 +31,7 @@ _SYRK = {torch.float32: blas.ssyrk, torch.float64: blas.dsyrk}
 
 def empty_gram(columns: int, like: Tensor) -> Tensor:
     """Zeros for `add_gram`, on the device of a weight, or on the CPU where that has no float64."""
-    where = torch.device("cpu") if like.device.type == "mps" else like.device
+    where = like.device if has_float64(like.device) else torch.device("cpu")
     return torch.zeros(columns, columns, dtype=torch.float64, device=where)
 
 

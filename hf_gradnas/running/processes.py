@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object, reduce
+from torch import distributed
 
 from .. import errors
 from ..errors import GradNASError, ScoresError
+from .precision import has_float64
 
 T = TypeVar("T")
 
@@ -64,8 +67,14 @@ class Processes:
         """Numbers of every process, float64 ``(processes, numbers)``."""
         if self.accelerator is None or self.count == 1:
             return np.array([numbers], dtype=np.float64)
-        own = torch.tensor([numbers], dtype=torch.float64, device=self.accelerator.device)
-        found: np.ndarray = gather(own).cpu().numpy()
+        own = torch.tensor([numbers], dtype=torch.float64)
+        if self._group is not None:
+            each = [torch.empty_like(own) for _ in range(self.count)]
+            distributed.all_gather(each, own, group=self._group)
+            return torch.cat(each).numpy()
+        if not has_float64(self.accelerator.device):
+            return np.concatenate(self.gather_objects(own.numpy()))
+        found: np.ndarray = gather(own.to(self.accelerator.device)).cpu().numpy()
         return found
 
     def gather_objects(self, item: T) -> list[T]:
@@ -79,9 +88,24 @@ class Processes:
         """Sum over processes of a float64 array, the same bits on each of them."""
         if self.accelerator is None or self.count == 1:
             return values
+        if self._group is not None:
+            own = torch.from_numpy(values).clone()
+            distributed.all_reduce(own, group=self._group)
+            distributed.broadcast(own, src=0, group=self._group)
+            return own.numpy()
+        if not has_float64(self.accelerator.device):
+            return np.sum(self.gather_objects(values), axis=0)
         own = torch.from_numpy(values).to(self.accelerator.device)
         total: np.ndarray = broadcast(reduce(own, "sum")).cpu().numpy()
         return total
+
+    @property
+    def _group(self) -> Any:
+        """The processes' group on their CPUs; None: they have none, as on TPUs.
+
+        What the host has and needs does not wait there for what the device is to compute.
+        """
+        return _group_of_hosts(self.count)
 
     @contextmanager
     def joint(self) -> Iterator[None]:
@@ -150,3 +174,20 @@ class Processes:
             return item
         result: T = broadcast_object_list([item], from_process=index)[0]
         return result
+
+
+_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by the group of all processes
+
+
+def _group_of_hosts(count: int) -> Any:
+    """All processes' group for tensors on the CPU, made once; all have to ask together."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    whole = distributed.group.WORLD
+    if distributed.get_world_size() != count or not distributed.is_gloo_available():
+        return None
+    if "cpu" in distributed.get_backend_config(whole):
+        return whole
+    if whole not in _groups:
+        _groups[whole] = distributed.new_group(backend="gloo")
+    return _groups[whole]

@@ -27,11 +27,12 @@ from ..routing import (
     with_weights,
 )
 from ..running.hooks import add_hook, add_pre_hook, stream_in, stream_out
+from ..running.precision import wide, widest
 from ..stacks import WatchProducts
 from ..tokens import Following
 from ..types import Axis
 from .products import Product, has_saving_hooks, keeps_input, multiply, watched
-from .rows import Positions, added, wide
+from .rows import Positions, added
 from .sites import KeptOutput, Site, check_examples, sites_of
 from .sums import ProductBuffer
 
@@ -134,10 +135,11 @@ class GradientRecorder:
                 part = site.sums_of(tap, axis.size, sums)
                 earlier = found.get(axis.name)
                 found[axis.name] = part if earlier is None else added(earlier.clone(), part)
+        place = next((x.device for x in found.values()), torch.device("cpu"))
         for axis in self._axes:
             if axis.name not in found:
                 size = (self._num_examples, 1, axis.size)
-                found[axis.name] = torch.zeros(size, dtype=torch.float64)
+                found[axis.name] = torch.zeros(size, dtype=widest(place), device=place)
         if self._is_folded:
             return {name: wide(rows).sum(1, keepdim=True) for name, rows in found.items()}
         return found

@@ -24,7 +24,7 @@ from ..types import Axis
 from .gradients import GradientRecorder
 from .losses import Objective
 from .methods import GRADIENT_METHODS, ROW_METHODS, sums_of, terms_of
-from .normaliser import SUM
+from .normaliser import COUNTS, SUM, count_labels
 from .rows import positions_of
 
 MAX_ROW_BYTES = 256 * 2**20
@@ -152,15 +152,37 @@ class Measure:
         loss, count, rows = self._rows(batch, first)
         if loss is None or not rows:
             return None
-        values, skipped = self._values(loss, rows, count), 0
+        values, bad = self._values(loss, rows, count), list[int]()
+        is_sum = self.objective.normaliser == SUM
         if self._overflows and np.isfinite(values[0]) and not np.isfinite(values).all():
-            rows, skipped = without_overflow(rows)
+            rows, bad = without_overflow(rows)
+            lost, labels = self._of_examples(batch, first, bad)
+            loss, count = loss - lost, count if is_sum else count - labels
+            if len(bad) == batch.examples or not count:
+                return Part(np.zeros(len(values) - 1), 0, skipped=len(bad))
             values = self._values(loss, rows, count)
-        self._check_finite(values, batch)
-        objective = self.objective
-        labels = batch.examples if objective.normaliser == SUM else count
-        found = float(values[0]) if objective.is_likelihood else math.nan
-        return Part(values[1:], count, labels, found, skipped)
+        self._check_finite(values, batch, is_loss_known=not (bad and self._is_sharded))
+        labels = batch.examples - len(bad) if is_sum else count
+        found = float(values[0]) if self.objective.is_likelihood else math.nan
+        return Part(values[1:], count, labels, found, len(bad))
+
+    @torch.no_grad()
+    def _of_examples(self, batch: Batch, first: int, rows: list[int]) -> tuple[float, int]:
+        """Loss sum and number of labels of some examples, each of which is run alone.
+
+        A sharded model has to run equally often on all processes: there the loss is NaN.
+        """
+        loss, count = 0.0, 0
+        for row in rows:
+            one = Batch(batch.index, batch.select([row]), 1, batch.labels)
+            if self._is_sharded:
+                known = self.objective.normaliser
+                own, labels = math.nan, count_labels(known, one) if known in COUNTS else 0
+            else:
+                found, labels = self.objective(one, first + row)
+                own = 0.0 if found is None else float(found)
+            loss, count = loss + own, count + labels
+        return loss, count
 
     def _values(self, loss: Tensor, rows: Mapping[str, Tensor], count: int) -> np.ndarray:
         """Loss and sums of all methods: the only time per batch that the host waits."""
@@ -205,10 +227,10 @@ class Measure:
             if rows is not None:
                 return loss, count, rows
 
-    def _check_finite(self, values: np.ndarray, batch: Batch) -> None:
-        if np.isfinite(values).all():
+    def _check_finite(self, values: np.ndarray, batch: Batch, *, is_loss_known: bool) -> None:
+        if np.isfinite(values if is_loss_known else values[1:]).all():
             return
-        if not np.isfinite(values[0]):
+        if is_loss_known and not np.isfinite(values[0]):
             raise DataError(
                 f"Batch {batch.index}: the loss is {values[0]}; look for broken inputs or labels "
                 "in it, or load the model in float32 or bfloat16."
@@ -225,8 +247,8 @@ class Measure:
         )
 
 
-def without_overflow(rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """Rows with zeros for the examples that have a gradient that is not finite; their number.
+def without_overflow(rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+    """Rows with zeros for the examples that have a gradient that is not finite; which these are.
 
     Numbers of 16 bits end at 65,504, which the gradient of one example may pass.
 
@@ -235,13 +257,13 @@ def without_overflow(rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int
     """
     found = [~values.isfinite().flatten(1).all(1).cpu() for values in rows.values()]
     if len({len(bad) for bad in found}) > 1:  # rows that are no examples
-        return dict(rows), 0
+        return dict(rows), []
     bad = torch.stack(found).any(0)
     zeroed = {
         name: values.masked_fill(bad.to(values.device).view(-1, 1, 1), 0)
         for name, values in rows.items()
     }
-    return zeroed, int(bad.sum())
+    return zeroed, bad.nonzero().flatten().tolist()
 
 
 class GlobalBatch:

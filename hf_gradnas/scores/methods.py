@@ -40,9 +40,9 @@ import torch
 from torch import Tensor, nn
 
 from ..running.offloading import Weights
+from ..running.precision import wide
 from ..types import Axis
 from ..types.plans import CHOICE_KEYS
-from .rows import wide
 
 PerBatch = Callable[[Tensor, int], Tensor]
 FromWeights = Callable[[nn.Module, Iterable[Axis], int], dict[str, np.ndarray]]

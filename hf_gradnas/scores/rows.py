@@ -205,8 +205,3 @@ def _is_media(name: str, value: Any) -> bool:
         and value.dim() >= _SEQUENCES
         and not is_embeddings
     )
-
-
-def wide(values: Tensor) -> Tensor:
-    """Same values in float64; as they are on MPS, which has none."""
-    return values if values.device.type == "mps" else values.double()

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..running.precision import wide
 from .products import multiply
-from .rows import wide
 
 CACHED = 2**17
 """Entries of a product that one core's cache holds, beside its factors."""

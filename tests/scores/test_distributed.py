@@ -13,11 +13,13 @@ import pytest
 import torch
 import zoo
 from distributed_scores import BUDGET, COUNT, EXAMPLES, SIZE, loader
+from overflows import marked, overflowing
 from ranks import launch
 from repair_by_hand import repair_by_hand
 from score_examples import build, examples_of, in_batches
 
 from hf_gradnas import GradNASPruner
+from hf_gradnas.errors import GradNASWarning
 from hf_gradnas.repair.closeness import divergences
 from hf_gradnas.scores import collect_scores, model_fingerprint
 
@@ -197,6 +199,34 @@ def test_shards_run_where_a_process_has_no_label(two: Found) -> None:
     batches = script.without_labels(in_batches(examples_of("llama", 40), SIZE))
     expected = alone(batches, family="llama", dtype=torch.float32)
     assert_same(two[0]["sharded_without_labels"], expected, rtol=1e-5)
+
+
+def test_examples_that_overflow_are_skipped_and_counted_over_all_processes(two: Found) -> None:
+    first, second = (found["overflowed"] for found in two)
+    assert first["found"] == second["found"]
+    assert (first["told"], second["told"]) == (1, 0)  # the main process warns
+    few, many = first["found"]
+    assert "3 of 24 examples overflow in float16, more than 10%" in many
+    model, axes, _ = build("bert", dtype=torch.float16)
+    batches = in_batches(marked(24, bad=script.OVERFLOWS[0]), 4)
+    also = ("tempered", "gradnas")
+    with overflowing(model), pytest.warns(GradNASWarning, match="2 of 24"):
+        expected = collect_scores(model, axes, batches, also=also)
+    for method in ("fisher", "tempered"):
+        assert_same(few[method], dict(expected.of(method).values), rtol=1e-15)
+    loss = float(few["said"].pop("loss_sum"))
+    assert loss == pytest.approx(float(expected.metadata["loss_sum"]), rel=1e-15)
+    assert few["said"] == {
+        "skipped_examples": "2",
+        "labels_scored": "22",
+        "examples": "24",
+    }
+
+
+def test_what_the_hosts_have_is_summed_by_them(two: Found) -> None:
+    for found in two:
+        numbers, sums = [[0, 2.0**53 - 1], [1, 2.0**53 - 1]], [0.2, 1.0]
+        assert found["by_host"] == {"found": [numbers, sums, numbers, sums], "made": 1}
 
 
 def test_orders_that_differ_between_processes_are_refused(two: Found) -> None:

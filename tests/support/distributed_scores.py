@@ -10,29 +10,35 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import zoo
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from overflows import marked, overflowing
 from repair_by_hand import repair_by_hand
 from score_examples import IGNORED, build, examples_of, in_batches
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from hf_gradnas import GradNASPruner
-from hf_gradnas.errors import CheckpointError, DataError, StructureError
+from hf_gradnas.errors import CheckpointError, DataError, GradNASWarning, StructureError
+from hf_gradnas.running.processes import Processes
 from hf_gradnas.scores import collect_scores
 
 COUNT, SIZE, WIDTH = 101, 8, 16
 TEXT = ("input_ids", "attention_mask")
 BUDGET = {"flops": "60%"}
+OVERFLOWS = ((4, 13), (4, 5, 13))
 
 
 class Stream(IterableDataset):
@@ -328,6 +334,45 @@ def sharded_without_labels(folder: Path) -> Any:
     return lists(collect_scores(model, axes, batches, accelerator=accelerator_of()))
 
 
+def overflowed(folder: Path) -> Any:
+    """Examples of one process that overflow: two of 24, and three, which are too many."""
+    model, axes, _ = build("bert", dtype=torch.float16)
+    accelerator, found = accelerator_of(), []
+    with overflowing(model), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", GradNASWarning)
+        for bad in OVERFLOWS:
+            batches = in_batches(marked(24, bad=bad), 4)
+            try:
+                scores = collect_scores(
+                    model, axes, batches, accelerator=accelerator, also=("tempered", "gradnas")
+                )
+                also = {name: lists(scores.of(name)) for name in ("tempered", "gradnas")}
+                keys = ("skipped_examples", "labels_scored", "loss_sum", "examples")
+                said = {key: scores.metadata[key] for key in keys}
+                found.append({"fisher": lists(scores), **also, "said": said})
+            except DataError as error:
+                found.append(str(error))
+    return {"found": found, "told": len(told)}
+
+
+def by_host(folder: Path) -> Any:
+    """Sums where the processes' own group is of devices alone: another one is made for hosts."""
+    accelerator = accelerator_of()
+    found, nowhere = [], SimpleNamespace(device=torch.device("meta"))
+    made, new_group = [], distributed.new_group
+    with (
+        patch.object(distributed, "get_backend_config", lambda _: "cuda:nccl"),
+        patch.object(distributed, "new_group", lambda **_: made.append(1) or new_group(**_)),
+    ):
+        for _ in range(2):
+            processes = Processes(accelerator)
+            processes.accelerator = nowhere
+            rank = processes.index
+            found.append(processes.gather([rank, 2.0**53 - 1]).tolist())
+            found.append(processes.sum(np.array([0.1, rank])).tolist())
+    return {"found": found, "made": len(made)}
+
+
 def unseeded(folder: Path) -> str:
     """Processes that shuffle in orders of their own."""
     accelerator = accelerator_of()
@@ -433,6 +478,8 @@ CASES: dict[str, Case] = {
         sharded,
         sharded_without_labels,
         unseeded,
+        overflowed,
+        by_host,
     )
 }
 OPTIONAL: dict[str, Case] = {"partitioned": partitioned}
