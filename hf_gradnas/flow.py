@@ -7,15 +7,13 @@ happens is told to a `Report`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .batches.steps import by_length
-from .checkpoint.companions import loader_of
 from .checkpoint.folders import target_of, usable_target
-from .checkpoint.save import loading_snippet
 from .config.defaults import AUTO
 from .config.recipe import QUICKSTART, Recipe
 from .config.recipe_files import shareable, to_yaml
@@ -25,7 +23,7 @@ from .errors import RepairError
 from .hub import check_access, push
 from .jobs.early import check_early, model_folder, repair_file
 from .jobs.latency import set_latency
-from .jobs.measuring import doubts, measure, warn_of_loss
+from .jobs.measuring import doubts, measure
 from .jobs.preparation import (
     Job,
     flops_length_of,
@@ -37,6 +35,7 @@ from .jobs.preparation import (
 )
 from .jobs.quickstart import Training, make_quickstart
 from .jobs.report import Report, push_settings, record
+from .jobs.telling import tell_metrics, tell_outcome, tell_place
 from .repair.closeness import say_tried
 from .repair.repairs import mended, swaps
 from .report import say_repair, say_swap
@@ -136,12 +135,13 @@ class Run:
         plan, repair = self._repair(pruner, plan, loader)
         self.cutting = True
         if self.recipe.dry_run:
-            self._measure_masked(pruner, plan, repair, evaluation, job, before)
+            found = self._measure_masked(pruner, plan, repair, evaluation, job, before)
             output = None
         else:
             # Cut, prove, measure, train if asked for, save, load back.
-            output = self._cut_and_save(pruner, plan, repair, evaluation, job, before)
+            output, found = self._cut_and_save(pruner, plan, repair, evaluation, job, before)
         self.report.line(f"Done in {time.monotonic() - began:.1f} s.")
+        tell_outcome(self.report, pruner, plan, found, output)
         return output
 
     def interruption(self) -> str:
@@ -191,17 +191,15 @@ class Run:
     def _prepare(self, folder: str) -> Job:
         """Config, processor and data opened, every default settled and told."""
         opened = partial(prepare, self.recipe, folder=folder, given=self.given)
-        job = self.processes.main_first(opened)
+        with self.report.progress("Reading the data"):
+            job = self.processes.main_first(opened)
         if self.subset is not None:
             job = self.processes.main_first(partial(with_subset, job, self.subset))
         self.recipe = job.recipe
         pushed = push_settings(self.repository, private=self.private)
         shown = [row for row in job.settings if row[0] not in self.UNREAD]
         self.report.settings([*shown, *pushed])
-        for note in job.notes:
-            self.report.line(f"Note: {note}.")
-        for warning in job.warnings:
-            self.report.warn(warning)
+        self.report.notes_of(job)
         return job
 
     # -- before the cut ---------------------------------------------------------------------------
@@ -211,7 +209,8 @@ class Run:
     ) -> GradNASPruner:
         pruner = make_pruner(model, self.recipe, job, self.processes)
         self._batch, self._length = next(iter(loader)), flops_length_of(job)
-        pruner.discover(self._batch, flops_length=self._length, **more)
+        with self.report.progress("Finding what can be pruned"):
+            pruner.discover(self._batch, flops_length=self._length, **more)
         if job.scores is not None:
             pruner.use_scores(job.scores)
         return pruner
@@ -246,7 +245,8 @@ class Run:
         )
 
     def _plan(self, pruner: GradNASPruner) -> Plan:
-        plan = pruner.plan(self.recipe.target)
+        with self.report.progress("Planning"):
+            plan = pruner.plan(self.recipe.target)
         if self.recipe.score == AUTO:
             self.report.line(say_tried(plan))
         self.report.plan(plan, pruner.structure)
@@ -299,14 +299,17 @@ class Run:
         evaluation: Batches | None,
         job: Job,
         before: Metrics | None,
-    ) -> None:
+    ) -> dict[str, Any]:
         """The end of a dry run: what the plan would leave, measured with masks."""
+        measured: dict[str, Metrics] = {}
         if before is not None:
             with pruner.masked(plan, repair):
                 after = self._evaluate(pruner.model, evaluation, job, "Evaluating the plan")
             if after is not None:
-                self._tell_metrics({"before": before, "after (masked)": after}, job, plan)
+                measured = {"before": before, "after (masked)": after}
+                tell_metrics(self.report, measured, job, plan)
         self.report.line("Dry run: no model was cut or written.")
+        return {"metrics": {name: found.to_dict() for name, found in measured.items()}}
 
     # -- the cut and after ------------------------------------------------------------------------
 
@@ -318,7 +321,8 @@ class Run:
         evaluation: Batches | None,
         job: Job,
         before: Metrics | None,
-    ) -> Path:
+    ) -> tuple[Path, dict[str, Any]]:
+        """The folder of the cut model, and what is kept of it in ``gradnas.json``."""
         timing = Timing(
             self._batch,
             self._length,
@@ -329,10 +333,10 @@ class Run:
         )
         give_back()
         timing.begin(pruner.model)
-        model = pruner.apply(plan, repair)
+        with self.report.progress("Cutting"):
+            model = pruner.apply(plan, repair)
         after = self._evaluate(model, evaluation, job, "Evaluating the pruned model")
-        columns = {"before": before, "after": after}
-        document = record(self.recipe, job, self.given)
+        columns, document = {"before": before, "after": after}, record(self.recipe, job, self.given)
         latency = timing.end(model)
         if latency is not None:
             self.report.latency(latency)
@@ -345,32 +349,33 @@ class Run:
         measured = {name: found for name, found in columns.items() if found is not None}
         if measured:
             document["metrics"] = {name: found.to_dict() for name, found in measured.items()}
-        place = partial(self._place, str(self.recipe.output), model.name_or_path)
-        output = str(self.processes.from_main(place))
-        pruner.save_pretrained(
-            output,
-            job.source.processor,
-            overwrite=self.recipe.overwrite,
-            document=document,
-            files={"recipe.yaml": to_yaml(shareable(self.recipe))},
-            report=self.recipe.report,
-            max_shard_size=self.recipe.max_shard_size,
-        )
+        output = str(self.processes.from_main(partial(self._place, model.name_or_path)))
+        with self.report.progress("Saving and loading back"):
+            pruner.save_pretrained(
+                output,
+                job.source.processor,
+                overwrite=self.recipe.overwrite,
+                document=document,
+                files={"recipe.yaml": to_yaml(shareable(self.recipe))},
+                report=self.recipe.report,
+                max_shard_size=self.recipe.max_shard_size,
+            )
         if measured:
             if self.recipe.model == QUICKSTART:
                 again = self._evaluate_reloaded(output, evaluation, job)
                 if again is not None:
                     measured["reloaded"] = again
-            self._tell_metrics(measured, job, plan)
-        self._tell_place(model, plan, output)
+            tell_metrics(self.report, measured, job, plan)
+        tell_place(self.report, model, plan, output)
         if self.repository is not None:
             with self.report.uploading():
                 pushed = partial(push, output, self.repository, private=self.private or None)
                 self.report.line(f"Pushed: {self.processes.from_main(pushed)}")
-        return Path(output)
+        return Path(output), document
 
-    def _place(self, output: str, source: str) -> Path | str:
+    def _place(self, source: str) -> Path | str:
         """The output folder; one beside it where the output was taken by others in the meantime."""
+        output = str(self.recipe.output)
         found = usable_target(output, overwrite=self.recipe.overwrite, source=source)
         return output if found == target_of(output) else found
 
@@ -380,21 +385,3 @@ class Run:
         source = open_source(self.recipe.model_copy(update={"task": None}), output)
         model, _ = load_model(self.recipe, source, output)
         return self._evaluate(model, evaluation, job, "Evaluating the reloaded model")
-
-    # -- what is told -----------------------------------------------------------------------------
-
-    def _tell_metrics(self, columns: Mapping[str, Metrics], job: Job, plan: Plan) -> None:
-        """Metrics of all states, and a warning where the last one lost much."""
-        self.report.metrics(columns, str(job.evaluation))
-        before, recovered = columns["before"], columns.get("recovered")
-        after = recovered or columns.get("after") or columns["after (masked)"]
-        is_recovered = recovered is not None
-        warn_of_loss(self.report, before, after, plan.budgets, recovered=is_recovered)
-
-    def _tell_place(self, model: PreTrainedModel, plan: Plan, output: str) -> None:
-        """Where the model was saved, and how it is loaded."""
-        self.report.line(f"Saved: {output}")
-        self.report.line("Load it with:")
-        loader = loader_of(Path(output))
-        for line in loading_snippet(model, plan.layout, output, loader).splitlines():
-            self.report.line(f"    {line}")

@@ -28,6 +28,7 @@ from traces import Deprecations, traces_of  # noqa: E402
 from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 
 import hf_gradnas  # noqa: E402 - per-layer loading is installed in every test
+from hf_gradnas.cli import ticking  # noqa: E402
 from hf_gradnas.stock.trials import Shapes, tensor_shapes  # noqa: E402
 
 torch.set_num_threads(1)
@@ -107,6 +108,12 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Print tables as on a terminal in which no cell is folded, wherever the tests run."""
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(autouse=True)
+def no_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say nothing of steps that take long, as any may on a busy machine."""
+    monkeypatch.setattr(ticking, "FIRST_SECONDS", 600.0)
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,9 @@ class Told(Report):
     def metrics(self, columns, measured_on):
         self.names.append("metrics: " + ", ".join(columns))
 
+    def outcome(self, summary, folder):
+        self.names.append(f"outcome: {folder}")
+
 
 def recipe(tmp_path, **more):
     model = save_bert(tmp_path / "bert")
@@ -60,14 +63,21 @@ def test_a_run_tells_its_steps_in_order_and_returns_the_folder(tmp_path, capsys)
     told = Told()
     folder = run(recipe(tmp_path), told)
     assert told.names == [
+        "Reading the data",
         "settings",
+        "Loading the model",
+        "Finding what can be pruned",
         "structure",
         "Evaluating the original",
         "Scoring",
+        "Planning",
         "plan",
         "Repairing",
+        "Cutting",
         "Evaluating the pruned model",
+        "Saving and loading back",
         "metrics: before, after",
+        f"outcome: {folder}",
     ]
     small = AutoModelForSequenceClassification.from_pretrained(folder)
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")

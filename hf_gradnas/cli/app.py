@@ -61,7 +61,8 @@ def prune_command(**options: Any) -> int:
     from .prune import prune_from_options
 
     recipe, settings = options.pop("recipe"), options.pop("settings") or []
-    code = prune_from_options(given_flags(options), settings=settings, file=recipe)
+    flags = {name: bool(options.pop(name)) for name in _PRUNE_FLAGS}
+    code = prune_from_options(given_flags(options), settings=settings, file=recipe, **flags)
     raise typer.Exit(code)
 
 
@@ -146,6 +147,7 @@ def with_recipe_options(command: Callable[..., int]) -> Callable[..., int]:
     for name, field in Recipe.model_fields.items():
         if name not in NOT_FLAGS:
             parameters.append(_field_parameter(name, field))
+    parameters += [_flag_parameter(name, text) for name, text in _PRUNE_FLAGS.items()]
     return _with_parameters(command, parameters)
 
 
@@ -173,10 +175,7 @@ def with_options(
         field = Recipe.model_fields[name]
         metavar = output if name == "output" else ""
         parameters.append(_field_parameter(name, field, description=text, metavar=metavar))
-    for name, text in flags.items():
-        flag = "--" + name.removeprefix("as_").replace("_", "-")
-        panel = "Output" if name in _OUTPUT_FLAGS else "Model"
-        parameters.append(_parameter(name, bool, flag, text, "", panel=panel))
+    parameters += [_flag_parameter(name, text) for name, text in flags.items()]
     return _with_parameters(command, parameters)
 
 
@@ -237,6 +236,13 @@ def _field_parameter(
     )
 
 
+def _flag_parameter(name: str, text: str) -> inspect.Parameter:
+    """A flag without a value; ``as_json`` is ``--json``."""
+    flag = "--" + name.removeprefix("as_").replace("_", "-")
+    panel = "Output" if name in _OUTPUT_FLAGS else "Model"
+    return _parameter(name, bool, flag, text, "", panel=panel)
+
+
 def _choices(annotation: Any) -> tuple[str, ...]:
     """Choices of a Literal, also inside ``X | None``."""
     for part in (annotation, *get_args(annotation)):
@@ -290,6 +296,11 @@ _INSPECT_FLAGS = {
     "no_weights": "Load no weights: the config says enough, in seconds whatever the size.",
     "as_json": JSON,
     "quiet": "Print no warnings and no progress.",
+}
+_PRUNE_FLAGS = {
+    "as_json": "Write one JSON object to standard output, and nothing else: what is left, what it "
+    "is worth, where it is, and all warnings; nothing if it fails.",
+    "quiet": "Print errors and the last line only.",
 }
 _OUTPUT_FLAGS = frozenset(["as_json", "quiet"])
 

@@ -17,8 +17,8 @@ from ..config.recipe_files import build_recipe
 from ..errors import GradNASError, StructureError
 from ..jobs.early import check_inspected, model_folder
 from ..jobs.idle import Known, check_idle
+from ..report.layers import merge_layers
 from ..types import USUAL, Axis, Budget, Prunable
-from .layers import merge_layers
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def inspect_from_options(
                 from .unloaded import inspect_config as inspect
             else:
                 inspect = inspect_recipe
-            found = inspect(recipe, given=frozenset(flags))
+            with screen.progress("Looking at the model"):
+                found = inspect(recipe, given=frozenset(flags))
     except KeyboardInterrupt:
         screen.error("interrupted; nothing was changed.")
         return INTERRUPTED
@@ -273,14 +274,15 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
     """Tables for people."""
     source, prunable, length = found.source, found.prunable, found.flops_length
     screen.line(f"{source.cls.__name__} ({recipe.model}), input: {_input(recipe, found)}.")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for axis in prunable.structure.axes:
         units = [format_amount(found.unit_cost(axis, name)) for name in USUAL]
-        state = "proved, kept by --exclude" if found.is_kept(axis) else "proved"
+        state = "excluded" if found.is_kept(axis) else ""
         kind = str(axis.kind)
-        rows.append((axis.module, kind, state, str(axis.size), str(axis.width), *units))
-    headers = ("module", "axis", "state", "units", "width", *(f"{cost}/unit" for cost in USUAL))
-    screen.table("Axes", headers, merge_layers(rows), right=3 + len(USUAL) - 1)
+        rows.append((axis.module, kind, str(axis.size), str(axis.width), *units, state))
+    headers = ("module", "axis", "units", "width", *USUAL, "")
+    title = "Axes, all proved (width and costs of one unit)"
+    screen.table(title, headers, merge_layers(rows), right=3 + len(USUAL))
     refusals = prunable.structure.refusals
     if refusals:
         rows = merge_layers([(r.module, str(r.kind), r.reason) for r in refusals])
@@ -289,8 +291,8 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
         screen.table("Seen but not pruned", ("module", "kind", "reason"), told)
     whole = Counter(prunable.structure.unpruned.values())
     if whole:
-        rows = [(why, str(number)) for why, number in whole.most_common(_REFUSALS_SHOWN)]
-        screen.table("Not prunable by design", ("why", "parameters"), rows, right=1)
+        counts = [(why, str(number)) for why, number in whole.most_common(_REFUSALS_SHOWN)]
+        screen.table("Not prunable by design", ("why", "parameters"), counts, right=1)
     screen.line(prunable.layout_reason or f"Layout {prunable.layout}, as asked.")
     if "stock" not in found.lowest:
         screen.line(f"Layout stock is not possible: {_first_reason(found)}.")
@@ -300,8 +302,8 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
         reached = (found.lowest.get(layout) for layout in LAYOUTS)
         cells = (_amount(lowest[name], total) if lowest else "-" for lowest in reached)
         table.append((name, format_amount(total), *cells))
-    headers = ("cost", "now", *(f"lowest {layout}" for layout in LAYOUTS))
-    screen.table("Costs and lowest budgets", headers, table, right=1 + len(LAYOUTS))
+    names = ("cost", "now", *(f"lowest {layout}" for layout in LAYOUTS))
+    screen.table("Costs and lowest budgets", names, table, right=1 + len(LAYOUTS))
     for name, cost in prunable.costs.items():
         held = say_lowest(cost, found.lowest[prunable.layout][name], prunable.totals[name])
         if held:

@@ -79,15 +79,10 @@ def _plan(
     from ..planning import make_plans
 
     scores = _read(file)
-    plans = make_plans(
-        scores,
-        list(budgets.values()),
-        score=score,
-        search=recipe.search,
-        layout=recipe.layout,
-        rules=_rules(recipe, scores),
-        latency=_latency(recipe, budgets),
-    )
+    rules, latency = _rules(recipe, scores), _latency(recipe, budgets)
+    more: dict[str, Any] = {"score": score, "search": recipe.search, "layout": recipe.layout}
+    with screen.progress("Planning"):
+        plans = make_plans(scores, list(budgets.values()), rules=rules, latency=latency, **more)
     output = _output(file, recipe, is_folder="" not in budgets)
     basis = plans[0].basis
     if basis is None:  # of no plan that was made here

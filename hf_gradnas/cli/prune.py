@@ -6,6 +6,7 @@ One that is started in the plain way stays alone: no process group is made for i
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,12 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def prune_from_options(
-    flags: Mapping[str, Any], *, settings: Iterable[str] = (), file: str | None = None
+    flags: Mapping[str, Any],
+    *,
+    settings: Iterable[str] = (),
+    file: str | None = None,
+    as_json: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Run the command with the options that were given; errors become a message and a code.
 
@@ -38,6 +44,8 @@ def prune_from_options(
         flags: Options by field name of `Recipe`.
         settings: ``KEY=VALUE`` strings of ``--set``.
         file: Recipe file or name of a shipped recipe.
+        as_json: Write one JSON object to standard output, and nothing else.
+        quiet: Print errors, and the last line.
 
     Returns:
         0 done, 1 pruning or verification failed, 2 bad input, 130 interrupted, 143 terminated.
@@ -53,19 +61,29 @@ def prune_from_options(
 
         return Run
 
-    return run_checked(check, kind)
+    is_said = not (as_json or quiet)
+    screen = Screen(quiet=not is_main(), results=is_said, notes=not quiet, last=not as_json)
+    code = run_checked(check, kind, screen)
+    if as_json and is_main() and screen.told is not None:
+        from .outcome import outcome_json
+
+        sys.stdout.write(outcome_json(*screen.told, screen.warnings))
+    return code
 
 
 def run_checked(
-    check: Callable[[], tuple[Recipe, frozenset[str]]], kind: Callable[[], Callable[..., Run]]
+    check: Callable[[], tuple[Recipe, frozenset[str]]],
+    kind: Callable[[], Callable[..., Run]],
+    screen: Screen | None = None,
 ) -> int:
     """Run all steps on a screen; errors become a message and a code.
 
     Args:
         check: Gives the recipe, checked before torch is imported, and which options were given.
         kind: Imports the run.
+        screen: What is told goes there; None: to the terminal.
     """
-    screen = Screen(quiet=not is_main())
+    screen = screen or Screen(quiet=not is_main())
     run: Run | None = None
     try:
         recipe, given = check()

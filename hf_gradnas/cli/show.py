@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,15 +20,18 @@ from rich.text import Text
 from .._redaction import sayable
 from ..config.limits import format_amount, format_share
 from ..jobs.report import Progress, Report
+from .ticking import plain_progress
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
     from ..jobs.measuring import Metrics
+    from ..report import Summary
     from ..types import Budget, CostModel, Plan, Structure
 
 _PLAIN_WIDTH = 110
 _REFUSALS_SHOWN = 12
+_GAP = 2  # blanks between columns
 
 
 class Screen(Report):
@@ -39,12 +43,22 @@ class Screen(Report):
         quiet: Print nothing: another process does.
         results: Whether tables and lines go to standard output.
         notes: Whether warnings and progress go to standard error; errors always do.
+        last: Whether the last line, what came of it all, goes to standard output.
+
+    Attributes:
+        warnings: Every warning so far, shown or not.
+        told: What came of it all, and the folder; None: it has not ended.
     """
 
-    def __init__(self, *, quiet: bool = False, results: bool = True, notes: bool = True) -> None:
+    def __init__(
+        self, *, quiet: bool = False, results: bool = True, notes: bool = True, last: bool = True
+    ) -> None:
         self.out = _console(stderr=False, quiet=quiet or not results)
         self.err = _console(stderr=True, quiet=quiet)
+        self.end = _console(stderr=False, quiet=quiet or not last)
         self.notes = notes
+        self.warnings: list[str] = []
+        self.told: tuple[Summary, str | None] | None = None
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
         """One line, never broken, so that paths in it can be copied."""
@@ -52,6 +66,7 @@ class Screen(Report):
 
     def warn(self, text: str) -> None:
         """A warning."""
+        self.warnings.append(sayable(text))
         if self.notes:
             self.err.print(Text(sayable(f"Warning: {text}"), style="yellow"), soft_wrap=True)
 
@@ -62,44 +77,45 @@ class Screen(Report):
     def table(
         self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: int = 0
     ) -> None:
-        """A table whose last `right` columns hold numbers."""
+        """A table whose last `right` columns hold numbers; no word in it is broken.
+
+        A last column without header and content is left out.
+        """
+        if not any(row[-1] for row in rows) and not headers[-1]:
+            headers, rows, right = headers[:-1], [row[:-1] for row in rows], right - 1
         table = Table(
             title=Text(sayable(title), style="table.title"),
             title_justify="left",
             box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
         for index, header in enumerate(headers):
             justify: JustifyMethod = "right" if index >= len(headers) - right else "left"
-            table.add_column(Text(sayable(header)), justify=justify, overflow="fold")
+            cells = [sayable(cell) for cell in (header, *(row[index] for row in rows))]
+            longest = max(cell_len(word) for cell in cells for word in cell.split() or [""])
+            table.add_column(
+                Text(cells[0]),
+                justify=justify,
+                overflow="fold",
+                min_width=longest,
+                no_wrap=not any(" " in cell for cell in cells),
+            )
         for row in rows:
             table.add_row(*(Text(sayable(cell)) for cell in row))
-        self.out.print(table)
+        needed = sum((column.min_width or 0) + _GAP for column in table.columns) + _GAP
+        self.out.print(table, width=max(self.out.width, needed), crop=False)
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Progress]:
-        """A progress bar on a terminal; nothing where the output is a file or pipe."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bars
-
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Bars(
-            *columns,
-            console=self.err,
-            disable=self.err.quiet or not self.notes or not self.err.is_terminal,
-            transient=True,
-        ) as bar:
-            task = bar.add_task(sayable(what), total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        """A progress bar on a terminal; elsewhere a plain line now and then, if it takes long."""
+        if self.err.quiet or not self.notes:
+            yield lambda done, total: None
+        elif self.err.is_terminal:
+            with _bar(self.err, sayable(what)) as progress:
+                yield progress
+        else:
+            with plain_progress(self.err, sayable(what)) as progress:
+                yield progress
 
     @contextmanager
     def uploading(self) -> Iterator[None]:
@@ -126,6 +142,8 @@ class Screen(Report):
 
     def structure(self, structure: Structure, layout: str, reason: str) -> None:
         """How much was found, the layout with its reason, and what was refused."""
+        from ..report.layers import merge_layers
+
         kinds: dict[str, list[int]] = {}
         for axis in structure.axes:
             kinds.setdefault(str(axis.kind), []).append(axis.size)
@@ -135,28 +153,22 @@ class Screen(Report):
         self.line(f"Found and proved: {found}.")
         self.line(reason or f"Layout {layout}, as asked.")
         if structure.refusals:
-            rows = [(r.module, r.kind, r.reason) for r in structure.refusals[:_REFUSALS_SHOWN]]
-            hidden = len(structure.refusals) - len(rows)
+            refused = merge_layers([(r.module, str(r.kind), r.reason) for r in structure.refusals])
+            rows, hidden = refused[:_REFUSALS_SHOWN], len(refused[_REFUSALS_SHOWN:])
             if hidden:
                 rows.append((f"and {hidden} more", "", ""))
             self.table("Seen but not pruned", ("module", "kind", "reason"), rows)
 
     def plan(self, plan: Plan, structure: Structure) -> None:
-        """Kept units per axis, in the model's order."""
+        """Kept units per axis, in the model's order; equal layers in one row."""
+        from ..report.layers import merge_layers
+
         rows = []
         for axis in structure.axes:
             kept = len(plan.kept[axis.name])
-            share = kept / axis.size
-            rows.append(
-                (
-                    axis.module,
-                    str(axis.kind),
-                    f"{kept}/{axis.size}",
-                    format_share(share),
-                    _bar(share),
-                )
-            )
-        self.table("Plan", ("module", "axis", "kept", "share", ""), rows)
+            share = format_share(kept / axis.size)
+            rows.append((axis.module, str(axis.kind), f"{kept:,}/{axis.size:,}", share))
+        self.table("Plan", ("module", "axis", "kept", "share"), merge_layers(rows), right=2)
 
     def costs(
         self, plan: Plan, totals: Mapping[str, float], costs: Mapping[str, CostModel]
@@ -231,6 +243,15 @@ class Screen(Report):
         if latency["skipped"]:
             self.line(say_skipped(latency["skipped"]))
 
+    def outcome(self, summary: Summary, folder: str | None) -> None:
+        """The last line: what is left, what it is worth, how fast it is, and where."""
+        from ..report import headline
+
+        self.told = summary, folder
+        where = "; nothing was written" if folder is None else f": {folder}"
+        text = Text(sayable(f"{headline(summary)}{where}"), style="bold green")
+        self.end.print(text, soft_wrap=True)
+
 
 @contextmanager
 def shown_warnings(screen: Screen) -> Iterator[None]:
@@ -264,8 +285,21 @@ def quiet_libraries(screen: Screen) -> Iterator[None]:
                 transformers_logging.enable_progress_bar()
 
 
-def _bar(share: float, width: int = 20) -> str:
-    return "#" * round(share * width)
+@contextmanager
+def _bar(console: Console, what: str) -> Iterator[Progress]:
+    """A bar that is gone at the end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _console(*, stderr: bool, quiet: bool) -> Console:

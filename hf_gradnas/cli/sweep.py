@@ -104,13 +104,11 @@ def _sweep(
 
     began = time.monotonic()
     opened = partial(prepare, recipe, folder=model_folder(recipe.model), given=given)
-    job = processes.main_first(opened)
-    subsets = processes.main_first(partial(_subsets, sweep, job))
+    with screen.progress("Reading the data"):
+        job = processes.main_first(opened)
+        subsets = processes.main_first(partial(_subsets, sweep, job))
     screen.settings(_rows(job, sweep, given))
-    for note in job.notes:
-        screen.line(f"Note: {note}.")
-    for warning in job.warnings:
-        screen.warn(warning)
+    screen.notes_of(job)
     load = partial(open_model, job.recipe, job, screen)
     model, loader, measured = processes.main_first(load)
     if measured is None or job.evaluation is None:
@@ -120,7 +118,8 @@ def _sweep(
         )
     pruner = make_pruner(model, job.recipe, job, processes)
     batch, length = next(iter(loader)), flops_length_of(job)
-    pruner.discover(batch, flops_length=length)
+    with screen.progress("Finding what can be pruned"):
+        pruner.discover(batch, flops_length=length)
     set_latency(pruner, job.recipe, batch, length=length, report=screen)
     screen.structure(pruner.structure, pruner.layout, pruner.layout_reason)
     yardstick = partial(

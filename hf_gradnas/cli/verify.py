@@ -94,7 +94,8 @@ def verify_from_options(
         with quiet_libraries(screen):
             saved = read_saved(place)
             _check_device(device)
-            checks = list(verify(saved, device=device, trust_remote_code=trust_remote_code))
+            with screen.progress("Verifying"):
+                checks = list(verify(saved, device=device, trust_remote_code=trust_remote_code))
     except KeyboardInterrupt:
         screen.error("interrupted; nothing was changed.")
         return INTERRUPTED

@@ -311,7 +311,8 @@ def open_model(
     Raises:
         RecipeError: The checkpoint cannot be loaded, or its head is new and may not be.
     """
-    model, missing = load_model(recipe, job.source, job.folder)
+    with report.progress("Loading the model"):
+        model, missing = load_model(recipe, job.source, job.folder)
     check_head(recipe, job.source, model, missing)
     if missing:
         report.warn(

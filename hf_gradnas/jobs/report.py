@@ -17,6 +17,7 @@ from ..data.datasets import BUNDLED
 from ..data.loading import Source
 
 if TYPE_CHECKING:
+    from ..report import Summary
     from ..types import CostModel, Plan, Structure
     from .measuring import Metrics
     from .preparation import Job
@@ -33,6 +34,13 @@ class Report:
 
     def warn(self, text: str) -> None:
         """A sentence about what makes the result worse than it need be."""
+
+    def notes_of(self, job: Job) -> None:
+        """What was decided on the way to a job, and what makes its result worse."""
+        for note in job.notes:
+            self.line(f"Note: {note}.")
+        for warning in job.warnings:
+            self.warn(warning)
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Progress]:
@@ -63,6 +71,9 @@ class Report:
 
     def latency(self, latency: Mapping[str, Any]) -> None:
         """Median time of a forward before and after, as `costs.latency.Timing.end` gives it."""
+
+    def outcome(self, summary: Summary, folder: str | None) -> None:
+        """What came of it all, at the very end, and where it is; None: nothing was written."""
 
 
 # --- what a run says of itself --------------------------------------------------------------------

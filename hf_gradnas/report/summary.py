@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config.limits import format_amount, format_share
 from ..types import CostModel, Plan, Prunable, Refusal
+from .layers import merge_layers
 from .sentences import code, plain, with_errors
 
 FORMAT_VERSION = 1
@@ -230,10 +231,17 @@ def _cell(text: str) -> str:
 
 
 def plan_table(summary: Summary) -> str:
-    """Kept and all units of every axis, and the sums over each kind."""
-    rows = [
+    """Kept and all units of every axis; equal layers in one row."""
+    rows = merge_layers(plan_rows(summary))
+    told = [(code(module), *others) for module, *others in rows]
+    return markdown_table(("module", "axis", "kept", "of", "share"), told, right=3)
+
+
+def plan_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Module, kind, kept units, all units and share of every axis."""
+    return [
         (
-            code(axis.module),
+            axis.module,
             axis.kind,
             f"{axis.kept:,}",
             f"{axis.size:,}",
@@ -241,7 +249,6 @@ def plan_table(summary: Summary) -> str:
         )
         for axis in summary.axes
     ]
-    return markdown_table(("module", "axis", "kept", "of", "share"), rows, right=3)
 
 
 def kinds_table(summary: Summary) -> str:

@@ -13,10 +13,10 @@ from cli_cases import save_bert, save_llama, save_t5, save_vit, save_whisper, wr
 from hf_gradnas import GradNASPruner
 from hf_gradnas.cli.app import main
 from hf_gradnas.cli.inspect import inspect_recipe
-from hf_gradnas.cli.layers import merge_layers
 from hf_gradnas.config.limits import format_amount
 from hf_gradnas.config.recipe_files import build_recipe
 from hf_gradnas.errors import BudgetError, GradNASWarning
+from hf_gradnas.report.layers import merge_layers
 
 
 @pytest.fixture(autouse=True)
@@ -127,8 +127,8 @@ def test_a_bert_in_tables(inspect, folders):
     for said in (
         "BertForSequenceClassification",
         "input: random text",
-        "bert.encoder.layer.{0-1}.attention heads proved 4 4",
-        "bert.encoder.layer.{0-1} neurons proved 32 1",
+        "bert.encoder.layer.{0-1}.attention heads 4 4",
+        "bert.encoder.layer.{0-1} neurons 32 1",
         "Layout per_layer: the unmodified class cannot express fewer heads",
         "cost now lowest per_layer lowest stock",
         "FLOPs are counted for 40 tokens",
@@ -240,8 +240,8 @@ def test_without_weights_a_config_is_enough(tmp_path, inspect, folders):
     code, out, err = inspect("--model", tmp_path, "--no-weights", "--flops-length", "8")
     assert (code, err) == (0, "")
     said = " ".join(out.split())
-    assert "model.layers.{0-23}.self_attn heads proved 16 64" in said
-    assert "model.layers.{0-23}.mlp experts proved 64 1" in said
+    assert "model.layers.{0-23}.self_attn heads 16 64" in said
+    assert "model.layers.{0-23}.mlp experts 64 1" in said
     with torch.device("meta"):
         model = tf.Qwen3MoeForCausalLM(config)
     number = sum(parameter.numel() for parameter in model.parameters())

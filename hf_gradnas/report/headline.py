@@ -1,0 +1,54 @@
+"""What came of a prune, in one line: what is left, what it is worth and how fast it is.
+
+The last line of the command, and the first of a card and of a report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..config.limits import format_share
+from ..types import COSTS, USUAL
+from .summary import CostChange, Summary
+
+_METRICS = ("accuracy", "agreement", "perplexity", "loss")
+_FINAL = ("recovered", "after", "after (masked)")
+
+
+def headline(summary: Summary) -> str:
+    """Such as ``Kept 80.0% of the parameters; perplexity 12.1 → 13.4; 1.22 × as fast …``.
+
+    Costs with a budget come first, then FLOPs and parameters. What was not measured is not said.
+    """
+    said = [_kept(summary)]
+    metric = final_metric(summary.metrics)
+    if metric is not None:
+        name, before, after = metric
+        said.append(f"{name} {_value(name, before)} → {_value(name, after)}")
+    if summary.latencies:
+        first = summary.latencies[0]
+        slower = "" if first.speedup >= 1 else " (slower)"
+        said.append(f"{first.speedup:.2f} × as fast at batch size {first.batch_size}{slower}")
+    return "; ".join(said)
+
+
+def final_metric(metrics: Mapping[str, Mapping[str, float]]) -> tuple[str, float, float] | None:
+    """Name of the most telling metric, and its value before the cut and at the end, if measured."""
+    before = metrics.get("before", {})
+    after = next((metrics[state] for state in _FINAL if state in metrics), {})
+    name = next((name for name in _METRICS if name in before and name in after), None)
+    return None if name is None else (name, before[name], after[name])
+
+
+def _kept(summary: Summary) -> str:
+    limited = [cost for cost in summary.costs if cost.limit is not None]
+    usual = [cost for cost in summary.costs if cost.limit is None and cost.name in USUAL]
+    return f"Kept {' and '.join(_share(cost) for cost in [*limited, *usual])}"
+
+
+def _share(cost: CostChange) -> str:
+    return f"{format_share(cost.kept_ratio, digits=1)} of the {COSTS.get(cost.name, cost.name)}"
+
+
+def _value(name: str, value: float) -> str:
+    return f"{value:.4g}" if name in {"perplexity", "loss"} else f"{value:.3f}"
