@@ -16,7 +16,7 @@ LAYERS = (
     ("config", "report", "running", "batches"),
     ("stacks", "tokens", "routing", "surgery", "structure", "costs", "search", "masks"),
     ("verification", "stock", "scores", "repair", "checkpoint", "shards", "blueprint"),
-    ("hub", "examined", "frontier", "planning", "pruner", "nas"),
+    ("hub", "export", "examined", "frontier", "planning", "pruner", "nas"),
     ("callback", "data"),
     ("jobs", "flow", "cli", "prune", "inspect", "sweep", "verify", "__main__", "__init__"),
 )

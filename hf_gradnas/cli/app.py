@@ -16,9 +16,7 @@ from pydantic_core import PydanticUndefined
 from ..config.plans import Plans
 from ..config.recipe import NOT_FLAGS, Recipe
 from ..config.sweep import Sweep
-from .file_commands import JSON, apply_command, push_command, verify_command
-
-EXIT_CODES = "Exit codes: 0 done, 1 {one}, 2 bad input, 130 interrupted, 143 terminated."
+from .file_commands import EXIT_CODES, JSON, add_file_commands
 
 app = typer.Typer(
     name="hf-gradnas",
@@ -378,11 +376,7 @@ app.command("inspect", epilog=EXIT_CODES.format(one="nothing in it can be pruned
 app.command("sweep", epilog=EXIT_CODES.format(one="the model of --save could not be saved"))(
     with_options(sweep_command, _SWEPT, {}, Sweep.model_fields)
 )
-app.command(
-    "apply", epilog="Exit codes: 0 done, 1 the check failed, 2 bad input, 130 interrupted."
-)(apply_command)
-app.command("verify", epilog=EXIT_CODES.format(one="verification failed"))(verify_command)
-app.command("push", epilog=EXIT_CODES.format(one="the upload failed"))(push_command)
+add_file_commands(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

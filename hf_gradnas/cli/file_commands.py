@@ -6,6 +6,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+EXIT_CODES = "Exit codes: 0 done, 1 {one}, 2 bad input, 130 interrupted, 143 terminated."
+export_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+
 JSON = "Write one JSON object to standard output, and nothing else; nothing if the input is bad."
 
 
@@ -94,6 +98,44 @@ def verify_command(
     raise typer.Exit(code)
 
 
+@export_app.callback()
+def _describe_export() -> None:
+    """Write a model in the format of another tool."""
+
+
+@export_app.command("gguf", epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.")
+def export_gguf_command(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a model, pruned or not.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="File to write, such as model.gguf.")],
+    type_: Annotated[
+        str,
+        typer.Option(
+            "--type", metavar="TYPE", help=f"Numbers of the matrices: {', '.join(GGUF_TYPES)}."
+        ),
+    ] = "f16",
+    pre_tokenizer: Annotated[
+        Optional[str],  # noqa: UP045 - Typer reads it at run time, on Python 3.10 too
+        typer.Option(
+            metavar="NAME",
+            help="llama.cpp's name of how the tokenizer splits text, where it is not found.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace a GGUF file that is there.")
+    ] = False,
+) -> None:
+    """Write a model as one GGUF file, for llama.cpp, Ollama and LM Studio; both layouts.
+
+    For example: hf-gradnas export gguf ./llama-gradnas llama-q8_0.gguf --type q8_0
+    """
+    from .export import export_gguf_from_arguments
+
+    code = export_gguf_from_arguments(
+        folder, out, type=type_, pre_tokenizer=pre_tokenizer, overwrite=overwrite
+    )
+    raise typer.Exit(code)
+
+
 def push_command(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
     repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to push it.")],
@@ -111,3 +153,13 @@ def push_command(
 
     code = push_from_arguments(folder, repository, private=private, message=message, branch=branch)
     raise typer.Exit(code)
+
+
+def add_file_commands(app: typer.Typer) -> None:
+    """Add the commands of this file to a program, in the order of its help."""
+    app.command(
+        "apply", epilog="Exit codes: 0 done, 1 the check failed, 2 bad input, 130 interrupted."
+    )(apply_command)
+    app.command("verify", epilog=EXIT_CODES.format(one="verification failed"))(verify_command)
+    app.add_typer(export_app, name="export")
+    app.command("push", epilog=EXIT_CODES.format(one="the upload failed"))(push_command)
