@@ -232,7 +232,8 @@ class Recipe(Inputs):
     )
     report: bool = Field(
         default=True,
-        description="Write tables and pictures of scores, widths, costs and latencies to report/.",
+        description="Write a page, a picture and tables of scores, widths, costs and latencies to "
+        "report/.",
         json_schema_extra=_OUTPUT,
     )
     max_shard_size: str = Field(

@@ -1,7 +1,7 @@
 """The model card, in Markdown, and with it every file of a report, as bytes by path.
 
-The card says what a user of the pruned model has to know. Its template is Python text: Jinja is no
-dependency of ``huggingface_hub``. The caller writes the files beside the model.
+The card says what a user of the pruned model has to know. The caller writes the files beside the
+model.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import yaml
 from .._redaction import sayable, shareable, visible
 from ..config.limits import format_share
 from ..types import COSTS, USUAL, Plan, Scores
+from .headline import headline
+from .layers import merge_layers
 from .metadata import CARD, Origin, card_data, data_name, final_metrics
-from .plots import draw_all
+from .page import PICTURE, make_page
+from .plots import draw_picture
 from .sentences import (
     SHARES,
     code,
@@ -35,6 +38,7 @@ from .summary import (
     latency_table,
     metrics_table,
     plan_csv,
+    plan_rows,
     plan_table,
     repair_table,
 )
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
 PROJECT = "hf_gradnas"
 BUNDLED = "bundled text"
+FOLDER, PAGE = "report", "index.html"
 _ROWS_SHOWN = 40
 _REFUSALS_SHOWN = 12
 # What loads a model by its name, as the lines of `save.loading_snippet` have it.
@@ -68,8 +73,7 @@ def make_card(
     auto_class: str | None,
     loading: str,
     library: str = "transformers",
-    pictures: str | None = None,
-    has_scores: bool = True,
+    picture: str | None = None,
 ) -> ModelCard:
     """The card, ready to be written as ``README.md``.
 
@@ -79,17 +83,17 @@ def make_card(
         auto_class: Name of the auto class that builds the model.
         loading: Python lines that load the model.
         library: Name of the library that they load it with, as the Hub has it.
-        pictures: Folder of the pictures, relative to the card; None: there are none.
-        has_scores: Whether one of them shows the scores.
+        picture: Path of the picture, relative to the card, in the folder of the report; None:
+            there is none.
     """
     from huggingface_hub import ModelCard  # noqa: PLC0415 - takes long to import
 
     header = card_data(summary, origin, auto_class=auto_class, library=library).to_yaml()
     sections = (
-        _opening(summary, origin),
+        _opening(summary, origin, has_report=picture is not None),
         _loading(summary, loading, library),
-        _what_was_cut(summary, pictures, has_scores),
-        _costs(summary, pictures),
+        _what_was_cut(summary, picture),
+        _costs(summary),
         _quality(summary),
         _how(summary),
         _limits(summary),
@@ -132,7 +136,7 @@ def _names(loaded: re.Match[str], title: re.Match[str]) -> bool:
         return False
 
 
-def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
+def _opening(summary: Summary, origin: Origin, *, has_report: bool) -> Iterator[str]:
     base = plain(origin.base_model or "")
     if base and origin.is_hub:
         base = f"[{base}](https://huggingface.co/{base})"
@@ -142,11 +146,14 @@ def _opening(summary: Summary, origin: Origin) -> Iterator[str]:
         if cost.name in USUAL or cost.limit is not None
     )
     yield f"# {plain(summary.name)}"
+    yield f"**{plain(headline(summary))}.**"
     yield (
         f"{base or 'A model'} ({code(summary.model)}) after structured pruning: whole attention "
         f"heads, neurons or channels were removed, and {kept} are left. It runs at that size on "
         "any hardware, without sparse kernels or masks."
     )
+    if has_report:
+        yield f"All of it on one page: [{FOLDER}/{PAGE}]({FOLDER}/{PAGE})."
 
 
 def _loading(summary: Summary, loading: str, library: str) -> Iterator[str]:
@@ -171,18 +178,17 @@ def _loading(summary: Summary, loading: str, library: str) -> Iterator[str]:
         )
 
 
-def _what_was_cut(summary: Summary, pictures: str | None, has_scores: bool) -> Iterator[str]:
+def _what_was_cut(summary: Summary, picture: str | None) -> Iterator[str]:
     yield "## What was cut"
     yield kinds_table(summary)
-    if pictures and has_scores:
-        yield f"![Score of every unit, and which units were cut]({pictures}/scores.png)"
-    if pictures:
-        yield f"![Kept units of every module]({pictures}/widths.png)"
+    if picture:
+        yield f"![{PICTURE}]({picture})"
     table = plan_table(summary)
-    if len(summary.axes) <= _ROWS_SHOWN:
+    rows = len(merge_layers(plan_rows(summary)))
+    if rows <= _ROWS_SHOWN:
         yield table
     else:
-        count = f"{len(summary.axes)} rows"
+        count = f"{rows} rows"
         yield f"<details>\n<summary>Every module ({count})</summary>\n\n{table}\n\n</details>"
     if summary.refusals:
         named = [
@@ -193,7 +199,7 @@ def _what_was_cut(summary: Summary, pictures: str | None, has_scores: bool) -> I
         yield f"Seen but not pruned: {', '.join(named)}{rest}."
 
 
-def _costs(summary: Summary, pictures: str | None) -> Iterator[str]:
+def _costs(summary: Summary) -> Iterator[str]:
     yield "## Cost before and after"
     yield costs_table(summary)
     length = summary.recipe.get("flops_length")
@@ -206,8 +212,6 @@ def _costs(summary: Summary, pictures: str | None) -> Iterator[str]:
         yield latency_table(summary)
     if summary.skipped:
         yield say_skipped(summary.skipped)
-    if pictures:
-        yield f"![Cost before and after]({pictures}/costs.png)"
 
 
 def _quality(summary: Summary) -> Iterator[str]:
@@ -310,9 +314,6 @@ def _limits(summary: Summary) -> Iterator[str]:
 # --- every file of a report -----------------------------------------------------------------------
 
 
-FOLDER = "report"
-
-
 def report_files(
     summary: Summary,
     plan: Plan,
@@ -339,28 +340,29 @@ def report_files(
     Returns:
         Content by path relative to the model's folder.
     """
+    name, content = draw_picture(summary, plan, scores) if pictures else (None, b"")
     card = make_card(
         summary,
         origin,
         auto_class=auto_class,
         loading=loading,
         library=library,
-        pictures=FOLDER if pictures else None,
-        has_scores=scores is not None,
+        picture=name and f"{FOLDER}/{name}",
     )
     files: dict[str, str | bytes] = {CARD: sayable(str(card))}
-    if pictures:
-        files[f"{FOLDER}/summary.json"] = json.dumps(shareable(summary.to_dict()), indent=1) + "\n"
+    if name is not None:
+        told = {"headline": headline(summary), **summary.to_dict()}
+        files[f"{FOLDER}/{PAGE}"] = make_page(summary, plan, content, loading=loading)
+        files[f"{FOLDER}/{name}"] = content
+        files[f"{FOLDER}/summary.json"] = json.dumps(shareable(told), indent=1) + "\n"
         files[f"{FOLDER}/plan.md"] = sayable(_tables(summary))
         files[f"{FOLDER}/plan.csv"] = sayable(plan_csv(summary))
-        drawn = draw_all(summary, plan, scores)
-        files.update({f"{FOLDER}/{name}": content for name, content in drawn.items()})
     return files
 
 
 def _tables(summary: Summary) -> str:
     """All tables under each other."""
-    parts = [f"# {plain(summary.name)}", "## Costs", costs_table(summary)]
+    parts = [f"# {plain(summary.name)}", plain(headline(summary)), "## Costs", costs_table(summary)]
     if summary.latencies:
         parts += [f"## Latency ({plain(summary.machine)})", latency_table(summary)]
     parts += [say_skipped(summary.skipped)] if summary.skipped else []

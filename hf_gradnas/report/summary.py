@@ -285,7 +285,13 @@ def costs_table(summary: Summary) -> str:
 
 def latency_table(summary: Summary) -> str:
     """Median latency of a forward before and after, per batch size."""
-    rows = [
+    headers = ("batch size", "before", "after", "speed-up")
+    return markdown_table(headers, latency_rows(summary), right=4)
+
+
+def latency_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Batch size, milliseconds before and after, and how many times as fast."""
+    return [
         (
             f"{found.batch_size}",
             f"{found.before_ms:.1f} ms",
@@ -294,23 +300,27 @@ def latency_table(summary: Summary) -> str:
         )
         for found in summary.latencies
     ]
-    return markdown_table(("batch size", "before", "after", "speed-up"), rows, right=4)
 
 
 def metrics_table(summary: Summary) -> str:
-    """Measured quality, one column per state of the model."""
+    """Every metric, one column per state of the model."""
+    headers, rows = metric_rows(summary)
+    told = [(plain(name), *values) for name, *values in rows]
+    return markdown_table([plain(header) for header in headers], told, right=len(headers) - 1)
+
+
+def metric_rows(summary: Summary) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Headers, and a row per metric with its value in every state of the model."""
     metrics = {state: with_errors(found) for state, found in summary.metrics.items()}
-    states = list(metrics)
     names = dict.fromkeys(name for found in metrics.values() for name in found)
     rows = []
     for name in names:
-        values = [metrics[state].get(name) for state in states]
+        values = [found.get(name) for found in metrics.values()]
         shown = [
             "-" if v is None else f"{v:,}" if name == "examples" else f"{v:.4f}" for v in values
         ]
-        rows.append((plain(name), *shown))
-    headers = ("metric", *(_STATES.get(state) or plain(state) for state in states))
-    return markdown_table(headers, rows, right=len(states))
+        rows.append((name, *shown))
+    return ["metric", *(_STATES.get(state, state) for state in metrics)], rows
 
 
 def repair_table(summary: Summary) -> str:

@@ -1,5 +1,7 @@
 """The card, read back by the Hub's own client, says what was done."""
 
+import json
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -18,7 +20,7 @@ def read_back(tmp_path, summary, origin=ORIGIN, **options):
 
 
 def test_the_header_reads_back(tmp_path):
-    card = read_back(tmp_path, make_case(**EVALUATED)[-1], pictures="report")
+    card = read_back(tmp_path, make_case(**EVALUATED)[-1], picture="report/scores.png")
     data = card.data
     assert (data.base_model, data.library_name) == ("user/large", "transformers")
     assert data.tags == ["pruned", "structured-pruning", "gradnas"]
@@ -40,14 +42,14 @@ def test_the_header_reads_back(tmp_path):
 
 
 def test_the_body_tells_all(tmp_path):
-    text = read_back(tmp_path, make_case(**EVALUATED)[-1], pictures="report").text
+    text = read_back(tmp_path, make_case(**EVALUATED)[-1], picture="report/scores.png").text
     for said in (
         "# small",
         "[user/large](https://huggingface.co/user/large)",
         "48.0% of its FLOPs",
+        "**Kept 48.0% of the FLOPs and 22.6% of the parameters; perplexity 2.7 → 7.4; ",
+        "](report/index.html)",
         "](report/scores.png)",
-        "](report/widths.png)",
-        "](report/costs.png)",
         "| `model.layers.2.mlp` | neurons |",
         "| 8 | 30.0 ms | 10.0 ms | 3.00 × |",
         "| perplexity | 2.7000 | 7.4000 |",
@@ -78,8 +80,9 @@ def test_without_a_command_the_card_is_small_but_whole(tmp_path):
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "structured-pruning", "gradnas"],
     }
-    assert card.text.strip().startswith("# small\n\nA model (`LlamaForCausalLM`)")
-    for missing in ("```yaml", "```bash", ".png", "Median time", "None"):
+    said = "**Kept 48.0% of the FLOPs and 22.6% of the parameters.**"
+    assert card.text.strip().startswith(f"# small\n\n{said}\n\nA model (`LlamaForCausalLM`)")
+    for missing in ("```yaml", "```bash", ".png", "index.html", "Median time", "None"):
         assert missing not in card.text
     assert "Nothing was measured" in card.text
 
@@ -120,7 +123,7 @@ def test_loading_fits_the_layout(tmp_path):
 
 def test_a_long_plan_is_folded(tmp_path):
     text = read_back(tmp_path, make_case(80)[-1]).text
-    assert "<summary>Every module (160 rows)</summary>" in text
+    assert "<summary>Every module (41 rows)</summary>" in text
     assert "<details>" not in read_back(tmp_path, make_case(6)[-1]).text
 
 
@@ -153,18 +156,23 @@ def test_files_are_the_card_and_one_folder():
     assert set(files) == {"README.md"} | {
         f"report/{name}"
         for name in (
+            "index.html",
+            "scores.png",
             "summary.json",
             "plan.md",
             "plan.csv",
-            *(f"{n}.{s}" for n in ("scores", "widths", "costs") for s in ("png", "svg")),
         )
     }
+    assert json.loads(files["report/summary.json"])["headline"].startswith(
+        "Kept 48.0% of the FLOPs"
+    )
     assert "## Latency (cpu, 1 thread)" in files["report/plan.md"]
     bare = report_files(summary, plan, scores, ORIGIN, **options, pictures=False)
     assert set(bare) == {"README.md"}
     assert ".png" not in bare["README.md"]
     unscored = report_files(summary, plan, None, ORIGIN, **options)
     assert "report/scores.png" not in unscored
+    assert "report/widths.png" in unscored
     assert "scores.png" not in unscored["README.md"]
     assert "report/widths.png" in unscored["README.md"]
 
