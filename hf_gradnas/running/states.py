@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,19 @@ def seeded(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cuda"
     with torch.random.fork_rng(devices, device_type=kind):
-        torch.manual_seed(0)
+        seed(0, devices)
         yield
+
+
+def seed(number: int, devices: Collection[torch.device]) -> None:
+    """Seed the generators of the CPU, and of `devices` where there are any.
+
+    `torch.manual_seed` writes down the stack for each backend that has not started: milliseconds.
+    """
+    if devices:
+        torch.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
 
 
 @contextmanager
