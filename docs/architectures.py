@@ -73,30 +73,40 @@ def lines_of(page: str) -> dict[str, str]:
 
 def counts_of(lines: Mapping[str, str]) -> str:
     """How many types have what, as a table."""
-    kinds = {name: _cells(line)[2].split(", ") for name, line in lines.items()}
-    some = [name for name, found in kinds.items() if found != [""]]
-    whole = [name for name in some if not _cells(lines[name])[3]]
-    failing = [name for name, line in lines.items() if "**fails**" in line]
-    stock = [name for name in some if _cells(lines[name])[4] == "stock"]
+    kinds = _kinds(lines)
     counts = [
         ("types that are built", len(lines)),
-        ("something is pruned", len(some)),
-        ("nothing is refused", len(whole)),
+        ("something is pruned", _some(kinds)),
+        ("nothing is refused", _unrefused(lines)),
         *((f"{title} are pruned", _with(kinds, kind)) for kind, title in COLUMNS.items()),
-        ("loads in plain Transformers when all may be pruned", len(stock)),
-        ("a step fails", len(failing)),
+        ("loads in plain Transformers when all may be pruned", _stock(lines)),
+        ("a step fails", sum("**fails**" in line for line in lines.values())),
     ]
     return _table(("", "types"), [(said, str(number)) for said, number in counts])
 
 
+def summary_of(lines: Mapping[str, str]) -> str:
+    """The counts in two sentences, for the README."""
+    kinds = _kinds(lines)
+    found = ", ".join(
+        f"{kind} in {_with(kinds, kind)}" for kind in COLUMNS if kind != "neurons in experts"
+    )
+    return (
+        f"Of {len(lines)} types, something is pruned in {_some(kinds)}: {found}.\n"
+        f"Nothing is refused in {_unrefused(lines)}; with all of it cut, {_stock(lines)} load in "
+        "plain Transformers."
+    )
+
+
 def matrix_of(lines: Mapping[str, str]) -> str:
-    """What is pruned in popular types, as a table."""
-    rows = []
+    """Popular types by what is pruned in them, as a table; bold ones load in plain Transformers."""
+    groups: dict[str, list[str]] = {}
     for name in POPULAR:
         cells = _cells(lines[name])
-        found = cells[2].split(", ")
-        rows.append((f"`{name}`", *("●" if kind in found else "" for kind in COLUMNS), cells[4]))
-    return _table(("type", *COLUMNS.values(), "layout"), rows)
+        shown = f"**{name}**" if cells[4] == "stock" else name
+        groups.setdefault(cells[2], []).append(shown)
+    rows = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return _table(("pruned", "types"), [(kinds, ", ".join(names)) for kinds, names in rows])
 
 
 def with_tables(page: str, lines: Mapping[str, str], version: str = "") -> str:
@@ -109,6 +119,7 @@ def with_tables(page: str, lines: Mapping[str, str], version: str = "") -> str:
     """
     tables = {
         "counts": lambda: counts_of(lines),
+        "summary": lambda: summary_of(lines),
         "matrix": lambda: matrix_of(lines),
         "types": lambda: "\n".join([*_table(HEAD, []).splitlines(), *lines.values()]),
     }
@@ -121,6 +132,22 @@ def with_tables(page: str, lines: Mapping[str, str], version: str = "") -> str:
         return match[0] if table is None else f"{match[1]}\n\n{table()}\n\n<!-- end -->"
 
     return re.sub(r"(<!-- begin: (\w+) -->).*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def _kinds(lines: Mapping[str, str]) -> dict[str, list[str]]:
+    return {name: _cells(line)[2].split(", ") for name, line in lines.items()}
+
+
+def _some(kinds: Mapping[str, list[str]]) -> int:
+    return sum(found != [""] for found in kinds.values())
+
+
+def _unrefused(lines: Mapping[str, str]) -> int:
+    return sum(bool(cells[2]) and not cells[3] for cells in map(_cells, lines.values()))
+
+
+def _stock(lines: Mapping[str, str]) -> int:
+    return sum(bool(cells[2]) and cells[4] == "stock" for cells in map(_cells, lines.values()))
 
 
 def _with(kinds: Mapping[str, list[str]], kind: str) -> int:

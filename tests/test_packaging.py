@@ -3,10 +3,13 @@
 import re
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from places import ROOT
+
+import hf_gradnas
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
@@ -72,3 +75,8 @@ def test_the_package_carries_its_data_and_its_type_marker():
     assert (ROOT / "hf_gradnas" / "py.typed").is_file()
     assert '"recipes" = "hf_gradnas/recipes"' in PYPROJECT
     assert list((ROOT / "recipes").glob("*.yaml"))
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == hf_gradnas.__version__

@@ -57,6 +57,10 @@ def test_every_flag_in_the_readme_is_a_field_of_the_recipe():
     assert names <= set(Recipe.model_fields)
 
 
+def test_it_is_short():
+    assert len(README.split()) <= 900
+
+
 def test_links_lead_to_files():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert targets
