@@ -136,6 +136,8 @@ BAD = [
     ({"search": "guess"}, PlanError, "search='guess' is not known"),
     ({"rules": {"*none*": None}}, StructureError, "matches no axis"),
     ({"rules": {"*": {"most": 2}}}, PlanError, "rules"),
+    ({"rules": {"*:neurons": {"multiple": 512}}}, PlanError, "no width is a multiple of 512"),
+    ({"rules": {"*:channels": {"multiple": 8}}}, PlanError, "it has kv_groups, heads, neurons"),
 ]
 
 

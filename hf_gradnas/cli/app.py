@@ -288,7 +288,7 @@ _INSPECTED: dict[str, str | None] = {
     "dataset": "Data to take the input from, in the forms of prune. Default: random input.",
     **dict.fromkeys(("split", "text_column", "label_column", "target_column")),
     **dict.fromkeys(("image_column", "audio_column", "max_length", "flops_length")),
-    **dict.fromkeys(("layout", "axes", "exclude", "min_units", "seed")),
+    **dict.fromkeys(("layout", "axes", "exclude", "min_units", "multiple", "seed")),
 }
 _INSPECT_FLAGS = {
     "no_weights": "Load no weights: the config says enough, in seconds whatever the size.",
@@ -311,7 +311,8 @@ _SWEPT: dict[str, str | None] = {
     **dict.fromkeys(("max_length", "labels", "label_map", "checkpointing")),
     **dict.fromkeys(("eval_dataset", "eval_split", "eval_num_examples", "flops_length")),
     **dict.fromkeys(("latency_table", "latency_batch_size", "latency_phase")),
-    **dict.fromkeys(("search", "layout", "repair", "axes", "exclude", "min_units", "seed")),
+    **dict.fromkeys(("search", "layout", "repair", "axes", "exclude", "min_units", "multiple")),
+    "seed": None,
     "output": "Folder of the results: sweep.json, .csv, .md, .png, .svg, and the scores. What is "
     "in it already is not measured again. Default: ./<last part of model>-sweep.",
     "overwrite": "Replace the model that hf_gradnas saved in <output>/pruned.",
@@ -339,7 +340,8 @@ _SCORED: dict[str, str | None] = {
 _PLANNED: dict[str, str | None] = {
     "target": None,
     "score": "Which of the scores in the file, where there are several. Default: the first.",
-    **dict.fromkeys(("search", "layout", "axes", "exclude", "min_units", "latency_table")),
+    **dict.fromkeys(("search", "layout", "axes", "exclude", "min_units", "multiple")),
+    "latency_table": None,
     "output": "File of the plan, or folder of several. Default: the name of the scores with "
     ".plan.json, or .plans.",
 }

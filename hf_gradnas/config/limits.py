@@ -281,7 +281,8 @@ def check_rules(rules: Rules, structure: Structure) -> None:
     """Check that every glob matches an axis, but for those that name a kind alone.
 
     Raises:
-        StructureError: One does not.
+        PlanError: A multiple is of no axis, or larger than all of them.
+        StructureError: A glob matches nothing.
     """
     kinds = {f"*:{kind}" for kind in KINDS}
     for glob in rules.keys() - kinds:
@@ -291,3 +292,26 @@ def check_rules(rules: Rules, structure: Structure) -> None:
                 f"{', '.join(sorted({a.module for a in structure.axes})[:6])}, …. "
                 "Give a glob over these module paths."
             )
+    for glob, rule in rules.items():
+        if rule is not None and rule.multiple is not None:
+            _check_multiple(glob, rule.multiple, structure)
+
+
+def _check_multiple(glob: str, multiple: int, structure: Structure) -> None:
+    found = [axis for axis in structure.axes if rule_for(axis, {glob: None}) is None]
+    if not found:
+        kinds = dict.fromkeys(str(axis.kind) for axis in structure.axes)
+        raise PlanError(
+            f"rules[{glob!r}]: multiple {multiple} (--multiple) is for what this model does not "
+            f"have; it has {', '.join(kinds)}."
+        )
+    sizes = {axis.name: axis.size for axis in structure.axes}
+    most = max(
+        axis.size // (sizes[axis.parent] if axis.parent and KINDS[axis.kind].counts_each else 1)
+        for axis in found
+    )
+    if multiple > most:
+        raise PlanError(
+            f"rules[{glob!r}]: no width is a multiple of {multiple} (--multiple), as there are at "
+            f"most {most} units; give {most // 2 or 1} or less."
+        )

@@ -7,13 +7,13 @@ knows neither models nor data sets.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from .defaults import DEFAULT_SCORE, MAX_SHARD_SIZE, Score
 from .inputs import Inputs, named
-from .strict import Settings, read_targets
+from .strict import Settings, read_multiples, read_targets
 
 FORMAT = 1
 """Version of recipe files that is read and written."""
@@ -142,6 +142,15 @@ class Recipe(Inputs):
         description="Fewest heads or neurons that every axis keeps; 0 may remove them all.",
         json_schema_extra=_PLAN,
     )
+    multiple: dict[
+        Literal["neurons", "heads", "kv_groups", "experts", "channels"], Annotated[int, Field(ge=1)]
+    ] = Field(
+        default_factory=dict,
+        description="What kept units are a multiple of, unless all stay: one number for neurons, "
+        "or KIND=N,KIND=N. Default: from the cost, and for models that generate at least 32 "
+        "neurons, which quantisers need.",
+        json_schema_extra=named(_PLAN, "N|KIND=N"),
+    )
     seed: int = Field(
         default=0,
         ge=0,
@@ -262,6 +271,11 @@ class Recipe(Inputs):
     def _read_targets(cls, value: Any) -> Any:
         return read_targets(value)
 
+    @field_validator("multiple", mode="before")
+    @classmethod
+    def _read_multiples(cls, value: Any) -> Any:
+        return read_multiples(value)
+
     @field_validator("axes", mode="before")
     @classmethod
     def _read_kinds(cls, value: Any) -> Any:
@@ -277,10 +291,13 @@ class Recipe(Inputs):
         return (value,) if isinstance(value, str) else value
 
     def rules(self) -> dict[str, dict[str, int] | None]:
-        """`min_units`, `axes` and `exclude` as rules of the pruner: None keeps."""
+        """`min_units`, `multiple`, `axes` and `exclude` as rules of the pruner: None keeps."""
         rules: dict[str, dict[str, int] | None] = {}
-        if self.min_units:
-            rules["*"] = {"min": self.min_units}
+        least = {"min": self.min_units} if self.min_units else {}
+        if least:
+            rules["*"] = least
+        for kind, number in self.multiple.items():
+            rules[f"*:{kind}"] = {**least, "multiple": number}
         if self.axes:
             from .limits import whole_kinds  # noqa: PLC0415 - numpy, which --help needs not
 

@@ -88,8 +88,30 @@ def read_targets(value: Any) -> Any:
     return targets
 
 
+def read_multiples(value: Any) -> Any:
+    """``N``, which is of neurons, or what `read_numbers` reads."""
+    given = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    if type(given) is int or (isinstance(given, str) and given.strip().isdecimal()):
+        return {"neurons": int(given)}
+    return read_numbers(value, example="neurons=128,heads=2", once="kind")
+
+
 def read_label_map(value: Any) -> Any:
+    """As `read_numbers`, of labels."""
+    return read_numbers(
+        value,
+        example="positive=1,negative=0; in a file, quote names such as yes and no",
+        once="label",
+    )
+
+
+def read_numbers(value: Any, *, example: str, once: str) -> Any:
     """``NAME=NUMBER,NAME=NUMBER`` strings, or a mapping, as a mapping to whole numbers.
+
+    Args:
+        value: What was given.
+        example: One that is right, for messages.
+        once: What a name is of.
 
     Raises:
         ValueError: A pair is of another form, or a name has two numbers.
@@ -107,11 +129,8 @@ def read_label_map(value: Any) -> Any:
         name, digits = str(key).strip(), str(number).strip()
         if isinstance(key, bool) or not name or not re.fullmatch("[0-9]{1,9}", digits):
             pair = f"{key}={number}".lstrip("=")
-            raise ValueError(
-                f"{pair} is not of the form NAME=NUMBER, e.g. positive=1,negative=0; "
-                "in a file, quote names such as yes and no"
-            )
+            raise ValueError(f"{pair} is not of the form NAME=NUMBER, e.g. {example}")
         if name in numbers:
-            raise ValueError(f"{name!r} is given twice; give each label one number")
+            raise ValueError(f"{name!r} is given twice; give each {once} one number")
         numbers[name] = int(digits)
     return numbers

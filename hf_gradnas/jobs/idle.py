@@ -188,6 +188,16 @@ def _checkpointing(recipe: Recipe, _: Known) -> str:
     return f"--score {recipe.score} runs no backward; omit it" * is_by_weights
 
 
+def _multiple(recipe: Recipe, _: Known) -> str:
+    kept = recipe.multiple.keys() - {
+        *recipe.axes,
+        *("kv_groups" for k in recipe.axes if k == "heads"),
+    }
+    if not recipe.axes or not kept:
+        return ""
+    return f"--axes {','.join(recipe.axes)} keeps all {sorted(kept)[0]}; name them there, too"
+
+
 def _save_scores(recipe: Recipe, _: Known) -> str:
     return "" if recipe.scores is None else "--scores are made already; omit one of the two"
 
@@ -235,6 +245,7 @@ _ROWS: Mapping[str, _Reason] = {
     "eval_split": _eval_split,
     "eval_num_examples": _evaluation,
     "flops_length": _length,
+    "multiple": _multiple,
     "latency_table": _latency,
     "latency_batch_size": _measured,
     "latency_phase": _measured,

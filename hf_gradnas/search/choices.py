@@ -18,6 +18,9 @@ from ..types import KINDS, Axis, CostModel, Kind, StockGroup
 STEP_RATIO = 0.01
 """Largest step of all axes of a kind together that the default multiple may make, of a cost."""
 
+SERVED_STEP_RATIO = 0.02
+"""The same for multiples of a model that generates: what they cost is a budget's last step."""
+
 MIN_STEPS = 8
 """Fewest steps that a default multiple leaves."""
 
@@ -33,6 +36,7 @@ def choose_counts(
     step_ratios: Mapping[Kind, float],
     choices: Choices | None = None,
     whole: Set[str] = frozenset(),
+    generates: bool = False,
 ) -> dict[Kind, np.ndarray]:
     """Kept counts per kind of every option; the option that keeps everything is among them.
 
@@ -43,6 +47,7 @@ def choose_counts(
         step_ratios: What `step_ratios_of` says, for the default multiples.
         choices: Permitted counts of some axes, in place of rules and default multiples.
         whole: Names of axes that stay whole.
+        generates: Whether the model keeps keys and values of the tokens before, and so is served.
 
     Raises:
         PlanError: Choices are given for an axis that cannot have them.
@@ -55,7 +60,10 @@ def choose_counts(
             math.lcm(
                 axis.multiple,
                 default_multiple(
-                    axis, step_ratio=step_ratios[kind], size=axis.size // _parents(axis, sizes)
+                    axis,
+                    step_ratio=step_ratios[kind],
+                    size=axis.size // _parents(axis, sizes),
+                    generates=generates,
                 ),
             )
             for axis in members
@@ -116,27 +124,37 @@ def _parents(axis: Axis, sizes: Mapping[str, int]) -> int:
     return sizes[axis.parent] if axis.parent and KINDS[axis.kind].counts_each else 1
 
 
-def default_multiple(axis: Axis, *, step_ratio: float, size: int | None = None) -> int:
+def default_multiple(
+    axis: Axis, *, step_ratio: float, size: int | None = None, generates: bool = False
+) -> int:
     """Step of an axis in units: the best multiple of its kind that costs at most one point.
 
     It must leave at least eight steps, so that an axis below 64 neurons (tests, toys) goes by
     single ones. Where every multiple costs more than a point in all axes of the kind together,
-    neurons from 64 on go by the smallest (`KindRow.holds_smallest`), channels one by one.
+    neurons from 64 on go by the smallest (`KindRow.holds_smallest`), channels one by one. Where a
+    model generates, multiples that servers and quantisers need come first, as far as the full size
+    is one, and their smallest holds (`KindRow.served`).
 
     Args:
         axis: An axis whose kind has multiples, of neurons or channels as people count them.
         step_ratio: Cost of one neuron (one channel) in every axis of the kind, of the original
             total; the largest over the budgeted costs.
         size: Number of units that are counted together; None: all of the axis.
+        generates: As of `choose_counts`.
     """
     size = axis.size if size is None else size
     row = KINDS[axis.kind]
-    steps = [(width, width // math.gcd(width, axis.per_unit)) for width in row.multiples]
-    fitting = [(width, units) for width, units in steps if MIN_STEPS * units <= size]
-    for width, units in fitting:
-        if width * step_ratio <= STEP_RATIO:
-            return units
-    return fitting[-1][1] if fitting and row.holds_smallest else 1
+    served = [width for width in row.served if generates and size % width == 0]
+    usual = (row.multiples, STEP_RATIO, row.holds_smallest)
+    for widths, most, holds_smallest in ((served, SERVED_STEP_RATIO, True), usual):
+        steps = [(width, width // math.gcd(width, axis.per_unit)) for width in widths]
+        fitting = [(width, units) for width, units in steps if MIN_STEPS * units <= size]
+        for width, units in fitting:
+            if width * step_ratio <= most:
+                return units
+        if fitting and holds_smallest:
+            return fitting[-1][1]
+    return 1
 
 
 @dataclass(frozen=True, slots=True)

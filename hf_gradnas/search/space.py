@@ -107,10 +107,17 @@ def build_space(
     axes = [axis for axis in prunable.axes if axis not in gone]
     groups = _groups(prunable, [axis for axis in axes if not axis.is_layer])
     step_ratios = step_ratios_of(prunable.axes, costs)
+    generates = "kv_cache" in prunable.costs
     blocks = []
     for members, group in groups:
         counts = choose_counts(
-            members, group, rules=rules, step_ratios=step_ratios, choices=choices, whole=whole
+            members,
+            group,
+            rules=rules,
+            step_ratios=step_ratios,
+            choices=choices,
+            whole=whole,
+            generates=generates,
         )
         if any(values.size > 1 for values in counts.values()):
             selections = make_members(members, scores, tie=group is not None) if scores else ()

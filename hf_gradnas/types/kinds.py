@@ -40,6 +40,8 @@ class KindRow:
         minimum: Fewest units that can stay, however well a cut to fewer is proved.
         multiples: Hardware-friendly widths of an axis, best first; empty where any will do.
         holds_smallest: Whether the smallest multiple holds even where its step costs too much.
+        served: Multiples of a model that generates, best first: what servers and quantisers take
+            in blocks. The smallest holds even where its step costs too much.
         counts_values: Whether people count the values that units hold (`Axis.per_unit`), rather
             than the units.
         parent: Kind of the axes that units of this kind may be nested in.
@@ -64,6 +66,7 @@ class KindRow:
     minimum: int = 0
     multiples: tuple[int, ...] = ()
     holds_smallest: bool = False
+    served: tuple[int, ...] = ()
     counts_values: bool = False
     parent: Kind | None = None
     attends: bool = False
@@ -123,6 +126,7 @@ KINDS: Mapping[Kind, KindRow] = {
         "neurons",
         multiples=(64, 32, 16, 8),
         holds_smallest=True,
+        served=(128, 64, 32),
         parent=Kind.EXPERTS,
         counts_each=True,
         config_names=(

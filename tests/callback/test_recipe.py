@@ -28,9 +28,11 @@ def test_changes_beat_the_recipe() -> None:
 
 def test_a_recipe_without_training_has_the_callbacks_defaults(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
-    file.write_text("model: m\nmin_units: 2\nscore: taylor\nexclude: ['*.0.*']", encoding="utf-8")
+    file.write_text(
+        "model: m\nmin_units: 2\nscore: taylor\nmultiple: 8\nexclude: ['*.0.*']", "utf-8"
+    )
     found = GradNASCallback.from_recipe(file).settings
-    rules = {"*": {"min": 2}, "*.0.*": None}
+    rules = {"*": {"min": 2}, "*:neurons": {"min": 2, "multiple": 8}, "*.0.*": None}
     assert found == replace(Settings({"flops": "60%"}, score="taylor"), rules=rules)
 
 

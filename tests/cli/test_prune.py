@@ -188,14 +188,27 @@ def test_a_dry_run_evaluates_and_writes_only_scores_and_repair(prune, bert, tsv,
     }
 
 
-def test_exclude_and_min_units_are_rules(prune, bert, tsv, tmp_path):
+def test_exclude_min_units_and_multiple_are_rules(prune, bert, tsv, tmp_path):
     limits = ["--exclude", "*.layer.0.*", "--exclude", "*.layer.0", "--min-units", "1"]
+    limits += ["--multiple", "neurons=5,heads=2"]
     code, _, _ = prune("--model", bert, "--dataset", tsv, "--target", "flops=75%", *limits, *PLAIN)
     assert code == 0
     document = json.loads((tmp_path / "bert-gradnas/gradnas.json").read_text(encoding="utf-8"))
     kept, sizes = document["plan"]["kept"], document["plan"]["sizes"]
     assert all(len(kept[name]) == sizes[name] for name in kept if "layer.0" in name)
     assert all(kept.values())
+    steps = {"neurons": 5, "heads": 2}
+    counts = {name: len(units) for name, units in kept.items()}
+    assert all(
+        n % steps[name.rpartition(":")[2]] == 0 or n == sizes[name] for name, n in counts.items()
+    )
+    assert counts != sizes
+    for multiple, code, message in (("999", 2, "no width"), ("heads=1,heads=2", 2, "given twice")):
+        told = ("--model", bert, "--dataset", tsv, "--multiple", multiple, "--output", "other")
+        found, _, err = prune(*told, *PLAIN)
+        assert (found, message in err) == (code, True)
+    found, _, err = prune(*told[:4], "--multiple", "8", "--axes", "heads", *PLAIN)
+    assert (found, "--axes heads keeps all neurons" in err) == (2, True)
 
 
 def test_a_language_model_in_stock_layout(prune, tmp_path):

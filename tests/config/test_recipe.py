@@ -104,6 +104,43 @@ def test_rules_come_from_min_units_and_exclude():
     assert Recipe(model="m").rules() == {}
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["128"], {"neurons": 128}),
+        (128, {"neurons": 128}),
+        (["neurons=128, heads=2", "kv_groups=2"], {"neurons": 128, "heads": 2, "kv_groups": 2}),
+        ({"channels": 16}, {"channels": 16}),
+    ],
+)
+def test_multiples_are_rules_of_kinds(given, expected, tmp_path):
+    recipe = build_recipe({"model": "m", "multiple": given, "min_units": 1, "exclude": ["*.0.*"]})
+    assert recipe.multiple == expected
+    limits = {f"*:{kind}": {"min": 1, "multiple": n} for kind, n in expected.items()}
+    assert recipe.rules() == {"*": {"min": 1}, **limits, "*.0.*": None}
+    file = tmp_path / "saved.yaml"
+    file.write_text(to_yaml(recipe), encoding="utf-8")
+    assert build_recipe({}, file=file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["0"], "greater than or equal to 1"),
+        (["neurons=0"], "greater than or equal to 1"),
+        (["-32"], "is not of the form NAME=NUMBER"),
+        (["neuron=32"], "Input should be 'neurons', 'heads'"),
+        (["neurons=32", "neurons=64"], "given twice; give each kind one number"),
+        (["32", "64"], "is not of the form NAME=NUMBER, e.g. neurons=128,heads=2"),
+        (2.5, "multiple"),
+        (True, "it is no switch"),
+    ],
+)
+def test_multiples_that_cannot_be_read(given, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        build_recipe({"model": "m", "multiple": given})
+
+
 def test_a_label_map_has_one_form_of_flags_and_one_of_files(tmp_path):
     flags = build_recipe({"model": "m", "label_map": ["positive=1, negative=0", "a=b=2"]})
     assert flags.label_map == {"positive": 1, "negative": 0, "a=b": 2}

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import search_spaces as small
+from searching import prunable_of
 
 from hf_gradnas.config.limits import Rule
 from hf_gradnas.errors import PlanError
@@ -14,6 +15,7 @@ from hf_gradnas.search.choices import (
     step_ratios_of,
 )
 from hf_gradnas.search.options import make_block, make_members
+from hf_gradnas.search.space import build_space
 from hf_gradnas.types import CostModel, Kind, Product, Scores, StockGroup
 
 
@@ -158,6 +160,38 @@ def test_rules_of_nested_axes(rule, expected):
 def test_default_multiple(size, step_ratio, expected):
     axis = small.axis("ffn", Kind.NEURONS, size)
     assert default_multiple(axis, step_ratio=step_ratio) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "step_ratio", "expected"),
+    [
+        (11_008, 0.02 / 128, 128),
+        (11_008, 0.02 / 127, 64),
+        (1_536, 0.01 / 20, 32),
+        (1_536, 1.0, 32),  # whatever it costs
+        (704, 1e-6, 64),
+        (680, 1e-6, 64),  # is no multiple of 32, so that no quantiser takes it as it is
+        (256, 1.0, 32),
+        (224, 1e-6, 16),
+        (63, 1e-6, 1),
+    ],
+)
+def test_widths_of_models_that_generate_come_in_blocks_of_quantised_weights(
+    size, step_ratio, expected
+):
+    axis = small.axis("ffn", Kind.NEURONS, size)
+    assert default_multiple(axis, step_ratio=step_ratio, generates=True) == expected
+
+
+def test_a_model_generates_where_it_has_a_cache():
+    axes = [*small.ffn(0, 512), *small.ffn(1, 512)]
+    costs = small.make_costs(axes)
+    prunable = prunable_of(axes, costs)
+    first, _ = build_space(prunable, None, ["flops"], rules={}).blocks
+    assert np.diff(np.sort(first.counts[Kind.NEURONS])).min() == 8
+    cached = replace(prunable, costs={**costs, "kv_cache": CostModel("kv_cache", 1.0, {})})
+    first, _ = build_space(cached, None, ["flops"], rules={}).blocks
+    assert np.diff(np.sort(first.counts[Kind.NEURONS])).min() == 32
 
 
 def with_totals(axes, *, flops, params=1e9):
