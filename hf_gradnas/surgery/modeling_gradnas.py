@@ -28,11 +28,13 @@ Scores, plans and the choice of rows are not known here.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import threading
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -49,6 +51,9 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 FORMAT_VERSION = 1
 SECTIONS = ("modules", "removed", "own_position_bias", "adapted")
+# Where this file is not at work, upstream says that this is no name of a file of weights.
+NEEDS = "layers have widths of their own: import hf_gradnas first, or pass trust_remote_code=True"
+SAME_VERSION = "load it with the Transformers version that the checkpoint was saved with."
 
 Record = Mapping[str, Any]
 Rows = Mapping[str, Mapping[int, list[int]]]
@@ -94,8 +99,8 @@ class RemovedAttention(nn.Module):
         replaced: The attention; its numbers, strings and flags (`layer_idx` among them) are kept.
         projection: Out-projection in `replaced`, whose bias stays a parameter; None: it is outside.
         features: Width of the output; 0 for an empty context that an outer projection reads.
-        returns: For each element of the output tuple ``"output"``, the name of an argument that is
-            handed on, or None; empty: a bare tensor.
+        returns: Per element of the output tuple ``"output"``, an argument's name or None; empty: no
+            tuple.
         cross: Whether it is a cross-attention, which keeps no length in the cache.
         norm: Name of a norm in `replaced` that takes the sum of input and output (ALBERT).
         passes: Whether it hands on what comes in, as the output.
@@ -390,10 +395,8 @@ def _wanted_shapes(
             if not (_is_shape(value) if isinstance(there, torch.Tensor) else fits):
                 raise _changed(f"{path}.{name}", value)
         if absent:
-            raise RecordError(
-                f"{path}: {type(module).__name__} has no {absent[0]!r}, which config.gradnas sets; "
-                "load it with the Transformers version that the checkpoint was saved with."
-            )
+            what = f"{type(module).__name__} has no {absent[0]!r}, which config.gradnas sets"
+            raise RecordError(f"{path}: {what}; {SAME_VERSION}")
         wanted |= {(path, name): tuple(v) for name, v in values.items() if isinstance(v, list)}
     for path, size in record["own_position_bias"].items():
         module, row = _module(modules, path), table_of(modules[path])
@@ -548,10 +551,8 @@ def _sync(module: Any) -> None:
 
 def _module(modules: Modules, path: str) -> Any:
     if path not in modules:
-        raise RecordError(
-            f"{path}: config.gradnas names this module, but {type(modules['']).__name__} has none "
-            "there; load it with the Transformers version that the checkpoint was saved with."
-        )
+        what = f"config.gradnas names this module, but {type(modules['']).__name__} has none there"
+        raise RecordError(f"{path}: {what}; {SAME_VERSION}")
     return modules[path]
 
 
@@ -582,6 +583,18 @@ class _PerLayer:
             model = cast(PreTrainedModel, self)
             resize(model, config.gradnas)
             name_files(model)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        getattr(kwargs.get("config"), "__dict__", {}).pop("transformers_weights", None)  # `NEEDS`
+        return cast(Any, super()).from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, folder: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        cast(Any, super()).save_pretrained(folder, is_main_process, **kwargs)
+        file = Path(folder, "config.json")
+        if is_main_process and file.is_file():  # an adapter has none
+            values = {**json.loads(file.read_text("utf-8")), "transformers_weights": NEEDS}
+            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         stock = self._gradnas_stock_class

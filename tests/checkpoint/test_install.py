@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_importing_the_module_is_light():
         "import sys, hf_gradnas.checkpoint.install as m; m.install_when_imported();"
         "m.install_when_imported();"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules);"
-        "assert sum('AfterModeling' in str(f) for f in sys.meta_path) == 1"
+        "assert sum('_After' in str(f) for f in sys.meta_path) == 2"
     )
     run("-c", code, folder=Path.cwd())
 
@@ -92,8 +93,38 @@ def test_only_a_config_with_a_record_is_touched():
     for model in (transformers.BertModel(config), transformers.BertModel(config=config)):
         assert is_per_layer(type(model))
         assert type(copy.deepcopy(model)) is type(model)
+    read = vars(transformers.PreTrainedConfig)["from_dict"]
+    install()
+    install_when_imported()
+    assert vars(transformers.PreTrainedConfig)["from_dict"] is read
     with pytest.raises(TypeError, match="should be an instance of class"):
         transformers.BertModel("bert-base-uncased")
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2}
+OWN = {"01": {"num_attention_heads": 1, "intermediate_size": 8}, "11": {"intermediate_size": 0}}
+
+
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_a_config_with_a_record_is_made_without_reading_one_value_for_all_layers(
+    is_inner, tmp_path, monkeypatch
+):
+    install()
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, text: said.append(text))
+    values = {**SIZES, "per_layer_config": OWN, "allow_global_per_layer_attribute_access": True}
+    whole = transformers.LlavaConfig(text_config=values) if is_inner else None
+    config = whole or transformers.LlamaConfig(**values)
+    for record in ({}, {"gradnas": {"format_version": 1}}):
+        vars(config).update(record)
+        config.save_pretrained(tmp_path)
+        said.clear()
+        loaded = type(config).from_pretrained(tmp_path)
+        assert any("Reading global config value" in text for text in said) is not bool(record)
+        text = loaded.text_config if is_inner else loaded
+        assert text.per_layer_attributes == {"num_attention_heads", "intermediate_size"}
+        assert [text.per_layer_config[layer].intermediate_size for layer in (1, 11)] == [8, 0]
+        assert loaded.to_dict()["gradnas" if record else "model_type"]
 
 
 def test_a_new_of_another_base_is_called():
@@ -132,7 +163,7 @@ def test_models_in_other_threads_are_not_under_construction():
 
 
 def test_the_finder_leaves_other_modules_and_loaders_alone(monkeypatch):
-    finder = installing._AfterModeling()
+    finder = installing._After(installing.MODELING, install)
     assert finder.find_spec("json", None) is None
     path = list(transformers.__path__)
     spec = finder.find_spec(installing.MODELING, path)
