@@ -36,9 +36,10 @@ from .jobs.preparation import (
 from .jobs.quickstart import Training, make_quickstart
 from .jobs.report import Report, push_settings, record
 from .jobs.telling import tell_metrics, tell_outcome, tell_place
+from .planning import stock_instead
 from .repair.closeness import say_tried
 from .repair.repairs import mended, swaps
-from .report import say_repair, say_swap
+from .report import say_repair, say_stock, say_swap
 from .running.freed import give_back
 from .running.processes import Processes
 from .running.wrappers import check_parameters
@@ -111,6 +112,7 @@ class Run:
             GradNASError: One of the steps failed.
         """
         self._began = began = time.monotonic()
+        self._instead: dict[str, float] = {}
         self._check_push()
         # What needs no weights: config, processor, data, and every default.
         job = self._prepare(self._folder())
@@ -251,6 +253,11 @@ class Run:
             self.report.line(say_tried(plan))
         self.report.plan(plan, pruner.structure)
         self.report.costs(plan, pruner.totals, pruner.costs)
+        self._instead = stock_instead(
+            pruner.prunable, pruner.scores, plan, search=pruner.search, rules=pruner.rules
+        )
+        if self._instead:
+            self.report.line(say_stock(self._instead))
         return plan
 
     def _repair(
@@ -346,6 +353,7 @@ class Run:
             columns["recovered"] = self._evaluate(
                 model, evaluation, job, "Evaluating the recovered model"
             )
+        document |= {"stock_instead": self._instead} if self._instead else {}
         measured = {name: found for name, found in columns.items() if found is not None}
         if measured:
             document["metrics"] = {name: found.to_dict() for name, found in measured.items()}

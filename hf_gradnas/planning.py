@@ -5,12 +5,13 @@ Scores say what their plans are made from (`types.Basis`). Imports neither torch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .config.limits import check_rules, parse_budgets, parse_rules, rule_for
-from .errors import PlanError, ScoresError, check_choice
+from .errors import BudgetError, PlanError, ScoresError, check_choice
 from .search.prediction import with_prediction
 from .search.solver import STRATEGIES, check_budgets, check_scores, find_plans
 from .stock.layouts import LAYOUTS, layout_for
@@ -84,6 +85,32 @@ def plans_of(
     """The plans of one method's scores, their predictions in nats where the scores say so much."""
     plans = find_plans(prunable, scores, budgets, search=search, rules=rules)
     return [with_prediction(plan, scores) for plan in plans]
+
+
+def stock_instead(
+    prunable: Prunable, scores: Scores, plan: Plan, *, search: str, rules: Mapping[str, Any]
+) -> dict[str, float]:
+    """What layout ``stock`` would take, at the budgets of a plan for layout ``per_layer``.
+
+    Returns:
+        The kept share of each budgeted cost, and under ``scores`` the sum of pruned scores as a
+        multiple of the plan's; ``unreachable`` alone where stock cannot reach the budgets.
+        Empty where the class can express nothing, and for costs that depend on the layout.
+    """
+    names = {budget.cost for budget in plan.budgets}
+    if plan.layout == "stock" or not prunable.space.groups or names & _OF_LAYOUT:
+        return {}
+    stock = replace(prunable, layout="stock")
+    scores = scores.of(plan.score) if plan.score in scores.also else scores
+    try:
+        (other,) = plans_of(stock, scores, [plan.budgets], search=search, rules=rules)
+    except BudgetError:
+        return {"unreachable": 1.0}
+    shares = {name: other.costs[name] / prunable.totals[name] for name in sorted(names)}
+    return {**shares, "scores": other.loss_increase / (plan.loss_increase or math.inf)}
+
+
+_OF_LAYOUT = frozenset(["kv_cache", "latency_ms"])
 
 
 def basis_of(scores: Scores) -> Basis:

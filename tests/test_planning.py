@@ -25,7 +25,8 @@ from hf_gradnas.errors import (
     ScoresError,
     StructureError,
 )
-from hf_gradnas.planning import make_plan, make_plans
+from hf_gradnas.planning import make_plan, make_plans, stock_instead
+from hf_gradnas.report import say_stock
 from hf_gradnas.types import Basis
 
 FAMILIES = ["bert", "llama", "t5", "gpt2", "mixtral", "whisper", "resnet"]
@@ -125,6 +126,29 @@ def test_a_method_can_be_chosen(tmp_path):
     assert make_plan(scores, TARGET).score == scores.methods[0]
     with pytest.raises(ScoresError, match="but 'taylor' was asked for"):
         make_plan(scores, TARGET, score="taylor")
+
+
+def test_what_stock_would_take_comes_from_the_same_scores(llama):
+    scores = llama[2]
+    options = {"search": "lagrangian", "rules": {}}
+    plan = make_plan(scores, {"params": "80%"}, layout="per_layer")
+    prunable = plan.basis.prunables["per_layer"]
+    found = stock_instead(prunable, scores, plan, **options)
+    other = make_plan(scores, {"params": "80%"}, layout="stock")
+    assert found == {
+        "params": other.costs["params"] / prunable.totals["params"],
+        "scores": other.loss_increase / plan.loss_increase,
+    }
+    assert found["scores"] >= 1
+    assert f"{found['scores']:.2f} times as much" in say_stock(found)
+    assert stock_instead(prunable, scores, other, **options) == {}
+    lowest = replace(plan, budgets=(replace(plan.budgets[0], limit=plan.budgets[0].total / 99),))
+    found = stock_instead(prunable, scores, lowest, **options)
+    assert found == {"unreachable": 1.0}
+    assert "cannot reach" in say_stock(found)
+    cache = make_plan(scores, {"kv_cache": "80%"}, layout="per_layer")
+    assert stock_instead(prunable, scores, cache, **options) == {}
+    assert say_stock({}) == ""
 
 
 BAD = [

@@ -7,7 +7,15 @@ from .card import FOLDER, address, report_files
 from .headline import final_metric, headline
 from .layers import merge_layers
 from .metadata import Origin, fetch_card, find_origin, is_hub_id
-from .sentences import in_one_line, python_string, say_prediction, say_repair, say_skipped, say_swap
+from .sentences import (
+    in_one_line,
+    python_string,
+    say_prediction,
+    say_repair,
+    say_skipped,
+    say_stock,
+    say_swap,
+)
 from .summary import AxisWidth, CostChange, Latency, Summary, summarise
 
 __all__ = [
@@ -30,6 +38,7 @@ __all__ = [
     "say_prediction",
     "say_repair",
     "say_skipped",
+    "say_stock",
     "say_swap",
     "summarise",
 ]

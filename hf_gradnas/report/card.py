@@ -29,6 +29,7 @@ from .sentences import (
     say_prediction,
     say_repair,
     say_skipped,
+    say_stock,
     what_was_lost,
 )
 from .summary import (
@@ -171,6 +172,8 @@ def _loading(summary: Summary, loading: str, library: str) -> Iterator[str]:
         lines = [line for line in lines if not line.startswith("import ")]
         without = "\n".join(lines).rstrip(")") + ", trust_remote_code=True)"
         yield fenced("python", without)
+        if summary.instead:
+            yield say_stock(summary.instead)
     else:
         yield (
             "The layout is `stock`: all layers have the same width, and "
@@ -305,8 +308,8 @@ def _limits(summary: Summary) -> Iterator[str]:
         )
     if summary.layout == "per_layer":
         limits.append(
-            "Tools that read one width for all layers from the config (such as vLLM or GGUF "
-            "converters) do not take a `per_layer` checkpoint."
+            "Tools that read one width for all layers from the config (such as vLLM's own Llama) "
+            "do not take a `per_layer` checkpoint."
         )
     yield "\n".join(f"- {limit}" for limit in limits)
 

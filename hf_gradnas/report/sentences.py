@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._redaction import visible
-from ..types import Plan, Structure
+from ..config.limits import format_share
+from ..types import COSTS, Plan, Structure
 
 _SPECIAL = re.compile(r"([\\`*\[\]<>])")
 _TICKS = re.compile("`+")
@@ -132,6 +133,26 @@ def _error_of_fall(name: str, before: Mapping[str, float], after: Mapping[str, f
     states = (after,) if name == "agreement" else (before, after)
     errors = [sampling_error(m[name], m["examples"]) for m in states if m.get("examples")]
     return math.hypot(*errors)
+
+
+# --- what the other layout would take -------------------------------------------------------------
+
+
+def say_stock(instead: Mapping[str, float]) -> str:
+    """What `planning.stock_instead` found, as a sentence; "" where it found nothing."""
+    if not instead:
+        return ""
+    if "scores" not in instead:
+        return "Layout stock, which loads anywhere, cannot reach this budget."
+    kept = " and ".join(
+        f"{format_share(share, digits=1)} of the {COSTS.get(name, name)}"
+        for name, share in instead.items()
+        if name != "scores"
+    )
+    return (
+        f"With --layout stock, which loads anywhere, {kept} would be left at this budget, and what "
+        f"is cut would score {instead['scores']:.2f} times as much."
+    )
 
 
 # --- what a plan predicts, in a sentence ----------------------------------------------------------

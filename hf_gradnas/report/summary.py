@@ -90,6 +90,7 @@ class Summary:
         calibration: What was scored on: ``dataset``, ``examples``, ``labels``.
         evaluation: What was measured on: ``dataset``, ``examples``, ``held_out`` from what is
             scored, ``scored_too``, ``labels``; empty where nothing was, or it is not known.
+        instead: What layout ``stock`` would take, as `planning.stock_instead` says it.
         repair: What `Repair.record` says of the new weights it was cut with; empty without any.
         recovery: What the cut model was trained on; empty if it was not.
         recipe: Options of the command; empty where it was not used.
@@ -121,6 +122,7 @@ class Summary:
     loss_unit: str = ""
     loss_before: float | None = None
     repair: Mapping[str, Any] = field(default_factory=dict)
+    instead: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -192,6 +194,7 @@ def summarise(
         calibration=document.get("calibration") or _scored_on(document.get("scores", {})),
         evaluation=document.get("evaluation", {}),
         repair=document.get("repair", {}),
+        instead=document.get("stock_instead", {}),
         recovery=document.get("recovery", {}),
         recipe=document.get("recipe", {}),
         command=document.get("command", ""),
