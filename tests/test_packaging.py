@@ -80,3 +80,12 @@ def test_the_package_carries_its_data_and_its_type_marker():
 def test_the_citation_names_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == hf_gradnas.__version__
+
+
+def test_the_page_of_dependencies_has_each_of_them():
+    page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    section = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    optional = {f"[{extra}]" for extra in re.findall(r"^(\w+) = \[", section, re.MULTILINE)}
+    named = set(re.findall(r"`([\w\[\]-]+)`", page))
+    assert {*RUNTIME} <= {canonicalize_name(name) for name in named if "[" not in name}
+    assert optional - {"[dev]"} <= named
