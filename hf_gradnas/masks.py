@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import PlanError, StructureError
+from .members import times_mask
 from .routing import chosen_in, excluded, with_weights
 from .running.hooks import When, add_hook, add_pre_hook, module_at, only_when, stream_in
 from .running.lending import value_of
@@ -165,7 +166,9 @@ def multiplied(
             for (path, side, _), taps in _by_place(axis.taps).items():
                 module = module_at(model, axis, taps[0].owner)
                 operation = _Multiply(axis, taps, masks[axis.name])
-                if side == "stack":
+                if side in ("inputs", "outputs"):
+                    times_mask(taps[0], masks[axis.name], module).attach(stack, module, when)
+                elif side == "stack":
                     MultiplyStack(axis, path, masks[axis.name]).attach(stack, module, when)
                 elif side == "choice":
                     hook = only_when(operation.on_choice, when)

@@ -212,7 +212,7 @@ class _Exclude:
         others = [
             self._held(part.tensor)
             for part in self.axis.slices
-            if part.role == "follows" and part.tensor not in self._stacks()
+            if part.role == "follows" and not part.holder and part.tensor not in self._stacks()
         ]
         weight, logits = self._held(router.tensor), router.rows(range(self.axis.size))
         mode = Excluding(weight, logits, others, self.keep)
@@ -226,7 +226,8 @@ class _Exclude:
 
     def _stacks(self) -> set[str]:
         """Tensors with more than one entry per expert."""
-        held = {part.tensor: tensor_at(self.model, part.tensor) for part in self.axis.slices}
+        own = (part.tensor for part in self.axis.slices if not part.holder)
+        held = {name: tensor_at(self.model, name) for name in own}
         return {name for name, tensor in held.items() if tensor.numel() > self.axis.size}
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

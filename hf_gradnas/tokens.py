@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from .running.hooks import add_hook, add_pre_hook
 
-PICKS = frozenset("__getitem__ index_select split split_with_sizes tensor_split cat".split())
+PICKS = frozenset(
+    "__getitem__ index_select split split_with_sizes tensor_split cat repeat_interleave".split()
+)
 """Operations that may take rows out, or put them together."""
 MIXES = ("index_add", "index_copy", "index_put", "scatter", "flip", "roll", "sort", "transpose")
 """Operations after which rows are not known any more; also those that begin so."""

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("_import_path", "_lazy", "_redaction", "errors", "_manifests", "_files", "types", "_compat"),
     ("config", "report", "running", "batches"),
-    ("stacks", "tokens", "routing", "surgery", "structure", "costs", "search", "masks"),
+    ("stacks", "members", "tokens", "routing", "surgery", "structure", "costs", "search", "masks"),
     ("verification", "stock", "scores", "repair", "checkpoint", "shards", "blueprint"),
     ("hub", "export", "examined", "frontier", "planning", "pruner", "nas"),
     ("callback", "data"),

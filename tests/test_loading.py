@@ -26,7 +26,8 @@ FORKED = SUPPORT / "forked.py"
 
 LAYOUTS = {"stock": "88%", "per_layer": "60%"}
 MORE = [(f, "per_layer") for f in zoo.CONV_FAMILIES] + [("resnet", "stock"), ("wav2vec2", "stock")]
-"""Saved beside those that the first test makes: families of convolutions."""
+MORE += [("switch", "per_layer"), ("switch", "stock")]
+"""Saved beside those that the first test makes: families of convolutions, experts in lists."""
 
 
 @pytest.fixture(scope="module")

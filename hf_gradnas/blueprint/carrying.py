@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..stock.values import scopes, stored
+from ..surgery.lists import with_stacks
 from ..surgery.rows import Shapes, shapes_of
 from ..types import KINDS, Axis, Removal, Slice, Structure, Tap
 from .layers import NeedsWeightsError
@@ -49,7 +50,7 @@ def carried(structure: Structure, small: PreTrainedModel, large: PreTrainedModel
     Raises:
         NeedsWeightsError: Sizes of the large model do not follow from numbers of units.
     """
-    before, after = shapes_of(small), shapes_of(large)
+    before, after = (with_stacks(shapes_of(m), structure.axes) for m in (small, large))
     if before == after:
         return structure
     runs = _runs(structure.axes)

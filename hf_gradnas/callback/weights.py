@@ -11,7 +11,8 @@ The exception are channels that pass a norm over channels, whose statistics coun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from ..config.limits import Rules, rule_for
 from ..errors import StructureError
 from ..running.hooks import tensor_at
+from ..surgery.lists import stacks_in
 from ..surgery.rows import Kept, lost_units
-from ..types import KINDS, Axis, Mask
+from ..types import KINDS, Axis, Mask, Slice
 
 # Dimension of a weight that counts its inputs; first match wins.
 INPUT_DIMS: tuple[tuple[type[nn.Module], int], ...] = (
@@ -99,9 +101,10 @@ class WeightMask:
         lost: dict[tuple[int, int], set[int]] = {}
         within: dict[tuple[int, int], set[tuple[int, int]]] = {}  # (matrix of a stack, row)
         found: dict[int, Tensor] = {}
+        axes = tuple(axes)
+        stacks = stacks_in((name for name, _ in model.named_parameters()), axes)
         for axis in axes:
-            gone = lost_units(axis, kept)
-            for part in axis.slices if gone else ():
+            for part, gone in _rows_lost(model, axis, lost_units(axis, kept), stacks):
                 tensor = tensor_at(model, part.tensor)
                 if isinstance(tensor, nn.Parameter) and (whole or part.role == "reads"):
                     found[id(tensor)] = tensor  # a tied one once
@@ -135,6 +138,23 @@ class WeightMask:
             parameter.index_copy_(dim, rows, parameter.index_select(dim, rows) * factor)
         for stack, (matrices, rows) in self._places:
             stack[matrices, rows] *= factor
+
+
+def _rows_lost(
+    model: nn.Module, axis: Axis, gone: Sequence[int], stacks: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[Slice, Sequence[int]]]:
+    """Rows of one tensor each, and the units of them that go."""
+    for part in axis.slices if gone else ():
+        if part.tensor not in stacks:
+            yield part, gone
+            continue
+        for place, name in enumerate(stacks[part.tensor]):
+            each = part.each or 1
+            units = [unit % each for unit in gone if unit // each == place]
+            whole = Slice(name, 0, len(tensor_at(model, name)), role=part.role)
+            one = replace(part, tensor=name, dim=part.dim - 1, each=0) if part.each else whole
+            if units:
+                yield one, units
 
 
 def _is_per_channel(norm: nn.Module) -> bool:

@@ -33,8 +33,9 @@ from ..running.wrappers import without_autocast
 from ..stock.layers import drop_layers
 from ..stock.rewrite import native_layers, write_per_layer, write_stock
 from ..stock.values import locate_axes
-from ..surgery.cut import Record, check_kept, cut, make_per_layer, merge_records
+from ..surgery.cut import Record, check_kept, cut, make_per_layer
 from ..surgery.modeling_gradnas import translated
+from ..surgery.records import merge_records
 from ..types import KINDS, Axis, Plan, StockSpace, Structure
 
 

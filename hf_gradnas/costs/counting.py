@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..structure.trace import Trace, rows_of
+from ..surgery.lists import real_names, stacks_in, with_stacks
 from ..types import KINDS, Axis, CostModel, Prunable, Refusal, StockSpace, Structure
 from .cache import cache_cost
 from .closed_form import flops_cost, params_cost
@@ -47,13 +48,16 @@ def count_costs(
         constant.
     """
     axes = _with_counted_names(model, structure.axes)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = with_stacks(own, axes)
     total_flops, trace = count_flops(model, inputs, args=args)
     macs: dict[str, int] = defaultdict(int)
     for event in trace.events:
         if event.parameter is not None:
             macs[event.parameter] += event.macs
     rows = {name: rows_of(macs[name], model.get_parameter(name)) for name in macs}
+    for stack, names in stacks_in(own, axes).items():
+        rows[stack] = sum(rows.get(name, 0.0) for name in names) / max(len(names), 1)
     flops = flops_cost(
         axes,
         shapes,
@@ -62,7 +66,7 @@ def count_costs(
         total_flops=total_flops,
         in_layers={a.name: _flops_in(a.module, trace) for a in axes if a.is_layer},
     )
-    elements = {name: float(prod(shape)) for name, shape in shapes.items()}
+    elements = {name: float(prod(shape)) for name, shape in own.items()}
     rest = partial(parts_of_rest, model, axes, structure.refusals)
     flops_of = {name: 2.0 * rows.get(name, 0) * size for name, size in elements.items()}
     parts = rest(costs=flops_of, constant=flops.constant)
@@ -81,11 +85,14 @@ def _weights(
 ) -> dict[str, tuple[dict[str, float], frozenset[str], str]]:
     """What an element of each parameter counts, per cost; those that are routed; and the unit."""
     parameters = dict(model.named_parameters())
-    ones = dict.fromkeys(parameters, 1.0)
     sizes = {name: float(parameter.element_size()) for name, parameter in parameters.items()}
+    dims = {name: parameter.dim() for name, parameter in parameters.items()}
+    for stack, (first, *_) in stacks_in(parameters, axes).items():
+        sizes[stack], dims[stack] = sizes[first], dims[first] + 1
+    ones = dict.fromkeys(sizes, 1.0)
     whole: frozenset[str] = frozenset()
     found = {"params": (ones, whole, "parameters"), "memory": (sizes, whole, "bytes")}
-    shares = _shares_of_experts(axes, {n: p.dim() for n, p in parameters.items()}, rows)
+    shares = _shares_of_experts(axes, dims, rows)
     if shares:
         unit = "parameters that a token runs through"
         found["active_params"] = ({**ones, **shares}, frozenset(shares), unit)
@@ -132,8 +139,8 @@ def count_params(
         kept: Number of kept units per axis name.
         layout: ``"stock"`` or ``"per_layer"``; see `params_cost`.
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     named = _with_counted_names(model, axes)
+    shapes = with_stacks({name: tuple(p.shape) for name, p in model.named_parameters()}, named)
     return round(params_cost(named, shapes, layout=layout, tied=_tied(model)).of(kept))
 
 
@@ -245,7 +252,8 @@ def parts_of_rest(
         costs: Cost of every parameter, by name.
         constant: What no plan can change; what no parameter accounts for is `OTHER`.
     """
-    cut = {part.tensor for axis in axes for part in axis.slices}
+    axes = tuple(axes)
+    cut = real_names(dict(model.named_parameters()), axes)
     removed = tuple(f"{axis.removal.module}." for axis in axes if axis.removal is not None)
     kinds = _kinds(model)
     parts: dict[str, float] = {}

@@ -223,7 +223,9 @@ def _groups(model: nn.Module, axes: Sequence[Axis]) -> list[_Group]:
     together: dict[str, list[Axis]] = {}
     for axis in axes:
         if is_timed(axis):
-            together.setdefault(f"{_place(model, axis.module)}:{axis.kind}", []).append(axis)
+            name = f"{_place(model, axis.module)}:{axis.kind}"
+            name += f" in {by_name[axis.parent].kind}" if axis.parent else ""
+            together.setdefault(name, []).append(axis)
     if not together:
         raise BudgetError(
             f"latency_ms: {type(model).__name__} has channels only, whose time depends on the "

@@ -18,8 +18,8 @@ from ..checkpoint.savable import check_savable
 from ..errors import CheckpointError, PlanError, StructureError
 from ..stock.rewrite import write_stock
 from ..stock.space import find_stock_space
-from ..surgery.cut import merge_records
 from ..surgery.modeling_gradnas import resize
+from ..surgery.records import merge_records
 from ..types import Plan, Structure
 from .arguments import unwrap
 from .config import GradNASConfig

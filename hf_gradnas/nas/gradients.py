@@ -107,7 +107,7 @@ def reference_taps(model: nn.Module, axis: Axis) -> tuple[Tap, ...]:
     taps = [
         Tap(part.module, "output", -1, part.width, part.offset, part.stride)
         for part in axis.makers
-        if isinstance(model.get_submodule(part.module), nn.Linear | Conv1D)
+        if not part.holder and isinstance(model.get_submodule(part.module), nn.Linear | Conv1D)
     ]
     return tuple(taps) or axis.taps
 

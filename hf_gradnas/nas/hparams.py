@@ -362,11 +362,12 @@ def _touched(model: nn.Module, axis: Axis) -> Iterator[tuple[str, str, bool]]:
     if KINDS[axis.kind].reference_name:
         yield axis.module, ATTENTION, True
         return
-    if axis.taps[0].side == "input" and _are_stacked(model, axis):
+    if axis.taps[0].side in ("input", "inputs") and _are_stacked(model, axis):
         yield producer_of(axis), "nn.Linear", True
     outputs = [tap.module for tap in (*axis.taps, *axis.norms) if tap.side == "output"]
     reading = {part.module for part in axis.readers}
-    for path in dict.fromkeys([*outputs, *(part.module for part in axis.slices)]):
+    owners = (part.module for part in axis.slices if not part.holder)
+    for path in dict.fromkeys([*outputs, *owners]):
         key = _key_of(model.get_submodule(path))
         if key is not None:
             yield path, key, path in outputs or path not in reading
@@ -375,6 +376,8 @@ def _touched(model: nn.Module, axis: Axis) -> Iterator[tuple[str, str, bool]]:
 def _are_stacked(model: nn.Module, axis: Axis) -> bool:
     """Whether weights of several experts, which no layer's type names, make the units."""
     named = dict(model.named_parameters(remove_duplicate=False))
+    if any(part.holder for part in axis.makers):
+        return True
     return any(part.tensor in named and named[part.tensor].ndim > MATRIX for part in axis.makers)
 
 

@@ -308,6 +308,8 @@ MASK_PLACES = {
     "choice": "weights_of_chosen_experts",
     "every": "outputs_of_experts",
     "stack": "out_projection_input_of_experts",
+    "outputs": "outputs_of_experts_in_a_list",
+    "inputs": "out_projection_input_of_experts_in_a_list",
 }
 
 

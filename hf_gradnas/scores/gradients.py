@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..masks import check_place
+from ..members import AtMembers, members_in
 from ..routing import (
     STACKED_DIMS,
     Chosen,
@@ -33,7 +34,7 @@ from ..tokens import Following
 from ..types import Axis
 from .products import Product, has_saving_hooks, keeps_input, multiply, watched
 from .rows import Positions, added
-from .sites import KeptOutput, Site, check_examples, sites_of
+from .sites import KeptOutput, Site, check_examples, check_rows, sites_of
 from .sums import ProductBuffer
 
 
@@ -79,7 +80,10 @@ class GradientRecorder:
             for site in self._sites:
                 if site.is_stack:
                     continue
-                if site.side == "choice":
+                if site.is_of_list:
+                    tap = site.places[0][1]
+                    AtMembers(tap, partial(self._watch_member, site)).attach(stack, site.module)
+                elif site.side == "choice":
                     hook = partial(self._watch_choice, site)
                     add_pre_hook(stack, site.module, hook, with_kwargs=True)
                 elif site.side == "stack":
@@ -176,7 +180,7 @@ class GradientRecorder:
         (axis, _), *_ = site.places
         chosen = chosen_in(axis, args, kwargs)
         tokens = chosen.weights[..., 0].numel()
-        self._check_rows(site, tokens)
+        check_rows(site, tokens, self._num_examples)
         w = chosen.weights
         if not w.requires_grad:
             w = w.detach().requires_grad_()
@@ -200,7 +204,7 @@ class GradientRecorder:
         if not torch.is_grad_enabled():
             return None
         x, y = stream_in(args, kwargs), stream_out(output)
-        self._check_rows(site, y.shape[0])
+        check_rows(site, y.shape[0], self._num_examples)
         own = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
         own.register_hook(partial(self._add_layer, site, x.detach(), y.detach()))
         return (own, *output[1:]) if isinstance(output, tuple) else own
@@ -220,7 +224,7 @@ class GradientRecorder:
         if not torch.is_grad_enabled():
             return None
         (axis, _), *_ = site.places
-        self._check_rows(site, len(output) // axis.size)
+        check_rows(site, len(output) // axis.size, self._num_examples)
         return self._watched(output, partial(self._add_every, site))
 
     def _add_every(self, site: Site, product: Product, gradient: Tensor) -> None:
@@ -235,10 +239,8 @@ class GradientRecorder:
         """Have the gradient of what a product reads with a parameter ``(…, entries)`` reported."""
         (axis, _), *_ = site.places
         if number is not None:
-            routed = self._rows_taken(site, x)
-            experts = torch.full_like(routed.tokens, number)
             whole = len(weight) if weight.ndim == STACKED_DIMS else axis.size // x.shape[-1]
-            routed = replace(routed, experts=experts, number=whole)
+            routed = self._rows_of_one(site, x, number, whole)
         else:
             routed = rows_of_all(weight, x, apart=any(part.each for part in axis.readers))
         return self._watch_stack(site, x, routed)
@@ -264,20 +266,32 @@ class GradientRecorder:
         """Have the gradient of what chosen experts read ``(…, entries)`` reported."""
         if not torch.is_grad_enabled():
             return x
-        self._check_rows(site, routed.count)
+        check_rows(site, routed.count, self._num_examples)
         return self._watched(x, partial(self._add_stack, site, routed))
 
     def _add_stack(self, site: Site, routed: Routed, product: Product, gradient: Tensor) -> None:
         """Tensor hook: add ``x·gradient`` to the sums of each row's expert and observation."""
         values = self._buffer.like(gradient)
         product(gradient, values)
-        values = values.flatten(0, -2)  # (rows, entries)
+        values = site.in_member(values.flatten(0, -2), routed.number)  # (rows, entries)
         places, count = self._observations(site, routed.count)
         tokens, experts = routed.tokens.to(values.device), routed.experts.to(values.device)
         rows = places.to(values.device)[tokens] * routed.number + experts
         sums = values.new_zeros(self._num_examples * count * routed.number, values.shape[1])
         sums.index_add_(0, rows, values)
         self._add_sums(site, sums.view(self._num_examples, count, -1))
+
+    def _watch_member(self, site: Site, number: int, x: Tensor) -> Tensor:
+        """Have ``x·∂L/∂x`` in a module of a list reported; of its output f, ``⟨w·f, ∂L/∂y⟩``."""
+        if not torch.is_grad_enabled():
+            return x
+        routed = self._rows_of_one(site, x, number, len(members_in(site.module)))
+        return self._watch_stack(site, x, routed)
+
+    def _rows_of_one(self, site: Site, x: Tensor, number: int, count: int) -> Routed:
+        """Where rows come from that one of so many experts takes."""
+        routed = self._rows_taken(site, x)
+        return replace(routed, experts=torch.full_like(routed.tokens, number), number=count)
 
     def _observations(self, site: Site, tokens: int) -> tuple[Tensor, int]:
         """Which observation each token belongs to ``(tokens,)``, and how many an example has."""
@@ -330,16 +344,7 @@ class GradientRecorder:
                 check_examples(axis, tap, x.shape)
                 check_place(axis, tap, x.shape)
             self._checked[site] = x.shape[1:]
-        self._check_rows(site, x.shape[0])
-
-    def _check_rows(self, site: Site, rows: int) -> None:
-        if rows % self._num_examples:
-            axis = site.places[0][0]
-            raise StructureError(
-                f"{axis.name}: the {site.side} of {site.path} has {rows} rows, which is no "
-                f"multiple of the {self._num_examples} examples of the batch, so that no gradient "
-                f'belongs to one example; exclude it with rules={{"{axis.module}": None}}.'
-            )
+        check_rows(site, x.shape[0], self._num_examples)
 
     def _add_output(self, site: Site, call: int, x: Tensor, gradient: Tensor) -> None:
         """Tensor hook: as `_add`, unless ``x`` was overwritten."""

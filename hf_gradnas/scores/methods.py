@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from ..running.offloading import Weights
 from ..running.precision import wide
+from ..surgery.lists import stacks_in
 from ..types import Axis
 from ..types.plans import CHOICE_KEYS
 
@@ -72,7 +73,8 @@ def _magnitude(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, n
     """Squared norm of each unit's weights; a KV group counts its heads, a layer all that it has."""
     axes = list(axes)
     parameters = Weights(model)
-    own = {axis.name: _norms(axis, parameters) for axis in axes}
+    stacks = stacks_in(parameters, axes)
+    own = {axis.name: _norms(axis, parameters, stacks) for axis in axes}
     scores = dict(own)
     for axis in axes:
         if axis.is_layer:
@@ -85,10 +87,22 @@ def _magnitude(model: nn.Module, axes: Iterable[Axis], seed: int) -> dict[str, n
     return scores
 
 
-def _norms(axis: Axis, parameters: Mapping[str, Tensor]) -> np.ndarray:
+def _norms(
+    axis: Axis, parameters: Mapping[str, Tensor], stacks: Mapping[str, Sequence[str]]
+) -> np.ndarray:
     """Squared L2 norm ``(size,)`` of the rows that belong to each unit of an axis."""
     total = np.zeros(axis.size)
     for part in axis.slices:
+        if part.tensor in stacks:  # one tensor after another, since each may have to be loaded
+            names = stacks[part.tensor]
+            each = axis.size // len(names)
+            for place, name in enumerate(names):
+                tensor = wide(parameters[name])
+                if part.each:
+                    tensor = tensor.movedim(part.dim - 1, 0)[part.rows(range(each))]
+                squares = tensor.reshape(each, -1).square().sum(1)
+                total[place * each : (place + 1) * each] += squares.cpu().numpy()
+            continue
         if part.tensor not in parameters:
             continue  # a buffer: running statistics say nothing of a unit's weight
         tensor = parameters[part.tensor].movedim(part.dim, 0)

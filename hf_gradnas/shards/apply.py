@@ -39,6 +39,7 @@ from ..config.defaults import MAX_SHARD_SIZE
 from ..errors import CheckpointError, PlanError, described
 from ..repair.repairs import Repair, check_repair
 from ..surgery.cut import check_plan
+from ..surgery.lists import with_stacks
 from ..surgery.modeling_gradnas import auto_class_name
 from ..surgery.rows import shapes_of
 from ..types import Plan, Prunable, Scores
@@ -198,7 +199,7 @@ def check_axes(model: PreTrainedModel, prunable: Prunable) -> None:
     Raises:
         PlanError: They are those of another model.
     """
-    shapes = shapes_of(model)
+    shapes = with_stacks(shapes_of(model), prunable.axes)
     for axis in prunable.axes:
         for part in axis.slices:
             has = shapes.get(part.tensor, ())

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..surgery.lists import with_stacks
 from ..surgery.rows import Shapes, shapes_of
 from ..types import KINDS, Axis, Kind, StockGroup, StockSpace, Structure
 from .layers import layer_groups
@@ -51,15 +52,16 @@ def find_stock_space(model: PreTrainedModel, structure: Structure) -> StockSpace
     whole = _reason_for_all(model)
     if whole is None:
         try:
-            base = tensor_shapes(type(model), model.config)
+            base = with_stacks(tensor_shapes(type(model), model.config), structure.axes)
         except Exception as error:  # any class may refuse in its own way
             whole = f"{type(model).__name__} cannot be rebuilt from its config: {_line(error)}"
     if whole is not None:
         return StockSpace((), {axis.name: whole for axis in structure.axes})
-    refused = _differing(structure, base, shapes_of(model))
+    refused = _differing(structure, base, with_stacks(shapes_of(model), structure.axes))
     layers = [axis for axis in structure.axes if axis.is_layer]
     fitting = [a for a in structure.axes if a.name not in refused and not a.is_layer]
     search = _Search(type(model), model.config, base, {axis.name: axis for axis in fitting})
+    search.listed = tuple(axis for axis in structure.axes if any(s.holder for s in axis.slices))
     groups, without = layer_groups(type(model), model.config, layers)
     refused |= without
     for path, config in scopes(model.config):
@@ -85,6 +87,7 @@ class _Search:
         self.base = base
         self.pending = dict(axes)
         self.reasons: dict[str, str] = {}
+        self.listed: Sequence[Axis] = ()
 
     def groups(self, path: str, config: PreTrainedConfig) -> Iterator[StockGroup]:
         """Groups of axes that values of one (sub-)config set."""
@@ -162,7 +165,7 @@ class _Search:
         try:
             for key, value in values.items():
                 set_value(config, key, value)
-            return tensor_shapes(self.model_class, config)
+            return with_stacks(tensor_shapes(self.model_class, config), self.listed)
         except Exception as error:  # any class may refuse in its own way
             told = ", ".join(f"{key}={value}" for key, value in values.items())
             raise _Rejected(f"{self.model_class.__name__} refuses {told}: {_line(error)}") from None

@@ -24,6 +24,7 @@ from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Slice, Tap
 from .attention import attention_versions
 from .channels import read_channels
+from .expert_lists import gets_parts
 from .expert_neurons import neurons_of_all, taker_of
 from .experts import (
     UNROUTED,
@@ -35,7 +36,7 @@ from .experts import (
 )
 from .graph import Flow, Forward, trace_graph
 from .labels import NOBODY, Labels
-from .places import Discovery, Place, Template, axes_at
+from .places import Discovery, Place, Template, axes_at, move_axis
 from .products import STACKED
 from .reading import Reading
 from .repeats import Group, UnlikeLayers, equal_layers
@@ -166,10 +167,10 @@ class _Finding:
             runner = self._taker(scope)
             tied = "" if is_free else table
             found.append((time, Place(scope, template, own, tied, runner)))
-        found += self._experts(refusals)
+        found += self._experts([place for _, place in found], refusals)
         found += self._stacks([place for _, place in found], refusals)
         places = [place for _, place in sorted(found, key=lambda item: item[0])]
-        taken = axes_at(places)
+        taken = axes_at([place for place in places if not place.template.holder])
         channels, others = self._channels(taken, {r for _, site in sites for r in site.roots})
         held = {part.tensor for axis in (*taken, *channels) for part in axis.slices}
         refusals += self._stacked(held)
@@ -191,14 +192,21 @@ class _Finding:
         others = repeats.spread(seen, lambda refusal: [refusal.module], is_compared=False)
         return tuple(axis for _, axis in found), tuple(refusal for _, refusal in others)
 
-    def _experts(self, refusals: list[Refusal]) -> Iterator[tuple[float, Place]]:
-        """Blocks of experts, and when they ran; others are added to the refusals."""
+    def _experts(
+        self, places: Sequence[Place], refusals: list[Refusal]
+    ) -> Iterator[tuple[float, Place]]:
+        """Blocks of experts, and when they ran; others are added to the refusals.
+
+        Args:
+            places: Modules with heads and neurons, those of experts in a list among them.
+            refusals: All that cannot be cut.
+        """
         known, kind = set(), str(Kind.EXPERTS)
         routings = [(routing.time, routing) for routing in find_routings(self.reading)]
         for time, routing in self.forward.repeats.spread(routings, lambda routing: routing.names):
             known.add(routing.experts)
             try:
-                versions = self._expert_versions(routing)
+                versions = self._expert_versions(routing, places)
             except StructureError as error:
                 refusals.append(Refusal(routing.block, kind, str(error)))
                 continue
@@ -211,6 +219,9 @@ class _Finding:
                 versions = versions_without_router(self.modules[path], call)
                 refusals.append(Refusal(path, kind, UNROUTED))
                 yield from self._placed(path, versions, self.forward.began[path])
+        for path, runner in self.takers.items():
+            if runner and path not in known and gets_parts(self.modules[path], path, self.forward):
+                refusals.append(Refusal(path, kind, UNROUTED))
 
     def _placed(
         self, path: str, versions: tuple[tuple[Axis, ...], ...], time: float
@@ -219,10 +230,14 @@ class _Finding:
             return
         template, call = self._template_of(path, versions), self.forward.calls[path]
         # Of experts whose matrices are in several modules, the block takes the rows out.
-        is_block = any(tap.side == "stack" and tap.width > 1 for tap in versions[0][0].taps)
+        is_block = bool(template.holder) or any(
+            tap.side == "stack" and tap.width > 1 for tap in versions[0][0].taps
+        )
         yield time, Place(path, template, call, runner=path if is_block else "")
 
-    def _expert_versions(self, routing: Routing) -> tuple[tuple[Axis, ...], ...]:
+    def _expert_versions(
+        self, routing: Routing, places: Sequence[Place]
+    ) -> tuple[tuple[Axis, ...], ...]:
         """The versions of a router's experts, measured once for each kind of block."""
         block = self.modules[routing.block]
         shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
@@ -230,7 +245,16 @@ class _Finding:
         key = (type(block), shapes, router, below(routing.experts, routing.block), routing.chosen)
         if key not in self.experts:
             is_fixed, calls = bool(counted_with_others(self.model, routing)), self.forward.calls
-            self.experts[key] = expert_versions(self.model, routing, calls, is_fixed=is_fixed)
+            within = f"{routing.experts}."
+            inside = [place for place in places if f"{place.scope}.".startswith(within)]
+            members = [
+                move_axis(axis, below(place.scope, routing.block))
+                for place in inside
+                for axis in place.template.versions[0]
+            ]
+            self.experts[key] = expert_versions(
+                self.model, routing, calls, is_fixed=is_fixed, members=members
+            )
         return self.experts[key]
 
     def _stacks(

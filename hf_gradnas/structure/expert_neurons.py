@@ -363,16 +363,17 @@ def taker_of(modules: Mapping[str, nn.Module], around: str, calls: Mapping[str, 
     while runner and runner not in calls:
         runner = runner.rpartition(".")[0]
     names = [f"{around}.{name}" for name, _ in modules[around].named_children()]
-    inputs = [_first(calls[name]) for name in names if name in calls] if runner else []
+    inputs = [first_of(calls[name]) for name in names if name in calls] if runner else []
     rows = [len(x) for x in inputs if x is not None and x.ndim == MATRIX_DIMS]
-    whole = _first(calls[runner]) if rows else None
+    whole = first_of(calls[runner]) if rows else None
     if whole is None or len(rows) < len(inputs) or set(rows) == {whole[..., 0].numel()}:
         return ""
     experts = [modules[name] for name in names]
     return runner if _takes_rows(modules[runner], calls[runner], experts) else ""
 
 
-def _first(call: Call) -> Tensor | None:
+def first_of(call: Call) -> Tensor | None:
+    """The first tensor of numbers that a module is given."""
     given = (*call.args, *call.kwargs.values())
     return next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
 

@@ -19,6 +19,7 @@ from ..routing import STACKED_DIMS, find_chosen
 from ..surgery.rows import above, below
 from ..types import KINDS, Attribute, Axis, Kind, Slice, Tap
 from . import couplings
+from .expert_lists import is_list_of, neurons_of_members, slices_of_members, tap_of_members
 from .expert_neurons import all_run, is_flat, neurons_in_block, neurons_of
 from .labels import NOBODY
 from .reading import IrregularRows, Reading
@@ -97,7 +98,8 @@ def _block_of(reading: Reading, router: str, size: int) -> tuple[str, str] | Non
         for inner, module in reading.modules[path].named_modules():
             place = f"{path}.{inner}".rstrip(".")
             is_held = any(is_stack(p, size) for p in module.parameters(recurse=False))
-            if is_held or _holds_flat(module, reading.forward.calls.get(place), size):
+            is_list = is_list_of(module, size) and not router.startswith(f"{place}.")
+            if is_held or is_list or _holds_flat(module, reading.forward.calls.get(place), size):
                 return path, place
     return None
 
@@ -142,7 +144,12 @@ def counted_with_others(model: nn.Module, routing: Routing) -> str:
 
 
 def expert_versions(
-    model: nn.Module, routing: Routing, calls: Mapping[str, Call], *, is_fixed: bool = False
+    model: nn.Module,
+    routing: Routing,
+    calls: Mapping[str, Call],
+    *,
+    is_fixed: bool = False,
+    members: Sequence[Axis] = (),
 ) -> tuple[tuple[Axis, ...], ...]:
     """The axes of the experts and of the neurons in them, by names in their block.
 
@@ -153,6 +160,7 @@ def expert_versions(
         routing: A router, and its block.
         calls: How the modules were called.
         is_fixed: Whether all experts stay.
+        members: Axes that were found in experts that are modules of a list, by names in the block.
 
     Raises:
         StructureError: They cannot be scored.
@@ -160,6 +168,10 @@ def expert_versions(
     block = model.get_submodule(routing.block)
     router = replace(routing.router, tensor=below(routing.router.tensor, routing.block))
     inside = below(routing.experts, routing.block)
+    if is_list_of(block.get_submodule(inside), routing.size):
+        tap = tap_of_members(dict(model.named_modules()), routing.block, routing.experts, calls)
+        alone = _experts_alone(block, routing, router, tap)
+        return _versions_of(alone, neurons_of_members(block, inside, alone[0], members), is_fixed)
     module, call = block.get_submodule(inside), calls.get(routing.experts, Call((), {}, ()))
     chosen = find_chosen(call.args, call.kwargs)
     apart: list[Slice] = []
@@ -175,6 +187,14 @@ def expert_versions(
     neurons = neurons_of(module, inside, chosen, call, experts)
     if neurons is None and not any(is_stack(p, routing.size) for p in module.parameters()):
         raise StructureError("its experts are rows of one matrix, and no neurons of them were told")
+    return _versions_of(alone, neurons, is_fixed)
+
+
+def _versions_of(
+    alone: Sequence[Axis], neurons: Axis | None, is_fixed: bool
+) -> tuple[tuple[Axis, ...], ...]:
+    """Experts in every choice of what may follow, with the neurons in them and without."""
+    experts = alone[0]
     if neurons is None:
         return () if is_fixed else tuple((axis,) for axis in alone)
     fixed = replace(experts, minimum=experts.size)
@@ -196,9 +216,11 @@ def _experts_alone(block: nn.Module, routing: Routing, router: Slice, tap: Tap) 
         router: Its rows.
         tap: Where the experts are.
     """
-    own = tuple(_slices(block, router, tap.module, routing.size))
-    loose = tuple(_loose(block, own, routing.size))
-    sizes, config = _attributes(block, routing.size)
+    listed = tap.owner if tap.side == "outputs" else ""
+    own = tuple(_slices(block, router, tap, routing.size))
+    own += tuple(slices_of_members(block, listed)) if listed else ()
+    loose = tuple(_loose(block, own, routing.size, but=listed))
+    sizes, config = _attributes(block, routing.size, but=listed)
     experts = Axis(
         name=f":{Kind.EXPERTS}",
         module="",
@@ -289,8 +311,9 @@ def _grouped(experts: Axis, router: nn.Module) -> list[Axis]:
     return [experts, replace(experts, blocks=groups, minimum=groups * fewest)]
 
 
-def _slices(block: nn.Module, router: Slice, experts: str, size: int) -> Iterator[Slice]:
+def _slices(block: nn.Module, router: Slice, tap: Tap, size: int) -> Iterator[Slice]:
     """Rows of the router and of the stacks, with the biases beside them."""
+    experts = tap.module
     for path, module in block.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         is_router = path == router.module
@@ -305,12 +328,16 @@ def _slices(block: nn.Module, router: Slice, experts: str, size: int) -> Iterato
                 yield Slice(name, 0, role="follows")
 
 
-def _loose(block: nn.Module, own: Sequence[Slice], size: int) -> Iterator[Slice]:
-    """Vectors elsewhere in the block with one entry per expert, such as corrections of a choice."""
+def _loose(block: nn.Module, own: Sequence[Slice], size: int, *, but: str = "") -> Iterator[Slice]:
+    """Vectors elsewhere in the block with one entry per expert, such as corrections of a choice.
+
+    Not those inside of the modules of a list.
+    """
     held = {part.tensor for part in own}
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         dim = _vector_dim(tensor, size)
-        if name not in held and dim is not None:
+        is_inside = but and name.startswith(f"{but}.")
+        if name not in held and dim is not None and not is_inside:
             yield Slice(name, dim, role="follows")
 
 
@@ -320,11 +347,18 @@ def _vector_dim(tensor: Tensor, size: int) -> int | None:
     return dims[0] if len(dims) == 1 and tensor.numel() == size else None
 
 
-def _attributes(block: nn.Module, size: int) -> tuple[tuple[Attribute, ...], tuple[Attribute, ...]]:
-    """Attributes that repeat the number of experts, and values that a forward may read."""
+def _attributes(
+    block: nn.Module, size: int, *, but: str = ""
+) -> tuple[tuple[Attribute, ...], tuple[Attribute, ...]]:
+    """Attributes that repeat the number of experts, and values that a forward may read.
+
+    Not those of the modules of a list.
+    """
     sizes, config = [], []
     axis = f":{Kind.EXPERTS}"
     for path, module in block.named_modules():
+        if but and path.startswith(f"{but}."):
+            continue
         held = vars(module)
         sizes += [
             Attribute(path, name, axis)

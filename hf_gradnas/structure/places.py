@@ -29,6 +29,12 @@ class Template:
         """What the units are: heads (in KV groups or not) or neurons."""
         return self.versions[0][-1].kind
 
+    @property
+    def holder(self) -> str:
+        """Path of the list whose modules are the units; "" where they are none of a list."""
+        tap = self.versions[0][0].taps[0]
+        return tap.owner if tap.side == "outputs" else ""
+
 
 @dataclass(frozen=True)
 class Place:

@@ -27,6 +27,7 @@ from ..types import (
     present_plan,
 )
 from . import modeling_gradnas
+from .lists import members_that_stay
 from .rows import Kept, Shapes, gone_layers, kept_rows, new_sizes, shapes_of
 
 Record = Mapping[str, Any]
@@ -59,7 +60,7 @@ def plan_cut(
     gone = gone_layers(axes, kept)
     changed = [a for a in axes if a.within not in gone and _is_changed(a, axes, counts)]
     rows = kept_rows(shapes, changed, kept)
-    sizes = _sizes_and_removals(shapes, axes, changed, counts, rows)
+    sizes = dict(_sizes_and_removals(shapes, axes, changed, counts, rows))
     own: dict[str, list[int]] = {}
     copied: dict[str, Copied] = {}
     if layout == "per_layer":
@@ -67,12 +68,17 @@ def plan_cut(
     kernels = _slower_kernels(changed, counts, {axis.name: axis for axis in axes})
     for path, config in kernels.items():
         sizes["modules"].setdefault(path, {}).setdefault("config", {}).update(config)
-    record = {
+    members = members_that_stay(shapes, changed, kept)
+    for each in members:
+        rows, sizes["modules"] = each.all_renamed(rows), each.all_renamed(sizes["modules"])
+    record: dict[str, Any] = {
         "format_version": modeling_gradnas.FORMAT_VERSION,
         "architecture": architecture,
         **sizes,
         "own_position_bias": own,
     }
+    if members:
+        record["lists"] = {each.holder: each.names_gone for each in members}
     adapted = _adaptations(changed, kept, record["removed"])
     if adapted:
         record["adapted"] = adapted
@@ -83,7 +89,7 @@ def plan_cut(
         }
         for name, dims in rows.items()
     }
-    return Cut(stay, record, copied)
+    return Cut(stay, record, copied, {each.holder: each.names_before for each in members})
 
 
 def apply_cut(
@@ -112,7 +118,9 @@ def apply_cut(
         }
         for name, dims in planned.rows.items()
     }
-    modeling_gradnas.resize(model, planned.record, rows=rows, new_tensors=new_tensors)
+    modeling_gradnas.resize(
+        model, planned.record, rows=rows, new_tensors=new_tensors, members=planned.members
+    )
     _forget_results(model, {name.rpartition(".")[0] for name in rows})
 
 
@@ -343,16 +351,6 @@ def _adaptations(
     return found
 
 
-def _composed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """What the calls of a module need that was cut twice."""
-    width = [*old["width"][:1], *new["width"][1:]] if old["width"] else new["width"]
-    return {
-        "arguments": sorted({*old["arguments"], *new["arguments"]}),
-        "units": [old["units"][0], [old["units"][1][unit] for unit in new["units"][1]]],
-        "width": width,
-    }
-
-
 def make_per_layer(model: PreTrainedModel, record: Record) -> PreTrainedModel:
     """Turn a model that has the record's shapes into its per-layer class, and note the record.
 
@@ -362,33 +360,3 @@ def make_per_layer(model: PreTrainedModel, record: Record) -> PreTrainedModel:
     model.__class__ = modeling_gradnas.per_layer_class(type(model))
     modeling_gradnas.name_files(model)
     return model
-
-
-def merge_records(old: Record, new: Record) -> Record:
-    """Record of a model that was cut before and is cut again: `new` wins where both speak."""
-    removed = {**old.get("removed", {}), **new["removed"]}
-    own = {**old.get("own_position_bias", {}), **new.get("own_position_bias", {})}
-    modules = {path: dict(entry) for path, entry in old.get("modules", {}).items()}
-    adapted = {**old.get("adapted", {}), **new.get("adapted", {})}
-    for path in old.get("adapted", {}).keys() & new.get("adapted", {}).keys():
-        adapted[path] = _composed(old["adapted"][path], new["adapted"][path])
-    for path, entry in new["modules"].items():
-        parent, _, leaf = path.rpartition(".")
-        if leaf in {row.table for row in modeling_gradnas.SHARED_TABLES} and own.get(parent):
-            own[parent] = entry["weight"]
-            continue
-        before = modules.get(path, {})
-        config = {**before.get("config", {}), **entry.get("config", {})}
-        modules[path] = {**before, **entry, **({"config": config} if config else {})}
-
-    def gone(path: str) -> bool:
-        return any(path == r or path.startswith(r + ".") for r in removed)
-
-    left = {path: entry for path, entry in adapted.items() if not gone(path)}
-    return {
-        **new,
-        **({"adapted": left} if left else {}),
-        "modules": {path: entry for path, entry in modules.items() if not gone(path)},
-        "removed": removed,
-        "own_position_bias": {path: size for path, size in own.items() if not gone(path)},
-    }

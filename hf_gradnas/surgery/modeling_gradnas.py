@@ -20,9 +20,8 @@ All it knows of a model is the *record* under the key ``gradnas`` of its config:
      "adapted": {                                # calls with sizes of all heads: in arguments, or
        "transformer.h.0.self_attention": {"arguments": ["alibi"],      # written into shapes
                                           "units": [4, [0, 2, 3]], "width": [64, 48]}},
+     "lists": {"encoder.block.1.layer.1.mlp.experts": ["expert_6", "expert_7"]},  # what is gone
      "native": {"text_config": {"2": {"head_dim": 8}}}}       # per_layer_config before the cut
-
-Scores, plans and the choice of rows are not known here.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 FORMAT_VERSION = 1
-SECTIONS = ("modules", "removed", "own_position_bias", "adapted")
+SECTIONS = ("modules", "removed", "own_position_bias", "adapted", "lists")
 # Where this file is not at work, upstream says that this is no name of a file of weights.
 NEEDS = "layers have widths of their own: import hf_gradnas first, or pass trust_remote_code=True"
 SAME_VERSION = "load it with the Transformers version that the checkpoint was saved with."
@@ -62,8 +61,8 @@ Modules = Mapping[str, Any]  # what a path leads to: modules with attributes of 
 Shape = tuple[int, ...]
 Wanted = Mapping[tuple[str, str], Shape]  # shape per module's path and tensor's name
 
-# A table (buckets, heads) of one attention, whose bias others take: the attribute that says whether
-# an attention computes it itself, the embedding's name, and the argument by which it travels.
+# A table (buckets, heads) of one attention, whose bias others take: the attribute that says who
+# computes it, the embedding's name, and the argument by which it travels.
 SharedTable = namedtuple("SharedTable", "flag table argument")
 # T5 and its kin: layer 0 computes the position bias for all of its stack.
 T5 = SharedTable("has_relative_attention_bias", "relative_attention_bias", "position_bias")
@@ -91,9 +90,7 @@ class RecordError(ValueError):
 
 
 class RemovedAttention(nn.Module):
-    """Stands where an attention lost every unit: returns its bias and keeps the cache's length.
-
-    Or where a whole layer is gone, and what comes in goes on.
+    """Stands where an attention lost every unit, or a layer is gone; keeps the cache's length.
 
     Args:
         replaced: The attention; its numbers, strings and flags (`layer_idx` among them) are kept.
@@ -150,8 +147,7 @@ class RemovedAttention(nn.Module):
         if self._norm is not None:
             output = self.get_submodule(self._norm)(hidden_states + output)
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs, "output": output}
-        outputs = tuple(given.get(str(entry)) for entry in self._returns)
-        return outputs if self._returns else output
+        return tuple(given.get(str(entry)) for entry in self._returns) if self._returns else output
 
     def _grow(self, cache: Cache, hidden_states: torch.Tensor) -> None:
         """Write keys and values of width 1: masks and positions ask this layer for its length."""
@@ -188,8 +184,7 @@ class _EmptyConv1D(Conv1D):
 class _LayerConfig:
     """A live view of a config with a few values of one layer's own.
 
-    A copy would no longer follow ``set_attn_implementation``: the layer would run another kernel
-    than the one that the mask was made for, and silently lose the mask.
+    A copy would not follow ``set_attn_implementation``: its kernel would silently lose the mask.
     """
 
     def __init__(self, base: PreTrainedConfig, values: Mapping[str, Any]) -> None:
@@ -224,11 +219,7 @@ def table_of(module: Any) -> SharedTable | None:
 
 
 class _Adapter(TorchFunctionMode):
-    """Hooks that bring the calls of a module from sizes of all units to those of the `units` left.
-
-    These are in arguments ``(…, units, queries, keys)`` that are made outside, and where the
-    forward writes the `width` of all units into shapes.
-    """
+    """Hooks for calls: arguments ``(…, units, queries, keys)`` and shapes of the `units` left."""
 
     def __init__(self, arguments: list[str], units: list[Any], width: list[int]) -> None:
         super().__init__()
@@ -284,6 +275,7 @@ def resize(
     *,
     rows: Rows | None = None,
     new_tensors: Tensors | None = None,
+    members: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Bring a model to the record's shapes, in place, after checking everything.
 
@@ -293,18 +285,21 @@ def resize(
     Args:
         model: The model; of another class than the record's architecture, paths are translated.
         record: What the config keeps under ``gradnas``.
-        rows: Rows to keep per full tensor name and dimension (a cut). Without, the first rows
-            stay, and the values are expected from a checkpoint.
+        rows: Rows to keep per full tensor name and dimension (a cut); None: the first ones.
         new_tensors: For a cut, values of position bias tables that a layer comes to own.
+        members: For a cut, the name that a module in a list had, by the name that it takes.
 
     Raises:
         RecordError: The record is of a newer format or does not fit; the model is unchanged.
     """
     record = translated(checked(record), model)
-    modules: Modules = dict(model.named_modules(remove_duplicate=False))
+    whole: Modules = dict(model.named_modules(remove_duplicate=False))
+    lists, modules = _shorter_lists(whole, record, members or {})
     wanted = _wanted_shapes(modules, record, rows, new_tensors or {})
     _check_shapes(wanted, modules, record, rows)
     _check_removals(modules, record)
+    for path, left in lists.items():
+        whole[path]._modules, whole[path]._gradnas_gone = left, record["lists"][path]
     _set_attributes(modules, record)  # first: the channels of a convolution follow its groups
     _slice(model, modules, wanted, rows)
     _own_position_biases(modules, record, new_tensors or {})
@@ -317,8 +312,7 @@ def resize(
         if not _is_like(modules[path], RemovedAttention):
             old, new = modules[path], RemovedAttention(modules[path], **spec)
             for parent in list(model.modules()):
-                for name in [n for n, child in parent._modules.items() if child is old]:
-                    parent._modules[name] = new
+                parent._modules.update({n: new for n, m in parent._modules.items() if m is old})
 
 
 def checked(record: Record) -> Record:
@@ -330,14 +324,13 @@ def checked(record: Record) -> Record:
             "upgrade hf_gradnas, or load with the modeling_gradnas.py that came with the weights."
         )
     full = {**{name: {} for name in SECTIONS}, **record}
-    parts = [full[name] for name in SECTIONS]
     is_whole = isinstance(full.get("architecture"), str)
-    if not is_whole or not all(isinstance(part, Mapping) for part in parts):
+    if not is_whole or not all(isinstance(full[name], Mapping) for name in SECTIONS):
         raise _changed("the record", full)
-    for name, part in zip(SECTIONS, parts, strict=True):
-        for path, entry in part.items():
-            is_table = name == "own_position_bias"
-            if not (_is_shape(entry) if is_table else isinstance(entry, Mapping)):
+    for name in SECTIONS:
+        for path, entry in full[name].items():
+            is_table, kind = name == "own_position_bias", list if name == "lists" else Mapping
+            if not (_is_shape(entry) if is_table else isinstance(entry, kind)):
                 raise _changed(path if is_table else "the record", entry if is_table else full)
     return full
 
@@ -347,10 +340,8 @@ def _is_shape(value: Any) -> bool:
 
 
 def _changed(where: str, found: object) -> RecordError:
-    return RecordError(
-        f"config.gradnas: {where} holds {found!r:.60}, which hf_gradnas never writes there; it was "
-        "changed or damaged: restore config.json."
-    )
+    what = "which hf_gradnas never writes there; it was changed or damaged: restore config.json."
+    return RecordError(f"config.gradnas: {where} holds {found!r:.60}, {what}")
 
 
 def translated(record: Record, model: nn.Module) -> Record:
@@ -375,6 +366,19 @@ def translated(record: Record, model: nn.Module) -> Record:
             f"names for {record['architecture']} exist, e.g. {paths[0]}; load that class instead."
         )
     return {**record, **found}
+
+
+def _shorter_lists(modules: Modules, record: Record, members: Mapping[str, Any]) -> Any:
+    """Modules that stay in each list, by the names that they take; and all by their new paths."""
+    lists, found = {}, {p: m for p, m in modules.items() if not _inside(p, record["lists"])}
+    for path, gone in record["lists"].items():
+        has = _module(modules, path)._modules
+        own = {new: has[old] for new, old in members.get(path, {}).items()}
+        lists[path] = {name: own.get(name, m) for name, m in has.items() if name not in gone}
+        found[path] = modules[path]
+        for name, module in lists[path].items():
+            found |= dict(module.named_modules(None, f"{path}.{name}", False))
+    return lists, found
 
 
 def _wanted_shapes(
@@ -429,8 +433,7 @@ def _check_shapes(wanted: Wanted, modules: Modules, record: Record, rows: Rows |
     unknown = (rows or {}).keys() - {_join(*key) for key in wanted}
     for name in [name for name in unknown if not _inside(name, record["removed"])]:
         raise RecordError(
-            f"{name}: rows are given, but the record wants no shape of it; add the shape to the "
-            "record, or drop the rows."
+            f"{name}: rows are given, but the record wants no shape of it; drop them."
         )
 
 
@@ -580,9 +583,19 @@ class _PerLayer:
         with _construction() as outermost, _uniform(config):
             self._gradnas_stock_class.__init__(cast(Any, self), config, *args, **kwargs)
         if outermost and "gradnas" in vars(config):
-            model = cast(PreTrainedModel, self)
-            resize(model, config.gradnas)
-            name_files(model)
+            resize(cast(PreTrainedModel, self), config.gradnas)
+            name_files(cast(PreTrainedModel, self))
+
+    def initialize_weights(self) -> None:
+        """Let classes find as many modules in a list as their config counts."""
+        short: list[Any] = [m for m in cast(Any, self).modules() if "_gradnas_gone" in vars(m)]
+        for m in short:
+            m._modules |= dict.fromkeys(m._gradnas_gone, next(iter(m._modules.values())))
+        try:
+            cast(Any, super()).initialize_weights()
+        finally:
+            for m in short:
+                m._modules = {k: v for k, v in m._modules.items() if k not in m._gradnas_gone}
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -597,14 +610,14 @@ class _PerLayer:
             file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        stock = self._gradnas_stock_class
         function, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        if type(self) is per_layer_class(stock):  # a class that pickle does not find by its name
-            function, arguments = _blank, (stock,)
+        if type(self) is per_layer_class(self._gradnas_stock_class):  # pickle finds it by no name
+            function, arguments = _blank, (self._gradnas_stock_class,)
         return (function, arguments, *state)
 
 
-FROM_FILES = "is_custom_code _can_set_attn_implementation _can_set_experts_implementation".split()
+FROM_FILES = """__module__ __qualname__ __doc__
+is_custom_code _can_set_attn_implementation _can_set_experts_implementation""".split()
 _CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
@@ -626,14 +639,9 @@ def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         bases: tuple[type, ...] = (_PerLayer, stock)
         if stock.can_generate() and issubclass(stock, GenerationMixin):
             bases += (GenerationMixin,)  # a direct base, or upstream wraps the class once more
-        namespace: dict[str, Any] = {
-            "__module__": stock.__module__,
-            "__qualname__": stock.__qualname__,
-            "__doc__": stock.__doc__,
-            "_gradnas_stock_class": stock,
-            # Upstream decides these by reading the file of the class: it has to read the stock one.
-            **{name: getattr(stock, name) for name in FROM_FILES},
-        }
+        # Upstream decides some by reading the file of the class: it has to read the stock one.
+        namespace = {name: getattr(stock, name) for name in FROM_FILES}
+        namespace["_gradnas_stock_class"] = stock
         if getattr(transformers, stock.__name__, None) is stock:
             namespace["__module__"] = __name__
             namespace["_auto_class"] = auto_class_name(stock) or "AutoModel"
@@ -669,12 +677,9 @@ def _auto_classes(config_class: type) -> Iterator[tuple[str, tuple[type, ...]]]:
 
 
 def auto_class_name(stock: type[PreTrainedModel]) -> str | None:
-    """Name of the Auto class that builds a stock class; the most telling one if there are more.
-
-    None where there is none, or only `AutoBackbone`, which loads from no folder.
-    """
-    names = [name for name, built in _auto_classes(stock.config_class) if stock in built]
-    names = [name for name in names if name != "AutoBackbone"]
+    """The most telling Auto class of a stock class; `AutoBackbone` loads from no folder."""
+    found = _auto_classes(stock.config_class)
+    names = [name for name, built in found if stock in built and name != "AutoBackbone"]
     names.sort(key=lambda name: (name != "AutoModel", name == "AutoModelForPreTraining"))
     return names[0] if names else None
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..types import Attribute, Axis
 from . import modeling_gradnas
+from .lists import stacks_in, with_stacks
 
 PART = "part"
 
@@ -46,7 +47,30 @@ def gone_layers(axes: Iterable[Axis], kept: Kept) -> set[str]:
 
 
 def kept_rows(shapes: Shapes, axes: Iterable[Axis], kept: Kept) -> Rows:
-    """Rows that stay, per tensor and dim; several axes may take rows of one dim."""
+    """Rows that stay, per tensor and dim; several axes may take rows of one dim.
+
+    Tensors of modules in a list are there one by one; not those of modules that go.
+    """
+    axes = tuple(axes)
+    stacks = stacks_in(shapes, axes)
+    found = _rows_of_all(with_stacks(shapes, axes), axes, kept)
+    for stack, names in stacks.items():
+        dims = found.pop(stack)
+        members = dims.pop(0, range(len(names)))
+        for place, member in enumerate(members):
+            own = {dim - 1: _rows_of_one(rows, place) for dim, rows in dims.items()}
+            if own:
+                found[names[member]] = own
+    return found
+
+
+def _rows_of_one(rows: Sequence[Any], place: int) -> Any:
+    """Rows of one of the matrices that stay."""
+    return rows[place] if rows and not isinstance(rows[0], int) else rows
+
+
+def _rows_of_all(shapes: Shapes, axes: Iterable[Axis], kept: Kept) -> Rows:
+    """As `kept_rows`, of stacks as they are."""
     lost: dict[str, dict[int, set[int]]] = {}
     within: dict[str, dict[int, set[tuple[int, int]]]] = {}  # (matrix of a stack, row)
     for axis in axes:

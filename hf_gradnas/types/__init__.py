@@ -27,21 +27,18 @@ from .documents import REPAIR_MARK, metadata_of, parse_json, read_object
 from .frontiers import MASKED, REPAIRED, STATES, Frontier, Point, is_frontier
 from .kinds import KINDS, PARENTS, Kind, KindRow, Mask
 from .latency_tables import LatencyTable, Phase, Timed, is_timed, table_fingerprint
+from .places import MEMBER, Pattern, Role, Slice, Tap
 from .plan_checks import check_indices, check_values, is_integer
 from .prunable import Prunable
 from .structure import (
     Adaptation,
     Attribute,
     Axis,
-    Pattern,
     Refusal,
     Removal,
-    Role,
-    Slice,
     StockGroup,
     StockSpace,
     Structure,
-    Tap,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +53,7 @@ __all__ = [
     "LATENCY",
     "MASKED",
     "MEASURED",
+    "MEMBER",
     "PARENTS",
     "REPAIRED",
     "REPAIR_MARK",

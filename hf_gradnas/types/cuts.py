@@ -37,11 +37,14 @@ class Cut:
         record: New shapes, attributes and removed modules, in the words of the loader file
             (`surgery.modeling_gradnas`); what a config keeps under ``gradnas``.
         copied: Tensors that come to be, by their full names.
+        members: Names that the modules which stay in a list had, by those that they take, the
+            first ones; per path of the list. Names in `rows` and in the record are the new ones.
     """
 
     rows: Mapping[str, Mapping[int, tuple[int, ...] | tuple[tuple[int, ...], ...]]]
     record: Mapping[str, Any]
     copied: Mapping[str, Copied] = field(default_factory=dict)
+    members: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The cut as JSON can hold it."""
@@ -53,7 +56,9 @@ class Cut:
             name: {"source": part.source, "dim": part.dim, "rows": list(part.rows)}
             for name, part in self.copied.items()
         }
-        return {"rows": rows, "record": dict(self.record), "copied": copied}
+        found = {"rows": rows, "record": dict(self.record), "copied": copied}
+        members = {path: dict(names) for path, names in self.members.items()}
+        return {**found, "members": members} if members else found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cut:
@@ -66,7 +71,8 @@ class Cut:
             name: Copied(part["source"], part["dim"], tuple(part["rows"]))
             for name, part in data["copied"].items()
         }
-        return cls(rows, dict(data["record"]), copied)
+        members = {path: dict(names) for path, names in data.get("members", {}).items()}
+        return cls(rows, dict(data["record"]), copied, members)
 
 
 def _frozen(stay: Sequence[Any]) -> tuple[Any, ...]:

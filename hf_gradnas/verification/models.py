@@ -17,6 +17,7 @@ from ..errors import DataError, StructureError
 from ..structure.discovery import discover
 from ..structure.layers import find_layers, put_within
 from ..structure.places import Discovery, Place, move_axis
+from ..surgery.lists import real_names
 from ..surgery.rows import above, below
 from ..types import Axis, Kind, Refusal, Structure
 from .proof import prove_channels, prove_layers, prove_places
@@ -86,7 +87,7 @@ def _inside_layers(
 
 def _accounted(structure: Structure, reasons: Mapping[str, str]) -> Structure:
     """The structure with a word on every parameter that no axis and no refusal holds."""
-    held = {part.tensor for axis in structure.axes for part in axis.slices}
+    held = real_names(reasons, structure.axes)
     refused = tuple(f"{refusal.module}." for refusal in structure.refusals if refusal.module)
     unpruned = {
         name: reason
@@ -101,8 +102,15 @@ def proved(model: nn.Module, discovery: Discovery) -> Structure:
     outcomes = prove_places(model, discovery, _kernels(model))
     axes: list[Axis] = []
     refusals = list(discovery.refusals)
+    lists = tuple(
+        f"{above(place.template.holder, place.scope)}."
+        for place in discovery.places
+        if place.template.holder and not isinstance(outcomes[id(place.template)], str)
+    )
     for place, name in zip(discovery.places, _distinct_names(discovery.places), strict=True):
         outcome = outcomes[id(place.template)]
+        if lists and f"{place.scope}.".startswith(lists):
+            continue  # they are units of their list
         if isinstance(outcome, str):
             refusals.append(Refusal(place.scope, place.template.kind, outcome))
         else:
@@ -176,7 +184,7 @@ def _owned_once(model: nn.Module, structure: Structure) -> Structure:
     axes, refusals = [], list(structure.refusals)
     for axis in structure.axes:
         found: Collection[str] = views if axis.kind == Kind.CHANNELS else also
-        shared = next((s.tensor for s in axis.slices if s.tensor in found), None)
+        shared = next((name for name in real_names(also, [axis]) if name in found), None)
         if shared is None:
             axes.append(axis)
             continue

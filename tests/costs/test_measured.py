@@ -248,6 +248,16 @@ def test_neurons_of_experts_cost_by_their_width_in_one_of_them():
     assert cost.of({**whole, inner.name: 6 * 12}) == pytest.approx(24 + 12 + 1)
 
 
+def test_neurons_of_a_dense_layer_are_timed_apart_from_those_of_experts():
+    model, inputs = zoo.build("dots1", first_k_dense_replace=1)
+    axes = GradNASPruner(model).discover(inputs).axes
+    groups = measured._groups(model, axes)
+    assert all(group.points() for group in groups)
+    names = [group.name for group in groups if group.axes[0].kind is Kind.NEURONS]
+    place = "model.layers.*.mlp:neurons"
+    assert {place, f"{place} in experts"} <= {*names}
+
+
 def test_decode_times_one_token_after_the_others():
     pruner, inputs = scored()
     seen = []

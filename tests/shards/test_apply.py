@@ -40,6 +40,8 @@ CASES = (
     ("mixtral", "stock", True),
     ("mixtral", "per_layer", False),
     ("dbrx", "per_layer", False),
+    ("switch", "stock", False),  # lists of experts
+    ("switch", "per_layer", True),
     ("resnet", "per_layer", False),
     ("whisper", "per_layer", False),
     ("wav2vec2", "per_layer", False),  # _init_weights writes into a computed weight

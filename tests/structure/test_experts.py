@@ -13,8 +13,9 @@ from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.running.states import frozen
 from hf_gradnas.scores.gradients import GradientRecorder
 from hf_gradnas.structure.discovery import discover
+from hf_gradnas.structure.experts import UNROUTED
 from hf_gradnas.surgery.cut import cut
-from hf_gradnas.types import Kind
+from hf_gradnas.types import Kind, Refusal
 from hf_gradnas.verification import find_structure
 
 
@@ -152,7 +153,7 @@ def test_neurons_of_shared_experts_go_by_their_number(experts):
 
 
 class Chooser(torch.nn.Module):
-    """Experts in a list, each of which gets the tokens that chose it."""
+    """Experts in a list, each of which gets the tokens that chose it; no choice is seen."""
 
     def __init__(self, *, sorts):
         super().__init__()
@@ -165,7 +166,9 @@ class Chooser(torch.nn.Module):
 
     def forward(self, x):
         tokens = x.reshape(-1, 8)
-        weights, chosen = self.router(tokens).softmax(-1).max(-1)
+        weights = self.router(tokens).softmax(-1)
+        chosen = weights.argmax(-1)
+        weights = (weights * torch.nn.functional.one_hot(chosen, 3)).sum(-1)
         out = torch.zeros_like(tokens)
         if self.sorts:
             order = chosen.argsort(stable=True)
@@ -187,6 +190,7 @@ def test_neurons_of_experts_in_a_list_are_scored_by_example(sorts):
     structure = find_structure(net, {"x": x})
     axes = [axis for axis in structure.axes if axis.module.startswith("block.experts")]
     assert [axis.size for axis in axes] == [6, 6, 6]
+    assert Refusal("block.experts", "experts", UNROUTED) in structure.refusals
     assert {tap.runner for axis in axes for tap in axis.taps} == {"block"}
     recorder = GradientRecorder(net, axes)
     with frozen(net), recorder.attached():

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hf_gradnas.costs.counting import count_costs
 from hf_gradnas.masks import masked
 from hf_gradnas.stock.space import find_stock_space
-from hf_gradnas.surgery.cut import cut, merge_records
+from hf_gradnas.surgery.cut import cut
 from hf_gradnas.surgery.modeling_gradnas import resize
+from hf_gradnas.surgery.records import merge_records
 from hf_gradnas.types import Axis, Kind, Structure
 from hf_gradnas.verification import find_structure
 

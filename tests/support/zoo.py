@@ -413,6 +413,30 @@ MIXTURES: dict[str, Family] = {
         },
     ),
 }
+LISTS: dict[str, Family] = {
+    "switch": Family(
+        "SwitchTransformersConfig",
+        "SwitchTransformersForConditionalGeneration",
+        "seq2seq",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "num_experts": 6,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 16,
+            "decoder_start_token_id": 0,
+            **SPECIAL,
+        },
+    ),
+}
+"""Families whose experts are modules of a list."""
 ALL_RUN = ("llama4",)
 """Mixtures whose experts all run for every token, on inputs that are 0 where one is not chosen."""
 OWN_KERNELS = (*ALL_RUN, "dbrx", "jetmoe")
@@ -441,13 +465,13 @@ def build(
     """Make the family's tiny model, in eval mode, and one labelled batch for ``model(**inputs)``.
 
     Args:
-        name: Key of `FAMILIES`, `CONV_FAMILIES` or `MIXTURES`.
+        name: Key of `FAMILIES`, `CONV_FAMILIES`, `MIXTURES` or `LISTS`.
         dtype: Type of the parameters and of floating-point inputs.
         seed: Decides parameters and batch.
         attn: Attention kernel: ``"eager"`` or ``"sdpa"``.
         **overrides: Replace arguments of the config.
     """
-    family = {**FAMILIES, **CONV_FAMILIES, **MIXTURES}[name]
+    family = {**FAMILIES, **CONV_FAMILIES, **MIXTURES, **LISTS}[name]
     config = getattr(transformers, family.config)(**{**family.kwargs, **overrides})
     config._attn_implementation = attn
     if name in MIXTURES and name not in OWN_KERNELS:

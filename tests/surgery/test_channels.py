@@ -15,8 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_gradnas.errors import PlanError
 from hf_gradnas.masks import masked
-from hf_gradnas.surgery.cut import check_kept, cut, merge_records
+from hf_gradnas.surgery.cut import check_kept, cut
 from hf_gradnas.surgery.modeling_gradnas import RecordError, resize
+from hf_gradnas.surgery.records import merge_records
 
 NAMES = sorted(CASES)
 

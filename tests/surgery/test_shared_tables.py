@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from hf_gradnas.costs.counting import count_costs
 from hf_gradnas.masks import masked
 from hf_gradnas.surgery import modeling_gradnas
-from hf_gradnas.surgery.cut import cut, merge_records
+from hf_gradnas.surgery.cut import cut
 from hf_gradnas.surgery.modeling_gradnas import SHARED_TABLES, SharedTable, table_of
+from hf_gradnas.surgery.records import merge_records
 from hf_gradnas.types import Kind, Structure
 from hf_gradnas.verification import find_structure
 

@@ -9,7 +9,8 @@ import torch
 import zoo
 
 from hf_gradnas.errors import PlanError
-from hf_gradnas.surgery.cut import check_kept, cut, merge_records
+from hf_gradnas.surgery.cut import check_kept, cut
+from hf_gradnas.surgery.records import merge_records
 from hf_gradnas.verification import find_structure
 
 HEADS = "model.layers.0.self_attn:heads"

@@ -27,6 +27,7 @@ from hf_gradnas import GradNASError, GradNASPruner
 from hf_gradnas.errors import StructureError
 from hf_gradnas.search.solver import lowest_costs
 from hf_gradnas.stock.trials import silence
+from hf_gradnas.surgery.lists import real_names
 from hf_gradnas.types import KINDS, Axis, Budget, Kind, Plan, Structure
 
 CUT, RELOADED, EXACT = 1e-4, 1e-5, 1e-6
@@ -312,12 +313,12 @@ def _draw(draw: np.random.Generator, axis: Axis) -> tuple[int, ...]:
 
 def _check_seen(model: nn.Module, structure: Structure) -> None:
     """Every parameter is in an axis, in a refused module, or has a reason."""
-    held = {part.tensor for axis in structure.axes for part in axis.slices}
+    held = real_names(dict(model.named_parameters()), structure.axes)
     refused = tuple(f"{refusal.module}." for refusal in structure.refusals if refusal.module)
     unseen = [
         name
         for name, _ in model.named_parameters()
-        if name not in held | structure.unpruned.keys() and not name.startswith(refused)
+        if name not in held.keys() | structure.unpruned.keys() and not name.startswith(refused)
     ]
     _check(not unseen, f"not seen: {', '.join(unseen[:2])}")
 

@@ -1,0 +1,286 @@
+"""Experts that are modules of a list: the equations of stacked ones, files, and ways of loading."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import expert_lists
+import pytest
+import torch
+import transformers
+import zoo
+from expert_lists import EXPERTS, NEURONS
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_gradnas import GradNASPruner
+from hf_gradnas._compat import implementations
+from hf_gradnas.callback.weights import WeightMask, check_maskable
+from hf_gradnas.errors import PlanError
+from hf_gradnas.masks import mask_leaves, masked
+from hf_gradnas.running.states import frozen
+from hf_gradnas.scores.gradients import GradientRecorder
+from hf_gradnas.structure.experts import UNROUTED
+from hf_gradnas.surgery.cut import cut, plan_cut
+from hf_gradnas.surgery.modeling_gradnas import RecordError, resize
+from hf_gradnas.surgery.records import merge_records
+from hf_gradnas.surgery.rows import shapes_of
+from hf_gradnas.types import Cut, Kind, Structure
+from hf_gradnas.verification import find_structure
+
+ALL = ("switch", *expert_lists.STYLES)
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Structure]:
+    """What was found in each model, once."""
+    return {name: find_structure(*expert_lists.build(name)) for name in ALL}
+
+
+@pytest.fixture(params=ALL)
+def found(request: Any, known: dict[str, Structure]) -> tuple[nn.Module, dict, Structure]:
+    return *expert_lists.build(request.param), known[request.param]
+
+
+def experts_of(structure: Structure) -> list:
+    return [axis for axis in structure.axes if axis.kind is Kind.EXPERTS]
+
+
+def inside(structure: Structure, experts: Any) -> Any:
+    return next(axis for axis in structure.axes if axis.parent == experts.name)
+
+
+def irregular(structure: Structure) -> dict[str, list[int]]:
+    """Other experts in every layer, and in each of them other neurons."""
+    kept = {}
+    for layer, axis in enumerate(experts_of(structure)):
+        stay = [0, 2, 3, 5] if layer else [1, 2, 4]
+        kept[axis.name] = stay
+        kept[inside(structure, axis).name] = [
+            e * NEURONS + n for e in stay for n in range(NEURONS) if (n + e) % (3 + layer)
+        ]
+    return kept
+
+
+def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
+    with torch.no_grad(), zoo.float64_throughout():
+        return model(**inputs).logits
+
+
+def test_experts_are_units_and_neurons_are_in_them(found):
+    model, _, structure = found
+    experts = experts_of(structure)
+    fewest = 1 if "Switch" in type(model).__name__ else 2
+    assert [(axis.size, axis.minimum) for axis in experts] == [(EXPERTS, fewest)] * 2
+    for axis in experts:
+        assert axis.name == f"{axis.module}:experts"
+        assert inside(structure, axis).name == f"{axis.module}:neurons"
+        assert inside(structure, axis).size == EXPERTS * NEURONS
+    held = [name for name in structure.unpruned if ".experts." in name]
+    assert not held
+
+
+def test_masked_is_cut_and_the_list_is_numbered_anew(found):
+    model, inputs, structure = found
+    kept = irregular(structure)
+    with masked(model, structure.axes, kept):
+        expected = logits(model, inputs)
+    assert (expected - logits(model, inputs)).abs().max() > 1e-3
+    names = {
+        a.taps[0].owner: list(model.get_submodule(a.taps[0].owner)._modules)
+        for a in experts_of(structure)
+    }
+    cut(model, structure.axes, kept)
+    assert (logits(model, inputs) - expected).abs().max() <= 1e-10 * expected.abs().max()
+    for (path, before), count in zip(names.items(), (3, 4), strict=True):
+        assert list(model.get_submodule(path)._modules) == before[:count]
+
+
+def test_a_mask_of_ones_changes_no_bit(found):
+    model, inputs, structure = found
+    whole = logits(model, inputs)
+    everything = {axis.name: range(axis.size) for axis in structure.axes}
+    with masked(model, structure.axes, everything):
+        assert torch.equal(logits(model, inputs), whole)
+    with mask_leaves(model, structure.axes):
+        assert torch.equal(logits(model, inputs), whole)
+
+
+def recorded(model: nn.Module, inputs: dict, axes: list) -> dict[str, torch.Tensor]:
+    recorder = GradientRecorder(model, axes)
+    with frozen(model), recorder.attached(), zoo.float64_throughout():
+        recorder.start(zoo.BATCH)
+        model(**inputs).loss.backward()
+        return recorder.gradients()
+
+
+def test_gradients_are_those_of_masks_and_finite_differences(found):
+    model, inputs, structure = found
+    axes = [a for a in structure.axes if a.kind is Kind.EXPERTS or a.parent]
+    gradients = recorded(model, inputs, axes)
+    with mask_leaves(model, axes) as leaves, zoo.float64_throughout():
+        loss = model(**inputs).loss
+        expected = torch.autograd.grad(loss, list(leaves.values()))
+        for (name, leaf), gradient in zip(leaves.items(), expected, strict=True):
+            error = (gradients[name].sum(0) - gradient).abs().max()
+            assert error <= 1e-9 * gradient.abs().max(), name
+            unit = int(gradient.abs().argmax())
+            values = []
+            with torch.no_grad():
+                for step in (1e-5, -1e-5):
+                    leaf[unit] += step
+                    values.append(float(model(**inputs).loss))
+                    leaf[unit] -= step
+            assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient[unit]), rel=1e-3)
+
+
+@pytest.mark.parametrize("style", expert_lists.STYLES)
+def test_every_example_has_the_gradients_that_it_has_alone(style, known):
+    model, inputs = expert_lists.build(style)
+    axes = [a for a in known[style].axes if a.kind is Kind.EXPERTS or a.parent]
+    gradients = recorded(model, inputs, axes)  # of a mean over as many tokens of each example
+    one = {name: x[1:2].expand(zoo.BATCH, -1) for name, x in inputs.items()}
+    for name, rows in recorded(model, one, axes).items():
+        torch.testing.assert_close(rows[0], gradients[name][1], rtol=1e-9, atol=1e-12)
+
+
+def test_costs_are_those_of_the_cut_model(found):
+    model, inputs, _ = found
+    pruner = GradNASPruner(model, layout="per_layer")
+    structure = pruner.discover(inputs)
+    kept = {a.name: tuple(range(a.size)) for a in structure.axes} | irregular(structure)
+    counts = {name: len(units) for name, units in kept.items()}
+    costs = pruner.prunable.costs
+    before, sizes = model.num_parameters(), {a.name: a.size for a in structure.axes}
+    assert costs["params"].of(sizes) == before
+    claimed = {name: cost.of(counts) for name, cost in costs.items()}
+    (first, *_), whole = experts_of(structure), costs["active_params"].of(sizes)
+    fewer = {first.name: 3, inside(structure, first).name: 3 * NEURONS}
+    router = len(first.makers) * 3 * model.get_parameter(first.makers[0].tensor).shape[1]
+    assert whole - costs["active_params"].of({**sizes, **fewer}) == pytest.approx(router, abs=3)
+    cut(model, structure.axes, kept)
+    assert claimed["params"] == model.num_parameters()
+    counter = FlopCounterMode(display=False)
+    kernels = implementations(model, attention="eager", experts="eager")
+    with frozen(model), torch.no_grad(), kernels, counter:
+        model(**pruner.prunable.sample)
+    assert claimed["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_a_cut_is_data_and_two_cuts_have_one_record(known):
+    model, inputs = expert_lists.build("loop")
+    axes = known["loop"].axes
+    planned = plan_cut(shapes_of(model), axes, irregular(known["loop"]), architecture="ListMixture")
+    assert planned.members["layers.0.experts"] == {"0": "1", "1": "2", "2": "4"}
+    assert planned.record["lists"] == {
+        "layers.0.experts": ["3", "4", "5"],
+        "layers.1.experts": ["4", "5"],
+    }
+    assert Cut.from_dict(json.loads(json.dumps(planned.to_dict()))) == planned
+    cut(model, axes, irregular(known["loop"]))
+    again = find_structure(model, inputs)
+    experts = experts_of(again)[1]
+    each = inside(again, experts).size // experts.size
+    units = [u for u in range(4 * each) if u // each in (1, 3)]
+    kept = {experts.name: [1, 3], inside(again, experts).name: units}
+    with masked(model, again.axes, kept):
+        expected = logits(model, inputs)
+    record = merge_records(planned.record, cut(model, again.axes, kept))
+    assert (logits(model, inputs) - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert record["lists"]["layers.1.experts"] == ["2", "3", "4", "5"]
+    assert "layers.1.experts.2.w1" not in record["modules"]
+    fresh, _ = expert_lists.build("loop")
+    resize(fresh, record)
+    resize(fresh, record)  # changes nothing
+    assert shapes_of(fresh) == shapes_of(model)
+
+
+def test_a_list_that_does_not_fit_a_record_is_left_as_it_is(known):
+    model, _ = expert_lists.build("loop")
+    record = plan_cut(
+        shapes_of(model), known["loop"].axes, irregular(known["loop"]), architecture="ListMixture"
+    ).record
+    for lists, match in (
+        ({"layers.0.experts": "5"}, "never writes there"),
+        ({"x": []}, "has none"),
+    ):
+        with pytest.raises(RecordError, match=match):
+            resize(model, {**record, "lists": lists})
+    assert len(model.layers[0].experts) == EXPERTS
+
+
+def test_fewer_experts_than_a_token_chooses_are_refused(known):
+    model, _ = expert_lists.build("loop")
+    axis = experts_of(known["loop"])[0]
+    kept = {axis.name: [1], inside(known["loop"], axis).name: range(NEURONS, 2 * NEURONS)}
+    with pytest.raises(PlanError, match=r"1 of its 6 experts are kept, but at least 2 must stay"):
+        cut(model, known["loop"].axes, kept)
+    assert len(model.layers[0].experts) == EXPERTS
+
+
+@pytest.mark.leaves_state
+@pytest.mark.parametrize("name", ["switch", "sorted"])
+@pytest.mark.parametrize("layout", ["stock", "per_layer"])
+def test_a_plan_by_score_is_saved_and_loads(name, layout, tmp_path):
+    model, inputs = expert_lists.build(name, dtype=torch.float32)
+    pruner = GradNASPruner(model, layout=layout)
+    pruner.discover(inputs)
+    pruner.score([inputs])
+    plan = pruner.plan({"params": "60%"})
+    experts = experts_of(pruner.structure)
+    counts = [len(plan.kept[axis.name]) for axis in experts]
+    assert min(counts) < EXPERTS or (name, layout) == ("sorted", "stock")
+    assert layout == "per_layer" or len({*counts}) == 1
+    with pruner.masked(plan), torch.no_grad():
+        expected = model(**inputs).logits
+    pruner.apply(plan)
+    pruner.save_pretrained(tmp_path / "pruned", report=False)
+    loaded = type(model).from_pretrained(tmp_path / "pruned", attn_implementation="eager")
+    with torch.no_grad():
+        for one in (model, loaded):
+            torch.testing.assert_close(one(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert ("gradnas" in config) is (layout == "per_layer")
+
+
+def test_weights_of_0_mask_neurons_in_experts_of_a_list(known):
+    model, inputs = expert_lists.build("loop")
+    axes = known["loop"].axes
+    check_maskable(model, axes, {"*:experts": None})
+    neurons = inside(known["loop"], experts_of(known["loop"])[0])
+    kept = {neurons.name: [u for u in range(neurons.size) if (u + u // NEURONS) % 3]}
+    with masked(model, axes, kept):
+        expected = logits(model, inputs)
+    WeightMask(model, axes, kept, whole=False).zero()
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_magnitudes_are_those_of_the_weights(known):
+    model, inputs = expert_lists.build("loop")
+    pruner = GradNASPruner(model, score="magnitude")
+    structure = pruner.discover(inputs)
+    scores = pruner.score([inputs]).values
+    neurons = inside(structure, experts_of(structure)[0])
+    expert = model.layers[0].experts[2]
+    rows = [expert.w1.weight[5], expert.w3.weight[5], expert.w3.bias[5], expert.w2.weight[:, 5]]
+    wanted = sum(float(row.detach().square().sum()) for row in rows)
+    assert scores[neurons.name][2 * NEURONS + 5] == pytest.approx(wanted)
+
+
+def test_experts_of_a_list_that_no_router_is_seen_to_choose_are_named():
+    """Transformers' NLLB-MoE runs its first two experts only, whatever its router says."""
+    config = transformers.NllbMoeConfig(
+        vocab_size=zoo.VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, num_experts=4,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, encoder_sparse_step=1, decoder_sparse_step=1,
+    )  # fmt: skip
+    model = transformers.NllbMoeForConditionalGeneration(config).eval()
+    ids = torch.arange(12).view(2, 6) + 3
+    structure = find_structure(model, {"input_ids": ids, "labels": ids})
+    refused = {r.module: r.reason for r in structure.refusals if r.kind == Kind.EXPERTS}
+    assert refused == {
+        "model.encoder.layers.0.ffn.experts": UNROUTED,
+        "model.decoder.layers.0.ffn.experts": UNROUTED,
+    }
+    assert not experts_of(structure)
