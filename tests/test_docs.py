@@ -28,6 +28,9 @@ PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glo
 ALL = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8"), **PAGES}
 ELSEWHERE = {"migration.md"}  # run by test_migration.py
 COMMANDS = typer.main.get_command(app).commands
+LEAVES = [
+    leaf for each in COMMANDS.values() for leaf in getattr(each, "commands", {"": each}).values()
+]
 FOREIGN_FLAGS = {"--cpu", "--index-url", "--strict"}  # of accelerate, pip and mkdocs
 
 
@@ -103,7 +106,9 @@ OWN = {
 @pytest.mark.parametrize("page", [page for page, found in OWN.items() if found])
 def test_command_lines_parse(page):
     for name, *arguments in OWN[page]:
-        options = COMMANDS[name].make_context(name, arguments).params
+        group = getattr(COMMANDS[name], "commands", None)
+        command = group[arguments.pop(0)] if group else COMMANDS[name]
+        options = command.make_context(name, arguments).params
         if name == "prune":
             file, settings = options.pop("recipe"), options.pop("settings") or []
             if file is None or file in shipped_recipes():
@@ -149,7 +154,7 @@ def test_scripts_that_commands_name_are_there(page):
 @pytest.mark.parametrize("page", ALL)
 def test_flags_in_the_text_exist(page):
     prose = re.sub(r"```.*?```", "", ALL[page], flags=re.DOTALL)
-    parameters = chain.from_iterable(command.params for command in COMMANDS.values())
+    parameters = chain.from_iterable(command.params for command in LEAVES)
     known = chain.from_iterable((*p.opts, *p.secondary_opts) for p in parameters)
     scripts = [(ROOT / script).read_text(encoding="utf-8") for script in scripts_of(page)]
     own = chain.from_iterable(re.findall(r'"(--[a-z][a-z-]*)"', script) for script in scripts)

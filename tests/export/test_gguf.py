@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from gguf_cases import TEXT, byte_tokenizer, logits_of, piece_tokenizer, save_cut, save_model
+from gguf_cases import (
+    SPLITS,
+    TEXT,
+    byte_tokenizer,
+    logits_of,
+    piece_tokenizer,
+    save_cut,
+    save_model,
+    split_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 
 from hf_gradnas.cli.app import main
@@ -256,31 +265,9 @@ def pieces_of(text: str, scores: dict[str, float]) -> list[str]:
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
 
 
-SPLITS = {
-    "smollm": (["Digits", "ByteLevel"], {}),
-    "llama-bpe": (["{1,3}"], {"ignore_merges": True}),
-    "smaug-bpe": (["{1,3}"], {}),
-    "qwen2": ([""], {}),
-}
-
-
 @pytest.mark.parametrize("name", SPLITS)
 def test_how_text_is_split_is_found_by_its_patterns(name, tmp_path):
-    from tokenizers import Regex, pre_tokenizers
-
-    kinds, model = SPLITS[name]
-    modern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+"
-        r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    if kinds[0] == "Digits":
-        steps = [pre_tokenizers.Digits(individual_digits=True)]
-    else:
-        steps = [pre_tokenizers.Split(Regex(modern.replace("DIGITS", kinds[0])), "isolated")]
-    is_whole = kinds[0] == "Digits"
-    steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_whole)]
-    tokenizer = byte_tokenizer(steps, **model)
-    folder = save_model(tmp_path / "whole", tokenizer=tokenizer, num_hidden_layers=1)
+    folder = save_model(tmp_path / "whole", tokenizer=split_tokenizer(name), num_hidden_layers=1)
     fields = fields_of(export_gguf(folder, tmp_path / "x.gguf").file)
     assert fields["tokenizer.ggml.pre"] == name
 

@@ -8,13 +8,31 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from hf_gradnas import GradNASPruner, Plan
 
 TEXT = "The 1st of 2026 isn't  so long,\n\nsaid Zoë: 'we'll 日本 see' "
 SPECIAL = ("<s>", "</s>", "<unk>")
 MERGES = ("t h", "th e", "i n", "a n", "o u", "e r", "l o", "lo n", "lon g", "s a", "i d", "sa id")
+
+MODERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm": ("", {}),
+    "llama-bpe": (MODERN % "{1,3}", {"ignore_merges": True}),
+    "smaug-bpe": (MODERN % "{1,3}", {}),
+    "qwen2": (MODERN % "", {}),
+    "tekken": (TEKKEN, {"ignore_merges": True}),
+}
+"""Patterns (none: single digits before those of GPT-2), and options of the model of pairs."""
 
 
 def byte_tokenizer(steps: Sequence[Any] | None = None, **model: Any) -> tf.PreTrainedTokenizerFast:
@@ -32,6 +50,17 @@ def byte_tokenizer(steps: Sequence[Any] | None = None, **model: Any) -> tf.PreTr
     )
     tokenizer.decoder = decoders.ByteLevel()
     return _wrapped(tokenizer)
+
+
+def split_tokenizer(name: str) -> tf.PreTrainedTokenizerFast:
+    """A byte-level tokenizer that splits text as one of `SPLITS`."""
+    pattern, model = SPLITS[name]
+    if pattern:
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    else:
+        steps = [pre_tokenizers.Digits(individual_digits=True)]
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)
+    return byte_tokenizer([*steps, rest], **model)
 
 
 def piece_tokenizer() -> tf.PreTrainedTokenizerFast:
