@@ -26,6 +26,7 @@ from .errors import DataError, OrderError, check_choice
 from .masks import masked
 from .repair.least_squares import find_repair
 from .repair.repairs import Repair, check_repair, check_unsharded, repaired
+from .running.kernels import warn_of_kernels
 from .running.offloading import is_offloaded
 from .running.processes import Processes
 from .running.wrappers import body_of, check_parameters, uncompiled
@@ -157,6 +158,9 @@ class ExaminedModel:
             DataError: The batch or a length cannot be the model's.
             StructureError: Nothing in the model can be pruned, a rule's glob matches nothing, or
                 the model could not be saved and loaded as it is (see `check_savable`).
+
+        Warns:
+            GradNASWarning: The model's attention kernel is one that nothing is proved with.
         """
         check_uncut("discover", is_cut=self._applied)
         is_away = is_offloaded(self.model)
@@ -180,6 +184,8 @@ class ExaminedModel:
             find = find_offloaded if is_away else find_prunables
             given |= {"layout": self._requested, "every": every_layout}
             found, *others = find(self.model, batch, **given)
+        if self._processes.is_main:
+            warn_of_kernels(self.model)
         check_rules(self.rules, found.structure)
         self._others, self._checkpoint = tuple(others), dict(checkpoint or {})
         self.layout, self.layout_reason = found.layout, found.layout_reason

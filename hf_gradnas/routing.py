@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -334,10 +335,11 @@ def run_experts(
         indices, up, down = torch.zeros(indices.shape, dtype=torch.long), up[:1], down[:1]
     order = indices.reshape(-1).argsort(stable=True)  # (tokens · chosen,), by expert
     experts = indices.reshape(-1)[order]
-    inside = int((experts < len(up)).sum())
-    order, experts = order[:inside], experts[:inside]
+    numbers = torch.arange(len(up) + 1, dtype=experts.dtype, device=experts.device)
+    ends = torch.searchsorted(experts, numbers).tolist()  # all that the host waits for
+    counts = [end - start for start, end in pairwise(ends)]
+    order, experts = order[: ends[-1]], experts[: ends[-1]]
     tokens = order // indices.shape[-1]  # (rows,)
-    counts = torch.bincount(experts, minlength=len(up)).tolist()
     rows = _products(module, x[tokens], up, counts)  # (rows, neurons), twice with gates
     if module.has_bias:
         rows = rows + getattr(module, f"{name}_bias")[experts]

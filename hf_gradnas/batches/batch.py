@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
 from ..errors import DataError, GradNASError, described
+from ..running.copies import on_host, sent
 from ..running.offloading import device_of
 
 IGNORED = -100  # the label that Transformers' losses leave out
@@ -73,8 +74,11 @@ def read_batches(
         raise DataError("The loader yields no batch; give at least one example to score with.")
 
 
-def check_batch(index: int, columns: Any, known: Iterable[str]) -> Batch:
+def check_batch(index: int, columns: Any, known: Iterable[str], *, brings: bool = True) -> Batch:
     """A batch from what a loader yields; `known` are the names of the model's labels.
+
+    Its tensors are on the CPU, where they are counted and checked without waiting for a device,
+    but where it `brings` none.
 
     Raises:
         DataError: It is not a dict of tensors, or holds no example.
@@ -85,6 +89,8 @@ def check_batch(index: int, columns: Any, known: Iterable[str]) -> Batch:
             "give the loader a collate function that returns a dict."
         )
     check_columns(index, columns)
+    if brings:
+        columns = on_host(columns)
     labels = tuple(key for key in known if columns.get(key) is not None)
     for key in labels:
         if isinstance(columns[key], Tensor) and not columns[key].dim():
@@ -133,7 +139,7 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
         # What was made in inference mode could not be kept for a backward.
         kept = value.clone() if value.is_inference() else value
-        return kept.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
+        return sent(kept, device, dtype if value.is_floating_point() else None)
     if isinstance(value, Mapping):
         return {key: _moved(item, device, dtype) for key, item in value.items()}
     if type(value) in (list, tuple):

@@ -28,6 +28,7 @@ from accelerate.utils import find_batch_size
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from ..errors import DataError, GradNASError, described
+from ..running.copies import on_host
 from ..running.processes import Processes
 from .batch import digest
 
@@ -83,6 +84,8 @@ def deal(batches: Iterable[Any], processes: Processes) -> Iterator[Share]:
         if isinstance(batches, DataLoaderDispatcher):
             yield Share(_without_repeats(batches, processes), exchanges=True)
             return
+        stack.callback(setattr, batches, "device", batches.device)
+        batches.device = None  # what is read here is counted on the CPU first
         shard = _sampler_shard(batches)
         if shard is None:
             yield Share(map(Dealt, batches))
@@ -219,7 +222,8 @@ def _every_nth(batches: Iterable[Any], processes: Processes) -> Iterator[Dealt]:
         return
     seen, own = "", None
     index = -1
-    for index, columns in enumerate(batches):
+    for index, given in enumerate(batches):
+        columns = on_host(given)
         seen = digest(seen, columns if isinstance(columns, Mapping) else {"": columns})
         if index % processes.count == processes.index:
             own = columns

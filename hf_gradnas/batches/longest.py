@@ -54,7 +54,7 @@ def longest_batch(batches: Iterable[Batch], model: nn.Module, num_examples: int 
                     f"dataloader: batch {index} is a {type(batch).__name__}, but the model is "
                     "called as model(**batch); yield dicts of tensors."
                 )
-            examples += check_batch(index, batch, known).examples
+            examples += check_batch(index, batch, known, brings=False).examples
             here = _length(batch)
             if here > length:
                 longest, length = batch, here

@@ -292,7 +292,7 @@ class TrainingScores:
                 "model(**inputs), or use scores_from='private'."
             )
         columns = {key: value for key, value in kwargs.items() if key != NUM_ITEMS}
-        batch = check_batch(0, columns, self._known)
+        batch = check_batch(0, columns, self._known, brings=False)
         if not batch.labels and not self._has_own:
             raise DataError(
                 f"scores_from='training': a batch of the training has no labels (columns "

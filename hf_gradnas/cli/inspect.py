@@ -218,8 +218,10 @@ def inspect_model(
     """
     from ..batches.batch import to_device
     from ..checkpoint.prunable import find_prunable
+    from ..running.kernels import warn_of_kernels
 
     rules = rules or {}
+    warn_of_kernels(model)
     try:
         found = find_prunable(
             model,

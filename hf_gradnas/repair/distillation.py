@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import find_labels
 
-from ..batches.batch import Batch, read_batches, to_device
+from ..batches.batch import Batch, check_batch, to_device
 from ..errors import DataError, StructureError
 from ..running.precision import widest
 from ..running.states import evaluating, frozen
@@ -292,7 +293,8 @@ class DistillationTrainer(Trainer):
         return counts
 
     def _read(self, columns: Mapping[str, Any]) -> Batch:
-        return next(read_batches([columns], self._student, None))
+        known = find_labels(type(self._student))
+        return check_batch(0, columns, known, brings=False)
 
     def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What a forward needs: an encoder-decoder reads its labels, shifted."""

@@ -21,6 +21,7 @@ from ..batches.steps import HELD_OUT_EVERY, HeldOut, Step, hold_out, number_of, 
 from ..config.defaults import GLOBAL_METHODS
 from ..errors import DataError, GradNASWarning, ScoresError, check_choice
 from ..running.checkpointing import check_checkpointing, checkpointed
+from ..running.kernels import check_backward
 from ..running.offloading import is_offloaded, loading_again
 from ..running.processes import Processes
 from ..running.states import frozen
@@ -98,6 +99,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     record = _open(model, axes, settings, file, processes, basis=basis, resume=resume)
     if method in WEIGHT_METHODS:
         return _from_weights(record, model, method, seed)
+    check_backward(model)
     options: dict[str, Any] = {"progress": progress, "resume": resume, "held_out": held_out}
     options |= {"num_examples": num_examples, "save_every_s": save_every_s}
     with scored(model, checkpointing):

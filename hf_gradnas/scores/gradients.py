@@ -27,6 +27,7 @@ from ..routing import (
     rows_of_all,
     with_weights,
 )
+from ..running.copies import sent
 from ..running.hooks import add_hook, add_pre_hook, stream_in, stream_out
 from ..running.precision import wide, widest
 from ..stacks import WatchProducts
@@ -275,8 +276,8 @@ class GradientRecorder:
         product(gradient, values)
         values = site.in_member(values.flatten(0, -2), routed.number)  # (rows, entries)
         places, count = self._observations(site, routed.count)
-        tokens, experts = routed.tokens.to(values.device), routed.experts.to(values.device)
-        rows = places.to(values.device)[tokens] * routed.number + experts
+        tokens, experts = (sent(x, values.device) for x in (routed.tokens, routed.experts))
+        rows = sent(places, values.device)[tokens] * routed.number + experts
         sums = values.new_zeros(self._num_examples * count * routed.number, values.shape[1])
         sums.index_add_(0, rows, values)
         self._add_sums(site, sums.view(self._num_examples, count, -1))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..batches.batch import Batch, run_model
 from ..errors import DataError
+from ..running.copies import sent
 from .normaliser import (
     IGNORED,
     TOKEN_COUNTS,
@@ -183,10 +184,11 @@ class Prediction:
 def categorical(logits: Tensor, valid: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
     """One class per position."""
     targets = torch.full(valid.shape, IGNORED, device=logits.device)
-    for row, stream in enumerate(streams):
-        places = valid[row].nonzero().squeeze(1)
-        draws = torch.from_numpy(stream.random(len(places))).to(logits)
-        places = places.to(logits.device)
+    counts = valid.sum(1).tolist()
+    drawn = np.concatenate([own.random(n) for own, n in zip(streams, counts, strict=True)])
+    every_place = sent(valid.nonzero()[:, 1], logits.device).split(counts)
+    every_draw = sent(torch.from_numpy(drawn), logits.device, logits.dtype).split(counts)
+    for row, (places, draws) in enumerate(zip(every_place, every_draw, strict=True)):
         below = logits[row].detach().index_select(0, places).softmax(-1).cumsum(-1)
         classes = torch.searchsorted(below, (draws * below[:, -1])[:, None], right=True)
         targets[row, places] = classes.squeeze(1).clamp(max=logits.shape[-1] - 1)
@@ -200,14 +202,20 @@ def bernoulli(logits: Tensor, valid: Tensor, streams: Sequence[np.random.Generat
     draws = _scattered(logits, valid, [stream.random for stream in streams])
     targets = (draws < logits.detach().sigmoid()).to(logits)
     losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return losses[valid.to(logits.device)].sum()
+    return _at(losses, valid).sum()
 
 
 def gaussian(logits: Tensor, valid: Tensor, streams: Sequence[np.random.Generator]) -> Tensor:
     """One real number of unit variance per position and value."""
     noise = _scattered(logits, valid, [stream.standard_normal for stream in streams])
     targets = logits.detach() + noise
-    return 0.5 * (logits - targets)[valid.to(logits.device)].square().sum()
+    return 0.5 * _at(logits - targets, valid).square().sum()
+
+
+def _at(values: Tensor, valid: Tensor) -> Tensor:
+    """Values ``(valid positions, values)``; `valid` is on the CPU, and knows how many there are."""
+    places = valid.flatten().nonzero()[:, 0]
+    return values.flatten(0, 1).index_select(0, sent(places, values.device))
 
 
 def _scattered(logits: Tensor, valid: Tensor, draws: Sequence[Callable[..., Any]]) -> Tensor:
@@ -216,7 +224,7 @@ def _scattered(logits: Tensor, valid: Tensor, draws: Sequence[Callable[..., Any]
     for row, draw in enumerate(draws):
         drawn = draw((int(valid[row].sum()), logits.shape[-1]))
         numbers[row, valid[row]] = torch.from_numpy(drawn).to(logits.dtype)
-    return numbers.to(logits.device)
+    return sent(numbers, logits.device)
 
 
 def inputs_to_sample(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, Any], Tensor | None]:
@@ -287,7 +295,7 @@ def predict(outputs: Any, model: PreTrainedModel, mask: Tensor | None) -> Predic
 def _span(spans: Tensor, mask: Tensor | None) -> Prediction:
     """Start and end ``(examples, 2, seq)``, never in the padding."""
     if mask is not None:
-        padding = ~mask[:, None].to(spans.device)
+        padding = sent(~mask[:, None], spans.device)
         spans = spans.masked_fill(padding, torch.finfo(spans.dtype).min)
     return _positions(spans, None, categorical)
 

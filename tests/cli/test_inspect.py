@@ -136,6 +136,15 @@ def test_a_bert_in_tables(inspect, folders):
         assert said in " ".join(out.split())
 
 
+@pytest.mark.filterwarnings("always::hf_gradnas.errors.GradNASWarning")
+def test_a_kernel_that_nothing_is_proved_with_is_named(inspect, folders, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.running.kernels.TESTED", ("eager",))
+    code, out, err = inspect("--model", folders("bert"), "--json")
+    assert code == 0
+    assert json.loads(out)["class"] == "BertForSequenceClassification"
+    assert "Attention runs sdpa: what can go is proved with eager" in " ".join(err.split())
+
+
 def test_numbers_are_those_of_pruning(answer, folders):
     """Costs and lowest budgets against the facade, both layouts, and units against a cut."""
     ids = torch.arange(1, 41).reshape(1, 40)

@@ -10,7 +10,6 @@ import torch
 import zoo
 from score_examples import assert_equal, build, examples_of, in_batches
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_gradnas.errors import ScoresError, StructureError
@@ -247,29 +246,6 @@ def test_shared_layers_flat_inputs_second_readers_and_checkpoints(checkpointed, 
             loss = model(**{key: value[row : row + 1] for key, value in batch.items()})["loss"]
             expected += torch.autograd.grad(loss, leaves[axis.name])[0].square()
     assert np.allclose(scores.values[axis.name], expected, rtol=1e-12)
-
-
-class _Reads(TorchDispatchMode):
-    """Counts how often the host asks for a real number that the device has computed."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("method", ["fisher", "tempered"])
-def test_no_batch_waits_for_a_number_but_for_its_sums(family: str, method: str) -> None:
-    model, axes, batch = build(family)
-    reads = []
-    for count in (1, 4):
-        with _Reads() as seen:
-            collect_scores(model, axes, [batch] * count, method=method)
-        reads.append(seen.count)
-    assert 0 < reads[0] == reads[1]  # to find the normaliser; the sums come as one copy
 
 
 def test_rows_that_belong_to_no_example_are_refused() -> None:
