@@ -99,7 +99,6 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
     record = _open(model, axes, settings, file, processes, basis=basis, resume=resume)
     if method in WEIGHT_METHODS:
         return _from_weights(record, model, method, seed)
-    check_backward(model)
     options: dict[str, Any] = {"progress": progress, "resume": resume, "held_out": held_out}
     options |= {"num_examples": num_examples, "save_every_s": save_every_s}
     with scored(model, checkpointing):
@@ -109,6 +108,7 @@ def collect_scores(  # noqa: PLR0913 - the settings of one step, all with defaul
 def _objective(
     model: nn.Module, methods: Sequence[str], labels: str, seed: int, batches: Iterable[Any]
 ) -> Objective:
+    check_backward(model)
     if labels == "model":
         return SampledLoss(model, seed, partial(number_of, batches))
     return DataLoss(model, "", by_batch=set(methods) <= set(GLOBAL_METHODS))
