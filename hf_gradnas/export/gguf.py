@@ -103,8 +103,7 @@ def export_gguf(
 def _check_package() -> None:
     if find_spec("gguf") is None:
         raise CheckpointError(
-            "gguf is not installed, and writes the file; install it with "
-            'pip install "hf_gradnas[gguf]".'
+            "gguf is not installed, and writes the file; install it with pip install gguf."
         )
 
 

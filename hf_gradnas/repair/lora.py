@@ -35,9 +35,8 @@ def check_lora(lora: Any) -> None:
         )
     if find_spec("peft") is None:
         raise RecipeError(
-            f"lora={lora}: PEFT is not installed; install it with "
-            "'pip install hf_gradnas[peft]', or omit lora (--recover-lora-rank) to train "
-            "all weights."
+            f"lora={lora}: PEFT is not installed; install it with 'pip install peft', or omit lora "
+            "(--recover-lora-rank) to train all weights."
         )
     if not _is_rank(lora):
         _check_config(lora)
