@@ -367,7 +367,7 @@ def test_what_differs_at_lengths_is_said_and_the_context_ends_there(changes, not
 
 def test_a_missing_package_is_named(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
-    wanted = re.escape("pip install gguf.")
+    wanted = re.escape("pip install gguf")
     with pytest.raises(CheckpointError, match=wanted):
         export_gguf(folders["llama"], tmp_path / "x.gguf")
     assert util.find_spec("gguf")

@@ -199,7 +199,7 @@ def test_a_config_of_peft():
 def test_a_missing_peft_is_named_before_anything_is_touched(monkeypatch):
     student, teacher, _ = pair("bert")
     monkeypatch.setattr("hf_gradnas.repair.lora.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"lora=4: PEFT is not installed.*hf_gradnas\[peft\]"):
+    with pytest.raises(RecipeError, match=r"lora=4: PEFT is not installed.*pip install peft"):
         recover(student, teacher, _rows(), lora=4)
 
 
