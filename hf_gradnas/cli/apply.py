@@ -92,7 +92,7 @@ def _apply(
     from ..shards import apply_to_checkpoint
 
     repair = None if repair_file is None else Repair.load(Path(repair_file).expanduser())
-    prunable = _prunable(screen, plan, scores, folder)
+    prunable = prunable_of(screen, plan, scores, folder)
     screen.line(f"Layout {plan.layout}: {_said(plan)}.")
     with screen.progress("Writing (MiB)") as progress:
         place = apply_to_checkpoint(
@@ -122,7 +122,7 @@ def _said(plan: Plan) -> str:
     return f"{stay:,} of {sum(plan.sizes.values()):,} units stay"
 
 
-def _prunable(screen: Screen, plan: Plan, scores: Scores | None, folder: Path) -> Prunable:
+def prunable_of(screen: Screen, plan: Plan, scores: Scores | None, folder: Path) -> Prunable:
     """The axes of a plan: of the plan itself, of the scores, or found from the config alone."""
     given = {"the plan": plan.basis, "the file of scores": None if scores is None else scores.basis}
     for what, basis in given.items():

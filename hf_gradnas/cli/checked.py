@@ -101,7 +101,10 @@ def _outputs(
 
 
 def _opened(folder: Path, dtype: str, scratch: str) -> tuple[Source, PreTrainedModel]:
-    room, options = room_for(folder), dict[str, Any](model=str(folder), dtype=dtype, device="cpu")
+    room, options = (
+        room_for(folder, dtype),
+        dict[str, Any](model=str(folder), dtype=dtype, device="cpu"),
+    )
     if room is not None:
         del options["device"]
         options |= {

@@ -83,6 +83,23 @@ def verify_command(
             help="Run code of the folder that hf_gradnas did not write.",
         ),
     ] = False,
+    original: Annotated[
+        Optional[str],  # noqa: UP045 - as above
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Compare the weights with the kept rows of the original, bit by bit.",
+        ),
+    ] = None,
+    scores: Annotated[
+        Optional[str],  # noqa: UP045 - as above
+        typer.Option(
+            metavar="FILE", help="Scores that the plan was made from: for --original, where needed."
+        ),
+    ] = None,
+    repair: Annotated[
+        Optional[str],  # noqa: UP045 - as above
+        typer.Option(metavar="FILE", help="New weights that were cut along: for --original."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", metavar="", help=JSON)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", metavar="", help="Print errors only.")] = False,
 ) -> int:
@@ -93,7 +110,14 @@ def verify_command(
     from .verify import verify_from_options
 
     code = verify_from_options(
-        folder, device=device, trust_remote_code=trust_remote_code, as_json=as_json, quiet=quiet
+        folder,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        original=original,
+        scores=scores,
+        repair=repair,
+        as_json=as_json,
+        quiet=quiet,
     )
     raise typer.Exit(code)
 

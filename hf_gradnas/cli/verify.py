@@ -70,6 +70,9 @@ def verify_from_options(
     *,
     device: str | None = None,
     trust_remote_code: bool = False,
+    original: str | None = None,
+    scores: str | None = None,
+    repair: str | None = None,
     as_json: bool = False,
     quiet: bool = False,
 ) -> int:
@@ -79,6 +82,9 @@ def verify_from_options(
         folder: The checkpoint.
         device: Where to run it; None: on the kind of device it was saved from, else the CPU.
         trust_remote_code: Run whatever code is in the folder.
+        original: Folder of the whole model, whose rows the weights have to be; None: not compared.
+        scores: As of `originals.check_rows`.
+        repair: The same.
         as_json: Write one JSON object to standard output, and nothing else.
         quiet: Print errors only (and the JSON object).
 
@@ -88,7 +94,9 @@ def verify_from_options(
     screen = Screen(results=not (as_json or quiet), notes=not quiet)
     try:
         place = local_path(folder)
-        read_document(place)
+        document = read_document(place)
+        if original is None and (scores or repair):
+            raise RecipeError("--scores and --repair need the original: give --original, too.")
         if device is not None:
             check_device(device)
         with quiet_libraries(screen):
@@ -96,6 +104,11 @@ def verify_from_options(
             _check_device(device)
             with screen.progress("Verifying"):
                 checks = list(verify(saved, device=device, trust_remote_code=trust_remote_code))
+            if original is not None:
+                from .originals import check_rows
+
+                given = {"scores": scores, "repair": repair}
+                checks.append(check_rows(screen, place, original, document, **given))
     except KeyboardInterrupt:
         screen.error("interrupted; nothing was changed.")
         return INTERRUPTED
@@ -335,20 +348,25 @@ def replay(
         "device": device or reference.device,
         "device_is_required": device is not None,
         "inputs": reference.inputs,
-        "room": room_for(saved.folder),
+        "room": room_for(saved.folder, reference.dtype),
     }
     return run_alone(
         Path(script.__file__), job, folder=saved.folder, imports=route.imports, online=online
     )
 
 
-def room_for(folder: Path) -> int | None:
-    """Bytes that a checkpoint's weights may take at a time; None: there is room for all of them."""
-    import psutil
+def room_for(folder: Path, dtype: str) -> int | None:
+    """Bytes that a checkpoint's weights may take at a time; None: there is room for all of them.
 
-    room = int(ROOM * psutil.virtual_memory().available)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return None if size <= room else room
+    Args:
+        folder: The checkpoint.
+        dtype: That they are loaded in; ``"auto"``: that of the files.
+    """
+    from ..running.memory import free_memory
+    from ..shards.files import loaded_bytes
+
+    room = int(ROOM * free_memory())
+    return None if loaded_bytes(folder, dtype) <= room else room
 
 
 def _mapping(content: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:

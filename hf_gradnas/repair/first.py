@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,6 +29,7 @@ from ..errors import described
 from ..masks import masked
 from ..running.hooks import tensor_at
 from ..running.lending import Make, give, lender_of
+from ..running.memory import free_memory
 from ..running.offloading import device_of, loader_of
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
@@ -263,4 +263,4 @@ def default_bound(model: nn.Module) -> float:
     device = device_of(model)
     if device.type == "cuda":
         return MEMORY_RATIO * torch.cuda.mem_get_info(device)[0]
-    return MEMORY_RATIO * float(psutil.virtual_memory().available)
+    return MEMORY_RATIO * float(free_memory())

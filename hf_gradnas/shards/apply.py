@@ -99,7 +99,7 @@ def apply_to_checkpoint(  # noqa: PLR0913 - all that one folder holds, most of i
     target = check_target(directory, overwrite=overwrite, source=checkpoint)
     opened = open_checkpoint(checkpoint)
     model = _loaded(opened, plan, cls, dtype)
-    plan = _cut(model, plan, prunable, repair)
+    plan = cut_model(model, plan, prunable, repair)
     weights = weights_of(model, max_shard_size)
     _check_room(target, weights.total_size)
     with failing(target), resumable(target, _key(opened, weights, plan, repair)) as unfinished:
@@ -173,7 +173,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return found
 
 
-def _cut(model: PreTrainedModel, plan: Plan, prunable: Prunable, repair: Repair | None) -> Plan:
+def cut_model(
+    model: PreTrainedModel, plan: Plan, prunable: Prunable, repair: Repair | None
+) -> Plan:
     """Cut the lazy model, and check that what its config builds has the shapes of its tensors."""
     given, plan = plan, check_plan(prunable.axes, plan)
     check_axes(model, prunable)

@@ -152,3 +152,24 @@ def _entries(path: Path, file: Any) -> Iterator[tuple[str, Stored]]:
 def _tensor(file: Any, name: str) -> Tensor:
     found: Tensor = file.get_tensor(name)
     return found
+
+
+def loaded_bytes(folder: Path, dtype: str) -> int:
+    """Bytes that a checkpoint's weights take in memory.
+
+    Args:
+        folder: Where it is.
+        dtype: That its real numbers are loaded in, such as ``"float32"``; ``"auto"``: their own.
+    """
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            parts = _opened(path).values()
+        except CheckpointError:  # it is damaged, or of another kind
+            total += path.stat().st_size
+            continue
+        for part in parts:
+            own = wanted if wanted is not None and part.dtype in FLOATS else part.dtype
+            total += torch.Size(part.shape).numel() * own.itemsize
+    return total

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import save_bert, save_llama, write_tsv
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_gradnas import Plan
-from hf_gradnas.cli import checked
+from hf_gradnas.cli import checked, verify
 from hf_gradnas.errors import CheckpointError
 
 DATA = ["--model", "bert", "--dataset", "train.tsv", "--num-examples", "12", "--batch-size", "4"]
@@ -84,7 +84,7 @@ def test_the_result_is_run_beside_the_original(run, planned, monkeypatch):
     code, out, err = run(*options)
     assert (code, err) == (0, "")
     assert "\nChecked: it puts out what the original does, masked (at most" in out
-    monkeypatch.setattr(checked, "room_for", lambda folder: 20_000)
+    monkeypatch.setattr(checked, "room_for", lambda folder, dtype: 20_000)
     code, out, err = run(*options, "--overwrite")
     assert (code, err) == (0, "")
     assert "\nChecked, layer by layer, as there is no room for all weights: it puts out" in out
@@ -97,6 +97,42 @@ def test_the_result_is_run_beside_the_original(run, planned, monkeypatch):
         match=r"it puts out a logits that differs by .* from the masked model's .*; do not use",
     ):
         checked.compare_outputs(planned, Path("out"), axes, fewer, None, dtype="auto")
+
+
+def test_weights_are_compared_with_the_originals_rows(run, planned, monkeypatch):
+    assert run("apply", "plan.json", "bert", "--output", "out", "--no-report")[0] == 0
+    monkeypatch.setattr(verify, "replay", lambda *_, **__: "it was not asked for")
+    compared = ("--original", "bert", "--json")
+    _, out, _ = run("verify", "out", *compared)
+    *_, found = json.loads(out)["checks"]
+    assert (found["what"], found["passed"]) == ("rows of the original", True)
+    tensors = load_file("out/model.safetensors")
+    assert found["found"] == f"{len(tensors)} tensors equal the kept rows, bit by bit"
+    name = "bert.encoder.layer.0.output.dense.weight"
+    tensors[name][0, 0] += 1e-6
+    save_file(tensors, "out/model.safetensors", metadata={"format": "pt"})
+    code, out, _ = run("verify", "out", *compared)
+    *_, found = json.loads(out)["checks"]
+    assert (code, found["passed"]) == (1, False)
+    assert found["found"] == f"1 tensors are not the original's kept rows ({name})"
+    _, _, err = run("verify", "out", "--scores", FILE)
+    assert "--scores and --repair need the original: give --original, too" in err
+    code, _, err = run("verify", "out", "--original", "missing")
+    assert code == 2
+    assert "missing" in err
+
+
+def test_rows_that_a_repair_changed_are_compared_with_its_file(run, planned, monkeypatch):
+    assert run("prune", *DATA, *TARGET, "--no-report", "--output", "pruned")[0] == 0
+    assert json.loads(Path("pruned/gradnas.json").read_text("utf-8"))["repair"]["is_accepted"]
+    monkeypatch.setattr(verify, "replay", lambda *_, **__: "it was not asked for")
+    options = ("verify", "pruned", "--original", "bert", "--scores", FILE, "--json")
+    *_, found = json.loads(run(*options)[1])["checks"]
+    assert found["passed"]
+    assert "of layers that the repair changed were not compared" in found["found"]
+    *_, found = json.loads(run(*options, "--repair", "pruned.repair.safetensors")[1])["checks"]
+    assert found["passed"]
+    assert found["found"].endswith("tensors equal the kept rows, bit by bit")
 
 
 def test_an_interrupted_check_says_that_the_checkpoint_is_written(run, planned, monkeypatch):

@@ -11,6 +11,7 @@ import handmade
 import pytest
 import torch
 from cli_cases import save_bert, save_whisper, write_tsv
+from safetensors.torch import load_file
 
 from hf_gradnas._manifests import digests, sealed
 from hf_gradnas.checkpoint import replay
@@ -163,7 +164,7 @@ def test_what_has_no_room_is_loaded_layer_by_layer(tmp_path, verify, monkeypatch
     """Weights of one layer are in memory at a time, on every route, and outputs are compared."""
     folder = save(tmp_path / "pruned", layout=layout)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    monkeypatch.setattr(command, "room_for", lambda folder: size // 4)
+    monkeypatch.setattr(command, "room_for", lambda folder, dtype: size // 4)
     code, out, err = verify(folder)
     assert (code, err) == (0, "")
     assert out.count("is allowed; layer by layer, as there is no room") == len(
@@ -190,13 +191,16 @@ def test_outputs_do_not_depend_on_the_room(saved, monkeypatch, tmp_path):
     assert replay.run(model, reference.inputs) == reference.output
 
 
-def test_there_is_room_for_what_takes_a_share_of_the_free_memory(saved, monkeypatch):
-    size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+@pytest.mark.parametrize(("dtype", "share"), [("auto", 1), ("float32", 1), ("bfloat16", 0.5)])
+def test_there_is_room_for_what_takes_a_share_of_the_free_memory(saved, monkeypatch, dtype, share):
+    tensors = load_file(saved / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    size = share * sum(tensor.nbytes for tensor in tensors)
     free = SimpleNamespace(available=size / command.ROOM * 1.01)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
-    assert command.room_for(saved) is None
+    assert command.room_for(saved, dtype) is None
     free.available = size / command.ROOM * 0.99
-    assert command.room_for(saved) == int(command.ROOM * free.available) < size
+    assert command.room_for(saved, dtype) == int(command.ROOM * free.available) < size
 
 
 @pytest.mark.long
