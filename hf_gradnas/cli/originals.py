@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
@@ -14,6 +14,9 @@ from ..types import Plan, Scores
 from .apply import prunable_of
 from .saved_files import WEIGHTS, Check
 from .show import Screen
+
+if TYPE_CHECKING:
+    from ..shards.comparing import Comparison
 
 SHOWN = 4
 WHAT = "rows of the original"
@@ -69,9 +72,13 @@ def check_rows(
         cls=getattr(transformers, str(reference["model_class"]), None),
         dtype=str(reference["dtype"]),
     )
+    return _check_of(found)
+
+
+def _check_of(found: Comparison) -> Check:
     if found.differing:
         names = ", ".join(found.differing[:SHOWN])
-        told = f"{len(found.differing)} tensors are not the original's kept rows ({names})"
+        told = f"not the original's kept rows: {len(found.differing)} tensors ({names})"
         return Check(WHAT, False, told, kind=WEIGHTS)
     told = f"{found.equal} tensors equal the kept rows, bit by bit"
     if found.repaired:

@@ -114,7 +114,7 @@ def test_weights_are_compared_with_the_originals_rows(run, planned, monkeypatch)
     code, out, _ = run("verify", "out", *compared)
     *_, found = json.loads(out)["checks"]
     assert (code, found["passed"]) == (1, False)
-    assert found["found"] == f"1 tensors are not the original's kept rows ({name})"
+    assert found["found"] == f"not the original's kept rows: 1 tensors ({name})"
     _, _, err = run("verify", "out", "--scores", FILE)
     assert "--scores and --repair need the original: give --original, too" in err
     code, _, err = run("verify", "out", "--original", "missing")
