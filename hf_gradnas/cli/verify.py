@@ -115,18 +115,22 @@ def verify_from_options(
     except GradNASError as error:
         screen.error(str(error))
         return BAD_INPUT
-    failed = [check for check in checks if check.has_failed]
     if as_json:
-        answer = {"folder": without_secrets(folder), "layout": saved.layout, "verified": not failed}
-        answer["repair"] = saved.repair or None
-        answer["checks"] = [asdict(check) for check in checks]
-        sys.stdout.write(json.dumps(answer, indent=1) + "\n")
+        _write_answer(folder, saved, checks)
     rows = [(check.what, check.word, check.found) for check in checks]
     screen.line(f"{folder}, layout {saved.layout}:")
     screen.table("Checks", ("file or way of loading", "result", "found"), rows)
     if saved.repair:
         screen.line(_said(saved.repair))
     return _say_outcome(screen, folder, checks)
+
+
+def _write_answer(folder: str, saved: _Saved, checks: Sequence[Check]) -> None:
+    answer: dict[str, Any] = {"folder": without_secrets(folder), "layout": saved.layout}
+    answer["verified"] = not any(check.has_failed for check in checks)
+    answer["repair"] = saved.repair or None
+    answer["checks"] = [asdict(check) for check in checks]
+    sys.stdout.write(json.dumps(answer, indent=1) + "\n")
 
 
 def _said(repair: Mapping[str, Any]) -> str:
