@@ -155,7 +155,7 @@ def export_gguf_command(
     from .export import export_gguf_from_arguments
 
     code = export_gguf_from_arguments(
-        folder, out, type=type_, pre_tokenizer=pre_tokenizer, overwrite=overwrite
+        folder, out, type=type_.lower(), pre_tokenizer=pre_tokenizer, overwrite=overwrite
     )
     raise typer.Exit(code)
 

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..errors import CheckpointError, described
+from ..types import read_object
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 """Files that a tokenizer of these families comes in."""
@@ -180,9 +181,7 @@ def _scores(tokens: Sequence[str], pairs: Sequence[tuple[str, ...]]) -> tuple[fl
 def _special(folder: Path, tokenizer: Any) -> dict[str, int]:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     found = {name: int(index) for name, index in ids.items() if index is not None}
-    file = folder / "generation_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    ends = settings.get("eos_token_id")
+    ends = read_object(folder / "generation_config.json").get("eos_token_id")
     more = [end for end in (ends if isinstance(ends, list) else []) if end != found.get("eos")]
     return {**found, "eot": int(more[0])} if more else found
 
@@ -270,15 +269,25 @@ def _check_pieces(
     vocabulary, made = state["model"]["vocab"], {"".join(pair) for pair in pairs}
     splits = ((token[:at], token[at:]) for token in made for at in range(1, len(token)))
     possible = sum(left in vocabulary and right in vocabulary for left, right in splits)
-    if possible == len(set(pairs)):
-        return []
-    return [
-        f"The tokenizer has {len(set(pairs))} merges, and SentencePiece would have {possible}: "
-        "some texts may be other tokens in llama.cpp."
-    ]
+    notes = []
+    if possible != len(set(pairs)):
+        notes.append(
+            f"The tokenizer has {len(set(pairs))} merges, and SentencePiece would have {possible}: "
+            "some texts may be other tokens in llama.cpp."
+        )
+    others = {str(step.get("type")) for step in _normalizers(state)} - {"Prepend", "Replace"}
+    if others:
+        names = ", ".join(sorted(others))
+        notes.append(f"The tokenizer normalizes text ({names}), and llama.cpp does not.")
+    return notes
+
+
+def _normalizers(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    step = state["normalizer"]
+    return list(step.get("normalizers", [step])) if step else []
 
 
 def _has_prefix(state: Mapping[str, Any]) -> bool:
-    steps = [state["normalizer"] or {}, *(state["normalizer"] or {}).get("normalizers", ())]
+    """Whether a space comes before a text."""
     scheme = (state["pre_tokenizer"] or {}).get("prepend_scheme", "never")
-    return scheme != "never" or any(step.get("type") == "Prepend" for step in steps)
+    return scheme != "never" or any(step["type"] == "Prepend" for step in _normalizers(state))

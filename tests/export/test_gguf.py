@@ -272,6 +272,26 @@ def test_how_text_is_split_is_found_by_its_patterns(name, tmp_path):
     assert fields["tokenizer.ggml.pre"] == name
 
 
+def test_pieces_that_are_not_those_of_sentencepiece_are_said(tmp_path):
+    from tokenizers import normalizers
+
+    tokenizer = piece_tokenizer()
+    steps = [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    folder = save_model(tmp_path / "whole", tokenizer=tokenizer, num_hidden_layers=1)
+    state = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    state["model"]["merges"].remove(["t", "he"])
+    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    (folder / "generation_config.json").write_text("{", "utf-8")
+    notes = export_gguf(folder, tmp_path / "x.gguf").notes
+    assert "merges, and SentencePiece would have" in notes[0]
+    assert "normalizes text (NFKC), and llama.cpp does not" in notes[1]
+    state["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    with pytest.raises(CheckpointError, match=r"splits text .WhitespaceSplit. before it merges"):
+        export_gguf(folder, tmp_path / "y.gguf")
+
+
 def test_a_split_that_is_not_known_is_named_and_can_be_given(tmp_path):
     from tokenizers import pre_tokenizers
 
@@ -395,9 +415,24 @@ def test_only_gguf_files_are_replaced_and_only_when_asked(folders, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_full_disk_leaves_what_was_there(folders, tmp_path, monkeypatch):
+    target = tmp_path / "x.gguf"
+    export_gguf(folders["llama"], target)
+    before = target.read_bytes()
+
+    def full(self, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(numbers.Streamed, "tofile", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written .No space left on device.;"):
+        export_gguf(folders["llama"], target, overwrite=True)
+    assert target.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_the_command_says_what_it_wrote_and_how_to_run_it(folders, tmp_path, capsys):
     target = tmp_path / "x.gguf"
-    assert main(["export", "gguf", str(folders["deci"]), str(target), "--type", "q8_0"]) == 0
+    assert main(["export", "gguf", str(folders["deci"]), str(target), "--type", "Q8_0"]) == 0
     said = capsys.readouterr().out
     assert "In f16, since their rows are no multiple of 32: blk.0.attn_output.weight" in said
     assert re.search(r"Saved: \S+x\.gguf \(\S+B, 43 tensors in q8_0, architecture deci\)", said)

@@ -14,7 +14,21 @@ from hf_gradnas import GradNASPruner, Plan
 
 TEXT = "The 1st of 2026 isn't  so long,\n\nsaid Zoë: 'we'll 日本 see' "
 SPECIAL = ("<s>", "</s>", "<unk>")
-MERGES = ("t h", "th e", "i n", "a n", "o u", "e r", "l o", "lo n", "lon g", "s a", "i d", "sa id")
+MERGES = (
+    "t h",
+    "h e",
+    "th e",
+    "i n",
+    "a n",
+    "o u",
+    "e r",
+    "l o",
+    "lo n",
+    "lon g",
+    "s a",
+    "i d",
+    "sa id",
+)
 
 MODERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
