@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import run_as_future
 from torch import nn
 from transformers import PreTrainedConfig, masking_utils
 from transformers.utils import hub as transformers_hub
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
@@ -23,6 +29,23 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
         if isinstance(config, PreTrainedConfig):
             found.setdefault(id(config), config)
     return list(found.values())
+
+
+def trainer_of_event() -> Trainer | None:
+    """The trainer whose event a callback handles; None: it is called by hand.
+
+    Cause: events do not say whose they are, so that a callback knows neither the folder of a trial
+    of a hyperparameter search nor the reporters. Remove when Transformers' events pass the trainer.
+    """
+    from transformers import Trainer  # noqa: PLC0415 - it takes seconds to import
+
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer):
+            return found
+        frame = frame.f_back
+    return None
 
 
 @contextmanager

@@ -141,7 +141,10 @@ def test_a_trainer_of_the_library_prunes_while_it_trains(when: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "labels='data': the trainer trains a SentenceTransformer around a BertModel"),
+        (
+            {"labels": "data"},
+            "labels='data': the trainer trains a SentenceTransformer around a BertModel",
+        ),
         ({"scores_from": "training"}, "scores_from='training': the trainer trains a Sentence"),
     ],
 )

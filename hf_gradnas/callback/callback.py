@@ -5,7 +5,6 @@ Knows the order of a trainer's events. Scoring, masks, schedule and files have m
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,27 +18,38 @@ from ..checkpoint.folders import check_target, target_of
 from ..checkpoint.savable import check_processor
 from ..config.defaults import DEFAULT_SCORE
 from ..config.recipe_files import build_recipe
-from ..errors import GradNASWarning, OrderError, PlanError
+from ..errors import OrderError, PlanError
 from ..running.wrappers import body_of
 from ..types import Plan, Scores
 from .handover import (
     check_publishing,
+    come_first,
     complete_output,
+    log_last,
     names_of,
     publish,
+    put_first,
     renew_optimizer,
     renew_trainer,
     swap_parameters,
     tokenizer_of,
+    warn_of_scheduler,
 )
 from .latency import check_table
-from .resuming import check_not_cut, check_same_cut, checkpoint_folder, run_folder, saved_progress
+from .resuming import (
+    check_not_cut,
+    check_restored,
+    check_same_cut,
+    checkpoint_folder,
+    run_folder,
+    saved_progress,
+)
 from .run import Run
 from .scoring import trainer_batches
 from .settings import Settings, arguments_of, check_only_one, check_unwrapped, check_whole
+from .told import check_dataloader, path_of
 
 FOLDER = "pruned"
-NAME = "gradnas"
 TRAINING_LOGS = {"loss", "train_loss"}  # keys of what is logged while training, and at its end
 
 
@@ -64,6 +74,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         dataloader: Batches to score with, in private passes; None: a sample of the trainer's data.
         num_examples: How many examples to score with; None: all of the data, which must end.
         labels: ``"data"`` or ``"model"`` (drawn from the model's predictions), in private passes.
+            ``"auto"``: the data's where it has any, as preference trainers (DPO) have none.
         schedule: Of ``"gradual"``: ``"cubic"`` (Zhu & Gupta 2017) or ``"linear"``.
         start_ratio: Share of the run's steps after which pruning begins.
         end_ratio: Share of the run's steps after which the budget is met.
@@ -98,7 +109,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         layers: bool = False,
         dataloader: Iterable[Mapping[str, Any]] | None = None,
         num_examples: int | None = 512,
-        labels: str = "data",
+        labels: str = "auto",
         schedule: str = "cubic",
         start_ratio: float = 0.1,
         end_ratio: float = 0.7,
@@ -128,16 +139,12 @@ class GradNASCallback(TrainerCallback, ExportableState):
             mask=mask,
             scores_from=scores_from,
             repair=repair,
-            output_dir=None if output_dir is None else str(output_dir),
-            latency_table=None if latency_table is None else str(latency_table),
+            output_dir=path_of("output_dir", output_dir),
+            latency_table=path_of("latency_table", latency_table),
             latency_batch_size=latency_batch_size,
             latency_phase=latency_phase,
         )
-        if dataloader is not None and scores_from == "training":
-            raise PlanError(
-                "scores_from='training' with dataloader=…: the training's own batches are scored; "
-                "leave dataloader out, or use scores_from='private'."
-            )
+        check_dataloader(dataloader, scores_from)
         self.dataloader, self.has_dataloader = dataloader, dataloader is not None
         self.progress: dict[str, Any] = {}
         self.directory: Path | None = None
@@ -194,8 +201,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
                 "attach: the callback belongs to another trainer already; give each trainer a "
                 "GradNASCallback of its own."
             )
-        handler = trainer.callback_handler
-        handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
+        put_first(trainer, self)
         self._trainer, self._makes_optimizer = weakref.ref(trainer), trainer.optimizer is None
         self._makes_scheduler = trainer.lr_scheduler is None
         if self.settings.when == "begin" and trainer.model_init is None and self._run is None:
@@ -218,6 +224,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut before training, where that was asked for and data is there."""
+        come_first(self)
         model = kwargs["model"]
         self._makes_scheduler = kwargs["lr_scheduler"] is None
         is_new = self._run is None or self._run.trained is not model
@@ -227,9 +234,10 @@ class GradNASCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a run: check everything that can be checked before training; mask for `begin`."""
         self.release()
+        come_first(self)
         model = kwargs["model"]
         check_only_one(self, model, state)
-        self._check_restored()
+        check_restored(self)
         saved = saved_progress(state, self)
         if model in self._cut:
             self._train_again(args, state, model, saved)
@@ -238,7 +246,8 @@ class GradNASCallback(TrainerCallback, ExportableState):
             check_processor(tokenizer_of(kwargs))
             self._holds_whole = False
             run = self._begin_run(args, state, model, kwargs["train_dataloader"])
-            run.begin(state, saved, checkpoint_folder(args, state))
+            with run.clock:
+                run.begin(state, saved, checkpoint_folder(args, state))
         # A trainer that goes on from a checkpoint without the callback knows nothing of it.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
@@ -266,7 +275,8 @@ class GradNASCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on with the schedule."""
         if run := self._running:
-            run.after_step(state)
+            with run.clock:
+                run.after_step(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget a best model that is not at final sparsity."""
@@ -286,7 +296,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         self._run.forget_best(state)
         if not TRAINING_LOGS & kwargs["logs"].keys():
             return
-        values = {f"{NAME}/{name}": value for name, value in self._run.logs().items()}
+        values = self._run.logs()
         kwargs["logs"].update(values)
         if state.log_history:
             state.log_history[-1].update(values)
@@ -296,11 +306,15 @@ class GradNASCallback(TrainerCallback, ExportableState):
         run, model = self._run, kwargs["model"]
         if run is None or run.trained is not model:
             return
-        if not run.is_cut:
-            names = names_of(model)
-            run.finish(state)
-            self._hand_over(model, names, kwargs["optimizer"])
-        self.directory = run.write(self._target(args, state), tokenizer_of(kwargs))
+        with run.clock:
+            before = run.logs()
+            if not run.is_cut:
+                names = names_of(model)
+                run.finish(state)
+                self._hand_over(model, names, kwargs["optimizer"])
+            self.directory = run.write(self._target(args, state), tokenizer_of(kwargs))
+        log_last(run.logs(), before)
+        run.tell(self.directory)
         publish(self.directory, args)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -374,26 +388,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
             check_unwrapped(args)
         check_same_cut(state, saved, run.progress.plan, run.axes)
         if self.directory is not None and not self._makes_scheduler:
-            warnings.warn(
-                "train: the scheduler in optimizers=… goes on where the first training left it, "
-                "which may be at a learning rate of zero; make a new Trainer with a new optimizer "
-                "and scheduler to begin again.",
-                GradNASWarning,
-                stacklevel=2,
-            )
-
-    def _check_restored(self) -> None:
-        """Check that a callback that the trainer made anew lacks nothing.
-
-        Raises:
-            PlanError: It had a dataloader.
-        """
-        if self.has_dataloader and self.dataloader is None:
-            raise PlanError(
-                "restore_callback_states_from_checkpoint=True with dataloader=…: the trainer made "
-                "the callback anew, without its dataloader; leave the option out, since the "
-                "callback resumes from the checkpoint by itself."
-            )
+            warn_of_scheduler()
 
     def _target(self, args: Any, state: Any) -> Path:
         return Path(self.settings.output_dir or run_folder(args, state) / FOLDER)

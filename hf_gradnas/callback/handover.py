@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from .._compat import wait_for_uploads
+from .._compat import trainer_of_event, wait_for_uploads
 from .._files import write_whole
 from ..checkpoint.folders import DOCUMENT, failing
+from ..errors import GradNASWarning
 from ..hub import Pushed, check_access, push
 from ..running.processes import Processes
 from .scoring import collators_of
@@ -72,6 +74,40 @@ def renew_optimizer(
     for group in optimizer.param_groups:
         if rewinds and "initial_lr" in group:
             group["lr"] = group.pop("initial_lr")
+
+
+def put_first(trainer: Any, callback: Any) -> None:
+    """Let a trainer call a callback of its before all that report, so that they see what it logs.
+
+    Those of ``report_to`` come before all that are given to a trainer.
+    """
+    handler = trainer.callback_handler
+    handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
+
+
+def come_first(callback: Any) -> None:
+    """The same for the trainer whose event is handled, if it has the callback already."""
+    trainer = trainer_of_event()
+    if trainer is not None and callback in trainer.callback_handler.callbacks:
+        put_first(trainer, callback)
+
+
+def log_last(values: dict[str, float], before: Mapping[str, float]) -> None:
+    """Log what changed after a trainer's last log, by the trainer whose event is handled."""
+    trainer = trainer_of_event()
+    if trainer is not None and values != before:
+        trainer.log(values)
+
+
+def warn_of_scheduler() -> None:
+    """Warn that a second training does not begin as the first one did."""
+    warnings.warn(
+        "train: the scheduler in optimizers=… goes on where the first training left it, which may "
+        "be at a learning rate of zero; make a new Trainer with a new optimizer and scheduler to "
+        "begin again.",
+        GradNASWarning,
+        stacklevel=3,
+    )
 
 
 def renew_trainer(trainer: Any, *, makes_optimizer: bool, makes_scheduler: bool) -> None:

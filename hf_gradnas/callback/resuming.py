@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .._compat import trainer_of_event
 from .._files import write_whole
 from ..errors import PlanError, ScoresError
 from ..surgery.cut import check_plan
@@ -21,9 +22,13 @@ from ..types import Axis, Plan, is_integer
 
 
 def run_folder(args: Any, state: Any) -> Path:
-    """Where a trainer writes; in a hyperparameter search with ``hp_name``, that of the trial."""
-    is_named = state.trial_params is not None and state.trial_name
-    return Path(args.output_dir, state.trial_name) if is_named else Path(args.output_dir)
+    """Where a trainer writes; in a hyperparameter search, the folder of the trial."""
+    if state.trial_params is None:
+        return Path(args.output_dir)
+    trainer = trainer_of_event()
+    if trainer is not None:
+        return Path(trainer._get_output_dir(trainer._trial))
+    return Path(args.output_dir, state.trial_name or "")
 
 
 def checkpoint_folder(args: Any, state: Any) -> Path:
@@ -53,6 +58,25 @@ def saved_progress(state: Any, callback: Any) -> dict[str, Any] | None:
             f"another {' and '.join(changed)}; give the same, or begin a new training."
         )
     return dict(saved["attributes"]["progress"])
+
+
+def forget_best(state: Any) -> None:
+    """Forget which checkpoint of a training is best."""
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def check_restored(callback: Any) -> None:
+    """Check that a callback that the trainer made anew lacks nothing.
+
+    Raises:
+        PlanError: It had a dataloader.
+    """
+    if callback.has_dataloader and callback.dataloader is None:
+        raise PlanError(
+            "restore_callback_states_from_checkpoint=True with dataloader=…: the trainer made "
+            "the callback anew, without its dataloader; leave the option out, since the "
+            "callback resumes from the checkpoint by itself."
+        )
 
 
 def check_not_cut(state: Any, saved: dict[str, Any] | None) -> None:

@@ -28,7 +28,7 @@ from ..running.processes import Processes
 from ..surgery.cut import check_plan
 from ..types import Axis, Budget, Plan, Scores
 from .latency import set_latency
-from .resuming import Progress, load_tensors, save_tensors
+from .resuming import Progress, forget_best, load_tensors, save_tensors
 from .riding import SEEN, TrainingScores, check_ridable
 from .scoring import (
     Batches,
@@ -38,7 +38,8 @@ from .scoring import (
     without_lost,
     without_zeros,
 )
-from .settings import Settings, Stage, budget_at, check_labels, make_stages
+from .settings import Settings, Stage, budget_at, make_stages, with_labels
+from .told import NAME, Clock, tell_result
 from .weights import WeightMask, check_maskable, is_masked
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Run:
         self._mask: WeightMask | None = None
         self._fading: WeightMask | None = None
         self._warned = False
+        self.clock = Clock()
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -134,7 +136,7 @@ class Run:
             if repair is not None:
                 install_repair(self.model, repair)
             self._set(plan, is_final=True)
-            _forget_best(state)  # of a training without the callback
+            forget_best(state)  # of a training without the callback
 
     def cut_at_once(self) -> None:
         """Score and cut before training."""
@@ -150,8 +152,7 @@ class Run:
         check_savable(self.model)  # a wrong head is told before labels that do not fit the config
         with self._undisturbed():
             batch = longest_of_all(self._batches, self.model, limit, self._processes)
-            if self.settings.needs_labels:
-                check_labels(self.model, batch)
+            self.settings = with_labels(self.settings, self.model, batch)
             # An earlier run, or one that was broken off, may have left masks.
             with without_zeros(self.model) if is_masked(self.model) else nullcontext():
                 self._pruner.discover(batch)
@@ -245,7 +246,7 @@ class Run:
     def forget_best(self, state: Any) -> None:
         """Forget which checkpoint is best while the budget is not met."""
         if self._stages and not self.progress.is_final:
-            _forget_best(state)
+            forget_best(state)
 
     def save(self, checkpoint: Path, *, writes: bool) -> None:
         """Write sums of scores, over all processes, beside a checkpoint."""
@@ -285,10 +286,15 @@ class Run:
         """What is kept now, as shares of the whole model's costs."""
         totals, plan = self._pruner.totals, self.progress.plan
         costs = totals if plan is None else plan.costs
-        values = {f"kept_{name}": costs[name] / totals[name] for name in totals if name in costs}
+        values = {f"{NAME}/kept_{n}": costs[n] / totals[n] for n in totals if n in costs}
         if self.settings.when == "gradual":
-            values["stage"] = float(self.progress.stage)
+            values[f"{NAME}/stage"] = float(self.progress.stage)
         return values
+
+    def tell(self, folder: Path) -> None:
+        """Say what is left, where it is and how long pruning took, by the main process."""
+        if self.progress.plan is not None and self._processes.is_main:
+            tell_result(self.progress.plan, self._pruner.totals, folder, self.clock)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -392,7 +398,3 @@ class Run:
             axes = self._pruner.structure.axes
             self._mask = WeightMask(self.model, axes, plan.kept, whole=is_final)
             self._mask.zero()
-
-
-def _forget_best(state: Any) -> None:
-    state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from ..search.solver import STRATEGIES
 from ..stock.layouts import LAYOUTS
 from ..types import COSTS, LATENCY, Budget, LatencyTable, is_integer
 
+logger = logging.getLogger(__name__)
+
 WHENS = ("end", "begin", "gradual")
 SOURCES = ("private", "training")
 MASKS = ("soft", "hard")
-LABELS = ("data", "model")
+LABELS = ("auto", "data", "model")
 DISCOVERED = 512  # examples among which the longest is looked for, where all are scored in training
 
 
@@ -46,7 +49,7 @@ class Settings:
     rules: Mapping[str, Any] | None = None
     layers: bool = False
     num_examples: int | None = 512
-    labels: str = "data"
+    labels: str = "auto"
     schedule: str = "cubic"
     start_ratio: float = 0.1
     end_ratio: float = 0.7
@@ -72,20 +75,22 @@ class Settings:
         parse_rules(self.rules)
         parse_budgets(self.budget, dict.fromkeys(COSTS, math.inf))
         self._check_latency()
+        if not isinstance(self.layers, bool):
+            raise PlanError(f"layers={self.layers!r}: needed is True or False.")
         if not is_none_or_positive(self.num_examples):
             raise PlanError(
-                f"num_examples={self.num_examples}: needed is 1 or more, or None for all of the "
+                f"num_examples={self.num_examples!r}: needed is 1 or more, or None for all of the "
                 "data."
             )
         ratios = (self.start_ratio, self.end_ratio)
         are_numbers = all(type(r) in (int, float) for r in ratios)
         if not are_numbers or not 0 <= self.start_ratio < self.end_ratio <= 1:
             raise PlanError(
-                f"start_ratio={self.start_ratio}, end_ratio={self.end_ratio}: needed are shares of "
-                "the training's steps with 0 <= start_ratio < end_ratio <= 1."
+                f"start_ratio={self.start_ratio!r}, end_ratio={self.end_ratio!r}: needed are "
+                "shares of the training's steps with 0 <= start_ratio < end_ratio <= 1."
             )
         if not is_integer(self.stages) or self.stages < 1:
-            raise PlanError(f"stages={self.stages}: needed is 1 or more.")
+            raise PlanError(f"stages={self.stages!r}: needed is 1 or more.")
         if self.scores_from == "training":
             self._check_training()
 
@@ -104,7 +109,7 @@ class Settings:
             )
         check_choice("latency_phase", self.latency_phase, PHASES)
         if not is_integer(self.latency_batch_size) or self.latency_batch_size < 1:
-            raise PlanError(f"latency_batch_size={self.latency_batch_size}: needed is 1 or more.")
+            raise PlanError(f"latency_batch_size={self.latency_batch_size!r}: needed is 1 or more.")
         if self.latency_table is not None:
             LatencyTable.load(Path(self.latency_table).expanduser())
 
@@ -114,7 +119,7 @@ class Settings:
                 "scores_from='training' with when='begin': there is no training before the "
                 "beginning; use scores_from='private', or another when."
             )
-        if self.score not in (AUTO, *GRADIENT_METHODS) or self.labels != "data":
+        if self.score not in (AUTO, *GRADIENT_METHODS) or self.labels == "model":
             raise PlanError(
                 f"scores_from='training' with score={self.score!r}, labels={self.labels!r}: the "
                 "training's passes have gradients of the data's labels, which give "
@@ -157,7 +162,7 @@ def arguments_of(recipe: Recipe) -> dict[str, Any]:
         "rules": recipe.rules() or None,
         "layers": "layers" in recipe.axes,
         "num_examples": recipe.num_examples,
-        "labels": recipe.labels or "data",
+        "labels": recipe.labels or "auto",
         "latency_table": recipe.latency_table,
         "latency_batch_size": recipe.latency_batch_size,
         "latency_phase": recipe.latency_phase,
@@ -187,19 +192,43 @@ def check_whole(args: Any) -> None:
         )
 
 
-def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Check that a batch has labels to take gradients with, or the model a loss without.
+def with_labels(settings: Settings, model: nn.Module, batch: Mapping[str, Any]) -> Settings:
+    """Settings whose labels are those of the data, or where it has none the model's own, said so.
+
+    Preference trainers (DPO) compute their loss without labels.
+
+    Args:
+        settings: What is asked for.
+        model: The Transformers model.
+        batch: Of what is scored with.
 
     Raises:
-        DataError: It has none.
+        DataError: There are no labels, and the model's own are not asked for or cannot be taken.
     """
+    if settings.score not in (AUTO, *GRADIENT_METHODS):
+        return settings if settings.labels != "auto" else replace(settings, labels="data")
+    if settings.labels == "model":
+        return settings
     found = next(read_batches([batch], model, None))
-    if not found.labels and not own_loss(model, found):
+    if found.labels or own_loss(model, found):
+        return replace(settings, labels="data")
+    missing = f"found no labels among {', '.join(sorted(found.columns))} in what is scored with"
+    if settings.scores_from == "training":
         raise DataError(
-            f"labels='data': found no labels among {', '.join(sorted(found.columns))} in what is "
-            f"scored with; give the labels that {type(model).__name__} takes, in dataloader=… if "
-            "the training computes its loss without them, or use labels='model'."
+            f"scores_from='training': {missing}, so that the trainer's loss is not the model's "
+            "own; use scores_from='private'."
         )
+    if settings.labels == "data":
+        raise DataError(
+            f"labels='data': {missing}; give the labels that {type(model).__name__} takes, in "
+            "dataloader=… if the training computes its loss without them, or use labels='model'."
+        )
+    logger.warning(
+        "gradnas: %s: they are drawn from the predictions of the model (labels='model'); give "
+        "dataloader=… of batches with labels to score with those.",
+        missing,
+    )
+    return replace(settings, labels="model")
 
 
 def check_sentence_settings(settings: Settings, body: nn.Module, owner: nn.Module) -> None:

@@ -158,13 +158,13 @@ def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
                 "at most 100 %; write for example '50%'."
             )
         return Budget(cost=name, limit=total * amount, total=total)
+    is_known = math.isfinite(total)  # the total of what is measured later is not
     if amount <= 0:
         raise BudgetError(
-            f"budget {name}={limit}: needed a limit above 0; the original costs "
-            f"{format_amount(total)}."
+            f"budget {name}={limit}: needed a limit above 0"
+            + (f"; the original costs {format_amount(total)}." if is_known else ", such as '50%'.")
         )
     is_small = amount <= 1 or amount <= _PERCENT < total / _PERCENT
-    is_known = math.isfinite(total)  # the total of what is measured later is not
     if is_small and not (name in MEASURED and (not is_known or total / amount < _PERCENT)):
         share = 100 * amount if amount <= 1 else amount
         raise BudgetError(

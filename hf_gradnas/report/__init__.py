@@ -4,7 +4,7 @@ Takes plans, scores and numbers as data; knows no model and writes no file.
 """
 
 from .card import FOLDER, address, report_files
-from .headline import final_metric, headline
+from .headline import final_metric, headline, say_kept
 from .layers import merge_layers
 from .metadata import Origin, fetch_card, find_origin, is_hub_id
 from .sentences import (
@@ -35,6 +35,7 @@ __all__ = [
     "merge_layers",
     "python_string",
     "report_files",
+    "say_kept",
     "say_prediction",
     "say_repair",
     "say_skipped",

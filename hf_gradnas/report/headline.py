@@ -5,11 +5,11 @@ The last line of the command, and the first of a card and of a report.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..config.limits import format_share
 from ..types import COSTS, USUAL
-from .summary import CostChange, Summary
+from .summary import Summary
 
 _METRICS = ("accuracy", "agreement", "perplexity", "loss")
 _FINAL = ("recovered", "after", "after (masked)")
@@ -20,7 +20,8 @@ def headline(summary: Summary) -> str:
 
     Costs with a budget come first, then FLOPs and parameters. What was not measured is not said.
     """
-    said = [_kept(summary)]
+    kept = {cost.name: cost.kept_ratio for cost in summary.costs}
+    said = [say_kept(kept, [cost.name for cost in summary.costs if cost.limit is not None])]
     metric = final_metric(summary.metrics)
     if metric is not None:
         name, before, after = metric
@@ -40,14 +41,19 @@ def final_metric(metrics: Mapping[str, Mapping[str, float]]) -> tuple[str, float
     return None if name is None else (name, before[name], after[name])
 
 
-def _kept(summary: Summary) -> str:
-    limited = [cost for cost in summary.costs if cost.limit is not None]
-    usual = [cost for cost in summary.costs if cost.limit is None and cost.name in USUAL]
-    return f"Kept {' and '.join(_share(cost) for cost in [*limited, *usual])}"
+def say_kept(kept: Mapping[str, float], limited: Collection[str]) -> str:
+    """Such as ``Kept 50.0% of the FLOPs and 62.1% of the parameters``.
 
-
-def _share(cost: CostChange) -> str:
-    return f"{format_share(cost.kept_ratio, digits=1)} of the {COSTS.get(cost.name, cost.name)}"
+    Args:
+        kept: Share of the whole model's, by cost.
+        limited: Costs with a budget; of the others, FLOPs and parameters are said.
+    """
+    told = [name for name in kept if name in limited]
+    told += [name for name in kept if name in USUAL and name not in limited]
+    shares = (
+        f"{format_share(kept[name], digits=1)} of the {COSTS.get(name, name)}" for name in told
+    )
+    return f"Kept {' and '.join(shares)}"
 
 
 def _value(name: str, value: float) -> str:

@@ -33,17 +33,27 @@ def test_the_sparsity_rises_as_scheduled_and_is_logged(tmp_path: Path) -> None:
     assert trainer.state.log_history[-1]["gradnas/stage"] == 10
 
 
-def test_an_attached_callback_logs_to_every_reporter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["made with it", "added", "attached"])
+def test_reporters_that_come_before_see_all_values(tmp_path: Path, way: str) -> None:
     class Reporter(TrainerCallback):
         logged: ClassVar[list[dict]] = []
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.logged.append(dict(kwargs["logs"]))
 
-    trainer = make_trainer(tmp_path, None, more=(Reporter(),))
-    pruning().attach(trainer)
+    Reporter.logged.clear()
+    callback = pruning()
+    more = (Reporter(), callback) if way == "made with it" else (Reporter(),)
+    trainer = make_trainer(tmp_path, None, more=more)
+    if way == "added":
+        trainer.add_callback(callback)
+    if way == "attached":
+        callback.attach(trainer)
     trainer.train()
-    assert all("gradnas/kept_flops" in logs for logs in Reporter.logged)
+    kept = [logs["gradnas/kept_flops"] for logs in Reporter.logged]
+    assert kept[0] == 1
+    assert kept[-1] <= 0.6  # of the cut model
+    assert trainer.state.log_history[-1]["gradnas/kept_flops"] == kept[-1]
 
 
 def test_metrics_of_an_evaluation_are_those_of_the_trainer(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from callback_runs import Rows, batch_of, build, logits_of, make_trainer, numel,
 from places import SUPPORT
 from ranks import launch
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_gradnas import Plan
 from hf_gradnas.callback.resuming import (
@@ -196,6 +197,25 @@ def test_a_trial_with_a_name_has_a_folder(tmp_path: Path) -> None:
     assert callback._target(trainer.args, state) == tmp_path / "trial-3" / "pruned"
     state.trial_params = None  # goes on after the search
     assert callback._target(trainer.args, state) == tmp_path / "pruned"
+
+
+def test_every_trial_of_a_search_has_a_folder(tmp_path: Path, monkeypatch) -> None:
+    """As `Trainer.hyperparameter_search` runs them with Optuna, without names."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+
+    def init() -> PreTrainedModel:
+        return build()
+
+    callback = pruning(repair="none")
+    trainer = make_trainer(tmp_path, callback, model_init=init, max_steps=1)
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    monkeypatch.setattr(trainer, "_hp_search_setup", lambda t: vars(trainer).update(_trial=t))
+    found = []
+    for number in (3, 4):
+        trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": 1e-4}))
+        found.append(callback.directory)
+    assert found == [tmp_path / f"run-{number}" / "pruned" for number in (3, 4)]
+    assert all((folder / "model.safetensors").is_file() for folder in found)
 
 
 def test_a_checkpoint_folder_that_is_not_there_is_said_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import Trainer
 
 from hf_gradnas import GradNASCallback
 from hf_gradnas.config.limits import Rule
-from hf_gradnas.errors import DataError, OrderError, PlanError, StructureError
+from hf_gradnas.errors import DataError, GradNASError, OrderError, PlanError, StructureError
 
 pytestmark = [
     pytest.mark.leaves_state,  # training leaves a model in train mode
@@ -49,10 +50,58 @@ def own_loss(folder: Path, callback: Any) -> Trainer:
 
 
 def test_data_without_labels_fails_before_the_first_step(tmp_path: Path) -> None:
-    trainer = own_loss(tmp_path, pruning())
+    trainer = own_loss(tmp_path, pruning(labels="data"))
     with pytest.raises(DataError, match=r"labels='data': found no labels among .*targets"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_labels_are_the_models_where_there_are_none_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = pruning()
+    own_loss(tmp_path, callback).train()
+    assert callback.scores.metadata["labels"] == "model"
+    first, last = [record.getMessage() for record in caplog.records]
+    assert "found no labels among attention_mask, input_ids, targets" in first
+    assert "they are drawn from the predictions of the model (labels='model')" in first
+    said = (
+        r"gradnas: Kept \S+% of the FLOPs and \S+% of the parameters: (.+) \(pruning took \S+ s\)"
+    )
+    assert re.fullmatch(said, last)[1] == str(callback.directory)
+
+
+def test_scores_of_the_training_need_labels(tmp_path: Path) -> None:
+    trainer = own_loss(tmp_path, pruning(when="gradual", scores_from="training"))
+    with pytest.raises(DataError, match=r"scores_from='training': found no labels among"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+WRONG = [
+    ({"budget": 0.5}, r'budget: found 0\.5, needed a mapping .* \{"flops": "50%"\}'),
+    ({"budget": "50%"}, r'budget: found \'50%\', needed a mapping .* \{"flops": "50%"\}'),
+    ({"budget": None}, "budget: found None"),
+    ({"budget": {}}, "at least one limit"),
+    ({"budget": {"flops": 0}}, r"flops=0: needed a limit above 0, such as '50%'\."),
+    ({"budget": {"flops": 0.5}}, r"for the share kept write '50%'\."),
+    ({"budget": {"flops": "150%"}}, "at most 100 %"),
+    ({"budget": {"flop": "50%"}}, "did you mean 'flops'"),
+    ({"dataloader": 3}, "dataloader: found a int, needed what yields batches"),
+    ({"dataloader": "imdb"}, "dataloader: found a str"),
+    ({"dataloader": {"input_ids": []}}, "dataloader: found a dict"),
+    ({"output_dir": 3}, "output_dir=3: needed is a path"),
+    ({"layers": "yes"}, "layers='yes': needed is True or False"),
+    ({"num_examples": "5"}, "num_examples='5': needed is 1 or more"),
+    ({"stages": "5"}, "stages='5': needed is 1 or more"),
+    ({"labels": "none"}, "labels='none' is not known; choose one of auto, data, model"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[str(wrong) for wrong, _ in WRONG])
+def test_what_is_wrong_is_said_when_the_callback_is_made(wrong: dict, message: str) -> None:
+    with pytest.raises(GradNASError, match=message):
+        GradNASCallback(**{"budget": {"flops": "50%"}, **wrong})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The callback in TRL's `SFTTrainer`, where TRL is installed: ``pip install trl``."""
+"""The callback in TRL's trainers, where TRL is installed: ``pip install trl``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,24 @@ def test_an_instruction_tuned_model_is_cut_and_saved(when: str, tmp_path: Path) 
     assert numel(trainer.model) == callback.plan.costs["params"]
     again = AutoModelForCausalLM.from_pretrained(callback.directory)
     assert numel(again) == numel(trainer.model)
+
+
+@pytest.mark.parametrize("when", ["end", "begin", "gradual"])
+def test_preference_trainers_are_scored_with_labels_of_the_model(when: str, tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "llama")
+    callback = GradNASCallback({"params": "80%"}, when=when, num_examples=8, stages=2)
+    rows = {"prompt": ["a short"] * 8, "chosen": [" sentence"] * 8, "rejected": [" other"] * 8}
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "bf16": False}
+    trainer = trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(source),
+        args=trl.DPOConfig(str(tmp_path), max_steps=2, **options),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=AutoTokenizer.from_pretrained(source),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.scores.metadata["labels"] == "model"
+    assert numel(trainer.model) == callback.plan.costs["params"]
 
 
 def test_a_loss_of_its_own_cannot_be_ridden_on(tmp_path: Path) -> None:
