@@ -86,6 +86,9 @@ def _apply(
             f"{checkpoint}: is no folder; download the checkpoint (hf download), and give its "
             "folder."
         )
+    from ..shards.files import check_whole_model
+
+    check_whole_model(folder)
     target = Path(output).expanduser()
     check_target(target, overwrite=bool(options.get("overwrite")), source=folder)
     from ..repair import Repair

@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checkpoint.folders import body_folder
 from ..errors import CheckpointError
 from .parts import Stored
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -57,12 +59,13 @@ def open_checkpoint(folder: str | Path) -> CheckpointFiles:
 
     Args:
         folder: As ``save_pretrained`` writes one: one file of safetensors, or several with an
-            index.
+            index. Of sentence-transformers, the folder that holds such a one.
 
     Raises:
         CheckpointError: A file is missing, cut short, or holds what it should not.
     """
-    folder = Path(folder).expanduser()
+    folder = body_folder(Path(folder).expanduser())
+    check_whole_model(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: holds no config.json, needed is the folder of a checkpoint; give the one "
@@ -81,6 +84,22 @@ def open_checkpoint(folder: str | Path) -> CheckpointFiles:
             f"all), which {INDEX} says it holds; download or save the checkpoint again."
         )
     return CheckpointFiles(folder, paths, tensors)
+
+
+def check_whole_model(folder: Path) -> None:
+    """Check that a folder is not that of an adapter alone, which is no model.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    is_there = (folder / "config.json").is_file()
+    is_whole = is_there and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    if (folder / ADAPTER).is_file() and not is_whole:
+        raise CheckpointError(
+            f"{folder}: is the folder of an adapter ({ADAPTER}), not of a whole model; merge it "
+            "first: model = AutoPeftModel….from_pretrained(folder).merge_and_unload(), save "
+            "that with save_pretrained, and make the plan for it."
+        )
 
 
 def _placed(folder: Path) -> dict[str, str]:

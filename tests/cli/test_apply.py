@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from cli_cases import save_bert, save_llama, write_tsv
 from safetensors.torch import load_file, save_file
 
 from hf_gradnas import Plan
+from hf_gradnas._manifests import file_sha256 as sha256
 from hf_gradnas.cli import checked, verify
 from hf_gradnas.errors import CheckpointError
+from hf_gradnas.shards import apply_to_checkpoint
 
 DATA = ["--model", "bert", "--dataset", "train.tsv", "--num-examples", "12", "--batch-size", "4"]
 TARGET = ["--target", "flops=70%"]
@@ -133,6 +137,60 @@ def test_rows_that_a_repair_changed_are_compared_with_its_file(run, planned, mon
     *_, found = json.loads(run(*options, "--repair", "pruned.repair.safetensors")[1])["checks"]
     assert found["passed"]
     assert found["found"].endswith("tensors equal the kept rows, bit by bit")
+
+
+def test_a_folder_of_the_hubs_cache_is_cut_as_any(run, planned, tmp_path):
+    """Its files are links to blobs beside it."""
+    cache = tmp_path / "models--me--bert"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(planned.iterdir())):
+        file.rename(cache / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    code, _, err = run("apply", "plan.json", str(snapshot), "--output", "out", "--no-report")
+    assert (code, err) == (0, "")
+    assert not any(path.is_symlink() for path in Path("out").rglob("*"))
+    assert Path("out/tokenizer.json").is_file()
+    assert load_file("out/model.safetensors")
+    compared = apply_to_checkpoint(Plan.load("plan.json"), snapshot, "again", report=False)
+    assert sha256(compared / "model.safetensors") == sha256(Path("out/model.safetensors"))
+
+
+def test_the_folder_of_an_adapter_is_refused_by_name(run, planned):
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}", encoding="utf-8")
+    Path("adapter/adapter_model.safetensors").write_bytes(b"")
+    said = r"is the folder of an adapter \(adapter_config.json\), not of a whole model; merge it"
+    code, _, err = run("apply", "plan.json", "adapter", "--output", "out")
+    assert code == 2
+    assert re.search(said, err)
+    with pytest.raises(CheckpointError, match=said):
+        apply_to_checkpoint(Plan.load("plan.json"), "adapter", "out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_a_folder_of_sentence_transformers_is_cut_whole(run, planned, tmp_path, place):
+    """Also an old one, whose model is in a folder below."""
+    root = tmp_path / "encoder"
+    shutil.copytree(planned, root / place)
+    listed = ("Transformer", place), ("Pooling", "1_Pooling")
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for n, (kind, path) in enumerate(listed)
+    ]
+    (root / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (root / "1_Pooling").mkdir()
+    (root / "1_Pooling" / "config.json").write_text("{}", encoding="utf-8")
+    code, _, err = run("apply", "plan.json", "encoder", "--output", "out", "--no-report")
+    assert (code, err) == (0, "")
+    assert Path("out/1_Pooling/config.json").is_file()
+    first, _ = json.loads(Path("out/modules.json").read_text("utf-8"))
+    assert first["path"] == ""
+    again = apply_to_checkpoint(Plan.load("plan.json"), root, "again", report=False)
+    for name in ("model.safetensors", "config.json", "modules.json", "1_Pooling/config.json"):
+        assert sha256(again / name) == sha256(Path("out", name))
 
 
 def test_an_interrupted_check_says_that_the_checkpoint_is_written(run, planned, monkeypatch):
