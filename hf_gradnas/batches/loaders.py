@@ -19,6 +19,7 @@ from typing import Any
 from accelerate.data_loader import (
     BatchSamplerShard,
     DataLoaderDispatcher,
+    DataLoaderShard,
     DataLoaderStateMixin,
     IterableDatasetShard,
     get_sampler,
@@ -84,8 +85,9 @@ def deal(batches: Iterable[Any], processes: Processes) -> Iterator[Share]:
         if isinstance(batches, DataLoaderDispatcher):
             yield Share(_without_repeats(batches, processes), exchanges=True)
             return
-        stack.callback(setattr, batches, "device", batches.device)
-        batches.device = None  # what is read here is counted on the CPU first
+        if isinstance(batches, DataLoaderShard):
+            stack.callback(setattr, batches, "device", batches.device)
+            batches.device = None  # what is read here is counted on the CPU first
         shard = _sampler_shard(batches)
         if shard is None:
             yield Share(map(Dealt, batches))

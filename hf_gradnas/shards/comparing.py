@@ -80,7 +80,7 @@ def compare_with_original(
 
 def _is_in(name: str, modules: Collection[str]) -> bool:
     """Whether a tensor is that of a module, or of one beside it, which reads the same."""
-    places = {module.rpartition(".")[0] for module in modules}
+    places = {place for module in modules for place in (module, module.rpartition(".")[0])}
     return any(name.startswith(f"{place}.") for place in places if place)
 
 

@@ -25,7 +25,7 @@ from hf_gradnas.checkpoint.fingerprints import fingerprints_of
 from hf_gradnas.checkpoint.prunable import trial_plan
 from hf_gradnas.errors import CheckpointError, PlanError, RepairError
 from hf_gradnas.shards import apply as applying
-from hf_gradnas.shards import apply_to_checkpoint, writing
+from hf_gradnas.shards import apply_to_checkpoint, comparing, writing
 from hf_gradnas.shards.resuming import record_of, unfinished_name
 from hf_gradnas.types import Basis
 
@@ -217,6 +217,21 @@ def test_a_file_that_the_disk_lost_is_not_complete(llama, monkeypatch, fails_at)
     with pytest.raises(CheckpointError, match=r"cannot be written \(.*No space left"):
         cut(llama)
     assert not llama[2].exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "is_in"),
+    [
+        ("lm_head.weight", "lm_head", True),
+        ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj", True),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj", True),
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj", False),
+        ("model.layers.10.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj", False),
+        ("model.embed_tokens.weight", "lm_head", False),
+    ],
+)
+def test_what_a_repair_may_have_changed(name, module, is_in):
+    assert comparing._is_in(name, [module]) is is_in
 
 
 def test_of_a_tensor_in_two_files_the_one_that_loading_takes_is_cut(llama):
