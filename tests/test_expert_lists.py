@@ -97,6 +97,47 @@ def test_masked_is_cut_and_the_list_is_numbered_anew(found):
         assert list(model.get_submodule(path)._modules) == before[:count]
 
 
+def test_masked_is_cut_where_as_few_as_can_stay(found):
+    model, inputs, structure = found
+    kept = {axis.name: range(EXPERTS - axis.minimum, EXPERTS) for axis in experts_of(structure)}
+    for axis in experts_of(structure):
+        kept[inside(structure, axis).name] = [
+            e * NEURONS + n for e in kept[axis.name] for n in range(NEURONS)
+        ]
+    with masked(model, structure.axes, kept):
+        expected = logits(model, inputs)
+    cut(model, structure.axes, kept)
+    assert (logits(model, inputs) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def test_groups_that_a_router_chooses_first_keep_as_many_experts():
+    model, inputs = expert_lists.build("grouped", num_local_experts=12)
+    structure = find_structure(model, inputs)
+    kept = {}
+    for layer, axis in enumerate(experts_of(structure)):
+        assert (axis.blocks, axis.minimum) == (3, 6)
+        kept[axis.name] = [0, 2, 3, 4, 5, 7, 8, 10, 11] if layer else [1, 2, 4, 7, 9, 10]
+        kept[inside(structure, axis).name] = [
+            e * NEURONS + n for e in kept[axis.name] for n in range(NEURONS) if (n + e) % 2
+        ]
+    with masked(model, structure.axes, kept):
+        expected = logits(model, inputs)
+    assert (expected - logits(model, inputs)).abs().max() > 1e-3
+    cut(model, structure.axes, kept)
+    assert (logits(model, inputs) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def test_experts_are_found_where_all_tokens_choose_the_same():
+    model, inputs = expert_lists.build("sorted")
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.e_score_correction_bias[:2] += 10
+    structure = find_structure(model, inputs)
+    assert [axis.size for axis in experts_of(structure)] == [EXPERTS, EXPERTS]
+    gradients = recorded(model, inputs, experts_of(structure))
+    assert all((g[:, :2] != 0).all() and not g[:, 2:].any() for g in gradients.values())
+
+
 def test_a_mask_of_ones_changes_no_bit(found):
     model, inputs, structure = found
     whole = logits(model, inputs)

@@ -82,8 +82,8 @@ class GradientRecorder:
                 if site.is_stack:
                     continue
                 if site.is_of_list:
-                    tap = site.places[0][1]
-                    AtMembers(tap, partial(self._watch_member, site)).attach(stack, site.module)
+                    read = partial(self._watch_member, site, len(members_in(site.module)))
+                    AtMembers(site.places[0][1], read).attach(stack, site.module)
                 elif site.side == "choice":
                     hook = partial(self._watch_choice, site)
                     add_pre_hook(stack, site.module, hook, with_kwargs=True)
@@ -282,11 +282,11 @@ class GradientRecorder:
         sums.index_add_(0, rows, values)
         self._add_sums(site, sums.view(self._num_examples, count, -1))
 
-    def _watch_member(self, site: Site, number: int, x: Tensor) -> Tensor:
+    def _watch_member(self, site: Site, count: int, number: int, x: Tensor) -> Tensor:
         """Have ``x·∂L/∂x`` in a module of a list reported; of its output f, ``⟨w·f, ∂L/∂y⟩``."""
         if not torch.is_grad_enabled():
             return x
-        routed = self._rows_of_one(site, x, number, len(members_in(site.module)))
+        routed = self._rows_of_one(site, x, number, count)
         return self._watch_stack(site, x, routed)
 
     def _rows_of_one(self, site: Site, x: Tensor, number: int, count: int) -> Routed:

@@ -22,8 +22,8 @@ from .trace import Call
 FEWEST = 2
 """Modules in a list that are experts."""
 UNFOLLOWED = (
-    "its experts are modules of a list, and it is not seen which tokens each of them gets, so that "
-    "none can be scored"
+    "its experts are modules of a list that all get all tokens, or tokens that were not followed, "
+    "so that none can be scored; neurons in them can go"
 )
 SEVERAL = "its experts are modules of a list with other units than the neurons of one FFN"
 

@@ -366,8 +366,10 @@ def taker_of(modules: Mapping[str, nn.Module], around: str, calls: Mapping[str, 
     inputs = [first_of(calls[name]) for name in names if name in calls] if runner else []
     rows = [len(x) for x in inputs if x is not None and x.ndim == MATRIX_DIMS]
     whole = first_of(calls[runner]) if rows else None
-    if whole is None or len(rows) < len(inputs) or set(rows) == {whole[..., 0].numel()}:
+    if whole is None or len(rows) < len(inputs):
         return ""
+    if len(inputs) == len(names) and set(rows) == {whole[..., 0].numel()}:
+        return ""  # of a few that ran, each may have got all
     experts = [modules[name] for name in names]
     return runner if _takes_rows(modules[runner], calls[runner], experts) else ""
 

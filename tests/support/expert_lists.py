@@ -100,7 +100,38 @@ class RepeatedBlock(Block):
         return (out.view(*chosen.shape, -1) * weights[..., None]).sum(1)
 
 
-BLOCKS = {"loop": Block, "sorted": SortedBlock, "repeated": RepeatedBlock}
+class Gate(nn.Module):
+    """A router with a weight of its own, that chooses two of three groups first."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.n_routed_experts, self.n_group, self.topk_group = size, 3, 2
+        self.weight = nn.Parameter(torch.empty(size, WIDTH))
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = nn.functional.linear(x.float(), self.weight.float()).sigmoid()
+        tried = scores + self.e_score_correction_bias
+        grouped = tried.view(len(x), self.n_group, -1)
+        best = grouped.topk(2, dim=-1)[0].sum(-1).topk(self.topk_group, dim=-1, sorted=False)[1]
+        mask = torch.zeros(len(x), self.n_group).to(tried).scatter_(1, best, 1)
+        tried = grouped.masked_fill(mask[..., None] == 0, float("-inf")).flatten(1)
+        chosen = tried.topk(CHOSEN, dim=-1, sorted=False)[1]
+        weights = scores.gather(1, chosen)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20), chosen
+
+
+class GroupedBlock(Block):
+    def __init__(self, config: ListConfig) -> None:
+        super().__init__(config)
+        self.gate = Gate(self.num_experts)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.view(-1, WIDTH)
+        return SortedBlock.summed(self, x, *self.gate(x)).view(hidden.shape)
+
+
+BLOCKS = {"loop": Block, "sorted": SortedBlock, "repeated": RepeatedBlock, "grouped": GroupedBlock}
 
 
 class ListMixture(transformers.PreTrainedModel):
