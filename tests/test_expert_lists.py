@@ -13,6 +13,7 @@ import zoo
 from expert_lists import EXPERTS, NEURONS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.nllb_moe import modeling_nllb_moe
 
 from hf_gradnas import GradNASPruner
 from hf_gradnas._compat import implementations
@@ -21,7 +22,6 @@ from hf_gradnas.errors import PlanError
 from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.running.states import frozen
 from hf_gradnas.scores.gradients import GradientRecorder
-from hf_gradnas.structure.experts import UNROUTED
 from hf_gradnas.surgery.cut import cut, plan_cut
 from hf_gradnas.surgery.modeling_gradnas import RecordError, resize
 from hf_gradnas.surgery.records import merge_records
@@ -309,19 +309,62 @@ def test_magnitudes_are_those_of_the_weights(known):
     assert scores[neurons.name][2 * NEURONS + 5] == pytest.approx(wanted)
 
 
-def test_experts_of_a_list_that_no_router_is_seen_to_choose_are_named():
-    """Transformers' NLLB-MoE runs its first two experts only, whatever its router says."""
+def nllb() -> tuple[nn.Module, dict, list[str]]:
+    """NLLB-MoE, a batch, and the paths of its lists."""
     config = transformers.NllbMoeConfig(
         vocab_size=zoo.VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, num_experts=4,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
-        decoder_ffn_dim=16, encoder_sparse_step=1, decoder_sparse_step=1,
+        decoder_ffn_dim=16, encoder_sparse_step=1, decoder_sparse_step=1, router_bias=True,
     )  # fmt: skip
-    model = transformers.NllbMoeForConditionalGeneration(config).eval()
-    ids = torch.arange(12).view(2, 6) + 3
-    structure = find_structure(model, {"input_ids": ids, "labels": ids})
-    refused = {r.module: r.reason for r in structure.refusals if r.kind == Kind.EXPERTS}
-    assert refused == {
-        "model.encoder.layers.0.ffn.experts": UNROUTED,
-        "model.decoder.layers.0.ffn.experts": UNROUTED,
-    }
-    assert not experts_of(structure)
+    model = transformers.NllbMoeForConditionalGeneration(config).double().eval()
+    for module in model.modules():
+        if vars(module).get("dtype") is torch.float32:
+            module.dtype = torch.float64
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = torch.arange(24).view(2, 12) + 3
+    lists = [path for path, _ in model.named_modules() if path.endswith(".experts")]
+    return model, {"input_ids": ids, "labels": ids}, lists
+
+
+def test_experts_stay_that_run_whatever_the_router_says():
+    """Transformers' NLLB-MoE runs its first two experts, and no others; neurons in them can go."""
+    model, inputs, _ = nllb()
+    structure = find_structure(model, inputs)
+    assert [(axis.size, axis.minimum) for axis in experts_of(structure)] == [(4, 4)] * 2
+    neurons = [inside(structure, axis) for axis in experts_of(structure)]
+    kept = {axis.name: [u for u in range(axis.size) if u % 16 % 3] for axis in neurons}
+    with masked(model, structure.axes, kept):
+        expected = logits(model, inputs)
+    assert (expected - logits(model, inputs)).abs().max() > 1e-3
+    cut(model, structure.axes, kept)
+    assert (logits(model, inputs) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def test_two_experts_that_are_chosen_one_by_one(monkeypatch):
+    """NLLB-MoE with a loop that runs what its router chooses."""
+
+    def forward(self, hidden, _, weights):
+        total = torch.zeros_like(hidden)
+        for number in range(self.num_experts):
+            (rows,) = torch.where(weights[:, number] > 0)
+            if rows.numel():
+                out = self[f"expert_{number}"](hidden[rows]) * weights[rows, number, None]
+                total = total.index_add(0, rows, out)
+        return total
+
+    monkeypatch.setattr(modeling_nllb_moe.NllbMoeExperts, "forward", forward)
+    model, inputs, lists = nllb()
+    structure = find_structure(model, inputs)
+    assert [(axis.size, axis.minimum) for axis in experts_of(structure)] == [(4, 2)] * 2
+    kept = {a.name: [1, 3] for a in experts_of(structure)}
+    for axis in experts_of(structure):
+        neurons = inside(structure, axis)
+        kept[neurons.name] = [u for u in range(neurons.size) if u // 16 in (1, 3) and u % 16 % 3]
+    with masked(model, structure.axes, kept):
+        expected = logits(model, inputs)
+    cut(model, structure.axes, kept)
+    assert (logits(model, inputs) - expected).abs().max() <= 1e-10 * expected.abs().max()
+    names = list(model.get_submodule(lists[0])._modules)
+    assert names == ["expert_0", "expert_1", "token_dropout"]

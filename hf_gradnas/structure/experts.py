@@ -64,6 +64,9 @@ def find_routings(reading: Reading) -> Iterator[Routing]:
             continue
         (router,) = weights
         if router in known:
+            before = known[router]
+            if choice.is_one_of_several:
+                known[router] = replace(before, chosen=before.chosen + choice.chosen)
             continue
         found, rows = _block_of(reading, router, len(roots)), _rows(reading, router, roots)
         if found is None or rows is None:

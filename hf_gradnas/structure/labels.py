@@ -52,11 +52,15 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Choice:
-    """Labels of what an operation chooses the largest of, in order, and how many it chooses."""
+    """Labels of what an operation chooses the largest of, in order, and how many it chooses.
+
+    It may be one of several that choose one each.
+    """
 
     labels: Tensor
     chosen: int
     time: int
+    is_one_of_several: bool = False
 
 
 class Labels:

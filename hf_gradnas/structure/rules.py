@@ -71,6 +71,8 @@ def _reduce(step: Step) -> list[Tensor]:
         step.labels.merge(flat.reshape(-1, flat.shape[-1]), step.why)
         x = flat[..., 0]
     else:  # over all channels: the result is no channel
+        if step.kind == "Sum" and varying(x) == tuple(dims) and step.picks(dims[0]):
+            step.labels.choices.append(Choice(core(x, dims), 1, step.time, is_one_of_several=True))
         x = nobody([x.shape[dim] for dim in left])
     return [x.reshape(shape) for shape in step.shapes]
 

@@ -85,6 +85,18 @@ class Step:
         """A value that the function saved for its backward."""
         return getattr(self.function, f"_saved_{name}")
 
+    def picks(self, dim: int) -> bool:
+        """Whether it sums values times constants that are 1 at one place along a dimension."""
+        function = self.edges[0][0]
+        if function is None or kind_of(function) != "Mul":
+            return False
+        saved = (getattr(function, f"_saved_{name}", None) for name in ("self", "other"))
+        ones = [x for x in saved if isinstance(x, Tensor) and not x.requires_grad]
+        is_mask = len(ones) == 1 and ones[0].shape == self.x.shape
+        return is_mask and bool(
+            ((ones[0] == 0) | (ones[0] == 1)).all() & (ones[0].sum(dim) == 1).all()
+        )
+
     def dims(self) -> list[int]:
         """The dimensions that the function works on, none of them negative; all if it has none."""
         saved = getattr(self.function, "_saved_dim", None)  # a full reduction saves none

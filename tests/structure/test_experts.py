@@ -168,7 +168,7 @@ class Chooser(torch.nn.Module):
         tokens = x.reshape(-1, 8)
         weights = self.router(tokens).softmax(-1)
         chosen = weights.argmax(-1)
-        weights = (weights * torch.nn.functional.one_hot(chosen, 3)).sum(-1)
+        weights = weights.masked_fill(torch.nn.functional.one_hot(chosen, 3) == 0, 0).sum(-1)
         out = torch.zeros_like(tokens)
         if self.sorts:
             order = chosen.argsort(stable=True)
