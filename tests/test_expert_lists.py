@@ -28,6 +28,7 @@ from hf_gradnas.surgery.records import merge_records
 from hf_gradnas.surgery.rows import shapes_of
 from hf_gradnas.types import Cut, Kind, Structure
 from hf_gradnas.verification import find_structure
+from hf_gradnas.verification.models import ALL_STAY
 
 ALL = ("switch", *expert_lists.STYLES)
 
@@ -333,6 +334,8 @@ def test_experts_stay_that_run_whatever_the_router_says():
     model, inputs, _ = nllb()
     structure = find_structure(model, inputs)
     assert [(axis.size, axis.minimum) for axis in experts_of(structure)] == [(4, 4)] * 2
+    reasons = {r.module: r.reason for r in structure.refusals if r.kind == Kind.EXPERTS}
+    assert reasons == {axis.module: ALL_STAY for axis in experts_of(structure)}
     neurons = [inside(structure, axis) for axis in experts_of(structure)]
     kept = {axis.name: [u for u in range(axis.size) if u % 16 % 3] for axis in neurons}
     with masked(model, structure.axes, kept):

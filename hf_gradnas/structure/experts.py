@@ -177,6 +177,8 @@ def expert_versions(
         return _versions_of(alone, neurons_of_members(block, inside, alone[0], members), is_fixed)
     module, call = block.get_submodule(inside), calls.get(routing.experts, Call((), {}, ()))
     chosen = find_chosen(call.args, call.kwargs)
+    if chosen is not None:  # by several choices of one each, as in PhiMoE
+        routing = replace(routing, chosen=max(routing.chosen, chosen.indices.shape[-1]))
     apart: list[Slice] = []
     if chosen is None and not all_run(module, call, routing.size):
         apart, inside = neurons_in_block(block, calls[routing.block], routing.size), ""

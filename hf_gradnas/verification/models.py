@@ -23,6 +23,8 @@ from ..types import Axis, Kind, Refusal, Structure
 from .proof import prove_channels, prove_layers, prove_places
 from .trial import KERNEL
 
+ALL_STAY = "with fewer of its experts, cut and masked differ; neurons in them can go"
+
 
 def find_structure(
     model: nn.Module, batch: Mapping[str, Any], *, layers: bool = False
@@ -114,11 +116,18 @@ def proved(model: nn.Module, discovery: Discovery) -> Structure:
         if isinstance(outcome, str):
             refusals.append(Refusal(place.scope, place.template.kind, outcome))
         else:
+            if _all_stay(outcome) and not _all_stay(place.template.versions[0]):
+                refusals.append(Refusal(place.scope, str(Kind.EXPERTS), ALL_STAY))
             tied, runner = place.tied, place.runner
             axes += [
                 move_axis(a, place.scope, tied=tied, runner=runner, name=name) for a in outcome
             ]
     return Structure(tuple(axes), tuple(refusals))
+
+
+def _all_stay(axes: Sequence[Axis]) -> bool:
+    """Whether experts are fixed, and only neurons in them can go."""
+    return axes[0].kind is Kind.EXPERTS and axes[0].minimum == axes[0].size
 
 
 def _kernels(model: nn.Module) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from transformers import MixtralConfig
+from transformers import MixtralConfig, PhimoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 
 from hf_gradnas.errors import StructureError
 from hf_gradnas.masks import mask_leaves, masked
@@ -216,3 +217,16 @@ def test_rows_that_cannot_be_followed_are_refused_by_name():
     recorder.start(4)
     with recorder.attached(), pytest.raises(StructureError, match=r"experts\.1\.2 reads were not"):
         net(x)
+
+
+def test_as_many_experts_stay_as_are_told_to_run_where_each_is_chosen_by_itself():
+    """With one, PhiMoE's second choice is among none, and it puts out NaN."""
+    config = PhimoeConfig(hidden_size=8, intermediate_size=6, num_local_experts=4)
+    torch.manual_seed(0)
+    block = PhimoeSparseMoeBlock(config).double().eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_()
+    net, x = Net(block).double().eval(), torch.randn(2, 6, 8).double()
+    (axis,) = (a for a in find_structure(net, {"x": x}).axes if a.kind is Kind.EXPERTS)
+    assert (axis.size, axis.minimum) == (4, 2)
