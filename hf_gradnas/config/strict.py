@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 _LARGEST = 2**31 - 1  # of any option; more is a slip, and overflows somewhere
+_WHOLE = 100  # percent
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 
 
@@ -65,6 +66,15 @@ def _parts(value: Any) -> Iterator[Any]:
         yield value
 
 
+def _share_of(text: str) -> str:
+    """What a number without a cost was meant as: 50, 0.5 and 50% are 50%; else an example."""
+    number, percent = text.removesuffix("%").strip(), text.endswith("%")
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?", number) or not 0 < float(number) <= _WHOLE:
+        return "60%"
+    is_fraction = float(number) <= 1 and not percent
+    return f"{_WHOLE * float(number) if is_fraction else float(number):g}%"
+
+
 def read_targets(value: Any) -> Any:
     """``NAME=VALUE`` strings, or one of them, as a mapping; a mapping as it is.
 
@@ -75,13 +85,16 @@ def read_targets(value: Any) -> Any:
         value = [value]
     if isinstance(value, Mapping) and any(isinstance(v, bool) for v in value.values()):
         raise ValueError("a limit is no switch that could be true or false")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = [value]
     if not isinstance(value, list | tuple):
         return value
     targets: dict[str, str] = {}
     for item in value:
         name, separator, limit = str(item).partition("=")
         if not (separator and name.strip() and limit.strip()):
-            raise ValueError(f"{item!r} is not of the form NAME=VALUE, e.g. flops=60%")
+            share = _share_of(str(item).strip())
+            raise ValueError(f"{item!r} is not of the form NAME=VALUE, e.g. flops={share}")
         if name.strip() in targets:
             raise ValueError(f"{name.strip()!r} is limited twice; give one limit of each cost")
         targets[name.strip()] = limit.strip()

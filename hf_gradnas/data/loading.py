@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,10 +83,16 @@ def open_source(recipe: Recipe, folder: str, *, needs_processor: bool = True) ->
             "'hf auth login', remote code needs --trust-remote-code.",
             **options,
         )
-    except RecipeError:
+    except RecipeError as error:
         file = _adapter_file(recipe, folder)
         if file is not None:
             raise _adapter_error(recipe, file) from None
+        if "does not recognize this architecture" in str(error):
+            raise RecipeError(
+                f"--model {recipe.model}: this Transformers ({version('transformers')}) does not "
+                "know the model_type in its config.json; upgrade it (pip install -U transformers), "
+                "or give --trust-remote-code if the model brings its own code."
+            ) from error
         raise
     cls = model_class(config, asked)
     known = asked or task_of(config)

@@ -22,6 +22,7 @@ from ..data.files import READERS
 from ..data.tasks import named_task
 from ..errors import CheckpointError, DataError, HubError, RecipeError, ScoresError
 from ..types import COSTS
+from .foreign import LOADED, check_format, check_pointers, id_in_address
 from .idle import Known, check_idle
 from .latency import check_latency
 
@@ -37,16 +38,6 @@ _DEVICE = re.compile(r"([a-z]+)(:(0|[1-9]\d{0,3}))?")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _LONGEST_ID = 96
 _WHOLE = ("model*.safetensors", "pytorch_model*.bin")
-_WEIGHTS = (
-    "*.safetensors",
-    "*.bin",
-    "*.index.json",
-    "*.h5",
-    "*.msgpack",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-)
 
 
 def check_early(recipe: Recipe, *, given: Set[str]) -> Recipe:
@@ -136,6 +127,7 @@ def check_model(name: str, *, needs_weights: bool = True) -> None:
         return
     kind, path = _kind(name, "model"), Path(name).expanduser()
     if kind == "file":
+        check_format(name, path)
         raise RecipeError(
             f"--model {name}: is a file, needed the folder of a model; give the folder that holds "
             "its config.json."
@@ -147,9 +139,10 @@ def check_model(name: str, *, needs_weights: bool = True) -> None:
             f"--model {name}: there is no such folder; check the path, or give a Hub id."
         )
     elif not _is_hub_id(name):
+        example = id_in_address(name) or "an id such as google-bert/bert-base-uncased"
         raise RecipeError(
             f"--model {name}: there is no such folder, and the Hub has no ids of this form; check "
-            "the path, or give an id such as google-bert/bert-base-uncased."
+            f"the path, or give {example}."
         )
 
 
@@ -164,6 +157,7 @@ def _check_model_folder(name: str, folder: Path, *, needs_weights: bool) -> None
             "model; merge it first: model = AutoPeftModel….from_pretrained(folder)"
             ".merge_and_unload(), save that with save_pretrained, and give its folder."
         )
+    check_format(name, folder)
     if not config.is_file():
         raise RecipeError(
             f"--model {name}: cannot be loaded, its folder has no config.json; give the folder "
@@ -181,7 +175,9 @@ def _check_model_folder(name: str, folder: Path, *, needs_weights: bool) -> None
             f"--model {name}: cannot be loaded, its config.json holds {type(content).__name__}, "
             "needed an object; restore it, or save the model again."
         )
-    if needs_weights and not _holds(folder, _WEIGHTS):
+    if needs_weights:
+        check_pointers(name, folder)
+    if needs_weights and not _holds(folder, LOADED):
         raise RecipeError(
             f"--model {name}: its weights cannot be loaded, the folder holds none (such as "
             "model.safetensors); check that the model was saved or downloaded whole."

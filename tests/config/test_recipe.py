@@ -199,7 +199,7 @@ BAD = {
     "too few": ({"model": "m", "num_examples": "0"}, [], None, "--num-examples: .*found '0'"),
     "choice": ({"model": "m", "score": "fischer"}, [], None, "--score: .*fisher.*found 'fischer'"),
     "target": ({"model": "m", "target": ["0.5"]}, [], None, "--target: '0.5' is not of the form"),
-    "bare target": ({"model": "m"}, ["target=0.5"], None, "--target: .*dictionary"),
+    "bare target": ({"model": "m"}, ["target=0.5"], None, "--target: 0.5 is .*flops=50%"),
     "label map": ({"model": "m", "label_map": ["a"]}, [], None, "--label-map: .*NAME=NUMBER"),
     "label twice": ({"model": "m", "label_map": ["a=0,a=1"]}, [], None, "'a' is given twice"),
     "label of a word": ({"model": "m"}, ["label_map={a: b}"], None, "a=b is not of the form"),

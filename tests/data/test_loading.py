@@ -66,6 +66,13 @@ def test_classes_of_remote_code_go_through_the_auto_class():
     assert model_class(config, None) is tf.AutoModelForCausalLM
 
 
+def test_a_model_of_a_newer_transformers_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "tomorrow"}', encoding="utf-8")
+    said = rf"this Transformers \({tf.__version__}\) does not know the model_type .*upgrade it"
+    with pytest.raises(RecipeError, match=said):
+        open_source(Recipe(model=str(tmp_path)), str(tmp_path))
+
+
 def test_unknown_tasks_and_classes_are_refused():
     with pytest.raises(RecipeError, match=r"--task text-clasification: .*'text-classification'"):
         named_task("text-clasification")

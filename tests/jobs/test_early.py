@@ -42,6 +42,20 @@ EARLY = {
     "config not JSON": (["--model", "broken"], "its config.json cannot be read"),
     "config a list": (["--model", "list"], "its config.json holds list"),
     "no weights": (["--model", "weightless"], "the folder holds none"),
+    "GGUF file": (["--model", "m.gguf"], "m.gguf: is a GGUF file, as llama.cpp .* made from"),
+    "GGUF folder": (["--model", "gguf"], "holds m.gguf, a GGUF file"),
+    "TensorFlow": (["--model", "tf"], r"holds tf_model.h5, weights of TensorFlow"),
+    "Flax": (["--model", "flax"], "holds flax_model.msgpack, weights of Flax"),
+    "ONNX": (["--model", "onnx"], "holds model.onnx, an ONNX file"),
+    "torch.save": (["--model", "torch"], r"holds model.pt, a file of torch.save"),
+    "pointers": (["--model", "lfs"], "model.safetensors is a pointer of Git LFS.*git lfs pull"),
+    "address": (["--model", "https://huggingface.co/me/x/tree/main"], r"or give me/x\."),
+    "address of a short id": (["--model", "https://hf.co/bert"], r"or give bert\."),
+    "inspect: GGUF": (["inspect", "m.gguf", "--no-weights"], "is a GGUF file"),
+    "share without a cost": ([*M, "--target", "50%"], "e.g. flops=50% "),
+    "number without a cost": ([*M, "--target", "50"], "e.g. flops=50% "),
+    "fraction without a cost": ([*M, "--target", "0.5"], "e.g. flops=50% "),
+    "text without a cost": ([*M, "--target", "half"], "e.g. flops=60% "),
     "adapter": (["--model", "adapter"], "is the folder of an adapter.*merge_and_unload"),
     "task": ([*M, "--task", "text-clasification"], "unknown task"),
     "device": ([*M, "--device", "gpu"], "is no device of torch.*give cuda"),
@@ -91,6 +105,16 @@ json.dump(found, sys.stdout)
 """
 
 
+FOREIGN = (
+    "gguf/m.gguf",
+    "tf/tf_model.h5",
+    "flax/flax_model.msgpack",
+    "onnx/model.onnx",
+    "torch/model.pt",
+    "lfs/model.safetensors",
+)
+
+
 def _make(folder):
     for name in (
         "whole",
@@ -107,6 +131,12 @@ def _make(folder):
     for name in ("whole", "weightless"):
         (folder / name / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     (folder / "whole" / "model.safetensors").write_bytes(b"x")
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    for file in FOREIGN:
+        (folder / file).parent.mkdir()
+        (folder / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        if file != "gguf/m.gguf":
+            (folder / file).with_name("config.json").write_text('{"model_type": "bert"}')
     (folder / "broken" / "config.json").write_text("{", encoding="utf-8")
     (folder / "list" / "config.json").write_text("[]", encoding="utf-8")
     (folder / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
