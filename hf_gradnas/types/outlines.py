@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from .costs import COSTS
+
 
 def outline(name: str, rows: Mapping[str, str]) -> str:
     """A noun in a few lines, as `datasets` shows its own: its name, then a row each; no empty ones.
@@ -49,6 +51,17 @@ def by_place(sizes: Mapping[str, int], kept: Mapping[str, int]) -> Iterable[str]
         lines.setdefault((re.sub(r"\b\d+\b", "*", name), size), []).append(kept.get(name, size))
     for (place, size), counts in lines.items():
         yield f"{place}, of {size:,}: {' '.join(map(str, counts))}"
+
+
+def headline_of(costs: Mapping[str, float], totals: Mapping[str, float]) -> Iterable[str]:
+    """What is left of the costs that were limited, as commands and cards say it; else no line.
+
+    Args:
+        costs: By name.
+        totals: Of the whole model, for those that are said.
+    """
+    shares = [f"{costs[n] / t:.1%} of the {COSTS.get(n, n)}" for n, t in totals.items() if t]
+    return [f"Kept {' and '.join(shares)}"] if shares else []
 
 
 def amounts(costs: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from ..errors import PlanError, ScoresError, StructureError
 from .basis import Basis
 from .costs import Budget
 from .documents import metadata_of, parse_json, read_object
-from .outlines import amounts, by_kind, by_place, outline
+from .outlines import amounts, by_kind, by_place, headline_of, outline
 from .plan_checks import check_values
 from .units import Units
 
@@ -98,8 +98,11 @@ class Plan:
 
         Axes that differ in numbers of their names only are in one line.
         """
+        totals = {b.cost: b.total for b in self.budgets if b.cost in self.costs}
         lines = [f"{title}: {said}" for title, said in self._said().items() if said]
-        return "\n".join([*lines, *by_place(self.sizes, self.counts())])
+        return "\n".join(
+            [*headline_of(self.costs, totals), *lines, *by_place(self.sizes, self.counts())]
+        )
 
     def _said(self) -> dict[str, str]:
         """Rows of `__repr__`."""

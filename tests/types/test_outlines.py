@@ -35,7 +35,8 @@ def test_a_plan_shows_what_stays_by_kind(plan: Plan) -> None:
 
 def test_a_summary_has_a_line_for_axes_that_differ_in_numbers_only(plan: Plan) -> None:
     lines = plan.summary().splitlines()
-    assert lines[0] == "kept: heads 6 of 12, neurons 4,500 of 9,216"
+    assert lines[0] == "Kept 59.9% of the parameters"
+    assert lines[1] == "kept: heads 6 of 12, neurons 4,500 of 9,216"
     assert lines[-2:] == [
         "layers.*.attn:heads, of 4: 1 2 3",
         "layers.*.mlp:neurons, of 3,072: 1500 1500 1500",
