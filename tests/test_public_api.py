@@ -11,7 +11,10 @@ from places import ROOT
 
 import hf_gradnas
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = "".join(
+    (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "docs/commands.md", "docs/api.md")
+)
 NAMES = hf_gradnas.__all__
 PUBLIC = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
 MAX_NAMES = 15
@@ -29,12 +32,12 @@ def test_names_are_few_sorted_and_listed():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_is_importable_documented_and_in_the_readme(name):
+def test_every_name_is_importable_documented_and_in_the_pages(name):
     value = getattr(hf_gradnas, name)
     if name != "__version__":
         assert len(inspect.getdoc(value) or "") > 20
         assert vars(value)["__doc__"], f"{name} only inherits its docstring"
-        assert f"`{name}" in README or f" {name}" in README
+        assert f"`{name}" in PAGES or f" {name}" in PAGES
 
 
 @pytest.mark.parametrize("path", PUBLIC)

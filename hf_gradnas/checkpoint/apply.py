@@ -162,7 +162,7 @@ def cut_with_proof(
         except Exception as error:  # the model's own code may raise anything
             why = f"does not run ({described(error)})"
             raise _not_usable(model, why) from error
-        _, wrong = compared(outputs, wanted)
+        _, wrong = compared(outputs, wanted, half=half_tolerance(model))
         if wrong:
             raise _not_usable(model, wrong)
     return record
@@ -185,8 +185,10 @@ def _masked_outputs(
     return None, {}
 
 
-def compared(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Compare outputs of a cut model with those of the masked one.
+def compared(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, half: float
+) -> tuple[float, str]:
+    """Compare outputs of a cut model with those of the masked one; see `half_tolerance`.
 
     Returns:
         The largest difference, relative to the largest value; and what the cut model does that the
@@ -197,7 +199,7 @@ def compared(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple
         if name not in found or name not in wanted or found[name].shape != wanted[name].shape:
             shapes = [tuple(o[name].shape) if name in o else "none" for o in (found, wanted)]
             return math.inf, f"puts out {name or 'a tensor'} of {shapes[0]}, masked {shapes[1]}"
-        apart, limit = difference(found[name], wanted[name])
+        apart, limit = difference(found[name], wanted[name], half=half)
         if not apart <= limit:  # catches nan too
             return apart, (
                 f"puts out a {name or 'tensor'} that differs by {apart:.2g} of the largest "
@@ -228,7 +230,7 @@ TOLERANCE = 1e-4
 DEVICE_TOLERANCE = 1e-3
 """The same on an accelerator, which may multiply in TF32."""
 HALF_TOLERANCE = 5e-2
-"""The same for outputs of 16 bits and less, as a ratio of norms: single entries round coarsely."""
+"""The same for outputs of 16 bits and less, as a ratio of norms, at least; see `half_tolerance`."""
 
 RELOADED_TOLERANCE = 1e-5
 """Largest difference of reloaded outputs of 32 bits and more, relative to max(1, largest)."""
@@ -266,18 +268,26 @@ def floating(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from floating(value, f"{path}.{name}".lstrip("."))
 
 
-def difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+def difference(
+    found: Tensor, wanted: Tensor, *, half: float = HALF_TOLERANCE
+) -> tuple[float, float]:
     """Relative difference of cut and masked outputs of one shape, and the largest accepted one."""
     apart, old = _apart(found, wanted), wanted.cpu().double()
     sizes = torch.where(old.isfinite(), old, torch.zeros_like(old))
     if torch.finfo(wanted.dtype).bits < torch.finfo(torch.float32).bits:
-        scale, limit = sizes.norm().item(), HALF_TOLERANCE
+        scale, limit = sizes.norm().item(), half
         largest = apart.norm().item()
     else:
         scale = _largest(sizes.abs())
         limit = TOLERANCE if wanted.device.type == "cpu" else DEVICE_TOLERANCE
         largest = _largest(apart)
     return largest / max(scale, torch.finfo(torch.float64).tiny), limit
+
+
+def half_tolerance(model: nn.Module) -> float:
+    """Bound of `difference` for 16 bits: n matrices round by half a step, here and there: √(2n)."""
+    matrices = sum(p.dim() > 1 for p in model.parameters())
+    return max(HALF_TOLERANCE, torch.finfo(torch.bfloat16).eps / 2 * math.sqrt(2 * matrices))
 
 
 def largest_difference(found: Tensor, wanted: Tensor) -> float:

@@ -26,7 +26,7 @@ from ..stock.space import find_stock_space
 from ..structure.layers import put_within
 from ..types import KINDS, Axis, Kind, Plan, Prunable, Refusal, StockSpace, Structure
 from ..verification import find_structure
-from .apply import apply_plan, calls_of, difference, outputs_of
+from .apply import apply_plan, calls_of, difference, half_tolerance, outputs_of
 from .twin import build_twin, entries, fill_twin
 
 
@@ -247,7 +247,7 @@ def _disagreement(twin: PreTrainedModel, again: PreTrainedModel, sample: Mapping
             continue
         found = outputs_of(again, call)
         for name, value in wanted.items():
-            apart, limit = difference(found[name], value)
+            apart, limit = difference(found[name], value, half=half_tolerance(twin))
             if not apart <= limit:
                 return f"a cut model would put out other {name} once it is loaded ({apart:.1e})"
         break

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checkpoint.apply import compared, outputs_of
+from ..checkpoint.apply import compared, half_tolerance, outputs_of
 from ..config.recipe import Recipe
 from ..config.recipe_files import build_recipe
 from ..data.loading import Source, load_model, open_source
@@ -61,7 +61,7 @@ def compare_outputs(
         RecipeError: One of them cannot be loaded.
     """
     try:
-        found, wanted, is_large = _outputs(original, written, axes, plan, repair, dtype)
+        found, wanted, half, is_large = _outputs(original, written, axes, plan, repair, dtype)
     except GradNASError:
         raise
     except Exception as error:  # the model's own code, a full disk, too little memory
@@ -69,7 +69,7 @@ def compare_outputs(
             f"{written}: is complete, but cannot be run beside the original ({described(error)}); "
             "hf-gradnas verify compares its files, and loads it."
         ) from error
-    apart, wrong = compared(found, wanted)
+    apart, wrong = compared(found, wanted, half=half)
     if wrong:
         raise CheckpointError(
             f"{written}: it {wrong}; do not use it. Report the model's class and config."
@@ -85,19 +85,19 @@ def _outputs(
     plan: Plan,
     repair: Repair | None,
     dtype: str,
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], bool]:
-    """Outputs of the cut model, those of the original, and whether that was too large to load."""
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], float, bool]:
+    """Outputs of the cut model, those of the original, their `half_tolerance`; was it too large?"""
     with tempfile.TemporaryDirectory(prefix="hf_gradnas-") as scratch:
         source, model = _opened(original, dtype, scratch)
         batch = random_batch(source, model, max_length=TOKENS)
-        is_large = is_offloaded(model)
+        is_large, half = is_offloaded(model), half_tolerance(model)
         with ExitStack() as stack:
             masks = masked(model, axes, plan.kept)
             stack.enter_context(masks if repair is None else repaired(model, repair, masks))
             wanted = outputs_of(model, ((), batch))
         del model
         _, model = _opened(written, dtype, scratch)
-        return outputs_of(model, ((), batch)), wanted, is_large
+        return outputs_of(model, ((), batch)), wanted, half, is_large
 
 
 def _opened(folder: Path, dtype: str, scratch: str) -> tuple[Source, PreTrainedModel]:

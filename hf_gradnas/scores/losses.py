@@ -145,7 +145,10 @@ class SampledLoss:
             return None, 0
         places = range(first, first + batch.examples)
         numbers = places if self._number is None else map(self._number, places)
-        streams = [np.random.default_rng([self.seed, number]) for number in numbers]
+        drawn = [np.random.default_rng([self.seed, number]) for number in numbers]
+        # An example's rows follow one another: codebooks have one each.
+        each = len(prediction.valid) // batch.examples
+        streams = [stream for stream in drawn for _ in range(each)]
         logits = at_least_float32(prediction.logits)
         return prediction.distribution(logits, prediction.valid, streams), count
 
