@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 from places import EXAMPLES
 
 sys.path.insert(0, str(EXAMPLES / "benchmarks"))
@@ -9,6 +10,7 @@ sys.path.insert(0, str(EXAMPLES / "benchmarks"))
 import digits
 
 
+@pytest.mark.long
 def test_a_resnet_keeps_its_accuracy_at_60_percent_of_its_flops(capsys):
     found = digits.main(["--flops", "60%"])
     assert found["whole"] > 0.97

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import zoo
+from families import spread, structure_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_gradnas import GradNASPruner
@@ -32,7 +33,7 @@ EXPERTS, NEURONS = 6, 24
 @pytest.fixture(params=ALL)
 def found(request):
     model, inputs = zoo.build(request.param)
-    return model, inputs, find_structure(model, inputs)
+    return model, inputs, structure_of(request.param)
 
 
 def experts_of(structure: Structure) -> list:
@@ -174,7 +175,7 @@ def test_our_experts_put_out_what_those_of_transformers_do(name):
     torch.testing.assert_close(partial[1:], expected[1:], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", spread(ALL))
 def test_costs_are_those_of_the_cut_model(name):
     model, inputs = zoo.build(name)
     pruner = GradNASPruner(model, layout="per_layer")
@@ -220,7 +221,7 @@ def test_fewer_experts_cost_parameters_and_no_time(name):
     assert flops.of(whole) - flops.of(fewer) == pytest.approx(router)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", spread(ALL))
 @pytest.mark.parametrize("layout", ["stock", "per_layer"])
 def test_a_plan_by_score_is_saved_and_loads(name, layout, tmp_path):
     model, inputs = zoo.build(name, dtype=torch.float32)

@@ -144,6 +144,7 @@ def test_a_repair_of_a_plan_by_former_names_is_taken():
         torch.testing.assert_close(pruner.model(**batches[0]).logits, expected)
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_verified():
     command = [sys.executable, "-m", "hf_gradnas.verify", str(FOLDER / "llama" / "pruned")]
     done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from families import structure_of
 
 from hf_gradnas.errors import PlanError, StructureError
 from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.types import Axis, Kind, Tap
-from hf_gradnas.verification import find_structure
 
 FAMILIES = ("bert", "albert", "gpt2", "llama", "t5")
 EPSILON = 1e-5
@@ -17,7 +17,7 @@ EPSILON = 1e-5
 
 def _build(family: str, **kwargs):
     model, inputs = zoo.build(family, **kwargs)
-    return model, find_structure(model, inputs).axes, inputs
+    return model, structure_of(family, **kwargs).axes, inputs
 
 
 def _hooks(model) -> int:

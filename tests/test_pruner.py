@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from families import spread
 from transformers import Trainer, TrainingArguments
 
 from hf_gradnas import GradNASPruner, Plan, Scores
@@ -48,7 +49,7 @@ def without_first_attention(pruner: GradNASPruner) -> Plan:
 
 @pytest.mark.leaves_state
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", GENERATORS)
+@pytest.mark.parametrize("family", spread(GENERATORS))
 def test_generate_without_the_first_layers_attention(family: str, cache: str) -> None:
     model, inputs = zoo.build(family, dtype=torch.float64)
     pruner = GradNASPruner(model, layout="per_layer")
@@ -269,7 +270,7 @@ def test_an_existing_target_needs_overwrite(
 
 @pytest.mark.parametrize("search", ["lagrangian", "binary"])
 @pytest.mark.parametrize("score", ["fisher", "gradnas", "taylor", "magnitude", "random"])
-@pytest.mark.parametrize("family", ["bert", "qwen2", "t5"])
+@pytest.mark.parametrize("family", spread(["bert", "qwen2", "t5"]))
 def test_every_score_and_search_plans(family: str, score: str, search: str) -> None:
     model, inputs = zoo.build(family)
     pruner = GradNASPruner(model, score=score, search=search)

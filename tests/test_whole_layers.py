@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from families import structure_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_gradnas import GradNASCallback, GradNASPruner
@@ -46,7 +47,7 @@ ONLY_LAYERS = {f"*:{kind}": None for kind in Kind if kind is not Kind.LAYERS}
 @pytest.fixture(params=FAMILIES)
 def found(request):
     model, inputs = zoo.build(request.param)
-    return model, inputs, find_structure(model, inputs, layers=True)
+    return model, inputs, structure_of(request.param, layers=True)
 
 
 def layers_of(structure: Structure) -> list:

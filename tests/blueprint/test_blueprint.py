@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 import zoo
+from families import spread
 
 from hf_gradnas.blueprint import NeedsWeightsError, find_blueprint, shrinking
 from hf_gradnas.blueprint.carrying import carried
@@ -58,7 +59,7 @@ def check_equal(model, inputs, **more):
 FAMILIES = "bert gpt_neox gemma2 phi3 t5 whisper mixtral dots1 llama4 vit".split()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", spread(FAMILIES))
 @pytest.mark.usefixtures("small_units")
 def test_a_config_says_what_its_model_says(name):
     model, inputs = zoo.build(name, dtype=torch.float32)

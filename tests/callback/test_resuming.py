@@ -335,6 +335,7 @@ def test_progress_is_small_json_and_comes_back() -> None:
     assert Progress.from_dict(json.loads(text)) == progress
 
 
+@pytest.mark.long
 def test_two_processes_reach_one_plan(tmp_path: Path) -> None:
     first, second = launch(SCRIPT, tmp_path, "ddp")
     assert first == second

@@ -46,6 +46,7 @@ def check_same(found: str, wanted: str) -> None:
     assert records[0]["plan"] == records[1]["plan"]
 
 
+@pytest.mark.long
 def test_three_commands_write_the_model_of_prune(run, planned, tmp_path):
     code, out, err = run("apply", "plan.json", "bert", "--output", "out", "--scores", FILE)
     assert (code, err) == (0, "")

@@ -46,6 +46,7 @@ def plan_of(folder: Path) -> dict:
     return json.loads((folder / "gradnas.json").read_text(encoding="utf-8"))["plan"]
 
 
+@pytest.mark.long
 def test_two_processes_prune_as_one_does(tmp_path: Path, capsys) -> None:
     # No head in the checkpoint: the processes must make up the same one.
     model, data = save_bert(tmp_path / "bert", "BertModel"), write_tsv(tmp_path / "train.tsv", 30)

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import zoo
+from families import spread, structure_of
 
 from hf_gradnas.batches.longest import flops_inputs
 from hf_gradnas.costs.counting import count_costs
 from hf_gradnas.costs.flops import count_flops
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import CostModel, Kind, Structure
-from hf_gradnas.verification import find_structure
 
 LENGTH = 20
 
@@ -24,7 +24,7 @@ def numel(model: torch.nn.Module) -> int:
 
 def sample_of(family: str) -> tuple[torch.nn.Module, Structure, dict]:
     model, inputs = zoo.build(family)
-    structure = find_structure(model, inputs)
+    structure = structure_of(family)
     decoder = bool(model.config.is_encoder_decoder)
     return model, structure, flops_inputs(inputs, LENGTH, decoder=decoder)
 
@@ -49,7 +49,7 @@ def kept_of(structure: Structure, *, gone: bool) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("gone", [False, True])
-@pytest.mark.parametrize("family", sorted(zoo.FAMILIES))
+@pytest.mark.parametrize("family", spread(sorted(zoo.FAMILIES)))
 def test_costs_of_the_whole_and_of_a_cut_model(family: str, gone: bool) -> None:
     model, structure, inputs = sample_of(family)
     costs = count_costs(model, structure, inputs, layout="per_layer")

@@ -5,6 +5,7 @@ import repair_process as script
 from ranks import launch
 
 
+@pytest.mark.long
 def test_two_processes_train_and_report_what_one_does(tmp_path):
     alone = script.trained(tmp_path, 1)
     first, second = launch(script.__file__, tmp_path)

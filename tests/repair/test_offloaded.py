@@ -42,12 +42,12 @@ def assert_same(found, wanted):
     assert repr(found.summary()) == repr(wanted.summary())  # there are numbers that are none
 
 
+ALWAYS = ["bert", "albert", "llama", "t5", "resnet", "mixtral"]
+OTHERS = ["gpt2", "phi3", "vit", "convnextv2", "wav2vec2_layer", "dots1"]
+
+
 @pytest.mark.parametrize(
-    "family",
-    [
-        *("bert", "albert", "gpt2", "llama", "phi3", "t5", "vit", "resnet", "convnextv2"),
-        *("wav2vec2_layer", "mixtral", "dots1"),
-    ],
+    "family", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)]
 )
 def test_it_is_the_same_to_the_last_bit(family: str, tmp_path: Path) -> None:
     model, batch = zoo.build(family)

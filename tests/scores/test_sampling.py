@@ -59,7 +59,7 @@ def test_every_head_needs_no_labels_and_depends_on_no_batch_size(head: str) -> N
     assert one.metadata["normaliser"] == "sampled_labels"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart", "whisper", "vit"])
+@pytest.mark.parametrize("family", ["llama", "t5", "vit"])
 @pytest.mark.parametrize("labels", [True, False])
 def test_every_family_is_scored_without_labels(family: str, labels: bool) -> None:
     if family == "whisper" and not labels:

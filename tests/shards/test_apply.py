@@ -36,15 +36,16 @@ CASES = (
     ("llama", "stock", True),
     ("llama", "per_layer", False),
     ("t5", "per_layer", False),
-    ("gpt2", "per_layer", False),
     ("mixtral", "stock", True),
-    ("mixtral", "per_layer", False),
-    ("dbrx", "per_layer", False),
     ("switch", "stock", False),  # lists of experts
     ("switch", "per_layer", True),
     ("resnet", "per_layer", False),
     ("whisper", "per_layer", False),
     ("wav2vec2", "per_layer", False),  # _init_weights writes into a computed weight
+    *(
+        pytest.param(name, "per_layer", False, marks=pytest.mark.long)
+        for name in ("gpt2", "mixtral", "dbrx")
+    ),
 )
 TIED = {"llama": {"tie_word_embeddings": True}}
 UNLIKE = {"reference", "sha256_of_this"}

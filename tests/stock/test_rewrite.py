@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import transformers
 import zoo
+from families import spread
 from transformers import (
     AutoConfig,
     DynamicCache,
@@ -95,7 +96,7 @@ def counts_of(structure: Structure, kind: Kind, counts: Mapping[str, int]) -> li
 
 
 @pytest.mark.parametrize("removed", [False, True])
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", spread(zoo.FAMILIES))
 def test_per_layer_round_trip(family, removed, tmp_path):
     _, structure, _, keys = found(family)
     counts = irregular(structure, removed=removed)

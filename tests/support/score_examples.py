@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 import zoo
+from families import structure_of
 from torch import nn
 
 from hf_gradnas.types import Axis, Scores
-from hf_gradnas.verification import find_structure
 
 EXAMPLES = 32
 IGNORED = -100
@@ -20,7 +20,7 @@ IGNORED = -100
 def build(family: str, **kwargs: Any) -> tuple[Any, tuple[Axis, ...], dict[str, torch.Tensor]]:
     """A tiny model, its axes and one padded batch."""
     model, inputs = zoo.build(family, **kwargs)
-    return model, find_structure(model, inputs).axes, inputs
+    return model, structure_of(family, **kwargs).axes, inputs
 
 
 def examples_of(

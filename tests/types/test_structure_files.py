@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import zoo
+from families import spread
 
 from hf_gradnas.checkpoint.prunable import find_prunable
 from hf_gradnas.errors import StructureError
@@ -21,7 +22,7 @@ def _read(value):
     return parse_json(json.dumps(value.to_dict()))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", spread(ALL))
 def test_what_is_found_in_every_family_comes_back_exactly(name):
     model, inputs = zoo.build(name)
     found = find_prunable(model, inputs)
