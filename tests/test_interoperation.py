@@ -95,6 +95,7 @@ def test_pipeline(case: tuple[str, Path]) -> None:
         assert found["generated_text"].startswith("the film was")
 
 
+@pytest.mark.long
 def test_onnx_runtime_gives_the_same_outputs(case: tuple[str, Path], tmp_path: Path) -> None:
     family, folder = case
     model, batch = loaded(family, folder), batch_of(family)

@@ -8,6 +8,7 @@ import conv_families
 import pytest
 import torch
 import zoo
+from families import spread
 from torch import nn
 
 from hf_gradnas.errors import StructureError
@@ -46,7 +47,7 @@ def test_people_count_channels_and_whole_units_of_the_rest() -> None:
     assert Axis("a:heads", "a", Kind.HEADS, 4, (), two).per_unit == 1
 
 
-@pytest.mark.parametrize("family", [*zoo.FAMILIES, *zoo.CONV_FAMILIES])
+@pytest.mark.parametrize("family", spread([*zoo.FAMILIES, *zoo.CONV_FAMILIES]))
 def test_every_unit_is_made_and_all_but_kv_groups_are_read(family: str) -> None:
     model, inputs = zoo.build(family)
     structure = find_structure(model, inputs)

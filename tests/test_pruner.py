@@ -90,6 +90,7 @@ def test_eager_and_sdpa_agree_after_the_cut() -> None:
 
 
 @pytest.mark.leaves_state
+@pytest.mark.long
 def test_pruning_a_pruned_checkpoint_composes(tmp_path: Any) -> None:
     for family in ("bert", "llama", "t5", "phi3"):
         model, inputs = zoo.build(family, dtype=torch.float32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from families import structure_of
+from families import spread, structure_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_gradnas import GradNASCallback, GradNASPruner
@@ -300,7 +300,7 @@ def drop(model, inputs, gone: list[int], *, layout: str) -> tuple[GradNASPruner,
 
 
 @pytest.mark.parametrize("layout", ["stock", "per_layer"])
-@pytest.mark.parametrize("family", ["gpt2", "t5", "whisper", "vit"])
+@pytest.mark.parametrize("family", spread(["gpt2", "t5", "whisper", "vit"]))
 def test_what_is_saved_loads_as_it_was(family, layout, tmp_path):
     model, inputs = zoo.build(family)
     stock = type(model)
@@ -344,7 +344,7 @@ def test_the_first_dense_layers_of_a_mixture_are_counted_anew():
     assert (smaller.config.num_hidden_layers, smaller.config.first_k_dense_replace) == (2, 1)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", spread(DECODERS))
 def test_tokens_are_those_of_the_masked_model(family):
     model, inputs = zoo.build(family)
     gone = [0]

@@ -113,6 +113,7 @@ def record_anew(folder):
 # --- for real -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_per_layer_checkpoint_in_new_processes(verify, saved, monkeypatch):
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
     results, real = [], command.replay

@@ -2,9 +2,11 @@
 
 import distributed_process as script
 import numpy as np
+import pytest
 from ranks import launch
 
 
+@pytest.mark.long
 def test_two_processes_choose_what_one_does(tmp_path):
     alone = script.chosen(0, 1)
     first, second = launch(script.__file__, tmp_path)
