@@ -139,6 +139,7 @@ def run(
 # --- there and back -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["stock", "per_layer"])
 def test_the_pruner_pushes_what_it_saved(
     layout: str, client: Any, shared: Hub, pairs: Path, tmp_path: Path
@@ -166,6 +167,7 @@ def test_the_pruner_pushes_what_it_saved(
     note(pairs, layout, {**inputs, "logits": logits}, tokenizer=True, **asked)
 
 
+@pytest.mark.long
 def test_the_command_pushes_at_its_end(shared: Hub, pairs: Path, tmp_path: Path) -> None:
     model = cli_cases.save_bert(tmp_path / "bert")
     data = cli_cases.write_tsv(tmp_path / "train.tsv")
@@ -191,6 +193,7 @@ def test_the_command_pushes_at_its_end(shared: Hub, pairs: Path, tmp_path: Path)
     note(pairs, "command", {**batch, "logits": logits}, tokenizer=True, layout=layout, **asked)
 
 
+@pytest.mark.long
 def test_the_callback_ends_with_the_cut_model_in_the_root(
     shared: Hub, pairs: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +220,7 @@ def test_the_callback_ends_with_the_cut_model_in_the_root(
     (pairs / "callback.json").write_text(json.dumps(asked))
 
 
+@pytest.mark.long
 def test_all_load_from_the_hub_in_a_fresh_process(shared: Hub, pairs: Path, tmp_path: Path) -> None:
     names = {"stock", "per_layer", "command", "callback"}
     assert {file.stem for file in pairs.glob("*.json")} == names, "run the whole file"

@@ -195,6 +195,7 @@ def files(tmp_path: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("task", ["classify", "language"])
+@pytest.mark.long
 def test_a_run_keeps_its_rows_and_measures_nothing_twice(
     task: str, files: dict[str, list[str]], tmp_path: Path, capsys, monkeypatch
 ) -> None:

@@ -53,6 +53,7 @@ def save_all(root):
         save_file(expected, root / name / "expected.safetensors")
 
 
+@pytest.mark.long
 def test_every_route_in_fresh_processes_and_again_after_training(tmp_path):
     first = tmp_path / "first"
     save_all(first)

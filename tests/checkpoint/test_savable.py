@@ -14,6 +14,7 @@ import transformers
 import zoo
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from families import spread
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -427,7 +428,7 @@ def test_a_declared_tie_may_be_there_or_undone(factor: int) -> None:
     check_savable(model, batch)
 
 
-@pytest.mark.parametrize("name", [*zoo.FAMILIES, *zoo.CONV_FAMILIES])
+@pytest.mark.parametrize("name", spread([*zoo.FAMILIES, *zoo.CONV_FAMILIES]))
 def test_every_family_passes_in_every_type(name: str) -> None:
     model, batch = zoo.build(name)
     check_savable(model, batch)

@@ -51,6 +51,7 @@ def _once(replay: Callable[..., Any]) -> Callable[..., Any]:
     return replayed
 
 
+@pytest.mark.long
 def test_it_repairs_by_default_and_says_how_far_it_came(
     prune, options, capsys, monkeypatch
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from families import spread
 from huggingface_hub.dataclasses import strict
 
 from hf_gradnas.errors import PlanError
@@ -65,7 +66,7 @@ def counted(group: StockGroup) -> list[tuple[int, ...]]:
     return [tuple(counts.values()) for counts in group.allowed or ()]
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", spread(zoo.FAMILIES))
 def test_every_family(family):
     model, structure = built(family)
     space = find_stock_space(model, structure)
