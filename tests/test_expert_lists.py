@@ -11,6 +11,7 @@ import torch
 import transformers
 import zoo
 from expert_lists import EXPERTS, NEURONS
+from mask_gradients import check_gradients, recorded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.nllb_moe import modeling_nllb_moe
@@ -21,7 +22,6 @@ from hf_gradnas.callback.weights import WeightMask, check_maskable
 from hf_gradnas.errors import PlanError
 from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.running.states import frozen
-from hf_gradnas.scores.gradients import GradientRecorder
 from hf_gradnas.surgery.cut import cut, plan_cut
 from hf_gradnas.surgery.modeling_gradnas import RecordError, resize
 from hf_gradnas.surgery.records import merge_records
@@ -149,32 +149,10 @@ def test_a_mask_of_ones_changes_no_bit(found):
         assert torch.equal(logits(model, inputs), whole)
 
 
-def recorded(model: nn.Module, inputs: dict, axes: list) -> dict[str, torch.Tensor]:
-    recorder = GradientRecorder(model, axes)
-    with frozen(model), recorder.attached(), zoo.float64_throughout():
-        recorder.start(zoo.BATCH)
-        model(**inputs).loss.backward()
-        return recorder.gradients()
-
-
 def test_gradients_are_those_of_masks_and_finite_differences(found):
     model, inputs, structure = found
     axes = [a for a in structure.axes if a.kind is Kind.EXPERTS or a.parent]
-    gradients = recorded(model, inputs, axes)
-    with mask_leaves(model, axes) as leaves, zoo.float64_throughout():
-        loss = model(**inputs).loss
-        expected = torch.autograd.grad(loss, list(leaves.values()))
-        for (name, leaf), gradient in zip(leaves.items(), expected, strict=True):
-            error = (gradients[name].sum(0) - gradient).abs().max()
-            assert error <= 1e-9 * gradient.abs().max(), name
-            unit = int(gradient.abs().argmax())
-            values = []
-            with torch.no_grad():
-                for step in (1e-5, -1e-5):
-                    leaf[unit] += step
-                    values.append(float(model(**inputs).loss))
-                    leaf[unit] -= step
-            assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient[unit]), rel=1e-3)
+    check_gradients(model, inputs, axes, rtol=1e-9)
 
 
 @pytest.mark.parametrize("style", expert_lists.STYLES)

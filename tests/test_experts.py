@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from families import spread, structure_of
+from mask_gradients import check_gradients, recorded
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_gradnas import GradNASPruner
@@ -18,7 +19,6 @@ from hf_gradnas.errors import PlanError, StructureError
 from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.routing import run_experts
 from hf_gradnas.running.states import frozen
-from hf_gradnas.scores.gradients import GradientRecorder
 from hf_gradnas.surgery.cut import cut
 from hf_gradnas.types import Kind, Plan, Structure
 from hf_gradnas.verification import find_structure
@@ -114,33 +114,11 @@ def test_an_excluded_expert_is_chosen_by_no_token(name):
     assert set(chosen[1].tolist()) == {1, 2, 4}
 
 
-def recorded(model, inputs, axes):
-    recorder = GradientRecorder(model, axes)
-    with frozen(model), recorder.attached(), zoo.float64_throughout():
-        recorder.start(zoo.BATCH)
-        model(**inputs).loss.backward()
-        return recorder.gradients()
-
-
 def test_gradients_are_those_of_masks_and_finite_differences(found):
     model, inputs, structure = found
     axes = [a for a in structure.axes if a.kind is Kind.EXPERTS or a.parent]
     axes = [a for a in axes if a.kind is not Kind.HEADS]
-    gradients = recorded(model, inputs, axes)
-    with mask_leaves(model, axes) as leaves, zoo.float64_throughout():
-        loss = model(**inputs).loss
-        expected = torch.autograd.grad(loss, list(leaves.values()))
-        for (name, leaf), gradient in zip(leaves.items(), expected, strict=True):
-            error = (gradients[name].sum(0) - gradient).abs().max()
-            assert error <= 1e-6 * gradient.abs().max(), name
-            unit = int(gradient.abs().argmax())
-            values = []
-            with torch.no_grad():
-                for step in (1e-5, -1e-5):
-                    leaf[unit] += step
-                    values.append(float(model(**inputs).loss))
-                    leaf[unit] -= step
-            assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient[unit]), rel=1e-3)
+    check_gradients(model, inputs, axes, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "dots1", "llama4", "dbrx", "jetmoe"])

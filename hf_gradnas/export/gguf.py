@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig
 
 from .._files import check_replaceable, write_whole
@@ -166,7 +167,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
         return found
-    except Exception as error:
+    except Exception as error:  # unreadable JSON, an unknown type, code of its own
         raise CheckpointError(
             f"{folder}: its config.json cannot be read ({described(error)}); export takes Llama, "
             "Mistral, Qwen2 and Qwen3 without code of their own."
@@ -245,7 +246,6 @@ _ID_NAMES = {"unk": "unknown", "pad": "padding"}
 
 
 def _add_tensors(writer: Any, tensors: Sequence[Streamed]) -> None:
-    import numpy as np  # noqa: PLC0415
     from gguf import GGMLQuantizationType  # noqa: PLC0415 - an optional package
 
     for each in tensors:

@@ -128,7 +128,7 @@ def _loaded(folder: Path) -> Any:
         )
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+    except Exception as error:  # its files are of many formats, and some are code
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be loaded ({described(error)}); save it there again."
         ) from error
