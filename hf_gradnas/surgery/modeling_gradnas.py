@@ -50,7 +50,6 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 FORMAT_VERSION = 1
 SECTIONS = ("modules", "removed", "own_position_bias", "adapted", "lists")
-# Where this file is not at work, upstream says that this is no name of a file of weights.
 NEEDS = "layers have widths of their own: import hf_gradnas first, or pass trust_remote_code=True"
 SAME_VERSION = "load it with the Transformers version that the checkpoint was saved with."
 
@@ -61,8 +60,7 @@ Modules = Mapping[str, Any]  # what a path leads to: modules with attributes of 
 Shape = tuple[int, ...]
 Wanted = Mapping[tuple[str, str], Shape]  # shape per module's path and tensor's name
 
-# A table (buckets, heads) of one attention, whose bias others take: the attribute that says who
-# computes it, the embedding's name, and the argument by which it travels.
+# A table (buckets, heads) whose bias others take as `argument`; `flag` says who computes it.
 SharedTable = namedtuple("SharedTable", "flag table argument")
 # T5 and its kin: layer 0 computes the position bias for all of its stack.
 T5 = SharedTable("has_relative_attention_bias", "relative_attention_bias", "position_bias")
@@ -153,8 +151,7 @@ class RemovedAttention(nn.Module):
         """Write keys and values of width 1: masks and positions ask this layer for its length."""
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        index = self.layer_idx
-        if index is None:  # in an encoder
+        if (index := self.layer_idx) is None:  # in an encoder
             return
         batch, length = hidden_states.shape[-3:-1]
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
@@ -317,8 +314,7 @@ def resize(
 
 def checked(record: Record) -> Record:
     """The record with every section present; refuse one of a newer format."""
-    version = record.get("format_version")
-    if version != FORMAT_VERSION:
+    if (version := record.get("format_version")) != FORMAT_VERSION:
         raise RecordError(
             f"config.gradnas: format_version is {version!r}, but this file reads {FORMAT_VERSION}; "
             "upgrade hf_gradnas, or load with the modeling_gradnas.py that came with the weights."
@@ -373,6 +369,8 @@ def _shorter_lists(modules: Modules, record: Record, members: Mapping[str, Any])
     lists, found = {}, {p: m for p, m in modules.items() if not _inside(p, record["lists"])}
     for path, gone in record["lists"].items():
         has = _module(modules, path)._modules
+        if not all(isinstance(n, str) for n in gone) or set(has) <= set(gone):
+            raise _changed(path, gone)
         own = {new: has[old] for new, old in members.get(path, {}).items()}
         lists[path] = {name: own.get(name, m) for name, m in has.items() if name not in gone}
         found[path] = modules[path]
@@ -432,9 +430,7 @@ def _check_shapes(wanted: Wanted, modules: Modules, record: Record, rows: Rows |
             )
     unknown = (rows or {}).keys() - {_join(*key) for key in wanted}
     for name in [name for name in unknown if not _inside(name, record["removed"])]:
-        raise RecordError(
-            f"{name}: rows are given, but the record wants no shape of it; drop them."
-        )
+        raise RecordError(f"{name}: rows are given, but the record wants no shape; drop them.")
 
 
 def _can_slice(size: Shape, shape: Shape, kept: Mapping[int, Any] | None) -> bool:
@@ -602,10 +598,17 @@ class _PerLayer:
         getattr(kwargs.get("config"), "__dict__", {}).pop("transformers_weights", None)  # `NEEDS`
         return cast(Any, super()).from_pretrained(*args, **kwargs)
 
-    def save_pretrained(self, folder: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        cast(Any, super()).save_pretrained(folder, is_main_process, **kwargs)
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        cast(Any, super()).save_pretrained(save_directory, *args, **kwargs)
+        self._say_needs(save_directory, kwargs.get("is_main_process", [*args, True][0]))
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        self._say_needs(working_dir)  # with push_to_hub: before the upload
+        return cast(Any, super())._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _say_needs(self, folder: Any, is_main: bool = True) -> None:
         file = Path(folder, "config.json")
-        if is_main_process and file.is_file():  # an adapter has none
+        if is_main and file.is_file():  # an adapter has none; alone, upstream says: no such weights
             values = {**json.loads(file.read_text("utf-8")), "transformers_weights": NEEDS}
             file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
 
@@ -732,8 +735,6 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
     """Per-layer class of the stock class `name`: what ``auto_map`` asks of this file."""
     stock = None if name.startswith("_") else getattr(transformers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
-        raise AttributeError(
-            f"{__name__}: has no attribute {name!r}, and transformers exports no model class of "
-            "that name; install the Transformers version that the checkpoint was saved with."
-        )
+        what = f"has no attribute {name!r}, and transformers exports no model class of that name"
+        raise AttributeError(f"{__name__}: {what}; {SAME_VERSION}")
     return per_layer_class(stock)

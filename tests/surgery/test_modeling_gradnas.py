@@ -2,10 +2,12 @@
 
 import copy
 import importlib.util
+import json
 import pickle  # noqa: TID251 - users pickle models
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import handmade
 import pytest
@@ -14,12 +16,14 @@ import transformers
 import zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, DynamicCache, StaticCache
+from transformers import AutoModel, DynamicCache, StaticCache, modeling_utils
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import PushToHubMixin
 
 from hf_gradnas.surgery import modeling_gradnas
 from hf_gradnas.surgery.cut import make_per_layer
 from hf_gradnas.surgery.modeling_gradnas import (
+    NEEDS,
     RecordError,
     RemovedAttention,
     per_layer_class,
@@ -533,3 +537,24 @@ def test_missing_keys_are_still_reported(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     _, info = type(model).from_pretrained(tmp_path, output_loading_info=True, **EAGER)
     assert info["missing_keys"] == {"transformer.h.0.attn.c_proj.bias"}
+
+
+def test_saving_takes_the_arguments_of_transformers_and_pushes_what_is_saved(tmp_path, monkeypatch):
+    model, _, _, cut = cut_model("llama")
+    make_per_layer(model, cut.record)
+    pushed = []
+
+    def read(self, working_dir, *args, **kwargs):
+        pushed.append((Path(working_dir) / "config.json").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", read)
+    hub = SimpleNamespace(create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="a/b"))
+    monkeypatch.setattr(modeling_utils, "hf_api", lambda: hub, raising=False)
+    monkeypatch.setattr(modeling_utils, "create_repo", hub.create_repo, raising=False)  # before
+    model.save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    model.save_pretrained(save_directory=tmp_path / "named")
+    model.save_pretrained(tmp_path / "others", False, None, False)
+    files = [tmp_path / name / "config.json" for name in ("pushed", "named")]
+    texts = [*pushed, *(file.read_text(encoding="utf-8") for file in files)]
+    assert [json.loads(text)["transformers_weights"] for text in texts] == [NEEDS] * 3
+    assert not (tmp_path / "others" / "config.json").exists()
