@@ -22,6 +22,7 @@ from hf_gradnas.callback.weights import WeightMask, check_maskable
 from hf_gradnas.errors import PlanError
 from hf_gradnas.masks import mask_leaves, masked
 from hf_gradnas.running.states import frozen
+from hf_gradnas.scores import collect_scores
 from hf_gradnas.surgery.cut import cut, plan_cut
 from hf_gradnas.surgery.modeling_gradnas import RecordError, resize
 from hf_gradnas.surgery.records import merge_records
@@ -228,6 +229,16 @@ def test_a_list_that_does_not_fit_a_record_is_left_as_it_is(known):
         with pytest.raises(RecordError, match=match):
             resize(model, {**record, "lists": lists})
     assert len(model.layers[0].experts) == EXPERTS
+
+
+def test_experts_that_put_out_several_tensors_stay_and_neurons_in_them_are_scored():
+    model, inputs = expert_lists.build("tuples")
+    structure = find_structure(model, inputs)
+    assert {axis.kind for axis in structure.axes} == {Kind.NEURONS}
+    assert all("put out more than one tensor" in r.reason for r in structure.refusals)
+    with zoo.float64_throughout():
+        scores = collect_scores(model, structure.axes, [inputs])
+    assert all(values.any() for values in scores.values.values())
 
 
 def test_fewer_experts_than_a_token_chooses_are_refused(known):

@@ -201,8 +201,9 @@ def check_columns(index: int, columns: Mapping[Any, Any]) -> None:
             raise wrong_column(
                 index, f"{name} as a tensor of {kind}", "a dense tensor of real numbers"
             )
-        if least and (value.ndim < least or 0 in value.shape[1:]):
-            needed = f"{least} dimensions or more, none of them empty"
+        is_empty = 0 in value.shape[1:] and (least or name == "labels")
+        if is_empty or (least and value.ndim < least):
+            needed = f"{least or value.ndim} dimensions or more, none of them empty"
             raise wrong_column(index, f"{name} of shape {tuple(value.shape)}", needed)
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .._compat import trainer_of_event
-from .._files import write_whole
+from .._files import clear, write_whole
 from ..errors import PlanError, ScoresError
 from ..surgery.cut import check_plan
 from ..surgery.rows import Kept
@@ -259,9 +259,12 @@ def _is_saved(file: Path) -> bool:
 def load_tensors(folder: Path, *, run_id: str) -> dict[str, torch.Tensor] | None:
     """Tensors that `save_tensors` wrote; None where there is no such file of that run.
 
+    What killed processes left beside it is cleared away: this checkpoint is not written again.
+
     Raises:
         ScoresError: The file is damaged.
     """
+    clear(folder)
     file = folder / FILE
     if not file.is_file():
         return None

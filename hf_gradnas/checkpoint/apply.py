@@ -229,8 +229,8 @@ TOLERANCE = 1e-4
 """Largest difference of masked and cut outputs of 32 bits and more, relative to the largest."""
 DEVICE_TOLERANCE = 1e-3
 """The same on an accelerator, which may multiply in TF32."""
-HALF_TOLERANCE = 5e-2
-"""The same for outputs of 16 bits and less, as a ratio of norms, at least; see `half_tolerance`."""
+HALF_TOLERANCE, MOST_HALF = 5e-2, 0.15
+"""The same for 16 bits and less, as a ratio of norms; at most: wrong cuts were .3 apart or more."""
 
 RELOADED_TOLERANCE = 1e-5
 """Largest difference of reloaded outputs of 32 bits and more, relative to max(1, largest)."""
@@ -287,7 +287,8 @@ def difference(
 def half_tolerance(model: nn.Module) -> float:
     """Bound of `difference` for 16 bits: n matrices round by half a step, here and there: √(2n)."""
     matrices = sum(p.dim() > 1 for p in model.parameters())
-    return max(HALF_TOLERANCE, torch.finfo(torch.bfloat16).eps / 2 * math.sqrt(2 * matrices))
+    rounding = torch.finfo(torch.bfloat16).eps / 2 * math.sqrt(2 * matrices)
+    return min(max(HALF_TOLERANCE, rounding), MOST_HALF)
 
 
 def largest_difference(found: Tensor, wanted: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -97,7 +98,8 @@ def measure_scores(
         data = {name: _attach(stack, model, hparam, setups) for name, hparam in hparams.items()}
         idle = {name for name, hparam in hparams.items() if _setup_of(model, hparam, setups)}
         advance = stack.enter_context(_progress(work))
-        for done, batch in enumerate(islice(work.batches, work.max_iter), start=1):
+        most = None if work.max_iter is None else min(work.max_iter, sys.maxsize)
+        for done, batch in enumerate(islice(work.batches, most), start=1):
             _backward(model, work, batch, index=done - 1)
             for name, manager in data.items():
                 if manager.mask.grad is not None:  # None: the batch went by it (an expert)

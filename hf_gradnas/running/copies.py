@@ -31,7 +31,8 @@ def on_host(columns: Any) -> Any:
     """Columns with all tensors on the CPU; those of a device come in one copy.
 
     Args:
-        columns: Tensors in mappings, lists and tuples; anything else stays as it is.
+        columns: Tensors in mappings, lists and tuples; anything else, such as named tuples, stays
+            as it is.
     """
     away = {id(x): x for x in _tensors(columns) if _is_away(x)}
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -50,7 +51,8 @@ def _is_away(x: Tensor) -> bool:
 
 def _brought(tensors: list[Tensor]) -> list[Tensor]:
     """Tensors of one device on the CPU."""
-    flat = [x.detach().contiguous().reshape(-1).view(torch.uint8) for x in tensors]
+    plain = (x.detach().resolve_conj().resolve_neg().contiguous() for x in tensors)
+    flat = [x.reshape(-1).view(torch.uint8) for x in plain]
     order = sorted(range(len(tensors)), key=lambda n: -tensors[n].itemsize)  # all aligned
     parts = torch.cat([flat[n] for n in order]).cpu().split([len(flat[n]) for n in order])
     found = dict(zip(order, parts, strict=True))
@@ -60,7 +62,7 @@ def _brought(tensors: list[Tensor]) -> list[Tensor]:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
+    elif isinstance(value, Mapping) or type(value) in (list, tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
 

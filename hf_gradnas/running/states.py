@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .offloading import device_of
+
 
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
     """Forwards that draw numbers draw the same in every such block, on the model's device too."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    every = {device_of(model), *(p.device for p in model.parameters())}  # of what is offloaded, too
+    devices = {device for device in every if device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cuda"
     with torch.random.fork_rng(devices, device_type=kind):
         seed(0, devices)

@@ -147,7 +147,13 @@ class SampledLoss:
         numbers = places if self._number is None else map(self._number, places)
         drawn = [np.random.default_rng([self.seed, number]) for number in numbers]
         # An example's rows follow one another: codebooks have one each.
-        each = len(prediction.valid) // batch.examples
+        each, rest = divmod(len(prediction.valid), batch.examples)
+        if rest:
+            raise DataError(
+                f"Batch {batch.index}: found {len(prediction.valid)} rows of predictions for "
+                f"{batch.examples} examples, needed as many for each; give labels and score with "
+                'labels="data".'
+            )
         streams = [stream for stream in drawn for _ in range(each)]
         logits = at_least_float32(prediction.logits)
         return prediction.distribution(logits, prediction.valid, streams), count

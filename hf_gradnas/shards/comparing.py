@@ -73,15 +73,23 @@ def compare_with_original(
     cut_model(model, plan, prunable, repair)
     wanted = saved_tensors(model)
     differing = [name for name, part in wanted.items() if not _is_same(found.get(name), part)]
-    mended = [name for name in differing if name in found and _is_in(name, changed)]
+    readers = {s.module for axis in prunable.axes for s in axis.slices if s.role == "reads"}
+    mended = [name for name in differing if name in found and _is_in(name, changed, readers)]
     rest = [*(name for name in differing if name not in mended), *(found.keys() - wanted.keys())]
     return Comparison(len(wanted) - len(differing), tuple(sorted(rest)), tuple(mended))
 
 
-def _is_in(name: str, modules: Collection[str]) -> bool:
-    """Whether a tensor is that of a module, or of one beside it, which reads the same."""
-    places = {place for module in modules for place in (module, module.rpartition(".")[0])}
-    return any(name.startswith(f"{place}.") for place in places if place)
+def _is_in(name: str, changed: Collection[str], readers: Collection[str]) -> bool:
+    """Whether an unknown repair may have changed a tensor.
+
+    It changed the modules that it names. One that reads no units of its own is the first of several
+    that read the same (query, key and value), which it changed, too.
+    """
+    if any(name.startswith(f"{module}.") for module in changed):
+        return True
+    places = {module.rpartition(".")[0] for module in changed if module not in readers}
+    beside = any(name.startswith(f"{place}.") for place in places if place)
+    return beside and not any(name.startswith(f"{module}.") for module in readers)
 
 
 def _is_same(found: Stored | None, wanted: Part) -> bool:

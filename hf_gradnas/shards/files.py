@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checkpoint.fingerprints import INDEX, weight_files
+from ..checkpoint.fingerprints import SINGLE as WEIGHTS
 from ..checkpoint.folders import body_folder
 from ..errors import CheckpointError
 from .parts import Stored
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TYPES = {
@@ -182,7 +182,7 @@ def loaded_bytes(folder: Path, dtype: str) -> int:
     """
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in filter(Path.is_file, weight_files(body_folder(folder))):
         try:
             parts = _opened(path).values()
         except CheckpointError:  # it is damaged, or of another kind

@@ -25,6 +25,10 @@ UNFOLLOWED = (
     "its experts are modules of a list that all get all tokens, or tokens that were not followed, "
     "so that none can be scored; neurons in them can go"
 )
+TUPLES = (
+    "its experts are modules of a list that put out more than one tensor, so that none can be "
+    "scored; neurons in them can go"
+)
 SEVERAL = "its experts are modules of a list with other units than the neurons of one FFN"
 
 
@@ -61,8 +65,11 @@ def tap_of_members(
         calls: How the modules were called.
 
     Raises:
-        StructureError: It is not known which tokens an expert gets.
+        StructureError: It is not known which tokens an expert gets, or it puts out a tuple.
     """
+    members = (f"{holder}.{name}" for name in members_in(modules[holder]))
+    if any(calls[path].returns for path in members if path in calls):
+        raise StructureError(TUPLES)
     runner = taker_of(modules, holder, calls)
     if not f"{runner}.".startswith(f"{block}."):
         raise StructureError(UNFOLLOWED)

@@ -385,13 +385,13 @@ def _takes_rows(runner: nn.Module, call: Call, experts: Sequence[nn.Module]) -> 
     """Whether the rows that modules in a module get are rows of its input."""
     following, known = Following(), list[bool]()
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        tokens = following.tokens
-        known.append(tokens is not None and tokens.of(args[0]) is not None)
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tokens, x = following.tokens, first_of(Call(args, kwargs, ()))
+        known.append(tokens is not None and x is not None and tokens.of(x) is not None)
 
     with ExitStack() as stack:
         following.attach(stack, runner)
         for expert in experts:
-            add_pre_hook(stack, expert, note)
+            add_pre_hook(stack, expert, note, with_kwargs=True)
         runner(*call.args, **call.kwargs)
     return bool(known) and all(known)

@@ -30,7 +30,7 @@ def stacks_in(names: Iterable[str], axes: Iterable[Axis]) -> dict[str, list[str]
             stack = f"{holder}.{MEMBER}.{inner}"
             if stack in found:
                 found[stack].append(name)
-    return found
+    return {stack: held for stack, held in found.items() if held}  # none of a stack of buffers
 
 
 def _places(name: str, holders: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -63,8 +63,9 @@ def real_names(names: Iterable[str], axes: Iterable[Axis]) -> dict[str, None]:
     """Names of all tensors that axes own rows of, each for itself, in the order of the slices."""
     axes = tuple(axes)
     stacks = stacks_in(names, axes)
-    owned = (part.tensor for axis in axes for part in axis.slices)
-    return dict.fromkeys(name for tensor in owned for name in stacks.get(tensor, [tensor]))
+    owned = (part for axis in axes for part in axis.slices)
+    parts = (stacks.get(part.tensor, [] if part.holder else [part.tensor]) for part in owned)
+    return dict.fromkeys(name for held in parts for name in held)
 
 
 @dataclass(frozen=True, slots=True)

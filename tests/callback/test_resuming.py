@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_gradnas import Plan
+from hf_gradnas._files import HOST
 from hf_gradnas.callback.resuming import (
     FILE,
     Progress,
@@ -294,6 +295,16 @@ def test_sums_of_another_run_are_not_taken(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "second", again, **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-4"))
     assert again.plan == callback.plan
+
+
+def test_what_a_killed_process_left_in_a_checkpoint_goes_when_a_run_resumes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import os; print(os.getpid())"]
+    gone = subprocess.run(command, check=True, capture_output=True)
+    half = tmp_path / f".{FILE}.hf_gradnas-tmp-{HOST}-{int(gone.stdout)}-0123abcd"
+    half.mkdir()
+    (half / FILE).write_bytes(b"half of it")
+    assert load_tensors(tmp_path, run_id="a") is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_file_of_sums_is_an_error(tmp_path: Path) -> None:

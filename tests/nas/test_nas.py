@@ -200,6 +200,12 @@ def test_a_glob_keeps_layers_whole():
     assert set(sizes.values()) == {4, 48, 96}
 
 
+def test_more_batches_than_there_can_be_are_all_that_there_are():
+    model, batches = build(batches=1)
+    config = settings(batches, max_iter_data_loader=10**30)
+    nas.prune(model, [("gradnas", FINE)], {"flops": "90%"}, dummy_of(batches[0]), config)
+
+
 @pytest.mark.parametrize(("given", "read"), [({}, 128), ({"max_iter_data_loader": 3}, 3)])
 def test_max_iter_data_loader_means_what_it_says(given, read):
     model, batches = build(batches=1)

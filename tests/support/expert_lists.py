@@ -24,9 +24,10 @@ class Expert(nn.Module):
         self.w1 = nn.Linear(WIDTH, neurons, bias=False)
         self.w2 = nn.Linear(neurons, WIDTH)
         self.w3 = nn.Linear(WIDTH, neurons)
+        self.register_buffer("scale", torch.ones(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x)) * self.scale
 
 
 class Block(nn.Module):
@@ -54,7 +55,7 @@ class Block(nn.Module):
             place, rows = torch.where(mask[number])
             if rows.numel():
                 state = x[None, rows].reshape(-1, WIDTH)
-                out = self.experts[number](state) * weights[rows, place, None]
+                out = self.experts[number](x=state) * weights[rows, place, None]
                 total.index_add_(0, rows, out)
         return total
 
@@ -100,6 +101,27 @@ class RepeatedBlock(Block):
         return (out.view(*chosen.shape, -1) * weights[..., None]).sum(1)
 
 
+class TupleExpert(Expert):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class TupleBlock(Block):
+    """Experts put out more than a tensor."""
+
+    def __init__(self, config: ListConfig) -> None:
+        super().__init__(config)
+        self.experts = nn.ModuleList(TupleExpert(config.intermediate_size) for _ in self.experts)
+
+    def summed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, place = torch.where(chosen == number)
+            if rows.numel():
+                total = total.index_add(0, rows, expert(x[rows])[0] * weights[rows, place, None])
+        return total
+
+
 class Gate(nn.Module):
     """A router with a weight of its own, that chooses two of three groups first."""
 
@@ -131,7 +153,13 @@ class GroupedBlock(Block):
         return SortedBlock.summed(self, x, *self.gate(x)).view(hidden.shape)
 
 
-BLOCKS = {"loop": Block, "sorted": SortedBlock, "repeated": RepeatedBlock, "grouped": GroupedBlock}
+BLOCKS = {
+    "loop": Block,
+    "sorted": SortedBlock,
+    "repeated": RepeatedBlock,
+    "grouped": GroupedBlock,
+    "tuples": TupleBlock,
+}
 
 
 class ListMixture(transformers.PreTrainedModel):

@@ -169,9 +169,12 @@ def check_whole(target: Path) -> None:
 
 
 def left_over(folder: Path) -> list[str]:
-    """Hidden files and folders."""
+    """Hidden files and folders, but for what the trainer was writing into its checkpoints."""
     return [
-        path.name for path in folder.rglob(".*") if "gradnas" in path.name or "tmp" in path.name
+        path.name
+        for path in folder.rglob(".*")
+        if "gradnas" in path.name
+        or ("tmp" in path.name and not path.parent.name.startswith("checkpoint-"))
     ]
 
 
