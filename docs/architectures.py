@@ -80,7 +80,7 @@ def counts_of(lines: Mapping[str, str]) -> str:
         ("nothing is refused", _unrefused(lines)),
         *((f"{title} are pruned", _with(kinds, kind)) for kind, title in COLUMNS.items()),
         ("loads in plain Transformers when all may be pruned", _stock(lines)),
-        ("a step fails", sum("**fails**" in line for line in lines.values())),
+        ("a step fails", _failing(lines)),
     ]
     return _table(("", "types"), [(said, str(number)) for said, number in counts])
 
@@ -94,7 +94,7 @@ def summary_of(lines: Mapping[str, str]) -> str:
     return (
         f"Of {len(lines)} types, something is pruned in {_some(kinds)}: {found}.\n"
         f"Nothing is refused in {_unrefused(lines)}; with all of it cut, {_stock(lines)} load in "
-        "plain Transformers."
+        f"plain Transformers; in {_failing(lines)} a step fails."
     )
 
 
@@ -148,6 +148,10 @@ def _unrefused(lines: Mapping[str, str]) -> int:
 
 def _stock(lines: Mapping[str, str]) -> int:
     return sum(bool(cells[2]) and cells[4] == "stock" for cells in map(_cells, lines.values()))
+
+
+def _failing(lines: Mapping[str, str]) -> int:
+    return sum("**fails**" in line for line in lines.values())
 
 
 def _with(kinds: Mapping[str, list[str]], kind: str) -> int:

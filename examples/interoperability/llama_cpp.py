@@ -1,6 +1,6 @@
 """Exports a checkpoint to GGUF and compares what llama.cpp makes of it with Transformers.
 
-    pip install "hf_gradnas[gguf]" xllamacpp
+    pip install gguf xllamacpp
     python examples/interoperability/llama_cpp.py ./smollm2-gradnas --text wikitext2-valid.txt
 
 For each type: whether the text is split into the same tokens, whether greedy text is the same, how

@@ -349,7 +349,9 @@ class GradNASCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Cut a model whose training has not begun."""
         names = names_of(model)
-        self._begin_run(args, state, model, loader).cut_at_once()
+        run = self._begin_run(args, state, model, loader)
+        with run.clock:
+            run.cut_at_once()
         self._cut.add(model)
         if optimizer is not None:
             swap_parameters(optimizer, names, model)

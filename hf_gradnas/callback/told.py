@@ -20,17 +20,22 @@ NAME = "gradnas"
 
 
 class Clock:
-    """Adds up the seconds of its blocks."""
+    """Adds up the seconds of its blocks, the one that is running too."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._began = 0.0
+        self._spent = 0.0
+        self._began: float | None = None
 
     def __enter__(self) -> None:
         self._began = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.monotonic() - self._began
+        self._spent, self._began = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds until now."""
+        return self._spent + (0.0 if self._began is None else time.monotonic() - self._began)
 
 
 def tell_result(plan: Plan, totals: Mapping[str, float], folder: Path, clock: Clock) -> None:

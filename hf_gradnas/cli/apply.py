@@ -80,12 +80,7 @@ def _apply(
 
     plan = Plan.load(Path(plan_file).expanduser())
     scores = None if scores_file is None else Scores.load(Path(scores_file).expanduser())
-    folder = Path(model_folder(str(local_path(checkpoint))))
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{checkpoint}: is no folder; download the checkpoint (hf download), and give its "
-            "folder."
-        )
+    folder = checkpoint_folder(checkpoint)
     from ..shards.files import check_whole_model
 
     check_whole_model(folder)
@@ -151,3 +146,17 @@ def prunable_of(screen: Screen, plan: Plan, scores: Scores | None, folder: Path)
             f"({error}); give the scores that it was made from (--scores), or make it again with "
             "hf-gradnas score and hf-gradnas plan."
         ) from error
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a checkpoint's files.
+
+    Raises:
+        CheckpointError: It is not there: a Hub id has to be downloaded first.
+    """
+    folder = Path(model_folder(str(local_path(name))))
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{name}: is no folder; download the checkpoint (hf download), and give its folder."
+        )
+    return folder

@@ -3,72 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from ..errors import CheckpointError
-from ..jobs.early import local_path, model_folder
 from ..types import Plan, Scores
-from .apply import prunable_of
+from .apply import checkpoint_folder, prunable_of
 from .saved_files import WEIGHTS, Check
 from .show import Screen
 
 if TYPE_CHECKING:
+    from ..repair import Repair
     from ..shards.comparing import Comparison
 
 SHOWN = 4
 WHAT = "rows of the original"
 
 
+@dataclass(frozen=True, slots=True)
+class Original:
+    """What the weights are compared with.
+
+    Attributes:
+        folder: Of the whole model.
+        scores: Those that the plan was made from, which know its axes; None: its axes are found.
+        repair: New weights that were cut along; None: none are known.
+    """
+
+    folder: Path
+    scores: Scores | None
+    repair: Repair | None
+
+
+def open_original(original: str, *, scores: str | None, repair: str | None) -> Original:
+    """Find the folder and read the files, before anything that takes long.
+
+    Raises:
+        GradNASError: One is not there, or cannot be read.
+    """
+    from ..repair import Repair
+
+    return Original(
+        checkpoint_folder(original),
+        None if scores is None else Scores.load(Path(scores).expanduser()),
+        None if repair is None else Repair.load(Path(repair).expanduser()),
+    )
+
+
 def check_rows(
-    screen: Screen,
-    folder: Path,
-    original: str,
-    document: Mapping[str, Any],
-    *,
-    scores: str | None = None,
-    repair: str | None = None,
+    screen: Screen, folder: Path, original: Original, document: Mapping[str, Any]
 ) -> Check:
     """Compare every tensor with what the plan keeps of the original.
 
     Args:
         screen: For notes.
         folder: The pruned checkpoint.
-        original: Folder of the whole model.
+        original: The whole one.
         document: What the checkpoint says of itself.
-        scores: File of the scores that the plan was made from: they know its axes.
-        repair: File of the new weights that were cut along.
 
     Raises:
         GradNASError: A file cannot be read, or is that of another model or plan.
     """
-    from ..repair import Repair
     from ..shards.comparing import compare_with_original
 
-    place = Path(model_folder(str(local_path(original))))
-    if not place.is_dir():
-        raise CheckpointError(
-            f"{original}: is no folder; download the checkpoint (hf download), and give its folder."
-        )
     plan = Plan.from_dict(document["plan"])
-    known = None if scores is None else Scores.load(Path(scores).expanduser())
     record = document.get("repair") or {}
     changed = [
         str(site["module"])
         for site in record.get("sites", ())
         if record.get("is_accepted") and not site.get("reason")
     ]
-    given = None if repair is None else Repair.load(Path(repair).expanduser())
     reference = document["reference"]
     found = compare_with_original(
         folder,
-        place,
+        original.folder,
         plan,
-        prunable_of(screen, plan, known, place),
-        repair=given,
-        changed=() if given is not None else changed,
+        prunable_of(screen, plan, original.scores, original.folder),
+        repair=original.repair,
+        changed=() if original.repair is not None else changed,
         cls=getattr(transformers, str(reference["model_class"]), None),
         dtype=str(reference["dtype"]),
     )

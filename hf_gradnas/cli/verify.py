@@ -83,8 +83,8 @@ def verify_from_options(
         device: Where to run it; None: on the kind of device it was saved from, else the CPU.
         trust_remote_code: Run whatever code is in the folder.
         original: Folder of the whole model, whose rows the weights have to be; None: not compared.
-        scores: As of `originals.check_rows`.
-        repair: The same.
+        scores: File of the scores that the plan was made from.
+        repair: File of the new weights that were cut along.
         as_json: Write one JSON object to standard output, and nothing else.
         quiet: Print errors only (and the JSON object).
 
@@ -102,13 +102,15 @@ def verify_from_options(
         with quiet_libraries(screen):
             saved = read_saved(place)
             _check_device(device)
+            whole = None
+            if original is not None:  # before what takes long
+                from .originals import check_rows, open_original
+
+                whole = open_original(original, scores=scores, repair=repair)
             with screen.progress("Verifying"):
                 checks = list(verify(saved, device=device, trust_remote_code=trust_remote_code))
-            if original is not None:
-                from .originals import check_rows
-
-                given = {"scores": scores, "repair": repair}
-                checks.append(check_rows(screen, place, original, document, **given))
+            if whole is not None:
+                checks.append(check_rows(screen, place, whole, document))
     except KeyboardInterrupt:
         screen.error("interrupted; nothing was changed.")
         return INTERRUPTED

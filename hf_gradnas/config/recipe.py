@@ -148,7 +148,7 @@ class Recipe(Inputs):
         default_factory=dict,
         description="What kept units are a multiple of, unless all stay: one number for neurons, "
         "or KIND=N,KIND=N. Default: from the cost, and for models that generate at least 32 "
-        "neurons, which quantisers need.",
+        "neurons where the full width is one, which quantisers need.",
         json_schema_extra=named(_PLAN, "N|KIND=N"),
     )
     seed: int = Field(

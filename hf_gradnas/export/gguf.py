@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from .._files import check_replaceable, write_whole
 from ..errors import CheckpointError, check_choice, described
 from ..shards.files import open_checkpoint
+from ..shards.writing import Progress
 from .layout import Layout, find_layout
 from .numbers import FILE_TYPES, TYPES, Streamed, type_of
 from .rope import Rope, find_rope
@@ -25,7 +26,6 @@ from .vocabulary import Vocabulary, read_vocabulary
 
 MAGIC = b"GGUF"
 MIB = 1 << 20
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)

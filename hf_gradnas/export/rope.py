@@ -72,7 +72,8 @@ def find_rope(layout: Layout, where: str) -> Rope:
             f"llama.cpp knows no window of attention here: use up to {window} tokens, for which "
             "it makes no difference."
         )
-    scaling, tensors = _scaling(kind, settings, context), {}
+    positions = int(config["max_position_embeddings"])
+    scaling, tensors = _scaling(kind, settings, positions), {}
     if kind == "llama3":
         tensors["rope_freqs.weight"] = _factors(layout, settings, base)
     return Rope(base, context, scaling, tensors, tuple(notes))

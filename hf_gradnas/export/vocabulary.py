@@ -101,11 +101,22 @@ def read_vocabulary(folder: Path, size: int, pre: str | None = None) -> Vocabula
     pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     flags, notes = _added(tokenizer)
     is_pieces = bool(model.get("byte_fallback"))
+    if is_pieces and pre is not None:
+        raise CheckpointError(
+            f"--pre-tokenizer {pre}: the tokenizer of {folder} is of SentencePiece, whose text is "
+            "split in one way; leave it out."
+        )
     if is_pieces:
         notes += _check_pieces(folder, state, pairs)
         flags["add_space_prefix"] = _has_prefix(state)
     elif pre is None:
         pre = _split(folder, state)
+    known = {"Prepend", "Replace"} if is_pieces else set[str]()  # of SentencePiece: spaces
+    others = sorted({str(step.get("type")) for step in _normalizers(state)} - known)
+    if others:
+        notes.append(
+            f"The tokenizer normalizes text ({', '.join(others)}), and llama.cpp does not."
+        )
     return Vocabulary(
         model="llama" if is_pieces else "gpt2",
         pre="default" if is_pieces else str(pre),
@@ -275,10 +286,6 @@ def _check_pieces(
             f"The tokenizer has {len(set(pairs))} merges, and SentencePiece would have {possible}: "
             "some texts may be other tokens in llama.cpp."
         )
-    others = {str(step.get("type")) for step in _normalizers(state)} - {"Prepend", "Replace"}
-    if others:
-        names = ", ".join(sorted(others))
-        notes.append(f"The tokenizer normalizes text ({names}), and llama.cpp does not.")
     return notes
 
 

@@ -157,7 +157,8 @@ def _check_model_folder(name: str, folder: Path, *, needs_weights: bool) -> None
             "model; merge it first: model = AutoPeftModel….from_pretrained(folder)"
             ".merge_and_unload(), save that with save_pretrained, and give its folder."
         )
-    check_format(name, folder)
+    if needs_weights or not config.is_file():
+        check_format(name, folder)
     if not config.is_file():
         raise RecipeError(
             f"--model {name}: cannot be loaded, its folder has no config.json; give the folder "

@@ -22,14 +22,17 @@ _FORMATS = {
     "*.nemo": "a NeMo file",
     "*.mlpackage": "a Core ML file",
     "*.engine": "a TensorRT file",
-    "*.pt": "a file of torch.save, without the config of a Transformers model",
-    "*.pth": "a file of torch.save, without the config of a Transformers model",
-    "*.ckpt": "a checkpoint of another trainer, without the config of a Transformers model",
+    "*.pt": "a file of torch.save, which Transformers does not load",
+    "*.pth": "a file of torch.save, which Transformers does not load",
+    "*.ckpt": "a checkpoint of another trainer",
 }
+# Of `Trainer`, beside whatever weights there are.
+_OF_TRAINING = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
 LOADED = ("*.safetensors", "*.bin", "*.index.json")
 _ADDRESS = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:models/)?"
-    r"([\w.-]+(?:/(?!tree\b|blob\b|resolve\b)[\w.-]+)?)(?:[/?#].*)?|hf://(?:models/)?([\w./-]+)",
+    r"((?!(?:datasets|spaces)/)[\w.-]+(?:/(?!tree\b|blob\b|resolve\b)[\w.-]+)?)(?:[/?#].*)?|"
+    r"hf://(?:models/)?((?!(?:datasets|spaces)/)[\w.-]+/[\w.-]+)(?:[/@].*)?",
     re.ASCII,
 )
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -42,6 +45,7 @@ def check_format(name: str, path: Path) -> None:
         RecipeError: It is, and the message says of which.
     """
     found = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    found = [file for file in found if not any(map(file.match, _OF_TRAINING))]
     if path.is_dir() and any(next(path.glob(pattern), None) for pattern in LOADED):
         return
     for pattern, what in _FORMATS.items():

@@ -48,11 +48,16 @@ def _around(parts: Sequence[str], place: int) -> tuple[str]:
 
 def _listed(numbers: Sequence[int]) -> str:
     """``7``, or ``{0-2,5}``."""
+    told = ",".join(ranges_of(sorted(numbers)))
+    return told if len(numbers) == 1 else f"{{{told}}}"
+
+
+def ranges_of(numbers: Iterable[int]) -> list[str]:
+    """Sorted numbers as ``0-3`` and ``7``."""
     ranges: list[list[int]] = []
-    for number in sorted(numbers):
+    for number in numbers:
         if ranges and ranges[-1][1] == number - 1:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    told = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
-    return told if len(numbers) == 1 else f"{{{told}}}"
+    return [str(first) if first == last else f"{first}-{last}" for first, last in ranges]

@@ -6,7 +6,7 @@ Its text is a template of Jinja, which escapes whatever is put into it.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from .._redaction import sayable
 from ..config.limits import format_amount, format_share
 from ..types import COSTS, Plan
 from .headline import headline
-from .layers import merge_layers
+from .layers import merge_layers, ranges_of
 from .sentences import say_prediction, say_repair
 from .summary import Summary, latency_rows, metric_rows, plan_rows
 
@@ -88,16 +88,5 @@ def _kept(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     """Name, number kept, number of all and kept units of every axis."""
     is_short = sum(map(len, plan.kept.values())) <= _MOST_LISTED
     for name, units in plan.kept.items():
-        told = _ranges(units) if is_short else "see gradnas.json"
+        told = ", ".join(ranges_of(units)) or "none" if is_short else "see gradnas.json"
         yield name, f"{len(units):,}", f"{plan.sizes[name]:,}", told
-
-
-def _ranges(units: Sequence[int]) -> str:
-    """Sorted numbers as ``0-3, 7``."""
-    ranges: list[list[int]] = []
-    for unit in units:
-        if ranges and ranges[-1][1] == unit - 1:
-            ranges[-1][1] = unit
-        else:
-            ranges.append([unit, unit])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges) or "none"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from callback_runs import Rows, build, make_trainer, numel, pruning, train_arguments
+from callback_runs import Rows, batch_of, build, make_trainer, numel, pruning, train_arguments
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from hf_gradnas import GradNASCallback
+from hf_gradnas.callback.told import Clock
 from hf_gradnas.config.limits import Rule
 from hf_gradnas.errors import DataError, GradNASError, OrderError, PlanError, StructureError
 
@@ -247,3 +249,20 @@ def test_rules_may_be_objects(tmp_path: Path) -> None:
         resume_from_checkpoint=str(tmp_path / "checkpoint-1")
     )
     assert resumed.plan == callback.plan
+
+
+def test_what_is_cut_when_the_trainer_is_made_is_counted(tmp_path: Path) -> None:
+    callback = pruning(when="begin", dataloader=[batch_of("bert", 0)])
+    make_trainer(tmp_path, callback)
+    assert callback._run.clock.seconds > 0
+
+
+def test_a_clock_counts_the_block_that_runs_and_those_before(monkeypatch: Any) -> None:
+    monkeypatch.setattr(time, "monotonic", iter([10.0, 12.0, 13.0, 20.0, 21.5]).__next__)
+    clock = Clock()
+    with clock:
+        assert clock.seconds == 2
+    assert clock.seconds == 3
+    with clock:
+        assert clock.seconds == 4.5
+        monkeypatch.undo()

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import chain
 from types import SimpleNamespace
 
 import handmade
@@ -524,3 +525,12 @@ def test_help_is_quick_and_names_the_exit_codes():
     command_line = [sys.executable, "-c", code]
     done = subprocess.run(command_line, check=True, capture_output=True, text=True)
     assert "0 done, 1 verification failed, 2 bad input, 130 interrupted" in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["--original", "--scores", "--repair"])
+def test_what_weights_are_compared_with_is_looked_for_first(missing, verify, saved, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.cli.verify.verify", pytest.fail)
+    given = {"--original": saved, missing: saved / "none"}
+    code, _, error = verify(saved, *chain.from_iterable(given.items()))
+    assert code == 2
+    assert str(saved / "none") in error

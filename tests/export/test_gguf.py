@@ -286,6 +286,8 @@ def test_pieces_that_are_not_those_of_sentencepiece_are_said(tmp_path):
     notes = export_gguf(folder, tmp_path / "x.gguf").notes
     assert "merges, and SentencePiece would have" in notes[0]
     assert "normalizes text (NFKC), and llama.cpp does not" in notes[1]
+    with pytest.raises(CheckpointError, match=r"--pre-tokenizer own: .* of SentencePiece"):
+        export_gguf(folder, tmp_path / "y.gguf", pre_tokenizer="own")
     state["pre_tokenizer"] = {"type": "WhitespaceSplit"}
     (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
     with pytest.raises(CheckpointError, match=r"splits text .WhitespaceSplit. before it merges"):

@@ -11,6 +11,7 @@ from hf_gradnas.config.recipe import Recipe
 from hf_gradnas.config.recipe_files import build_recipe, shipped_recipes
 from hf_gradnas.data.tasks import TASKS, Head, named_task
 from hf_gradnas.errors import RecipeError
+from hf_gradnas.jobs.early import check_model
 from hf_gradnas.jobs.idle import Known, check_idle, idle_options, without_idle
 
 M = ["--model", "whole"]
@@ -50,6 +51,8 @@ EARLY = {
     "torch.save": (["--model", "torch"], r"holds model.pt, a file of torch.save"),
     "pointers": (["--model", "lfs"], "model.safetensors is a pointer of Git LFS.*git lfs pull"),
     "address": (["--model", "https://huggingface.co/me/x/tree/main"], r"or give me/x\."),
+    "file": (["--model", "hf://me/x/model.safetensors"], r"or give me/x\."),
+    "data": (["--model", "https://huggingface.co/datasets/me/x"], r"or give an id such as "),
     "address of a short id": (["--model", "https://hf.co/bert"], r"or give bert\."),
     "inspect: GGUF": (["inspect", "m.gguf", "--no-weights"], "is a GGUF file"),
     "share without a cost": ([*M, "--target", "50%"], "e.g. flops=50% "),
@@ -327,3 +330,12 @@ def test_no_shipped_recipe_sets_what_its_model_does_not_read(name):
     task = named_task(SHIPPED[name])
     assert recipe.task is None or named_task(recipe.task) is task
     check_idle(recipe, recipe.model_fields_set, Known.of_task(task))
+
+
+def test_a_config_is_enough_where_no_weights_are_needed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("optimizer.pt", "model.pth"):
+        (tmp_path / name).touch()
+    check_model(str(tmp_path), needs_weights=False)
+    with pytest.raises(RecipeError, match=r"holds model\.pth, a file of torch\.save"):
+        check_model(str(tmp_path), needs_weights=True)
