@@ -227,8 +227,7 @@ class Screen(Report):
 
     def latency(self, latency: Mapping[str, Any]) -> None:
         """Median time of a forward before and after, per batch size."""
-        from ..report.sentences import say_skipped
-        from ..report.summary import say_speedup
+        from ..report.sentences import say_skipped, say_speedup
 
         rows = []
         for found in latency["batches"]:

@@ -23,6 +23,7 @@ from .page import PICTURE, make_page
 from .plots import draw_picture
 from .sentences import (
     SHARES,
+    UNMEASURED,
     code,
     fenced,
     plain,
@@ -226,7 +227,7 @@ def _quality(summary: Summary) -> Iterator[str]:
         if lost:
             yield f"Note that {lost}."
     else:
-        yield "Nothing was measured when the model was pruned."
+        yield UNMEASURED
     predicted = say_prediction(
         summary.loss_increase, summary.loss_unit, summary.loss_before, score=summary.score
     )

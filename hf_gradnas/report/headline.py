@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 
 from ..config.limits import format_share
 from ..types import COSTS, USUAL
+from .sentences import slower
 from .summary import Summary
 
 _METRICS = ("accuracy", "agreement", "perplexity", "loss")
@@ -28,8 +29,8 @@ def headline(summary: Summary) -> str:
         said.append(f"{name} {_value(name, before)} → {_value(name, after)}")
     if summary.latencies:
         first = summary.latencies[0]
-        slower = "" if first.speedup >= 1 else " (slower)"
-        said.append(f"{first.speedup:.2f} × as fast at batch size {first.batch_size}{slower}")
+        fast = f"{first.speedup:.2f} × as fast at batch size {first.batch_size}"
+        said.append(fast + slower(first.speedup))
     return "; ".join(said)
 
 

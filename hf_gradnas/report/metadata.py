@@ -70,7 +70,7 @@ def card_data(
         library_name=library,
         pipeline_tag=tag,
         tags=[*_list(inherited.get("tags")), *TAGS],
-        base_model=origin.base_model,
+        base_model=origin.base_model if origin.is_hub else None,  # the Hub makes it a link
         datasets=_datasets(summary, inherited) or None,
         metrics=[result.metric_type for result in results] if results else None,
         model_name=summary.name if results else None,

@@ -16,7 +16,7 @@ from ..config.limits import format_amount, format_share
 from ..types import COSTS, Plan
 from .headline import headline
 from .layers import merge_layers, ranges_of
-from .sentences import say_prediction, say_repair
+from .sentences import UNMEASURED, say_prediction, say_repair
 from .summary import Summary, latency_rows, metric_rows, plan_rows
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def make_page(summary: Summary, plan: Plan, picture: bytes, *, loading: str) -> 
         latency=latency_rows(summary),
         metric_headers=headers,
         metrics=metrics,
+        unmeasured=UNMEASURED,
         prediction=say_prediction(
             summary.loss_increase, summary.loss_unit, summary.loss_before, score=summary.score
         ),

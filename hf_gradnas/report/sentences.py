@@ -16,6 +16,8 @@ from .._redaction import visible
 from ..config.limits import format_share
 from ..types import COSTS, Plan, Structure
 
+UNMEASURED = "Nothing was measured when the model was pruned."
+
 _SPECIAL = re.compile(r"([\\`*\[\]<>])")
 _TICKS = re.compile("`+")
 
@@ -158,6 +160,16 @@ def say_stock(instead: Mapping[str, float]) -> str:
 # --- what a plan predicts, in a sentence ----------------------------------------------------------
 
 
+def slower(speedup: float) -> str:
+    """What to say after a speed-up that is none, at the two digits that are shown."""
+    return "" if round(speedup, 2) >= 1 else " (slower)"
+
+
+def say_speedup(speedup: float) -> str:
+    """How many times as fast; said plainly where it is slower."""
+    return f"{speedup:.2f} ×{slower(speedup)}"
+
+
 def say_prediction(increase: float, unit: str, before: float | None, *, score: str) -> str:
     """The predicted loss increase with its unit, the loss it adds to, and its worth.
 
@@ -169,8 +181,8 @@ def say_prediction(increase: float, unit: str, before: float | None, *, score: s
     """
     if not unit:
         return (
-            f"Sum of the pruned scores: {increase:.4g} ({score or 'unknown'} scores, without a "
-            "unit; it ranks plans and is no loss)."
+            f"Sum of the scores of what is pruned: {increase:.4g} ({score or 'unknown'} scores, "
+            "which rank plans and are no loss)."
         )
     beside = (
         "" if before is None else f", beside {before:.4g} of the whole model on the data scored"

@@ -14,7 +14,7 @@ from typing import Any
 from ..config.limits import format_amount, format_share
 from ..types import CostModel, Plan, Prunable, Refusal
 from .layers import merge_layers
-from .sentences import code, plain, with_errors
+from .sentences import code, plain, say_speedup, with_errors
 
 FORMAT_VERSION = 1
 
@@ -344,11 +344,6 @@ def plan_csv(summary: Summary) -> str:
             (axis.name, axis.module, axis.kind, axis.kept, axis.size, f"{axis.kept_ratio:.6f}")
         )
     return stream.getvalue()
-
-
-def say_speedup(speedup: float) -> str:
-    """How many times as fast; said plainly where it is slower."""
-    return f"{speedup:.2f} ×" if speedup >= 1 else f"{speedup:.2f} × (slower)"
 
 
 # --- short names of modules -----------------------------------------------------------------------

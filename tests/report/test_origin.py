@@ -2,7 +2,9 @@
 
 import huggingface_hub
 import pytest
+from report_cases import LOADING, make_case
 
+from hf_gradnas.report.card import make_card
 from hf_gradnas.report.metadata import Origin, fetch_card, find_origin, folder_name
 
 CARD = "---\nlicense: mit\nlanguage: en\n---\n# Card\n"
@@ -37,6 +39,15 @@ def test_a_card_in_the_folder_names_the_base_and_passes_on(tmp_path):
     (folder / "README.md").write_text(named, encoding="utf-8")
     origin = find_origin(str(folder))
     assert (origin.base_model, origin.is_hub) == ("owner/big", True)
+
+
+def test_a_folder_is_no_model_of_the_hub(tmp_path):
+    """Its name may be that of another's model there, to which the Hub would link."""
+    *_, summary = make_case()
+    card = make_card(summary, Origin("bert"), auto_class=None, loading=LOADING)
+    assert card.data.base_model is None
+    assert "huggingface.co/bert" not in str(card)
+    assert "bert (" in card.text
 
 
 @pytest.mark.parametrize(

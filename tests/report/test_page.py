@@ -115,13 +115,16 @@ def test_texts_are_no_markup():
 def test_a_page_of_little_is_whole():
     plan, _, _, summary = make_case(layout="stock")
     said = " ".join(read(make_page(summary, plan, PICTURE, loading=LOADING)).texts)
-    for missing in ("Speed", "Quality", "None", "Undefined"):
+    assert "Quality Nothing was measured" in said
+    for missing in ("Speed", "None", "Undefined"):
         assert missing not in said
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
 MEASURE = """<script>document.title = [document.documentElement.scrollWidth, innerWidth,
-    document.images[0].naturalWidth > 0, getComputedStyle(document.body).backgroundColor]
+    document.images[0].naturalWidth > 0,
+    [...document.querySelectorAll(".box, pre")].filter(e => e.scrollWidth > e.clientWidth).length,
+    getComputedStyle(document.body).backgroundColor]
     .join(" ")</script></body>"""
 
 
@@ -136,6 +139,8 @@ def test_chromium_shows_it_without_scrolling_aside(tmp_path, width):
     done = subprocess.run(
         [*command, file.as_uri()], capture_output=True, check=True, text=True, timeout=60
     )
-    whole, window, has_picture, _ = re.search("<title>(.+)</title>", done.stdout)[1].split(" ", 3)
+    title = re.search("<title>(.+)</title>", done.stdout)[1]
+    whole, window, has_picture, cut_off, _ = title.split(" ", 4)
     assert int(whole) <= int(window) == width
     assert has_picture == "true"
+    assert cut_off == "0"  # tables and commands

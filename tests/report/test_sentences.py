@@ -52,7 +52,7 @@ def test_no_name_breaks_out_of_the_card(layout):
     (text,) = report_files(summary, plan, None, Origin(HOSTILE), **options).values()
     assert not set("\x1b\u202e") & set(text)
     card = ModelCard(text)
-    assert card.data.base_model == HOSTILE
+    assert card.data.base_model is None
     headings = [line for line in _outside_fences(card.text) if line.startswith("#")]
     assert headings[0].startswith("# a\"b' \\`\\`\\` # c | \\`d\\` \\[e\\](f) \\<g\\>")
     assert headings[1:] == [f"## {name}" for name in SECTIONS]

@@ -12,7 +12,7 @@ from report_cases import EVALUATED, LOADING, make_case
 from hf_gradnas.config.limits import format_share
 from hf_gradnas.report.card import make_card
 from hf_gradnas.report.metadata import Origin
-from hf_gradnas.report.sentences import sampling_error, what_was_lost
+from hf_gradnas.report.sentences import sampling_error, say_speedup, what_was_lost
 from hf_gradnas.report.summary import (
     LONGEST,
     costs_table,
@@ -22,7 +22,6 @@ from hf_gradnas.report.summary import (
     metrics_table,
     plan_csv,
     plan_table,
-    say_speedup,
     short_names,
 )
 
@@ -129,6 +128,7 @@ def test_a_share_is_rounded_to_all_or_nothing_only_where_it_is(ratio, digits, sa
 def test_a_slower_model_is_called_slower():
     assert say_speedup(2.0) == "2.00 ×"
     assert say_speedup(0.9) == "0.90 × (slower)"
+    assert say_speedup(0.996) == "1.00 ×"
 
 
 def test_shares_come_with_their_sampling_error():
@@ -195,7 +195,7 @@ def test_the_card_says_what_was_measured_and_lost():
     assert "Note that the loss grew from 1.000 to 2.000" in card
     assert "±" not in card  # of a perplexity, none is known
     assert "model-index" not in card
-    assert "Sum of the pruned scores: 0.25" in card
+    assert "Sum of the scores of what is pruned: 0.25" in card
     plan = dataclasses.replace(case[0], loss_unit="nats per token", loss_before=2.0)
     summary = dataclasses.replace(case[-1], loss_unit=plan.loss_unit, loss_before=plan.loss_before)
     card = str(make_card(summary, Origin(), auto_class=None, loading=LOADING))
