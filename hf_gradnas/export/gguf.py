@@ -79,7 +79,7 @@ def export_gguf(
         CheckpointError: llama.cpp cannot run the checkpoint, something in it is missing, a weight
             is too large for the type, the file is there, or `gguf` is not installed.
     """
-    check_choice("type", type, TYPES, CheckpointError)
+    _check_type(type)
     _check_package()
     folder, target = Path(folder).expanduser(), Path(out).expanduser()
     _check_target(target, overwrite=overwrite)
@@ -99,6 +99,16 @@ def export_gguf(
     notes = (*rope.notes, *vocabulary.notes)
     size = target.stat().st_size
     return Export(target, layout.name, type, size, len(tensors), fallen, notes)
+
+
+def _check_type(type: str) -> None:
+    try:
+        check_choice("type", type, TYPES, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} llama.cpp makes smaller types of f16: "
+            "llama-quantize model-f16.gguf model-q4_k_m.gguf Q4_K_M."
+        ) from None
 
 
 def _check_package() -> None:

@@ -9,7 +9,7 @@ what is written is complete and nothing is left behind.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,19 +42,22 @@ class Family:
 
     Attributes:
         name: Architecture where all layers have the same sizes.
-        per_layer: The one where they differ; None: llama.cpp has none that computes the same.
+        per_layer: The one where they differ, or where `name` lacks one of their sizes; None:
+            llama.cpp has none that computes the same.
         norms: Norms of queries and keys, by their names in a layer.
+        is_square: Whether `name` has no width of a head: all heads are as wide as the model.
     """
 
     name: str
     per_layer: str | None
     norms: tuple[str, ...] = ()
+    is_square: bool = False
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", "deci"),
     "MistralForCausalLM": Family("llama", "deci"),
-    "Qwen2ForCausalLM": Family("qwen2", "deci"),
+    "Qwen2ForCausalLM": Family("qwen2", "deci", is_square=True),
     "Qwen3ForCausalLM": Family("qwen3", None, norms=("q_norm", "k_norm")),
 }
 NEIGHBOURS = ("llama", "deci")
@@ -125,7 +128,9 @@ def find_layout(config: Mapping[str, Any], files: Mapping[str, Part], where: str
     config = {**config, "head_dim": _head_dim(config)}
     layers = _layers(config, where)
     is_uniform = len(set(layers)) == 1 and layers[0].heads > 0 and layers[0].neurons > 0
-    name = family.name if is_uniform else family.per_layer
+    is_square = layers[0].heads * config["head_dim"] == config["hidden_size"]
+    is_known = is_uniform and (is_square or not family.is_square)
+    name = family.name if is_known else family.per_layer
     if name is None:
         raise CheckpointError(
             f"{where}: its layers differ in width, and llama.cpp has one width for all layers of "
@@ -190,9 +195,9 @@ def _layers(config: Mapping[str, Any], where: str) -> tuple[Counts, ...]:
             )
         values = {**kept, **own.get(layer, {})}
         counts = Counts(*(int(values[name]) for name in COUNTS))
-        if bool(counts.heads) != bool(counts.kv_heads) or (
-            counts.heads and counts.heads % counts.kv_heads
-        ):
+        if not counts.heads:  # the only KV head of a layer stays in the config
+            counts = replace(counts, kv_heads=0)
+        elif not counts.kv_heads or counts.heads % counts.kv_heads:
             raise CheckpointError(
                 f"{where}: layer {layer} has {counts.heads} heads on {counts.kv_heads} KV heads, "
                 "needed is the same number on each; prune it again."
@@ -245,7 +250,7 @@ class _Taker:
             raise CheckpointError(
                 f"{self._where}: holds {', '.join(left[:SHOWN])} ({len(left)} in all), for which "
                 f"llama.cpp's {name} has no place, so that the result would compute something "
-                f"else. {ADVICE}, unless these are adapters, which merge_and_unload merges."
+                "else; where these are adapters, merge them first (merge_and_unload)."
             )
 
     def skip(self, name: str) -> None:

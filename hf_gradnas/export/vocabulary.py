@@ -115,7 +115,8 @@ def read_vocabulary(folder: Path, size: int, pre: str | None = None) -> Vocabula
     others = sorted({str(step.get("type")) for step in _normalizers(state)} - known)
     if others:
         notes.append(
-            f"The tokenizer normalizes text ({', '.join(others)}), and llama.cpp does not."
+            f"The tokenizer normalizes text ({', '.join(others)}), and llama.cpp does not: give it "
+            "text that is normalized already."
         )
     return Vocabulary(
         model="llama" if is_pieces else "gpt2",
@@ -193,7 +194,8 @@ def _special(folder: Path, tokenizer: Any) -> dict[str, int]:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     found = {name: int(index) for name, index in ids.items() if index is not None}
     ends = read_object(folder / "generation_config.json").get("eos_token_id")
-    more = [end for end in (ends if isinstance(ends, list) else []) if end != found.get("eos")]
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    more = [end for end in listed if end != found.get("eos")]
     return {**found, "eot": int(more[0])} if more else found
 
 

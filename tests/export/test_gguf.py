@@ -140,13 +140,16 @@ CASES = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3}, None, "llama"),
     "cut": ("Llama", {**BIASED, "rope_parameters": LLAMA3}, COUNTS, "deci"),
     "Qwen2-cut": ("Qwen2", {}, COUNTS, "deci"),
+    "Qwen2-heads": ("Qwen2", {"num_attention_heads": 2, "num_key_value_heads": 2}, None, "deci"),
+    "one-kv-head": ("Llama", {"num_key_value_heads": 1}, ((1, 2, 96), (0, 0, 96)), "deci"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_file_computes_what_the_checkpoint_does(name, tmp_path):
     kind, values, counts, architecture = CASES[name]
-    folder = save_model(tmp_path / "whole", kind, num_hidden_layers=len(COUNTS), **values)
+    layers = len(counts or COUNTS)
+    folder = save_model(tmp_path / "whole", kind, num_hidden_layers=layers, **values)
     if counts:
         folder = save_cut(folder, tmp_path / "cut", counts)
     found = export_gguf(folder, tmp_path / "x.gguf", type="f32")
@@ -235,6 +238,12 @@ def test_a_byte_level_tokenizer_comes_along(folders, tmp_path):
     assert found["tokenizer.chat_template"] == tokenizer.chat_template
 
 
+def test_an_end_that_the_generation_config_alone_has_comes_along(copied, tmp_path):
+    edit(copied, "generation_config.json", eos_token_id=2)
+    found = fields_of(export_gguf(copied, tmp_path / "x.gguf").file)
+    assert (found["tokenizer.ggml.eos_token_id"], found["tokenizer.ggml.eot_token_id"]) == (1, 2)
+
+
 def test_pieces_have_scores_that_give_their_merges_back(tmp_path):
     folder = save_model(tmp_path / "whole", tokenizer=piece_tokenizer(), num_hidden_layers=1)
     edit(folder, "generation_config.json", eos_token_id=[1, 2])
@@ -285,7 +294,7 @@ def test_pieces_that_are_not_those_of_sentencepiece_are_said(tmp_path):
     (folder / "generation_config.json").write_text("{", "utf-8")
     notes = export_gguf(folder, tmp_path / "x.gguf").notes
     assert "merges, and SentencePiece would have" in notes[0]
-    assert "normalizes text (NFKC), and llama.cpp does not" in notes[1]
+    assert "normalizes text (NFKC), and llama.cpp does not: give" in notes[1]
     with pytest.raises(CheckpointError, match=r"--pre-tokenizer own: .* of SentencePiece"):
         export_gguf(folder, tmp_path / "y.gguf", pre_tokenizer="own")
     state["pre_tokenizer"] = {"type": "WhitespaceSplit"}
@@ -328,7 +337,7 @@ ODD = {
     "groups": ({**OWN, "per_layer_config": {"1": {"num_attention_heads": 3}}}, "3 heads on 2 KV"),
     "shape": ({"intermediate_size": 95}, r"gate_proj\.weight has the shape \[96, 64\], the config"),
     "lacks": ({"num_hidden_layers": 6}, r"lacks the tensor model\.layers\.5"),
-    "left": ({"num_hidden_layers": 4}, r"holds model\.layers\.4.*for which llama.cpp's llama has"),
+    "left": ({"num_hidden_layers": 4}, r"holds model\.layers\.4.*for which llama.cpp's llama has.*; where"),
     "tokens": ({}, "holds no tokenizer"),
     "weights": ({}, "holds no weights in safetensors"),
 }  # fmt: skip
@@ -442,4 +451,5 @@ def test_the_command_says_what_it_wrote_and_how_to_run_it(folders, tmp_path, cap
     assert main(["export", "gguf", str(folders["deci"]), str(target)]) == 2
     assert main(["export", "gguf", str(tmp_path), str(tmp_path / "y.gguf")]) == 2
     assert main(["export", "gguf", str(folders["deci"]), str(target), "--type", "q4_k"]) == 2
-    assert "choose one of f32, f16, bf16, q8_0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "choose one of f32, f16, bf16, q8_0. llama.cpp makes smaller types of f16" in said

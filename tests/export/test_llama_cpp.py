@@ -30,6 +30,8 @@ CASES = {
     "cut": ("Llama", BIASED, COUNTS, None),
     "pieces": ("Mistral", {"sliding_window": None}, COUNTS, piece_tokenizer),
     "qwen2": ("Qwen2", {}, COUNTS, None),
+    "heads": ("Qwen2", {"num_attention_heads": 2, "num_key_value_heads": 2}, None, None),
+    "one": ("Llama", {"num_key_value_heads": 1}, ((1, 2, 96), (0, 0, 96), *COUNTS[2:]), None),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}, None, None),
     **{name: ("Llama", {}, None, lambda name=name: split_tokenizer(name)) for name in SPLITS},
 }

@@ -153,7 +153,9 @@ def save_cut(source: Path, folder: Path, counts: Sequence[tuple[int, int, int]])
         )
         start = min(3, model.config.intermediate_size - neurons)
         kept[f"{path}.mlp:neurons"] = tuple(range(start, start + neurons))
-    plan = Plan(kept, {axis.name: axis.size for axis in pruner.structure.axes}, "per_layer")
+    sizes = {axis.name: axis.size for axis in pruner.structure.axes}
+    kept = {name: units for name, units in kept.items() if name in sizes}  # no groups of one
+    plan = Plan(kept, sizes, "per_layer")
     pruner.apply(plan)
     tokenizer = tf.AutoTokenizer.from_pretrained(source)
     return pruner.save_pretrained(folder, tokenizer, report=False)
