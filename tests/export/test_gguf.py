@@ -337,7 +337,7 @@ ODD = {
     "groups": ({**OWN, "per_layer_config": {"1": {"num_attention_heads": 3}}}, "3 heads on 2 KV"),
     "shape": ({"intermediate_size": 95}, r"gate_proj\.weight has the shape \[96, 64\], the config"),
     "lacks": ({"num_hidden_layers": 6}, r"lacks the tensor model\.layers\.5"),
-    "left": ({"num_hidden_layers": 4}, r"holds model\.layers\.4.*for which llama.cpp's llama has.*; where"),
+    "left": ({"num_hidden_layers": 4}, r"holds model\.layers\.4.* for which llama.cpp's llama has"),
     "tokens": ({}, "holds no tokenizer"),
     "weights": ({}, "holds no weights in safetensors"),
 }  # fmt: skip
