@@ -100,7 +100,7 @@ class Run:
         self.processes = processes
         self.given = given
         self.subset = subset
-        self.scoring = False
+        self.has_scores = False
         self.cutting = False
         self.repository: str | None = None
         self.private = False
@@ -148,15 +148,12 @@ class Run:
 
     def interruption(self) -> str:
         """What an interrupted run leaves behind."""
-        scores = Path(self.recipe.save_scores or "")
-        if self.scoring and scores.is_file():
-            return (
-                f"interrupted; the scores so far are in {scores}, and the same command goes on "
-                "from there."
-            )
-        if self.cutting:
-            return f"interrupted; {self.recipe.output} is as it was, complete or absent."
-        return "interrupted; no model was written."
+        scores, output = Path(self.recipe.save_scores or ""), self.recipe.output
+        is_there = self.cutting and Path(str(output)).is_dir()
+        left = f"{output} is whole" if is_there else "no model was written"
+        if self.has_scores and scores.is_file():
+            left += f"; the scores so far are in {scores}, and the same command goes on from there"
+        return f"interrupted; {left}."
 
     # -- before the model is loaded ---------------------------------------------------------------
 
@@ -229,7 +226,7 @@ class Run:
         if job.scores is not None:
             return
         began = time.monotonic()
-        self.scoring = True
+        self.has_scores = True
         with self.report.progress("Scoring") as progress:
             pruner.score(
                 by_length(loader, self.recipe.score),
@@ -240,7 +237,6 @@ class Run:
                 seed=self.recipe.seed,
                 checkpointing=self.recipe.checkpointing or None,
             )
-        self.scoring = False
         self.report.line(
             f"Scored {len(job.calibration)} examples in {time.monotonic() - began:.1f} s; "
             f"scores: {self.recipe.save_scores}"

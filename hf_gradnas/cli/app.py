@@ -22,6 +22,7 @@ app = typer.Typer(
     name="hf-gradnas",
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -387,10 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments after the program's name; ``None`` takes those of the process.
     """
-    try:
-        app(args=None if argv is None else list(argv), prog_name="hf-gradnas")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    from .stopping import run_stoppable
+
+    arguments = None if argv is None else list(argv)
+    return run_stoppable(lambda: app(args=arguments, prog_name="hf-gradnas"))

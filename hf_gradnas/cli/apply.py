@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.folders import check_target
 from ..config.recipe_files import build_recipe
-from ..errors import CheckpointError, GradNASError, PlanError
+from ..errors import (
+    CheckpointError,
+    GradNASError,
+    PlanError,
+    RecipeError,
+    ScoresError,
+    check_choice,
+)
 from ..jobs.early import local_path, model_folder
 from ..types import Kind
 from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
@@ -16,6 +23,8 @@ from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
     from ..types import Plan, Prunable, Scores
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def apply_from_arguments(
@@ -76,10 +85,11 @@ def _apply(
     check: bool,
 ) -> Callable[[], str]:
     """Write the cut checkpoint; what compares it with the original."""
-    from ..types import Plan, Scores
+    from ..types import Plan
 
     plan = Plan.load(Path(plan_file).expanduser())
-    scores = None if scores_file is None else Scores.load(Path(scores_file).expanduser())
+    check_choice("--dtype", options.get("dtype", "auto"), DTYPES, RecipeError)
+    scores = scores_of(plan, scores_file)
     folder = checkpoint_folder(checkpoint)
     from ..shards.files import check_whole_model
 
@@ -118,6 +128,29 @@ def _apply(
 def _said(plan: Plan) -> str:
     stay = sum(plan.counts().values())
     return f"{stay:,} of {sum(plan.sizes.values()):,} units stay"
+
+
+def scores_of(plan: Plan, file: str | None) -> Scores | None:
+    """The scores in a file, which a plan was made from; None: no file was given.
+
+    Raises:
+        ScoresError: They cannot be read, or are of other axes than the plan.
+    """
+    from ..types import Scores
+
+    if file is None:
+        return None
+    scores = Scores.load(Path(file).expanduser())
+    if scores.format_version != plan.format_version:  # names of axes differ
+        return scores
+    for name, size in plan.sizes.items():
+        if len(scores.values.get(name, ())) != size:
+            raise ScoresError(
+                f"--scores {file}: they are of another model: {name} has {size} units in the "
+                f"plan, and {len(scores.values.get(name, ()))} there; give the scores that the "
+                "plan was made from, or omit them."
+            )
+    return scores
 
 
 def prunable_of(screen: Screen, plan: Plan, scores: Scores | None, folder: Path) -> Prunable:

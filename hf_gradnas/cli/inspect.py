@@ -294,7 +294,7 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
     whole = Counter(prunable.structure.unpruned.values())
     if whole:
         counts = [(why, str(number)) for why, number in whole.most_common(_REFUSALS_SHOWN)]
-        screen.table("Not prunable by design", ("why", "parameters"), counts, right=1)
+        screen.table("Not prunable by design", ("why", "tensors"), counts, right=1)
     screen.line(prunable.layout_reason or f"Layout {prunable.layout}, as asked.")
     if "stock" not in found.lowest:
         screen.line(f"Layout stock is not possible: {_first_reason(found)}.")
@@ -309,7 +309,8 @@ def show(screen: Screen, found: Inspection, recipe: Recipe) -> None:
     for name, cost in prunable.costs.items():
         held = say_lowest(cost, found.lowest[prunable.layout][name], prunable.totals[name])
         if held:
-            screen.line(f"What holds the lowest {name} ({cost.unit}) in {prunable.layout}: {held}")
+            what = f"What holds the lowest {name} ({cost.unit}) in {prunable.layout}"
+            screen.line(f"{what}: {held[0].lower()}{held[1:]}")
     if length:
         screen.line(f"FLOPs are counted for {length} tokens (--flops-length).")
 

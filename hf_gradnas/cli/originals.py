@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from ..types import Plan, Scores
-from .apply import checkpoint_folder, prunable_of
+from ..errors import CheckpointError
+from ..types import Plan, Scores, read_object
+from .apply import checkpoint_folder, prunable_of, scores_of
 from .saved_files import WEIGHTS, Check
 from .show import Screen
 
@@ -37,19 +38,50 @@ class Original:
     repair: Repair | None
 
 
-def open_original(original: str, *, scores: str | None, repair: str | None) -> Original:
+def open_original(
+    original: str,
+    folder: Path,
+    document: Mapping[str, Any],
+    *,
+    scores: str | None,
+    repair: str | None,
+) -> Original:
     """Find the folder and read the files, before anything that takes long.
 
+    Args:
+        original: Folder of the whole model.
+        folder: The pruned checkpoint.
+        document: What the checkpoint says of itself.
+        scores: File of the scores; None: none.
+        repair: File of the new weights; None: none.
+
     Raises:
-        GradNASError: One is not there, or cannot be read.
+        GradNASError: One is not there, cannot be read, or is of another model.
     """
     from ..repair import Repair
 
-    return Original(
+    found = Original(
         checkpoint_folder(original),
-        None if scores is None else Scores.load(Path(scores).expanduser()),
+        scores_of(Plan.from_dict(document["plan"]), scores),
         None if repair is None else Repair.load(Path(repair).expanduser()),
     )
+    _check_kind(original, found.folder, folder)
+    return found
+
+
+def _check_kind(original: str, whole: Path, folder: Path) -> None:
+    """Check by their configs that one can have been pruned from the other.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
+    kinds = [read_object(place / "config.json").get("model_type") for place in (whole, folder)]
+    if kinds[0] != kinds[1] or whole.samefile(folder):
+        found = f"a {kinds[0]}" if kinds[0] != kinds[1] else "the pruned model itself"
+        raise CheckpointError(
+            f"--original {original}: is {found}, needed the {kinds[1]} that {folder} was pruned "
+            "from; give its folder."
+        )
 
 
 def check_rows(

@@ -5,7 +5,6 @@ One that is started in the plain way stays alone: no process group is made for i
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from ..config.recipe_files import build_recipe
 from ..errors import CheckpointError, GradNASError, HubError, RecipeError
 from ..jobs.early import check_early, check_pushed
 from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
+from .launchers import is_main, process_count
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from ..hub import Pushed
     from ..running.processes import Processes
 
-
-# What launchers set: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH.
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+STOPPED = "interrupted; nothing was written."
 
 
 def prune_from_options(
@@ -91,11 +88,11 @@ def run_checked(
             run = kind()(own, screen, processes, given=given)
             run.execute()
     except KeyboardInterrupt:
-        screen.error(run.interruption() if run else "interrupted; nothing was written.")
+        screen.error(run.interruption() if run else STOPPED)
         return INTERRUPTED
-    except SystemExit as stop:  # SIGTERM while scoring
-        screen.error(run.interruption() if run else "terminated; nothing was written.")
-        return stop.code if isinstance(stop.code, int) else FAILED
+    except SystemExit:  # rich ends the program where nobody reads what it prints, such as head
+        screen.error(f"standard output was closed: {run.interruption() if run else STOPPED}")
+        return FAILED
     except GradNASError as error:
         say(screen, run.processes if run else None, str(error))
         return FAILED if run is not None and run.cutting else BAD_INPUT
@@ -126,17 +123,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def is_main() -> bool:
-    """Whether this process prints, by what the launcher says."""
-    return _number(RANKS, 0) == 0
-
-
-def _number(names: tuple[str, ...], default: int) -> int:
-    """The first of these settings that is a number, as Accelerate reads them."""
-    found = (os.environ.get(name, "") for name in names)
-    return next((int(value) for value in found if value.isdecimal()), default)
-
-
 @contextmanager
 def launched(recipe: Recipe) -> Iterator[tuple[Recipe, Processes]]:
     """The recipe with the kind of device, and all processes; their group ends with the block.
@@ -146,7 +132,7 @@ def launched(recipe: Recipe) -> Iterator[tuple[Recipe, Processes]]:
     """
     from ..running.processes import Processes
 
-    if _number(SIZES, 1) == 1:
+    if process_count() == 1:
         yield recipe, Processes()
         return
     import torch

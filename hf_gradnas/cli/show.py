@@ -247,7 +247,7 @@ class Screen(Report):
         from ..report import headline
 
         self.told = summary, folder
-        where = "; nothing was written" if folder is None else f": {folder}"
+        where = "; no model was written" if folder is None else f": {folder}"
         text = Text(sayable(f"{headline(summary)}{where}"), style="bold green")
         self.end.print(text, soft_wrap=True)
 

@@ -22,7 +22,8 @@ from ..jobs.latency import check_latency, set_latency
 from ..jobs.measuring import doubts
 from ..types import COSTS
 from . import BAD_INPUT, DONE, FAILED, INTERRUPTED
-from .prune import is_main, is_out_of_memory, launched, say
+from .launchers import is_main
+from .prune import is_out_of_memory, launched, say
 from .show import Screen, quiet_libraries
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def sweep_from_options(flags: Mapping[str, Any], own: Mapping[str, Any]) -> int:
     except KeyboardInterrupt:
         screen.error(_interruption(folder))
         return INTERRUPTED
-    except SystemExit as stop:  # SIGTERM while scoring
-        screen.error(_interruption(folder))
-        return stop.code if isinstance(stop.code, int) else FAILED
+    except SystemExit:  # as in prune
+        screen.error(f"standard output was closed: {_interruption(folder)}")
+        return FAILED
     except GradNASError as error:
         say(screen, everyone, str(error))
         return code
@@ -282,6 +283,11 @@ def check_sweep(recipe: Recipe, sweep: Sweep, *, given: Set[str]) -> Recipe:
     if sweep.seeds and "shuffle" in given:
         raise RecipeError(
             "--shuffle: has no effect here, as --seeds draws its subsets at random; omit it."
+        )
+    if "report" in given and sweep.save is None:
+        flag = "--report" if recipe.report else "--no-report"
+        raise RecipeError(
+            f"{flag}: has no effect here, as no model is written; give --save, or omit it."
         )
     if recipe.repair == "swap":
         raise RecipeError(

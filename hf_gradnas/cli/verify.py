@@ -106,22 +106,22 @@ def verify_from_options(
             if original is not None:  # before what takes long
                 from .originals import check_rows, open_original
 
-                whole = open_original(original, scores=scores, repair=repair)
+                whole = open_original(original, place, document, scores=scores, repair=repair)
             with screen.progress("Verifying"):
+                rows = [] if whole is None else [check_rows(screen, place, whole, document)]
                 checks = list(verify(saved, device=device, trust_remote_code=trust_remote_code))
-            if whole is not None:
-                checks.append(check_rows(screen, place, whole, document))
     except KeyboardInterrupt:
         screen.error("interrupted; nothing was changed.")
         return INTERRUPTED
     except GradNASError as error:
         screen.error(str(error))
         return BAD_INPUT
+    checks += rows
     if as_json:
         _write_answer(folder, saved, checks)
-    rows = [(check.what, check.word, check.found) for check in checks]
+    shown = [(check.what, check.word, check.found) for check in checks]
     screen.line(f"{folder}, layout {saved.layout}:")
-    screen.table("Checks", ("file or way of loading", "result", "found"), rows)
+    screen.table("Checks", ("file or way of loading", "result", "found"), shown)
     if saved.repair:
         screen.line(_said(saved.repair))
     return _say_outcome(screen, folder, checks)

@@ -105,7 +105,8 @@ def say_lowest(cost: CostModel, lowest: float, total: float) -> str:
     if narrowest > 0:
         parts["the least of what is pruned"] = narrowest
     (first, amount), *rest = parts.items()
-    shares = [f"{first} hold {format_share(amount / total, digits=1)}"]
+    verb = "holds" if first.startswith("the ") else "hold"  # "the model's head", "embeddings"
+    shares = [f"{first} {verb} {format_share(amount / total, digits=1)}"]
     shares += [f"{kind} {format_share(amount / total, digits=1)}" for kind, amount in rest]
     return f"Of the whole, {', '.join(shares)}."
 
@@ -144,7 +145,7 @@ def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
             "give a smaller limit or a percentage such as '50%'."
         )
     if name not in totals:
-        near = difflib.get_close_matches(str(name), totals, n=1)
+        near = difflib.get_close_matches(str(name).lower(), totals, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise BudgetError(
             f"budget: unknown cost {name!r}, known are {', '.join(sorted(totals))}{hint}"
@@ -173,8 +174,9 @@ def _parse_one(name: str, limit: object, totals: Mapping[str, float]) -> Budget:
         )
     if amount > total:
         raise BudgetError(
-            f"budget {name}={limit}: above the original cost, which is {format_amount(total)} "
-            f"({total:.0f}); give a smaller limit or a percentage."
+            f"budget {name}={limit}: above the original cost, which is {format_amount(total)}"
+            + (f" ({total:.0f})" if total >= SUFFIXES["K"] else "")
+            + "; give a smaller limit or a percentage."
         )
     return Budget(cost=name, limit=amount, total=total)
 
@@ -288,7 +290,7 @@ def check_rules(rules: Rules, structure: Structure) -> None:
     for glob in rules.keys() - kinds:
         if not any(rule_for(axis, {glob: None}) is None for axis in structure.axes):
             raise StructureError(
-                f"rules[{glob!r}] matches no axis of this model; axes are in "
+                f"rules[{glob!r}] (--exclude) matches no axis of this model; axes are in "
                 f"{', '.join(sorted({a.module for a in structure.axes})[:6])}, …. "
                 "Give a glob over these module paths."
             )

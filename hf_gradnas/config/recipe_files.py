@@ -288,7 +288,8 @@ def explained(error: ValidationError, settings: type[Settings]) -> str:
         name = str(problem["loc"][0]) if problem["loc"] else "recipe"
         flag = "--" + name.replace("_", "-")
         if problem["type"] == "missing":
-            parts.append(f"{flag}: is missing; give it as a flag or in a recipe.")
+            also = " or as the first argument" if name == "model" else ""
+            parts.append(f"{flag}: is missing; give it as a flag{also}, or in a recipe.")
             continue
         message = problem["msg"].removeprefix("Value error, ")
         hidden = any(is_secret_name(str(part)) for part in problem["loc"])

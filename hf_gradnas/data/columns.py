@@ -166,7 +166,9 @@ class _Finder:
                 role in ("text", "label") and name.lower() in ("id", "idx")
             ):
                 return name
-        raise self._missing(role, f"has no column that could be the {role}")
+        taken = ", ".join(name for name in self.features if name in set(without))
+        besides = f" besides {taken}, which is taken for something else," if taken else ""
+        raise self._missing(role, f"has no column{besides} that could be the {role}")
 
     def texts(self, asked: str | None, *, pairs: bool) -> tuple[str, ...]:
         """One text column, or the two of a pair."""

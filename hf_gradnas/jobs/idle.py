@@ -47,8 +47,20 @@ def check_idle(recipe: Recipe, given: Set[str], known: Known) -> None:
     for name, reason in idle_options(recipe, known).items():
         if name in given:
             raise RecipeError(
-                f"--{name.replace('_', '-')} {vars(recipe)[name]}: has no effect here, as {reason}."
+                f"{_as_given(name, vars(recipe)[name])}: has no effect here, as {reason}."
             )
+
+
+def _as_given(name: str, value: object) -> str:
+    """An option as it is on the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    if isinstance(value, Mapping):
+        value = ",".join(f"{key}={item}" for key, item in value.items())
+    elif isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    return f"--{flag} {value}"
 
 
 def without_idle(recipe: Recipe, known: Known) -> Recipe:

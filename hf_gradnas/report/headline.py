@@ -51,10 +51,11 @@ def say_kept(kept: Mapping[str, float], limited: Collection[str]) -> str:
     """
     told = [name for name in kept if name in limited]
     told += [name for name in kept if name in USUAL and name not in limited]
-    shares = (
+    shares = [
         f"{format_share(kept[name], digits=1)} of the {COSTS.get(name, name)}" for name in told
-    )
-    return f"Kept {' and '.join(shares)}"
+    ]
+    first = ", ".join(shares[:-1])
+    return f"Kept {first} and {shares[-1]}" if first else f"Kept {''.join(shares)}"
 
 
 def _value(name: str, value: float) -> str:

@@ -223,7 +223,7 @@ class Record:
         if found.get("model_fingerprint") != self.model:
             changed = ["model"]
         if changed:
-            self.log_restart(f"of another {' and '.join(changed)}")
+            self.log_restart(f"of another {', '.join(changed)}")
             return None
         return self._state(scores), found["complete"] == "true"
 

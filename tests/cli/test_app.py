@@ -109,3 +109,9 @@ def test_two_models_are_refused(command, capsys):
     assert main([command, "some/model", "--model", "another"]) == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "'some/model' is one model, and --model 'another' another; give one." in said
+
+
+def test_help_has_its_short_name(capsys):
+    for command in ([], ["inspect"], ["export", "gguf"]):
+        assert main([*command, "-h"]) == 0
+        assert "Usage: hf-gradnas" in capsys.readouterr().out

@@ -8,12 +8,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cli_cases import save_bert, save_llama, write_tsv
 from safetensors.torch import load_file, save_file
 
-from hf_gradnas import Plan
+from hf_gradnas import Plan, Scores
 from hf_gradnas._manifests import file_sha256 as sha256
 from hf_gradnas.cli import checked, verify
 from hf_gradnas.errors import CheckpointError
@@ -237,15 +238,18 @@ def test_several_files_and_a_target_that_exists(run, planned):
 def test_bad_input_is_said_without_a_traceback(run, planned, tmp_path):
     save_llama(tmp_path / "llama")
     (tmp_path / "note.json").write_text("{}")
+    axis = "model.layers.0.mlp:neurons"
+    Scores({axis: np.ones(4)}, {"method": "fisher"}).save("llama.scores")
     for arguments, message in (
         (["none.json", "bert"], "cannot be read"),
         (["note.json", "bert"], "format_version is None"),
         (["plan.json", "there/is/none"], "is no folder; download the checkpoint"),
         (["plan.json", "llama"], "is for another checkpoint (made from bert)"),
         (["plan.json", "bert", "--scores", "no.safetensors"], "cannot be read"),
+        (["plan.json", "bert", "--scores", "llama.scores"], "they are of another model"),
         (["plan.json", "bert", "--repair", FILE], "no repair of this version"),
         (["plan.json", "bert", "--max-shard-size", "big"], "is no size"),
-        (["plan.json", "bert", "--dtype", "float99"], "cannot be loaded as Bert"),
+        (["plan.json", "bert", "--dtype", "float99"], "choose one of auto, float32"),
     ):
         code, _, err = run("apply", *arguments, "--output", "out")
         assert code == 2, arguments

@@ -72,7 +72,7 @@ def test_quiet_says_the_last_line_only(prune, bert, tsv):
     code, out, err = prune(bert, "--dataset", tsv, "--dry-run", "--quiet", *PLAIN)
     assert (code, err) == (0, "")
     assert re.fullmatch(
-        r"Kept \S+% of the FLOPs and \S+% of the parameters; accuracy \S+ → \S+; nothing was "
+        r"Kept \S+% of the FLOPs and \S+% of the parameters; accuracy \S+ → \S+; no model was "
         r"written\n",
         out,
     )
@@ -362,6 +362,14 @@ def test_an_interruption_keeps_the_scores_and_resumes(
     for name, values in whole.values.items():
         torch.testing.assert_close(torch.tensor(resumed.values[name]), torch.tensor(values))
     assert any((partial.values[name] != whole.values[name]).any() for name in whole.values)
+
+
+def test_an_interruption_after_scoring_says_where_the_scores_are(prune, bert, tsv, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.pruner.GradNASPruner.plan", _interrupt)
+    code, _, err = prune("--model", bert, "--dataset", tsv, *TINY)
+    assert code == 130
+    assert "no model was written; the scores so far are in " in err
+    assert "the same command goes on from there." in err
 
 
 def test_an_early_interruption_says_that_nothing_was_written(prune, bert, monkeypatch):

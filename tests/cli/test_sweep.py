@@ -151,6 +151,7 @@ BAD = {
     ),
     "shuffle": (["--seeds", "1", "--shuffle"], "--seeds draws its subsets"),
     "swap": (["--repair", "swap"], "a sweep measures its plans as they are"),
+    "no report": (["--no-report"], "--no-report: has no effect here, as no model is written"),
     "a model there": (["--output", "full", "--save", "flops=70%"], "the output folder exists"),
 }
 

@@ -534,3 +534,14 @@ def test_what_weights_are_compared_with_is_looked_for_first(missing, verify, sav
     code, _, error = verify(saved, *chain.from_iterable(given.items()))
     assert code == 2
     assert str(saved / "none") in error
+
+
+def test_the_original_of_another_model_is_refused_first(verify, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gradnas.cli.verify.verify", pytest.fail)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "vit"}')
+    for original, found in ((tmp_path / "other", "is a vit"), (saved, "is the pruned model")):
+        code, _, error = verify(saved, "--original", original)
+        assert code == 2
+        assert f"--original {original}: {found}" in error
+        assert f"that {saved} was pruned from; give its folder." in error

@@ -61,6 +61,8 @@ def test_refuses_an_empty_mapping():
 def test_names_the_nearest_known_cost():
     with pytest.raises(BudgetError, match=r"'flop', known are flops, params; .*'flops'\?"):
         parse_budgets({"flop": "50%"}, TOTALS)
+    with pytest.raises(BudgetError, match=r"did you mean 'flops'\?"):
+        parse_budgets({"FLOPS": "50%"}, TOTALS)
 
 
 def test_an_unknown_cost_without_known_ones():
@@ -89,8 +91,13 @@ def test_refuses_limits_that_are_not_positive(limit):
 
 @pytest.mark.parametrize("limit", [2.1e12, "3T"])
 def test_refuses_more_than_the_original(limit):
-    with pytest.raises(BudgetError, match=r"above the original cost, which is 2T"):
+    with pytest.raises(BudgetError, match=r"original cost, which is 2T \(2000000000000\);"):
         parse_budgets({"flops": limit}, TOTALS)
+
+
+def test_a_short_number_is_not_said_twice():
+    with pytest.raises(BudgetError, match=r"which is 1.568; give"):
+        parse_budgets({"latency_ms": "50"}, {"latency_ms": 1.568})
 
 
 @pytest.mark.parametrize(

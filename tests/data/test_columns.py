@@ -77,7 +77,8 @@ BAD = {
     "no label": (
         {"text": ["a"], "note": ["b"]},
         {},
-        "no column that could be the label; its columns are text, note;.*--label-column.*--labels",
+        "no column besides text, .* that could be the label; its columns are text, note;"
+        ".*--label-column.*--labels",
     ),
     "asked label": ({"text": ["a"]}, {"label_column": "y"}, "has no column 'y'.*--label-column"),
     "asked text": ({"text": ["a"]}, {"text_column": "y"}, "has no column 'y'.*--text-column"),

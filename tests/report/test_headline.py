@@ -4,6 +4,7 @@ import pytest
 from report_cases import EVALUATED, make_case
 
 from hf_gradnas.report import final_metric, headline
+from hf_gradnas.report.headline import say_kept
 
 
 def test_it_says_all_that_was_measured():
@@ -15,6 +16,14 @@ def test_it_says_all_that_was_measured():
 
 def test_it_says_nothing_else():
     assert headline(make_case()[-1]) == "Kept 48.0% of the FLOPs and 22.6% of the parameters"
+
+
+def test_several_costs_are_a_list():
+    kept = {"flops": 0.5, "params": 0.4, "memory": 0.3}
+    assert say_kept(kept, ["memory"]) == (
+        "Kept 30.0% of the bytes of weights, 50.0% of the FLOPs and 40.0% of the parameters"
+    )
+    assert say_kept({"flops": 0.5}, []) == "Kept 50.0% of the FLOPs"
 
 
 @pytest.mark.parametrize(
