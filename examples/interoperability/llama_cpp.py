@@ -5,8 +5,9 @@
 
 For each type: whether the text is split into the same tokens, whether greedy text is the same, how
 far the log-probabilities are apart, and the perplexity. Transformers runs in float32, llama.cpp
-as it does by default, on the CPU. Where the greedy texts part, the margin between the two tokens in
-Transformers is printed: a tie in float16 is no difference of the models.
+as it does by default, on the CPU. Where greedy texts part, the margin between the two tokens in
+Transformers is printed, and how many texts are the same with keys and values in float32: llama.cpp
+keeps these in float16 otherwise, which tips what is nearly a tie.
 """
 
 from __future__ import annotations
@@ -131,11 +132,17 @@ def windows(ids: Sequence[int], *, length: int, count: int) -> Iterator[list[int
         yield list(ids[start : start + length])
 
 
+def greedy_texts(model: Any, tokenizer: Any, engine: LlamaCpp, count: int) -> tuple[bool, str]:
+    """Whether all greedy texts are the same, and in words how many."""
+    margins = [margin_of(model, engine, tokenizer(p)["input_ids"], count) for p in PROMPTS]
+    parted = "".join(f" (margin {margin:.4f})" for margin in margins if margin)
+    return not any(margins), f"{margins.count(0.0)} of {len(margins)}{parted}"
+
+
 def compare(model: Any, tokenizer: Any, engine: LlamaCpp, text: str, options: Any) -> dict:
     """What is equal, and how far apart the rest is."""
     lines = [line for line in text.splitlines() if line.strip()][: options.lines]
     split = [engine.tokens(line) == tokenizer(line)["input_ids"] for line in lines]
-    margins = [margin_of(model, engine, tokenizer(p)["input_ids"], options.new) for p in PROMPTS]
     here, there = [], []
     ids = tokenizer(text[: options.characters])["input_ids"]
     for window in windows(ids, length=options.window, count=options.windows):
@@ -149,8 +156,6 @@ def compare(model: Any, tokenizer: Any, engine: LlamaCpp, text: str, options: An
     perplexities = [math.exp(-sum(found) / len(found)) for found in (here, there)]
     return {
         "lines with the same tokens": f"{sum(split)} of {len(split)}",
-        f"greedy texts of {options.new} tokens that are the same": f"{margins.count(0.0)} of "
-        f"{len(margins)}" + "".join(f" (margin {margin:.4f})" for margin in margins if margin),
         "difference of log-probabilities": f"median {differences.median():.1e}, "
         f"largest {differences.max():.1e}",
         f"perplexity on {len(here)} tokens": f"{perplexities[1]:.4f}, Transformers "
@@ -180,6 +185,13 @@ def main() -> None:
             print(f"{kind}: {found.architecture}, {found.size / 1e6:.1f} MB, {others}")
             context = max(512, 2 * options.window)
             engine = LlamaCpp(found.file, context=context, exact=options.exact)
+            same, texts = greedy_texts(model, tokenizer, engine, options.new)
+            what = f"greedy texts of {options.new} tokens that are the same"
+            print(f"  {what}: {texts}", flush=True)
+            if not same and not options.exact:
+                exact = LlamaCpp(found.file, context=context, exact=True)
+                _, texts = greedy_texts(model, tokenizer, exact, options.new)
+                print(f"  {what}, keys and values in float32: {texts}", flush=True)
             for what, value in compare(model, tokenizer, engine, text, options).items():
                 print(f"  {what}: {value}", flush=True)
 
