@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: files that pages link to become part of the site, and lines break where they may.
+"""Hooks of MkDocs: files that pages link to join the site, and lines break where they may.
 
 On the pages links to files of the repository are relative to it (`../examples/x.py`), so that they
 work where the repository is browsed, too. `mkdocs.yml` names this file.

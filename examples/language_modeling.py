@@ -3,7 +3,7 @@
     python examples/language_modeling.py --model my-llama --train train.txt --dev dev.txt
 
 With ``--hub`` instead of ``--train`` and ``--dev``, WikiText-2 is loaded from the Hub. The pruned
-model stands in ``<output>/pruned``.
+model is in ``<output>/pruned``.
 """
 
 from __future__ import annotations

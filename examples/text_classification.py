@@ -3,7 +3,7 @@
     python examples/text_classification.py --model my-bert --train train.tsv --dev dev.tsv
 
 The files are ``text<TAB>label`` without a header, labels counted from 0. With ``--hub`` instead of
-``--train`` and ``--dev``, SST-2 is loaded from the Hub. The pruned model stands in
+``--train`` and ``--dev``, SST-2 is loaded from the Hub. The pruned model is in
 ``<output>/pruned``.
 """
 
