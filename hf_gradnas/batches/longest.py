@@ -138,6 +138,9 @@ def _check_positions(batch: Batch, config: PreTrainedConfig) -> None:
     """Refuse sequences that the position table cannot hold, before torch fails inside it."""
     tokens, positions = batch.get("input_ids"), getattr(config, "max_position_embeddings", None)
     if tokens is not None and positions and tokens.shape[1] > positions > 0:  # XLNet: -1 is none
+        given = batch.get("position_ids")  # packed sequences begin anew in the midst of a row
+        if isinstance(given, Tensor) and given.max() < positions:
+            return
         raise DataError(
             f"dataloader: sequences of {tokens.shape[1]} tokens, but {type(config).__name__} has "
             f"max_position_embeddings={positions}; truncate them to {positions}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,9 +19,29 @@ CONTAINERS = frozenset({dict, list, set, OrderedDict})
 
 
 def can_be_unloaded(model: nn.Module) -> bool:
-    """Whether all weights are plain tensors: those of ZeRO-3, FSDP2 and many quantizers are not."""
+    """Whether a copy on the meta device runs as the model does.
+
+    Weights must be plain tensors: those of ZeRO-3, FSDP2 and many quantizers are not. A forward
+    that was put into an instance must not hold modules itself (TRL's ``SFTTrainer`` wraps the
+    bound one): that of a copy would run the model.
+    """
     tensors = (tensor for module in model.modules() for tensor in _held(module))
-    return all(type(x) in PLAIN and "ds_id" not in vars(x) for x in tensors)
+    return all(type(x) in PLAIN and "ds_id" not in vars(x) for x in tensors) and not any(
+        _holds_module(vars(module).get("forward"))
+        for module in model.modules()
+        if not isinstance(vars(module).get("_hf_hook"), ModelHook)
+    )
+
+
+def _holds_module(function: Any, known: frozenset[int] = frozenset()) -> bool:
+    """Whether a function, or one that it calls, holds a module or its method in a closure."""
+    own = function.__func__ if isinstance(function, MethodType) else function
+    if not isinstance(own, FunctionType) or id(own) in known:
+        return False
+    held = [cell.cell_contents for cell in own.__closure__ or () if cell != CellType()]
+    bound = [value.__self__ if isinstance(value, MethodType) else value for value in held]
+    known |= {id(own)}
+    return any(isinstance(x, nn.Module) or _holds_module(x, known) for x in (*held, *bound))
 
 
 def unloaded(model: nn.Module) -> nn.Module:

@@ -145,6 +145,17 @@ def test_a_length_of_flops_beyond_the_positions_is_refused():
         GradNASPruner(model).discover(inputs, flops_length=limit + 1)
 
 
+def test_packed_sequences_may_be_longer_than_the_positions():
+    model, inputs = zoo.build("llama")
+    long = {name: value[:1].repeat(1, 6) for name, value in inputs.items()}
+    with pytest.raises(DataError, match="max_position_embeddings"):
+        check_inputs(long, model, None)
+    places = torch.arange(long["input_ids"].shape[1])[None]
+    check_inputs({**long, "position_ids": places % 12}, model, None)
+    with pytest.raises(DataError, match="max_position_embeddings"):
+        check_inputs({**long, "position_ids": places}, model, None)
+
+
 def test_a_limit_of_minus_one_is_none():
     model, inputs = zoo.build("bert")
     model.config.max_position_embeddings = -1  # XLNet

@@ -1,6 +1,7 @@
 """FLOPs that are counted by shapes alone are those of a real forward."""
 
 from collections import Counter
+from types import MethodType
 
 import pytest
 import torch
@@ -183,6 +184,18 @@ def test_weights_that_are_no_plain_tensors_run_as_they_are(monkeypatch):
     model.weight = nn.Parameter(model.weight.detach().as_subclass(Packed), requires_grad=False)
     monkeypatch.setattr(flops, "unloaded", refuse_to_run)
     assert count_flops(model, {}, args=(torch.zeros(1, 4),))[0] == 2 * 4 * 4
+
+
+def test_a_forward_that_holds_the_model_runs_as_it_is(monkeypatch):
+    """That of a copy would run the model, in modules that nobody watches (TRL's SFTTrainer)."""
+    model, _ = zoo.build("llama", dtype=torch.float32)
+    ids = {"input_ids": torch.ones(1, 8, dtype=torch.long)}
+    known, trace = count_flops(model, ids)
+    inner = model.forward
+    model.forward = MethodType(lambda self, *args, **kwargs: inner(*args, **kwargs), model)
+    monkeypatch.setattr(flops, "unloaded", refuse_to_run)
+    counted, held = count_flops(model, ids)
+    assert (counted, by_place(held)) == (known, by_place(trace))
 
 
 class Built(nn.Module):
