@@ -177,8 +177,10 @@ def _tokens(
             f"{folder}: its tokenizer has the token {max(beyond)} ({names[max(beyond)]!r}), and "
             f"the embedding has {size} rows; save the tokenizer of this model there."
         )
-    rows = range(size)
-    tokens = tuple(names.get(index, f"[PAD{index}]") for index in rows)
+    rows, taken = range(size), set(names.values())  # llama.cpp dies of two tokens of one name
+    unused = {index: f"[PAD{index}]" for index in rows if index not in names}
+    names |= {index: f"{name}_" if name in taken else name for index, name in unused.items()}
+    tokens = tuple(names[index] for index in rows)
     return tokens, tuple(kinds.get(index, UNUSED) for index in rows)
 
 

@@ -238,6 +238,16 @@ def test_a_byte_level_tokenizer_comes_along(folders, tmp_path):
     assert found["tokenizer.chat_template"] == tokenizer.chat_template
 
 
+def test_rows_without_a_token_get_names_of_their_own(copied, tmp_path):
+    """llama.cpp dies of two tokens with one name."""
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens([f"[PAD{size + 1}]"])
+    tokenizer.save_pretrained(copied)
+    found = fields_of(export_gguf(copied, tmp_path / "x.gguf").file)["tokenizer.ggml.tokens"]
+    assert found[size:] == [f"[PAD{size + 1}]", f"[PAD{size + 1}]_", f"[PAD{size + 2}]"]
+
+
 def test_an_end_that_the_generation_config_alone_has_comes_along(copied, tmp_path):
     edit(copied, "generation_config.json", eos_token_id=2)
     found = fields_of(export_gguf(copied, tmp_path / "x.gguf").file)
