@@ -31,7 +31,7 @@ COMMANDS = typer.main.get_command(app).commands
 LEAVES = [
     leaf for each in COMMANDS.values() for leaf in getattr(each, "commands", {"": each}).values()
 ]
-FOREIGN_FLAGS = {"--cpu", "--index-url", "--strict"}  # of accelerate, pip and mkdocs
+FOREIGN_FLAGS = {"--cpu", "--index-url", "--strict", "--model-impl"}  # of other tools
 
 
 def fences(text, language):
