@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import run_as_future
@@ -124,3 +124,19 @@ def masks_by_shape() -> Iterator[None]:
         yield
     finally:
         masking_utils.is_tracing = asks
+
+
+def sound_file_feature() -> Any:
+    """A column of paths of sound files, which nothing decodes.
+
+    Cause: `datasets.Audio.encode_example` imports torchcodec even where it only notes a path.
+    Remove when it imports it only to encode samples (not in datasets 5.2).
+    """
+    from datasets import Audio  # noqa: PLC0415 - takes long to import
+
+    class SoundFile(Audio):
+        def encode_example(self, value: Any) -> Any:
+            is_path = isinstance(value, str)
+            return {"bytes": None, "path": value} if is_path else super().encode_example(value)
+
+    return SoundFile(decode=False)

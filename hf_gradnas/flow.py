@@ -180,7 +180,8 @@ class Run:
             make = partial(make_quickstart, folder, training, progress=progress)
             made = self.processes.from_main(make)
         self.report.line(
-            f"Perplexity of the held-out text by token frequencies: {made.unigram_perplexity:.1f}."
+            "For comparison: knowing only how often each token occurs, a model has a perplexity of "
+            f"{made.unigram_perplexity:.1f} on the held-out text."
         )
         own = {"dataset": str(made.train), "eval_dataset": str(made.held_out)}
         own = {name: value for name, value in own.items() if name not in self.given}

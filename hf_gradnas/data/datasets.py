@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._compat import sound_file_feature
 from ..errors import DataError, first_line
 from .files import READERS, Rows, read_file, text_lines
 
@@ -113,14 +115,22 @@ def _media_kind(folder: Path) -> str | None:
 
 def _read_media(folder: Path, split: str, kind: str, exact: bool) -> Rows:
     """Images or audio through the folder builders of `datasets` (class folders, metadata files)."""
-    from datasets import Audio, Image, load_dataset
+    from datasets import Audio, Features, Image, load_dataset
+    from datasets.exceptions import DatasetsError
 
+    # Names of files are data here: a folder called "test" is a split only beside others.
+    load: Any = partial(load_dataset, f"{kind}folder", data_dir=str(folder))
     try:
-        # Names of files are data here: a folder called "test" is a split only beside others.
-        dataset: Any = load_dataset(f"{kind}folder", data_dir=str(folder))
-    except (OSError, ValueError) as error:
+        features = None
+        if kind == "audio":
+            columns = next(iter(load(streaming=True).values())).features
+            features = Features({**columns, kind: sound_file_feature()})
+        dataset = load(features=features)
+    except (OSError, ValueError, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) else None
         raise DataError(
-            f"{folder}: cannot be read as a folder of {kind} files ({first_line(error)}); put the "
+            f"{folder}: cannot be read as a folder of {kind} files "
+            f"({first_line(cause or error)}); put the "
             "files into one folder per class, or add a metadata.csv."
         ) from error
     rows = _pick_split(dataset, split, str(folder), exact)

@@ -4,7 +4,7 @@ import gc
 
 import datasets
 import pytest
-from cli_cases import write_images, write_jsonl, write_tsv
+from cli_cases import write_images, write_jsonl, write_tsv, write_wave
 
 from hf_gradnas.data.datasets import BUNDLED, bundled_text, open_bundled, open_dataset
 from hf_gradnas.errors import DataError
@@ -109,6 +109,31 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match="neither a local path nor a data set that could be opened"):
         _open("nobody/nothing:config")
     with pytest.raises(DataError, match="no data file, image or audio file"):
+        _open(tmp_path)
+
+
+def test_folders_of_sound_are_read_without_a_codec(tmp_path):
+    (tmp_path / "yes").mkdir()
+    (tmp_path / "no").mkdir()
+    files = {str(write_wave(tmp_path / name / "a.wav")): name for name in ("yes", "no")}
+    rows = _open(tmp_path).dataset
+    found = {row["audio"]["path"]: row["label"] for row in rows}
+    assert found == files
+    assert isinstance(rows.features["audio"], datasets.Audio)
+
+
+def test_sounds_with_their_texts_are_read(tmp_path):
+    write_wave(tmp_path / "a.wav")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "text": "a word"}\n')
+    (row,) = _open(tmp_path).dataset
+    assert (row["text"], row["audio"]["path"]) == ("a word", str(tmp_path / "a.wav"))
+
+
+def test_what_datasets_cannot_make_is_an_error_that_says_why(tmp_path):
+    write_wave(tmp_path / "a.wav")
+    lines = ['{"file_name": "a.wav", "text": "a word"}', '{"file_name": "a.wav", "text": [1]}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="cannot be read as a folder of audio files"):
         _open(tmp_path)
 
 
