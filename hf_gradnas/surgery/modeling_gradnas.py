@@ -26,6 +26,7 @@ All it knows of a model is the *record* under the key ``gradnas`` of its config:
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -50,7 +51,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 FORMAT_VERSION = 1
 SECTIONS = ("modules", "removed", "own_position_bias", "adapted", "lists")
-NEEDS = "layers have widths of their own: import hf_gradnas first, or pass trust_remote_code=True"
+NEEDS = "widths differ by layer: import hf_gradnas, or pass trust_remote_code=True to an Auto class"
 SAME_VERSION = "load it with the Transformers version that the checkpoint was saved with."
 
 Record = Mapping[str, Any]
@@ -155,8 +156,7 @@ class RemovedAttention(nn.Module):
             return
         batch, length = hidden_states.shape[-3:-1]
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
-        state = getattr(layer, "has_previous_state", None)  # of a linear attention: no length
-        if state is not None:
+        if (state := getattr(layer, "has_previous_state", None)) is not None:  # linear: no length
             layer.has_previous_state = dict.fromkeys(state, True) if type(state) is dict else True
         if layer is not None and (not hasattr(layer, "keys") or _is_like(layer, DummyLayer)):
             return
@@ -599,7 +599,8 @@ class _PerLayer:
         return cast(Any, super()).from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        cast(Any, super()).save_pretrained(save_directory, *args, **kwargs)
+        with _uniform(cast(Any, self).config, written=True):
+            cast(Any, super()).save_pretrained(save_directory, *args, **kwargs)
         self._say_needs(save_directory, kwargs.get("is_main_process", [*args, True][0]))
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
@@ -639,16 +640,13 @@ def per_layer_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if is_per_layer(stock):  # perhaps that of an older copy of this file
         stock = cast(Any, stock)._gradnas_stock_class
     if stock not in _CLASSES:
-        bases: tuple[type, ...] = (_PerLayer, stock)
-        if stock.can_generate() and issubclass(stock, GenerationMixin):
-            bases += (GenerationMixin,)  # a direct base, or upstream wraps the class once more
+        mixin = [GenerationMixin] * (stock.can_generate() and issubclass(stock, GenerationMixin))
+        bases = (_PerLayer, stock, *mixin)  # a direct base, or upstream wraps the class once more
         # Upstream decides some by reading the file of the class: it has to read the stock one.
-        namespace = {name: getattr(stock, name) for name in FROM_FILES}
-        namespace["_gradnas_stock_class"] = stock
+        body = {n: getattr(stock, n) for n in FROM_FILES} | {"_gradnas_stock_class": stock}
         if getattr(transformers, stock.__name__, None) is stock:
-            namespace["__module__"] = __name__
-            namespace["_auto_class"] = auto_class_name(stock) or "AutoModel"
-        _CLASSES[stock] = created = type(stock.__name__, bases, namespace)
+            body |= {"__module__": __name__, "_auto_class": auto_class_name(stock) or "AutoModel"}
+        _CLASSES[stock] = created = type(stock.__name__, bases, body)
         # Keyed by the class's name; filled by a constructor, which `make_per_layer` does not run.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(created), stock._can_record_outputs)
     return _CLASSES[stock]
@@ -683,8 +681,7 @@ def auto_class_name(stock: type[PreTrainedModel]) -> str | None:
     """The most telling Auto class of a stock class; `AutoBackbone` loads from no folder."""
     found = _auto_classes(stock.config_class)
     names = [name for name, built in found if stock in built and name != "AutoBackbone"]
-    names.sort(key=lambda name: (name != "AutoModel", name == "AutoModelForPreTraining"))
-    return names[0] if names else None
+    return min(names, key=lambda n: (n != "AutoModel", "ForPreTraining" in n), default=None)
 
 
 def _blank(stock: type[PreTrainedModel]) -> PreTrainedModel:
@@ -706,8 +703,7 @@ def under_construction() -> bool:
 @contextmanager
 def _construction() -> Iterator[bool]:
     """Mark a constructor; true for the outermost: the models nested in it must stay stock."""
-    thread = _thread()
-    depth = getattr(thread, "depth", 0)
+    depth = getattr(thread := _thread(), "depth", 0)
     try:
         thread.depth = depth + 1
         yield depth == 0
@@ -716,18 +712,22 @@ def _construction() -> Iterator[bool]:
 
 
 @contextmanager
-def _uniform(config: PreTrainedConfig) -> Iterator[None]:
-    """Show the stock constructor the ``per_layer_config`` that was there before the cut only."""
+def _uniform(config: PreTrainedConfig, *, written: bool = False) -> Iterator[None]:
+    """Show stock code the ``per_layer_config`` of before the cut, or all of it without warnings."""
     native = vars(config).get("gradnas", {}).get("native", {})
     name, own = "_heterogeneity_spec", {"": config, **vars(config)}.items()
-    configs = [(path, c) for path, c in own if isinstance(c, PreTrainedConfig) and name in vars(c)]
-    hidden = [(owner, vars(owner)[name]) for _, owner in configs]
+    configs = [(p, c) for p, c in own if isinstance(c, PreTrainedConfig) and name in vars(c)]
+    specs = [(path, owner, vars(owner)[name]) for path, owner in configs]
     try:
-        for path, owner in configs:
-            owner.per_layer_config = native.get(path)
+        for path, owner, spec in specs:
+            if written:  # upstream's checks read each attribute, and warn of those that are named
+                vars(owner)[name] = copy.copy(spec)
+                vars(owner)[name].per_layer_attributes = set()
+            else:
+                owner.per_layer_config = native.get(path)
         yield
     finally:
-        for owner, spec in hidden:
+        for _, owner, spec in specs:
             vars(owner)[name] = spec
 
 

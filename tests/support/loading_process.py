@@ -46,7 +46,7 @@ def check_plain(folder: Path, auto: type) -> None:
         auto.from_pretrained(folder)
     except ValueError as error:
         said = str(error)
-    assert "import hf_gradnas first, or pass trust_remote_code=True" in said, said
+    assert "import hf_gradnas, or pass trust_remote_code=True" in said, said
     config = transformers.AutoConfig.from_pretrained(folder)
     auto.from_pretrained(folder, config=config, trust_remote_code=True)
 

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import logging
 import pickle  # noqa: TID251 - users pickle models
 import re
 import sys
@@ -537,6 +538,32 @@ def test_missing_keys_are_still_reported(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     _, info = type(model).from_pretrained(tmp_path, output_loading_info=True, **EAGER)
     assert info["missing_keys"] == {"transformer.h.0.attn.c_proj.bias"}
+
+
+def test_saving_warns_of_no_value_that_is_each_layers_own(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, text: said.append(text))
+    model, _, _, cut = cut_model("llama")
+    make_per_layer(model, cut.record)
+    model.config.per_layer_config = {"1": {"intermediate_size": 8}}
+    model.config.allow_global_per_layer_attribute_access = True
+    spec = vars(model.config)["_heterogeneity_spec"]
+    said.clear()
+    model.save_pretrained(tmp_path)
+    assert said == []
+    assert vars(model.config)["_heterogeneity_spec"] is spec
+    assert spec.per_layer_attributes
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert written["per_layer_config"] == {"1": {"intermediate_size": 8}}
+    assert written["allow_global_per_layer_attribute_access"]
+    own = transformers.LlamaConfig(  # of somebody else
+        num_hidden_layers=2,
+        per_layer_config={"1": {"intermediate_size": 8}},
+        allow_global_per_layer_attribute_access=True,
+    )
+    said.clear()
+    own.save_pretrained(tmp_path / "own")
+    assert any("Reading global config value" in text for text in said)
 
 
 def test_saving_takes_the_arguments_of_transformers_and_pushes_what_is_saved(tmp_path, monkeypatch):
