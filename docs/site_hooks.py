@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = re.compile(r"<code[^>]*>.*?</code>", re.DOTALL)
-FLAG = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*(?![^<]*>)")
+FLAG = re.compile(r"(?<![\w-])(?:hf-gradnas|--?[A-Za-z][\w-]*)(?![^<]*>)")
 LONG_NAME = re.compile(r"[\w.*]{20,}(?![^<]*>)")
 JOINT = re.compile(r"(?<=[a-z\d])(?=[A-Z])|(?<=[._])(?=\w)")
 CELL = re.compile(r"<td>.*?</td>", re.DOTALL)

@@ -80,11 +80,11 @@ def read_wave(data: bytes, rate: int) -> np.ndarray:
 
 def _resampled(samples: np.ndarray, found: int, rate: int) -> np.ndarray:
     """Band-limited resampling: the spectrum is cut or padded with zeros."""
+    from scipy.signal import resample
+
     if found == rate or not len(samples):
         return samples
-    size = round(len(samples) * rate / found)
-    spectrum = np.fft.rfft(samples)[: size // 2 + 1]
-    return (np.fft.irfft(spectrum, n=size) * (size / len(samples))).astype(np.float32)
+    return resample(samples, round(len(samples) * rate / found)).astype(np.float32)
 
 
 def _read(labels: Labels | None) -> tuple[str | None, Mapping[str, int]]:
