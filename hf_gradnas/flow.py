@@ -85,6 +85,8 @@ class Run:
 
     UNREAD: frozenset[str] = frozenset()
     """Options that are not shown, since no step reads them."""
+    NOTHING = "no model was written"
+    """What an interruption says where there is no result yet."""
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class Run:
         """What an interrupted run leaves behind."""
         scores, output = Path(self.recipe.save_scores or ""), self.recipe.output
         is_there = self.cutting and Path(str(output)).is_dir()
-        left = f"{output} is whole" if is_there else "no model was written"
+        left = f"{output} is whole" if is_there else self.NOTHING
         if self.has_scores and scores.is_file():
             left += f"; the scores so far are in {scores}, and the same command goes on from there"
         return f"interrupted; {left}."

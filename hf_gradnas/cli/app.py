@@ -342,7 +342,7 @@ _PLANNED: dict[str, str | None] = {
     "target": None,
     "score": "Which of the scores in the file, where there are several. Default: the first.",
     **dict.fromkeys(("search", "layout", "axes", "exclude", "min_units", "multiple")),
-    "latency_table": None,
+    "latency_table": "Table that latency_ms is read from, as prune measures and saves it.",
     "output": "File of the plan, or folder of several. Default: the name of the scores with "
     ".plan.json, or .plans.",
 }

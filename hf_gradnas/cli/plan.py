@@ -129,7 +129,8 @@ def _read(file: str) -> Scores:
 
     path = Path(file).expanduser()
     if not path.is_file():
-        raise ScoresError(f"{file}: there is no such file; give one of hf-gradnas score.")
+        found = "is a folder" if path.is_dir() else "there is no such file"
+        raise ScoresError(f"{file}: {found}; give a file of hf-gradnas score or prune.")
     return Scores.load(path)
 
 

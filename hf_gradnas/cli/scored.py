@@ -15,6 +15,7 @@ from ..jobs.preparation import open_model
 class ScoreRun(Run):
     """One run that ends with a file from which plans are made without the model."""
 
+    NOTHING = "no scores were written"
     UNREAD = frozenset(
         f"--{name}"
         for name in ("target", "search", "layout", "repair", "exclude", "min-units", "save-scores")

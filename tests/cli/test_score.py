@@ -206,6 +206,7 @@ def test_what_cannot_be_planned_is_refused_and_nothing_is_written(run, bert, tmp
     for arguments, said in (
         (["none.safetensors"], "none.safetensors: there is no such file"),
         (["train.tsv"], "cannot be read"),
+        (["bert"], "bert: is a folder; give a file of hf-gradnas score or prune"),
         ([FILE, "--target", "flops=0.1%"], "the lowest is"),
         ([FILE, "--target", "speed=50%"], "unknown cost 'speed'"),
         ([FILE, "--target", "flops"], "--target"),
@@ -246,3 +247,13 @@ def test_an_interruption_of_a_plan_has_its_own_code(run, bert, monkeypatch):
     code, _, err = run("plan", FILE)
     assert code == 130
     assert "interrupted; plans that were written are whole" in err
+
+
+def test_an_early_interruption_of_scoring_says_that_nothing_was_written(run, bert, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_gradnas.jobs.preparation.open_source", stop)
+    code, _, err = run("score", "bert")
+    assert code == 130
+    assert "interrupted; no scores were written." in err
