@@ -149,6 +149,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
         self.progress: dict[str, Any] = {}
         self.directory: Path | None = None
         self._run: Run | None = None
+        self._logged: dict[str, float] = {}  # of the training, latest; at its end its metrics
         self._cut: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         self._trainer: weakref.ReferenceType[Trainer] | None = None
         self._makes_optimizer, self._makes_scheduler = False, True
@@ -297,7 +298,8 @@ class GradNASCallback(TrainerCallback, ExportableState):
         if not TRAINING_LOGS & kwargs["logs"].keys():
             return
         values = self._run.logs()
-        kwargs["logs"].update(values)
+        self._logged = kwargs["logs"]
+        self._logged.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
 
@@ -313,6 +315,7 @@ class GradNASCallback(TrainerCallback, ExportableState):
                 run.finish(state)
                 self._hand_over(model, names, kwargs["optimizer"])
             self.directory = run.write(self._target(args, state), tokenizer_of(kwargs))
+        self._logged.update(run.logs())
         log_last(run.logs(), before)
         run.tell(self.directory)
         publish(self.directory, args)

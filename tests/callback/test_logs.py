@@ -49,11 +49,12 @@ def test_reporters_that_come_before_see_all_values(tmp_path: Path, way: str) -> 
         trainer.add_callback(callback)
     if way == "attached":
         callback.attach(trainer)
-    trainer.train()
+    metrics = trainer.train().metrics
     kept = [logs["gradnas/kept_flops"] for logs in Reporter.logged]
     assert kept[0] == 1
     assert kept[-1] <= 0.6  # of the cut model
     assert trainer.state.log_history[-1]["gradnas/kept_flops"] == kept[-1]
+    assert metrics["gradnas/kept_flops"] == kept[-1]  # as in train_results.json
 
 
 def test_metrics_of_an_evaluation_are_those_of_the_trainer(tmp_path: Path) -> None:
