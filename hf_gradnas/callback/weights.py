@@ -61,13 +61,15 @@ def check_maskable(model: nn.Module, axes: Iterable[Axis], rules: Rules) -> None
                 "model trains; use when='end', when='begin' with dataloader=…, or keep them with "
                 f"rules={{'*:{axis.kind}': None}}."
             )
-        for tap in axis.norms:
-            if not _is_per_channel(model.get_submodule(tap.module)):
-                raise StructureError(
-                    f"{axis.name}: its channels pass {tap.module}, a norm over channels, which "
-                    "cannot be masked while the model trains; use when='end', when='begin' with "
-                    f"dataloader=…, or keep them with rules={{{axis.module!r}: None}}."
-                )
+        if norm := _norm_over_channels(model, axis):
+            found = [a for a in axes if a.kind == axis.kind and rule_for(a, rules) is not None]
+            such = [a for a in found if _norm_over_channels(model, a)]
+            kept = [f"*:{axis.kind}"] if such == found else [a.module for a in such]
+            raise StructureError(
+                f"{axis.name}: its channels pass {norm}, a norm over channels, which cannot be "
+                "masked while the model trains; use when='end', when='begin' with dataloader=…, "
+                f"or keep them with rules={dict.fromkeys(kept)}."
+            )
         if not axis.readers and axis.name not in parents:
             raise StructureError(
                 f"{axis.name}: no weight was found that reads its units; use when='end', or keep "
@@ -155,6 +157,12 @@ def _rows_lost(
             one = replace(part, tensor=name, dim=part.dim - 1, each=0) if part.each else whole
             if units:
                 yield one, units
+
+
+def _norm_over_channels(model: nn.Module, axis: Axis) -> str | None:
+    """Path of a norm whose statistics are of several channels of an axis; None: there is none."""
+    paths = (tap.module for tap in axis.norms)
+    return next((path for path in paths if not _is_per_channel(model.get_submodule(path))), None)
 
 
 def _is_per_channel(norm: nn.Module) -> bool:
