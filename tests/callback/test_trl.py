@@ -37,7 +37,7 @@ def make_trainer(folder: Path, callback: GradNASCallback) -> object:
 
 @pytest.mark.parametrize("when", ["end", "begin", "gradual"])
 def test_an_instruction_tuned_model_is_cut_and_saved(when: str, tmp_path: Path) -> None:
-    callback = GradNASCallback({"params": "80%"}, when=when, num_examples=8, stages=2)
+    callback = GradNASCallback({"flops": "80%"}, when=when, num_examples=8, stages=2)
     trainer = make_trainer(tmp_path, callback)
     trainer.train()
     assert numel(trainer.model) == callback.plan.costs["params"]
