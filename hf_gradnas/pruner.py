@@ -195,8 +195,8 @@ class GradNASPruner(ExaminedModel):
         """Choose half of the neurons that stay by what least squares mends; widths do not change.
 
         To be repaired after it: what stays is chosen for new weights, not for the present ones. One
-        forward of the whole model for every second batch, and one inverse per layer. See
-        `repair.swaps` for the source.
+        forward of the whole model for every second batch that a repair does not hold out, and one
+        inverse per layer. See `repair.swaps` for the source.
 
         Args:
             plan: Made from the present scores.
@@ -208,7 +208,7 @@ class GradNASPruner(ExaminedModel):
             DataError: Batches that the model cannot run.
             OrderError: There are no scores yet, or the model is cut already.
             PlanError: The plan does not fit this model.
-            RepairError: Activations are not finite.
+            RepairError: Activations are not finite, or there is one example only.
             StructureError: The weights are sharded.
         """
         self._check_whole("swap")

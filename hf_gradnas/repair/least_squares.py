@@ -39,7 +39,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..batches.batch import Batch
 from ..errors import GradNASWarning, RepairError
 from ..masks import masked
 from ..running.lending import lending
@@ -61,7 +60,7 @@ from .closeness import divergence_sum, prediction_of, running
 from .first import Narrow, default_bound, first_narrow, first_readers, pruned
 from .mapped import mapped
 from .paused import Conductor, Forward
-from .pieces import Piece, Rows, decoder_path, make_piece, read_parts
+from .pieces import Part, Piece, Rows, decoder_path, make_piece, read_parts
 from .readers import Feed, Reader
 from .repairs import Repair, Site, lend_values, plan_digest
 from .ridge import RIDGES, START, HeldOutRows, NormalEquations, best_ridge
@@ -110,7 +109,7 @@ def find_repair(  # noqa: PLR0913 - the settings of one step, all with defaults
     processes = processes or Processes()
     with running(model), lending(model):
         parts = read_parts(model, batches, num_examples, processes)
-        own = [batch for batch, _ in parts]
+        own = [part.batch for part in parts]
         found = first_readers(model, axes, plan, own, processes)
         narrow = first_narrow(model, axes, plan, found, own, processes)
         bound = default_bound(model) if memory_bytes is None else memory_bytes
@@ -173,7 +172,7 @@ class _Fit:
 
     def attempt(
         self,
-        parts: Iterable[tuple[Batch, bool]],
+        parts: Iterable[Part],
         progress: Progress | None,
         masks: AbstractContextManager[None],
         alone: Callable[[Narrow], AbstractContextManager[None]],
@@ -181,7 +180,9 @@ class _Fit:
         """Fit all readers on examples, each with whether it is held out; what `judge` says."""
         conductor = self._conductor
         with conductor.before_masks(), masks, conductor.attached():
-            self._pieces = [make_piece(conductor, batch, is_held_out=held) for batch, held in parts]
+            self._pieces = [
+                make_piece(conductor, part.batch, is_held_out=part.is_held_out) for part in parts
+            ]
             self.run(progress)
             return self.judge(alone)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,20 @@ LEAST_SCALE = 1e-3
 """Outputs that are multiplied by less than this share of the largest factor are left alone."""
 POSITIONS = 256
 """Positions of a convolution's output that are fitted per example, evenly spaced."""
+
+
+class Part(NamedTuple):
+    """A batch of this process, or a piece of one.
+
+    Attributes:
+        batch: Its examples.
+        is_held_out: Whether nothing is fitted to it, or chosen by it.
+        number: Among those that are not held out, over all processes.
+    """
+
+    batch: Batch
+    is_held_out: bool
+    number: int
 
 
 Masks = tuple[Tensor | None, Tensor | None]
@@ -152,7 +166,7 @@ def squares(values: Tensor) -> float:
 
 def read_parts(
     model: PreTrainedModel, batches: Iterable[Any], limit: int | None, processes: Processes
-) -> list[tuple[Batch, bool]]:
+) -> list[Part]:
     """This process's batches, each with whether it is held out.
 
     Where all processes together have fewer than five, they are split.
@@ -169,10 +183,13 @@ def read_parts(
         ]
     last = int(processes.gather([max((number for number, _ in own), default=0)]).max())
     if last + 1 >= HELD_OUT:  # numbered over all processes, so that their number changes nothing
-        parts = [(batch, number % HELD_OUT == HELD_OUT - 1) for number, batch in own]
+        parts = [
+            Part(batch, number % HELD_OUT == HELD_OUT - 1, number - number // HELD_OUT)
+            for number, batch in own
+        ]
     else:
-        parts = [part for number, batch in own for part in _split(batch, is_last=number == last)]
-    held = [is_held for _, is_held in parts]
+        parts = [part for number, batch in own for part in _split(batch, number, last)]
+    held = [part.is_held_out for part in parts]
     counts = processes.sum(np.array([held.count(True), held.count(False)], dtype=np.float64))
     if not counts.all():
         raise RepairError(
@@ -182,16 +199,17 @@ def read_parts(
     return parts
 
 
-def _split(batch: Batch, *, is_last: bool) -> Iterator[tuple[Batch, bool]]:
+def _split(batch: Batch, number: int, last: int) -> Iterator[Part]:
     """A batch in up to five pieces, the last held out; of one example if it is the last batch.
 
     A piece has every fifth example: where they are in order of length, it has some of all lengths.
     """
     count = min(HELD_OUT, batch.examples)
-    pieces = [np.arange(start, batch.examples, count) for start in range(count)]
-    for number, rows in enumerate(pieces, 1):
+    for place in range(count):
+        rows = np.arange(place, batch.examples, count)
         piece = Batch(batch.index, batch.select(rows.tolist()), len(rows), batch.labels)
-        yield piece, number == len(pieces) and (len(pieces) > 1 or is_last)
+        is_held_out = place == count - 1 and (count > 1 or number == last)
+        yield Part(piece, is_held_out, number * (HELD_OUT - 1) + place)
 
 
 def make_piece(conductor: Conductor, batch: Batch, *, is_held_out: bool) -> Piece:

@@ -33,7 +33,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..batches.batch import Batch, run_model
-from ..batches.steps import read_steps
 from ..errors import RepairError
 from ..running.processes import Processes
 from ..scores.losses import inputs_to_sample
@@ -42,7 +41,7 @@ from ..types import Axis, Plan, Scores
 from .closeness import at_least_float32, running
 from .first import default_bound, first_readers
 from .paused import Conductor, Forward
-from .pieces import Masks, decoder_path, masks_of, real_positions
+from .pieces import Masks, decoder_path, masks_of, read_parts, real_positions
 from .readers import Gate, Place, Reader, weight_of
 from .ridge import add_gram, empty_gram, sum_over
 
@@ -53,7 +52,7 @@ RIDGE = 0.01
 STEP = 16
 """Units that go at a time."""
 EVERY = 2
-"""Of so many batches, one is read."""
+"""Of so many batches that are not held out, one is read."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,9 +83,10 @@ def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
 ) -> Plan:
     """Choose anew which neurons stay, as many as before in every layer.
 
-    One forward of the whole model per second batch: all wait at a layer until it is chosen for, so
-    that the sums of one layer are in memory at a time. Its inverse in float64 is made on the main
-    process.
+    What the repair holds out is not read, so that it can tell whether the other neurons are better.
+    One forward of the whole model per second batch of the rest: all wait at a layer until it is
+    chosen for, so that the sums of one layer are in memory at a time. Its inverse in float64 is
+    made on the main process.
 
     Args:
         model: The whole model, before the cut.
@@ -106,7 +106,7 @@ def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
 
     Raises:
         DataError: There is no batch, or the model fails on one.
-        RepairError: Activations are not finite, or there is no room to spill to.
+        RepairError: Activations are not finite, one example only, or no room to spill to.
     """
     processes = processes or Processes()
     pruned = [axis for axis in axes if _may_swap(axis, plan)]
@@ -114,7 +114,8 @@ def swap_neurons(  # noqa: PLR0913 - the settings of one step, all with defaults
         return plan
     kept = dict(plan.kept)
     with running(model):
-        own = _every_second(model, batches, num_examples, processes)
+        parts = read_parts(model, batches, num_examples, processes)
+        own = [p.batch for p in parts if not p.is_held_out and p.number % EVERY == 0]
         sites = _sites(model, axes, pruned, plan, own, processes)
         bound = default_bound(model) if memory_bytes is None else memory_bytes
         conductor = _conductor(model, sites, memory_bytes=bound, folder=spill)
@@ -130,18 +131,6 @@ def _may_swap(axis: Axis, plan: Plan) -> bool:
     """Whether an axis loses some units, columns of one layer that no other axis ties."""
     is_free = axis.is_columns and not axis.tied and axis.parent is None
     return is_free and 0 < len(plan.kept[axis.name]) < axis.size
-
-
-def _every_second(
-    model: PreTrainedModel, batches: Iterable[Any], limit: int | None, processes: Processes
-) -> list[Batch]:
-    """This process's share of every second batch, numbered over all processes."""
-    with closing(read_steps(batches, model, limit, processes)) as steps:
-        return [
-            step.batch
-            for number, step in enumerate(steps)
-            if step.batch is not None and (number * processes.count + processes.index) % EVERY == 0
-        ]
 
 
 def _sites(

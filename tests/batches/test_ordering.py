@@ -83,7 +83,7 @@ def test_what_a_repair_holds_out_is_every_fifth_batch_of_that_order() -> None:
     model, _, _ = build("bert")
     ordered = by_length(loader_of(Rows("bert", 40), 2))
     parts = read_parts(model, ordered, None, Processes())
-    held = [batch.columns["input_ids"].shape[1] for batch, is_held_out in parts if is_held_out]
+    held = [batch.columns["input_ids"].shape[1] for batch, is_held_out, _ in parts if is_held_out]
     assert held == [batch["input_ids"].shape[1] for batch in ordered][4::5]
 
 
@@ -93,9 +93,9 @@ def test_what_a_repair_holds_out_of_few_batches_is_of_all_lengths_too() -> None:
     lengths = batch["attention_mask"].sum(1)
     assert len(set(lengths.tolist())) > 10
     parts = read_parts(model, [batch], None, Processes())
-    assert [is_held_out for _, is_held_out in parts] == [False] * 4 + [True]
-    for place, (part, _) in enumerate(parts):
-        assert torch.equal(part.columns["attention_mask"].sum(1), lengths[place::5])
+    assert [part.is_held_out for part in parts] == [False] * 4 + [True]
+    for place, part in enumerate(parts):
+        assert torch.equal(part.batch.columns["attention_mask"].sum(1), lengths[place::5])
 
 
 def test_rows_that_are_held_out_are_of_all_lengths() -> None:

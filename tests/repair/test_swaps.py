@@ -17,6 +17,7 @@ from score_examples import examples_of, in_batches
 from hf_gradnas import GradNASPruner, Plan
 from hf_gradnas.errors import DataError, OrderError, PlanError, RepairError, StructureError
 from hf_gradnas.repair.memory import Memory
+from hf_gradnas.repair.pieces import read_parts
 from hf_gradnas.repair.repairs import Repair, mended, plan_digest
 from hf_gradnas.repair.ridge import empty_gram
 from hf_gradnas.repair.swaps import RIDGE, eliminated
@@ -126,11 +127,13 @@ def test_widths_other_axes_and_the_upper_half_stay(family: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_it_is_by_the_inputs_at_real_positions_of_every_second_batch(size: int) -> None:
+    """Of the batches that a repair does not hold out."""
     pruner, plan = planned()
-    examples = examples_of("bert", 32)
-    read, others = in_batches(examples[:16], size), in_batches(examples[16:], size)
-    batches = [batch for pair in zip(read, others, strict=True) for batch in pair]
+    batches = in_batches(examples_of("bert", 32), size)
+    places = [place for place in range(len(batches)) if place % 5 != 4][::2]
+    read = [row for place in places for row in range(place * size, (place + 1) * size)]
     swapped = pruner.swap(plan, batches)
+    examples = examples_of("bert", 32)
     seen: dict[str, list[torch.Tensor]] = {axis.name: [] for axis in neurons(pruner)}
     hooks = [
         pruner.model.get_submodule(axis.taps[0].module).register_forward_pre_hook(
@@ -139,7 +142,7 @@ def test_it_is_by_the_inputs_at_real_positions_of_every_second_batch(size: int) 
         for axis in neurons(pruner)
     ]
     with torch.no_grad():
-        for example in examples[:16]:  # without padding
+        for example in (examples[row] for row in read):  # without padding
             pruner.model(input_ids=example["input_ids"])
     for hook in hooks:
         hook.remove()
@@ -149,6 +152,24 @@ def test_it_is_by_the_inputs_at_real_positions_of_every_second_batch(size: int) 
         values = pruner.scores.values[axis.name]
         first = sorted(units, key=lambda unit: -values[unit])[: (len(units) + 1) // 2]
         assert eliminated(x.t() @ x, weight, len(units), first=first) == swapped.kept[axis.name]
+
+
+@pytest.mark.parametrize("count", [8, 40], ids=["pieces", "batches"])
+def test_what_the_repair_holds_out_chooses_nothing(count: int) -> None:
+    """So that the held-out KL tells whether other neurons are better."""
+    pruner, plan = planned()
+    batches = batches_of("bert", count=count)
+    parts = read_parts(pruner.model, batches, None, Processes())
+    held = [part.batch.columns["input_ids"] for part in parts if part.is_held_out]
+    changed = copy.deepcopy(batches)
+    for batch in changed:
+        for row, tokens in enumerate(batch["input_ids"]):
+            if any(torch.equal(tokens, other) for rows in held for other in rows):
+                batch["input_ids"][row] = tokens.flip(0)
+    assert any(
+        (a["input_ids"] != b["input_ids"]).any() for a, b in zip(batches, changed, strict=True)
+    )
+    assert pruner.swap(plan, changed) == pruner.swap(plan, batches) != plan
 
 
 def test_the_predicted_loss_is_that_of_the_units_that_go() -> None:
@@ -188,7 +209,7 @@ def test_every_second_batch_is_run_once_and_what_waits_may_be_on_disk(monkeypatc
     wanted = pruner.swap(plan, batches_of("bert"))
     hook.remove()
     traced = 1
-    assert len(runs) - traced == 3  # of five batches
+    assert len(runs) - traced == 2  # of five batches, one of them held out
     written = []
     real = Memory._write
     monkeypatch.setattr(Memory, "_write", lambda *args: (written.append(1), real(*args)))
