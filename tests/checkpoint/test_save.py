@@ -412,7 +412,8 @@ def test_the_pruner_writes_card_and_report(pruner, tmp_path):
     folder = pruner.save_pretrained(tmp_path / "out")
     assert {path.name for path in (folder / "report").iterdir()} == REPORT
     card = ModelCard.load(folder / "README.md")
-    assert card.data.base_model == "small-bert"
+    assert card.data.base_model is None  # of a folder: on the Hub, its name may be another's model
+    assert "small-bert" in card.text
     assert card.data.pipeline_tag == "text-classification"
     assert str(tmp_path) not in str(card)
     assert 'AutoModelForSequenceClassification.from_pretrained("out", trust_' in card.text
