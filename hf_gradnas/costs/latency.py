@@ -17,6 +17,7 @@ from accelerate.utils import get_max_memory
 from ..batches.batch import to_device
 from ..batches.longest import flops_inputs
 from ..running.states import evaluating
+from ..running.unloaded import runs_the_original
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -255,6 +256,8 @@ def copied(model: PreTrainedModel) -> PreTrainedModel | None:
     if len(set(vars(model).get("hf_device_map", {}).values())) > 1:
         return None
     if ROOM * model.get_memory_footprint() > free_bytes(model.device):
+        return None
+    if runs_the_original(model):
         return None
     try:
         return copy.deepcopy(model)

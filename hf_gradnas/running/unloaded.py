@@ -21,12 +21,20 @@ CONTAINERS = frozenset({dict, list, set, OrderedDict})
 def can_be_unloaded(model: nn.Module) -> bool:
     """Whether a copy on the meta device runs as the model does.
 
-    Weights must be plain tensors: those of ZeRO-3, FSDP2 and many quantizers are not. A forward
-    that was put into an instance must not hold modules itself (TRL's ``SFTTrainer`` wraps the
-    bound one): that of a copy would run the model.
+    Weights must be plain tensors: those of ZeRO-3, FSDP2 and many quantizers are not.
     """
     tensors = (tensor for module in model.modules() for tensor in _held(module))
-    return all(type(x) in PLAIN and "ds_id" not in vars(x) for x in tensors) and not any(
+    is_plain = all(type(x) in PLAIN and "ds_id" not in vars(x) for x in tensors)
+    return is_plain and not runs_the_original(model)
+
+
+def runs_the_original(model: nn.Module) -> bool:
+    """Whether a copy of a model would run the model, or modules of it.
+
+    So it is where a forward that was put into an instance holds modules in a closure: TRL's
+    ``SFTTrainer`` wraps the bound forward. A closure is not copied.
+    """
+    return any(
         _holds_module(vars(module).get("forward"))
         for module in model.modules()
         if not isinstance(vars(module).get("_hf_hook"), ModelHook)

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_a_model_that_cannot_be_copied_is_measured_before_it_is_cut(monkeypatch,
 
     monkeypatch.setattr(latency.copy, "deepcopy", refuse)
     assert timed(monkeypatch, capsys)[:2] == ([1, 1], False)
+
+
+def test_a_copy_that_would_run_the_model_itself_is_not_timed():
+    """TRL's SFTTrainer puts a forward into the model that holds the bound one."""
+    model = small_bert()
+    assert latency.copied(model) is not None
+    inner = model.forward
+    model.forward = MethodType(lambda self, *args, **kwargs: inner(*args, **kwargs), model)
+    assert latency.copied(model) is None
 
 
 def test_free_memory_is_that_of_the_device():
