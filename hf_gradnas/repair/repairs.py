@@ -88,7 +88,8 @@ class Repair:
         kl_before: Mean KL divergence of the masked model's predictions from the original's on the
             held-out batches, in nats per predicted label; of a regression a mean squared
             difference.
-        kl_after: The same with the new weights.
+        kl_after: The same with the new weights. They are fitted to these batches too, once the
+            ridges are chosen: on a Llama that is 10 to 14 % less than with weights that are not.
         examples: Calibration examples, of which every fifth batch was held out.
     """
 
