@@ -30,8 +30,8 @@ def _sums(weights: np.ndarray) -> np.ndarray:
     [
         (np.ones(512), 0.0, 1.0),  # all rows weigh the same
         (np.array([1e6] + [1.0] * 511), 0.75, 1 / 512),  # one row is nearly all
-        (np.array([1.0] * 127 + [0.0] * 385), 0.75, 127 / 512),
-        (np.array([1.0] * 128 + [0.0] * 384), 0.0, 128 / 512),
+        (np.array([1.0] * 179 + [0.0] * 333), 0.75, 179 / 512),
+        (np.array([1.0] * 180 + [0.0] * 332), 0.0, 180 / 512),
         (np.zeros(0), 0.0, 1.0),
     ],
 )
