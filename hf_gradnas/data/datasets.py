@@ -8,7 +8,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._compat import sound_file_feature
 from ..errors import DataError, first_line
 from .files import READERS, Rows, read_file, text_lines
 
@@ -117,6 +116,8 @@ def _read_media(folder: Path, split: str, kind: str, exact: bool) -> Rows:
     """Images or audio through the folder builders of `datasets` (class folders, metadata files)."""
     from datasets import Audio, Features, Image, load_dataset
     from datasets.exceptions import DatasetsError
+
+    from .._compat import sound_file_feature  # loads Accelerate
 
     # Names of files are data here: a folder called "test" is a split only beside others.
     load: Any = partial(load_dataset, f"{kind}folder", data_dir=str(folder))
