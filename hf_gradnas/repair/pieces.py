@@ -40,7 +40,8 @@ class Part(NamedTuple):
 
     Attributes:
         batch: Its examples.
-        is_held_out: Whether nothing is fitted to it, or chosen by it.
+        is_held_out: Whether ridges are chosen by it, and a repair is judged by it. No neurons are,
+            and weights are fitted to it only once their ridge is chosen.
         number: Among those that are not held out, over all processes.
     """
 
